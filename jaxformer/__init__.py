@@ -1,0 +1,29 @@
+"""jaxformer: the transformer lab for JAX."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxformer.config import Config as Config, Data as Data, Train as Train
+    from jaxformer.model.models import Decoder as Decoder
+    from jaxformer.run.loop import build as build, train as train
+    from jaxformer.run.opened import open_run as open_run
+    from jaxformer.spec import Spec as Spec
+
+_HOMES = {
+    "Config": "config",
+    "Data": "config",
+    "Decoder": "model.models",
+    "Spec": "spec",
+    "Train": "config",
+    "build": "run.loop",
+    "open_run": "run.opened",
+    "train": "run.loop",
+}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxformer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxformer.{_HOMES[name]}"), name)

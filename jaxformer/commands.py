@@ -1,0 +1,159 @@
+"""The commands: each reads its arguments, calls one function of the library and prints the answer."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxformer.spec import InputError
+
+RunDirectory = Annotated[str, tyro.conf.Positional]
+
+
+def train(arguments: Sequence[str]) -> None:
+    """train CONFIG [--field.path=value ...]: trains a run, or goes on with it. CONFIG --help lists the fields."""
+    from jaxformer import config as config_lib
+    from jaxformer.run import loop
+
+    if not arguments or arguments[0].startswith("-"):
+        usage = "usage: train CONFIG [--field.path=value ...], as in: train configs/quickstart.py --train.steps=500"
+        if arguments and arguments[0] in ("-h", "--help"):
+            return print(usage + "\ntrain CONFIG --help lists every field and its value in that config")
+        raise InputError(usage)
+    config = config_lib.load(arguments[0])
+    if {"-h", "--help"} & set(arguments[1:]):
+        tyro.cli(type(config), default=config, args=["--help"], prog=f"train {arguments[0]}", use_underscores=True)
+    loop.train(config, _overrides(arguments[1:]))
+
+
+def sample(
+    run: RunDirectory,
+    prompt: str | None = None,
+    tokens: int = 200,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    step: str | None = None,
+) -> None:
+    """Prints texts that a trained run writes.
+
+    Args:
+        run: The run's directory.
+        prompt: How each text begins; by default it is what follows the tokenizer's start token, a line break.
+        tokens: How many tokens each text goes on.
+        samples: How many texts; a line of dashes stands between them.
+        temperature: Less than 1 sharpens the distribution; 0 always takes the likeliest token.
+        top_k: Draw among the k likeliest tokens.
+        top_p: Draw among the likeliest tokens that reach this probability together.
+        seed: Other seeds give other texts.
+        step: A checkpoint's step, or "best"; by default the newest.
+    """
+    from jaxformer.run.opened import open_run
+
+    opened = open_run(run, _step(step))
+    texts = opened.samples(prompt, tokens, samples, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    print("\n---------------\n".join(texts))
+
+
+def evaluate(run: RunDirectory, file: str | None = None, step: str | None = None, json: bool = False) -> None:
+    """Prints the loss of a trained run.
+
+    Args:
+        run: The run's directory.
+        file: A text file or folder; by default the validation split of the run's corpus.
+        step: A checkpoint's step, or "best"; by default the newest.
+        json: Print one JSON object.
+    """
+    from jaxformer.run.opened import open_run
+
+    opened = open_run(run, _step(step))
+    row = opened.evaluate_valid() if file is None else opened.evaluate_file(file)
+    _print(row, json)
+
+
+def inspect(run: RunDirectory, json: bool = False) -> None:
+    """Prints what is in a run, or what a config would make: parameters, shapes, hashes.
+
+    Args:
+        run: The run's directory, or a config file.
+        json: Print one JSON object.
+    """
+    from jaxformer.run.opened import inspect_config, open_run
+
+    found = inspect_config(run) if Path(run).suffix == ".py" else open_run(run).inspect()
+    if json:
+        return _print(found, True)
+    table = found.pop("table")
+    found.pop("config")
+    _print(found, False)
+    wide = max(len(row["name"]) for row in table)
+    print(f"\n{'parameter':{wide}}  {'letters':8} {'shape':20} {'count':>14}  decay")
+    for row in table:
+        shape = "×".join(map(str, row["shape"]))
+        print(f"{row['name']:{wide}}  {row['letters']:8} {shape:20} {row['count']:>14,}  {'yes' if row['decay'] else ''}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (train, sample, evaluate, inspect)}
+
+
+def main(name: str | None = None) -> None:
+    """Runs a command and exits with the status that README, "Exit status", promises."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # `train` replaces it
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("jaxformer").setLevel(logging.INFO)
+    sys.exit(_run(name, sys.argv[1:]))
+
+
+def _run(name: str | None, arguments: list[str]) -> int:
+    if name is None:
+        name = arguments.pop(0) if arguments else "--help"
+    try:
+        if name not in COMMANDS:
+            return _fail(f"usage: jaxformer {'|'.join(COMMANDS)} ...; add --help to any of them", 0 if name in ("-h", "--help") else 2)
+        if name == "train":
+            train(arguments)
+        else:
+            tyro.cli(COMMANDS[name], args=arguments, prog=name, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    except InputError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", 128 + getattr(interrupt, "signum", signal.SIGINT))
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"jaxformer: {message}", file=sys.stderr)
+    return status
+
+
+def _overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """--field.path=value or --field.path value."""
+    found: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or not (equals or rest):
+            raise InputError(f"{name!r} must be --field.path=value, such as --train.steps=500")
+        found[name[2:]] = value if equals else rest.pop(0)
+    return found
+
+
+def _step(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() else text
+
+
+def _print(row: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(row, ensure_ascii=False))
+    else:
+        for name, value in row.items():
+            print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")

@@ -1,0 +1,170 @@
+"""Every knob of a run on one page; and how a config is loaded, overridden, checked, stored and compared."""
+
+import dataclasses
+import json
+import os
+import re
+import runpy
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxformer.data.corpora import Corpus, PythonTopics
+from jaxformer.data.datasets import RandomWindows
+from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.model.models import Decoder
+from jaxformer.spec import InputError, Spec, checked, dumps, from_json, known_specs, nearest, override
+
+
+class Data(Spec):
+    """Text, and how batches are made of it."""
+
+    corpus: Corpus = PythonTopics()
+    tokenizer: Bytes = Characters()
+    sampling: RandomWindows = RandomWindows()
+    batch_size: int = 16
+    window: int | None = None  # tokens in a row of a batch; None: model.context_length
+    valid_fraction: float = 0.1  # the end of the corpus, kept for validation
+
+    def check(self, at: str = "") -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"{at}batch_size={self.batch_size} must be at least 1")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"{at}window={self.window} must be at least 1; None takes model.context_length")
+        if not 0 < self.valid_fraction < 1:
+            raise ValueError(f"{at}valid_fraction={self.valid_fraction} must lie between 0 and 1; 0.1 is usual")
+
+
+class Train(Spec):
+    """How long, how often, from which seed."""
+
+    steps: int = 1000
+    seed: int = 0
+    steps_per_call: int = 10  # on the device without a word to the host: faster; a signal waits for the call's end
+    accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
+    compute_dtype: str = "float32"  # of activations; parameters, softmax and loss are float32 always
+    log_every: int = 10
+    eval_every: int = 250
+    save_every: int = 250
+    keep: int = 2  # newest checkpoints; the one of the best validation loss is kept besides
+    sample_tokens: int = 200  # of text shown at each evaluation
+
+    def check(self, at: str = "") -> None:
+        for name in ("steps", "steps_per_call", "accumulation", "log_every", "eval_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"{at}seed={self.seed} must be at least 0 and less than 2**32")
+        if self.sample_tokens < 0:
+            raise ValueError(f"{at}sample_tokens={self.sample_tokens} must be at least 0; 0 shows no text")
+        if self.compute_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"{at}compute_dtype={self.compute_dtype!r} must be float32, bfloat16 or float16")
+
+
+class Config(Spec):
+    """A run."""
+
+    directory: str
+    model: Decoder
+    data: Data = Data()
+    objective: NextToken = NextToken()
+    optimizer: AdamW = AdamW()
+    train: Train = Train()
+
+    def check(self, at: str = "") -> None:
+        if not self.directory:
+            raise ValueError(f"{at}directory='' must name a folder for the run; runs/NAME is usual")
+        if self.window > self.model.context_length:
+            raise ValueError(
+                f"{at}data.window={self.window} must be at most {at}model.context_length={self.model.context_length}; "
+                "None takes that"
+            )
+        if self.data.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"{at}train.accumulation={self.train.accumulation} must divide "
+                f"{at}data.batch_size={self.data.batch_size}"
+            )
+
+    @property
+    def window(self) -> int:
+        """Tokens in a row of a batch."""
+        return self.data.window or self.model.context_length
+
+
+# What may differ when a run goes on. Nothing else may: the result would be that of neither config.
+FREE = {"directory", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "train.sample_tokens"}
+NOTICE = {"train.steps", "train.steps_per_call", "model.unroll"}
+
+
+def load(path: str | Path) -> Config:
+    """The `config` that a Python file defines. Raises InputError if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config {str(path)!r} does not exist; give the path of a Python file such as configs/quickstart.py")
+    try:
+        found = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # whatever the user's file raises, it is the user's to mend
+        raise InputError(f"{_place(path, error)}: {_reason(error)}") from error
+    if not isinstance(found, Config):
+        raise InputError(f"{path}: must define `config`, a jaxformer Config, but it is {type(found).__name__}")
+    return found
+
+
+def _place(path: Path, error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def _reason(error: Exception) -> str:
+    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown:
+        for spec in known_specs():
+            if spec.__name__ == unknown[1]:
+                names = [field.name for field in dataclasses.fields(spec)]
+                return f"{unknown[1]} has no field {unknown[2]}; {nearest(unknown[2], names)}"
+    return f"{type(error).__name__}: {error}"
+
+
+def resolve(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config, or that of a file, with fields replaced by their paths ("model.n_layers": 6), and checked."""
+    found = config if isinstance(config, Config) else load(config)
+    for path, value in (overrides or {}).items():
+        found = override(found, path, value)
+    return checked(found)
+
+
+def check_storable(config: Config) -> None:
+    """Raises InputError if another process could not read the config back."""
+    dumps(config)
+
+
+def save(config: Config, path: Path) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(dumps(config), encoding="utf-8")
+    os.replace(part, path)
+
+
+def read(path: Path) -> Config:
+    """The config stored in a run. Executes nothing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: no config can be read ({error}); restore the file, or give another run") from None
+    return from_json(value, Config, str(path))
+
+
+def differences(old: Spec, new: Spec, at: str = "") -> dict[str, tuple[Any, Any]]:
+    """Path → (old, new) of every field that differs."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in (field.name for field in dataclasses.fields(old)):
+        a, b = getattr(old, name), getattr(new, name)
+        if isinstance(a, Spec) and type(a) is type(b):
+            found |= differences(a, b, f"{at}{name}.")
+        elif a != b:
+            found[at + name] = (a, b)
+    return found

@@ -1,0 +1,90 @@
+"""From a trained model to text: prefill, then token by token with a cache."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.generation.logits_processors import Unchanged
+from jaxformer.model.masks import Places, places
+from jaxformer.model.models import Decoder
+
+Processors = tuple[Unchanged, ...]
+
+
+def generate(
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], tokens: int, processors: Processors = (), seed: int = 0
+) -> np.ndarray:
+    """int32[B, tokens] that follow the prompts, none of which may be empty.
+
+    Sample i, token t is drawn with the key fold_in(fold_in(key(seed), i), t), so that asking for more samples, or for
+    more tokens, leaves the first ones as they were. A text that fills the context goes on from its last half: the
+    model sees between a half and all of `context_length` tokens. Ids are not checked here.
+    """
+    texts = [list(prompt)[-model.context_length :] for prompt in prompts]
+    made: list[np.ndarray] = []
+    done = 0
+    while done < tokens:
+        longest = max(map(len, texts))
+        count = min(tokens - done, model.context_length - longest + 1)
+        padded = np.zeros((len(texts), _bucket(longest, model.context_length)), np.int32)
+        for row, text in zip(padded, texts, strict=True):
+            row[: len(text)] = text
+        lengths = np.array([len(text) for text in texts], np.int32)
+        h, cache = _prefill(model, params, padded, lengths)
+        ids = _decode(model, params, h, cache, lengths, np.int32(done), np.int32(count), processors, np.uint32(seed))
+        made.append(np.asarray(ids)[:, :count])
+        done += count
+        half = max(1, model.context_length // 2)
+        texts = [(text + row.tolist())[-half:] for text, row in zip(texts, made[-1], strict=True)]
+    return np.concatenate(made, 1) if made else np.zeros((len(texts), 0), np.int32)
+
+
+def _bucket(length: int, limit: int) -> int:
+    """The next power of two: prompts of many lengths share one program."""
+    return min(limit, 1 << (length - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(model: Decoder, params: Any, prompt: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
+    """The hidden state [B, D] of the last token of each prompt [B, T], padded on the right, and the filled cache."""
+    at = places((jnp.arange(prompt.shape[1]) < lengths[:, None]).astype(jnp.int32))
+    cache = model.cache(len(prompt), model.context_length, jax.tree.leaves(params)[0].dtype)
+    h, cache = model.hidden(params, prompt, at, cache=cache)
+    return jnp.take_along_axis(h, lengths[:, None, None] - 1, axis=1)[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(
+    model: Decoder,
+    params: Any,
+    h: jax.Array,
+    cache: Any,
+    lengths: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+    processors: Processors,
+    seed: jax.Array,
+) -> jax.Array:
+    """`count` tokens, numbered from `first` for their keys: the leading columns of int32[B, C]."""
+    rows = jnp.arange(len(h))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows)
+
+    def draw(h: jax.Array, t: jax.Array) -> jax.Array:
+        logits = model.logits(params, h)
+        for processor in processors:
+            logits = processor(logits)
+        return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row))(keys, logits)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        ids, cache = carry
+        at = Places((lengths + i - 1)[:, None], jnp.ones((len(h), 1), jnp.int32))
+        last = jax.lax.dynamic_slice_in_dim(ids, i - 1, 1, axis=1)
+        new, cache = model.hidden(params, last, at, cache=cache)
+        return ids.at[:, i].set(draw(new[:, 0], first + i)), cache
+
+    ids = jnp.zeros((len(h), model.context_length), jnp.int32).at[:, 0].set(draw(h, first))
+    return jax.lax.fori_loop(1, count, body, (ids, cache))[0]

@@ -1,0 +1,64 @@
+"""What happens to logits before a token is drawn. Processors apply in the order in which they are given."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxformer.spec import Spec
+
+
+class Unchanged(Spec):
+    """Logits as they are; also the base of all processors."""
+
+    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        return logits
+
+
+class Temperature(Unchanged):
+    """Divides by `value`: less than 1 sharpens, 0 leaves the likeliest token alone."""
+
+    value: float = 1.0
+
+    def check(self, at: str = "") -> None:
+        if self.value < 0:
+            raise ValueError(f"{at}temperature={self.value} must be at least 0; 0 always takes the likeliest token")
+
+    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        first = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+        greedy = jnp.where(first, logits, -jnp.inf)
+        return jnp.where(self.value == 0, greedy, logits / jnp.where(self.value == 0, 1, self.value))
+
+
+class TopK(Unchanged):
+    """Keeps the k likeliest tokens (arXiv:1805.04833); of equal ones, those of lower id."""
+
+    k: int
+
+    def check(self, at: str = "") -> None:
+        if self.k < 1:
+            raise ValueError(f"{at}top_k={self.k} must be at least 1; 1 always takes the likeliest token")
+
+    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        return jnp.where(_rank(logits) < self.k, logits, -jnp.inf)
+
+
+class TopP(Unchanged):
+    """Keeps the fewest likeliest tokens whose probabilities reach p together (nucleus sampling, arXiv:1904.09751)."""
+
+    p: float
+
+    def check(self, at: str = "") -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"{at}top_p={self.p} must be more than 0 and at most 1; 1 keeps every token")
+
+    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        falling = -jnp.sort(-logits, axis=-1)
+        probabilities = jax.nn.softmax(falling, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = jnp.maximum((before < self.p).sum(-1, keepdims=True), 1)
+        return jnp.where(_rank(logits) < kept, logits, -jnp.inf)
+
+
+def _rank(logits: jax.Array) -> jax.Array:
+    """int32[B, V]: 0 for the likeliest token."""
+    return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1)

@@ -1,0 +1,53 @@
+"""The cache: one dict of slots per layer. Prefill, decoding, ragged rows and windows all take this one path."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.spec import Arrays, Slot
+
+PLACE = {"position": Slot("BS", 0, jnp.int32), "segment": Slot("BS", 0, jnp.int32)}  # segment 0: an empty slot
+
+
+def empty(slots: Mapping[str, Slot], dims: Mapping[str, int], dtype: Any) -> dict[str, jax.Array]:
+    return {name: jnp.full([dims[x] for x in s.letters], s.fill, s.dtype or dtype) for name, s in slots.items()}
+
+
+def update(cache: Arrays | None, new: Arrays, slots: Mapping[str, Slot]) -> tuple[Arrays, Arrays | None]:
+    """What the new tokens see, and the cache with them in it.
+
+    Several tokens at once look at the old cache beside themselves: in a rolling cache the later ones overwrite what
+    the earlier ones still see. A single token looks at the written cache, which saves the copy.
+    """
+    if cache is None:
+        return new, None
+    rows = len(cache["position"])
+    new = {**new} | {name: jnp.broadcast_to(new[name], (rows, new[name].shape[1])) for name in PLACE}
+    written = _write(cache, new, slots)
+    if new["position"].shape[1] == 1:
+        return written, written
+    seen = {n: _join(cache[n], new[n], s.letters.index("S")) if "S" in s.letters else new[n] for n, s in slots.items()}
+    return seen, written
+
+
+def _join(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    return jnp.concatenate([old, new.astype(old.dtype)], axis)
+
+
+def _write(cache: Arrays, new: Arrays, slots: Mapping[str, Slot]) -> dict[str, jax.Array]:
+    position, size, real = new["position"], cache["position"].shape[1], new["segment"] > 0
+    last = jnp.max(position, axis=1, keepdims=True, where=real, initial=0)
+    kept = real & (position > last - size)  # else two tokens share a slot, and which one stays is undefined
+    slot = jnp.where(kept, position % size, size)  # `size` is out of range: dropped
+    row = jnp.arange(len(slot))[:, None]
+
+    def one(old: jax.Array, new: jax.Array, letters: str) -> jax.Array:
+        if "S" not in letters:
+            return new
+        axis = letters.index("S")
+        index = (row, *[slice(None)] * (axis - 1), slot)
+        return old.at[index].set(jnp.moveaxis(new, axis, 1).astype(old.dtype), mode="drop")
+
+    return {name: one(cache[name], new[name], s.letters) for name, s in slots.items()}

@@ -1,0 +1,25 @@
+"""The numerical ground: a canary that no run starts without."""
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from jaxformer.spec import InputError
+
+
+def check_numerics() -> None:
+    """Raises InputError if this build of XLA sums wrongly; takes a tenth of a second.
+
+    jaxlib 0.10.2 and 0.11 do, on CPU (jax#39103, jax#39741), in a way that changes from call to call.
+    """
+    column = jnp.ones((1024, 1))
+    total = jax.jit(lambda a: jnp.sum(jnp.broadcast_to(a, (2, 1024, 1024))))
+    rows = jnp.zeros((32_769, 3)).at[:, 0].set(jnp.arange(32_769.0))
+    squares = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))
+    if all(float(total(column)) == 2 * 1024 * 1024 for _ in range(10)) and float(squares(rows)[-1]) == 2.0**30:
+        return
+    raise InputError(
+        f"jaxlib {jaxlib.__version__} computes wrong sums on {jax.default_backend()}; "
+        "install a release that does not (pip install 'jax!=0.10.2,!=0.11.*'), or start a new process with "
+        "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
+    )

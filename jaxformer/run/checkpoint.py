@@ -1,0 +1,103 @@
+"""Checkpoints: Orbax saves and restores, a digest of our own says whether what came back is what was saved."""
+
+import hashlib
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jaxformer.spec import InputError
+
+log = logging.getLogger(__name__)
+
+
+def sha256(tree: Any) -> str:
+    """SHA-256 over path, dtype, shape and bytes of every array, in the order of the paths, however they are sharded."""
+    digest = hashlib.sha256()
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    for path in sorted(leaves):
+        array = np.asarray(leaves[path])
+        digest.update(f"{path} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of a run: written in the background; the newest `keep` and the best one stay."""
+
+    def __init__(self, directory: Path, keep: int = 1, read_only: bool = False):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant here
+        loss = _valid_loss
+        keep_both = [preservation_policy.LatestN(keep), preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=1)]
+        options = ocp.CheckpointManagerOptions(
+            best_fn=loss,
+            best_mode="min",
+            preservation_policy=None if read_only else preservation_policy.AnyPreservationPolicy(keep_both),
+            read_only=read_only,
+        )
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and validation loss of the best checkpoint that was evaluated."""
+        losses = {step: _valid_loss(self._manager.metrics(step) or {}) for step in self.steps()}
+        step = min(losses, key=lambda s: losses[s], default=None)
+        return None if step is None or math.isinf(losses[step]) else (step, losses[step])
+
+    def save(self, state: Any, step: int, valid_loss: float | None) -> None:
+        """Begins to save; an error of an earlier save (a full disk, say) is raised here, or in `close`."""
+        if step in self._manager.all_steps():
+            return
+        metrics = {"state_sha256": sha256(state)} | ({} if valid_loss is None else {"valid_loss": valid_loss})
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics)
+
+    def restore(self, abstract: Any, step: int) -> Any:
+        """The state of a step, in the shape and sharding of `abstract`. Raises InputError if it is not what was saved."""
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+            state, metrics = restored["state"], self._manager.metrics(step) or {}
+        except Exception as error:  # damaged files raise five types of exception, and more with each release
+            raise InputError(f"{self._directory / str(step)} cannot be restored: {type(error).__name__}; {REMEDY}") from error
+        if sha256(state) != metrics.get("state_sha256"):
+            raise InputError(f"{self._directory / str(step)} is damaged: its SHA-256 differs from when it was saved; {REMEDY}")
+        return state
+
+    def restore_newest(self, abstract: Any, remove_damaged: bool = True) -> Any:
+        """The newest state that is whole, None if there is no checkpoint.
+
+        Damaged newer ones are removed, so that a run that goes on can save those steps again.
+        """
+        damaged: list[int] = []
+        for step in reversed(self.steps()):
+            try:
+                state = self.restore(abstract, step)
+            except InputError as error:
+                log.warning("%s", error)
+                damaged.append(step)
+            else:
+                for bad in damaged if remove_damaged else []:
+                    self._manager.delete(bad)
+                return state
+        if damaged:
+            raise InputError(f"{self._directory}: every checkpoint is damaged; train anew in another directory")
+        return None
+
+    def close(self) -> None:
+        """Waits until all is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+REMEDY = "take another checkpoint"
+
+
+def _valid_loss(metrics: Any) -> float:
+    return metrics.get("valid_loss", math.inf)

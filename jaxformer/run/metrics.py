@@ -1,0 +1,116 @@
+"""What a run reports: rows of metrics.jsonl, a progress bar, and a record of each start."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxformer.config import Config
+
+
+class Reports:
+    """Takes the metrics of calls as they are dispatched, and writes them to metrics.jsonl and the bar as they arrive.
+
+    Never more than two calls are in flight: with more, simulated devices deadlock. A run that goes on from a step
+    drops the rows after it. Speed is that of training alone; pauses (evaluation, sampling, saving) are left out.
+    """
+
+    def __init__(self, config: Config, step: int):
+        path = Path(config.directory) / "metrics.jsonl"
+        _drop_rows_after(path, step)
+        self._file = open(path, "a")
+        self._bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self._log_every, self._tokens_per_step = config.train.log_every, config.data.batch_size * config.window
+        self._in_flight: collections.deque[tuple[int, int, Mapping[str, Any]]] = collections.deque()
+        self._tokens, self._seconds = 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Training begins, or goes on after a pause."""
+        self._since = time.perf_counter()
+
+    def add(self, step: int, count: int, rows: Mapping[str, Any]) -> None:
+        """A call of `count` steps up to `step` was dispatched; waits until at most one is in flight."""
+        self._in_flight.append((step, count, rows))
+        if len(self._in_flight) == 2:
+            self._report()
+
+    def drain(self) -> None:
+        """Waits for all calls."""
+        while self._in_flight:
+            self._report()
+
+    def write(self, **row: Any) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def _report(self) -> None:
+        last, count, arrays = self._in_flight.popleft()
+        rows = {name: np.asarray(values)[:count].tolist() for name, values in arrays.items()}
+        now = time.perf_counter()
+        self._tokens += count * self._tokens_per_step
+        self._seconds, self._since = self._seconds + now - self._since, now
+        speed = self._tokens / self._seconds
+        due = [i for i in range(count) if (last - count + i + 1) % self._log_every == 0]
+        for i in due:
+            row = {name: values[i] for name, values in rows.items()}
+            self.write(step=last - count + i + 1, split="train", **row, tokens_per_second=round(speed))
+        if due:
+            self._tokens, self._seconds = 0, 0.0
+        self._bar.set_postfix_str(f"loss {rows['loss'][-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.update(count)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    text = path.read_text() if path.exists() else ""
+    lines = text.split("\n")[:-1]  # a killed process may leave half a row at the end
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    os.replace(part, path)
+
+
+def record_start(path: Path, step: int) -> None:
+    """Appends to starts.jsonl what the numbers of a run may depend on besides its config."""
+    packages = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    row = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in packages},
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "git": _git(),
+    }
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """Commit of the working directory, with -dirty behind it if files differ; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,112 @@
+"""The train step, a pure function of state, batch and hyperparameters; and K of them in one call."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxformer.keys import key_for
+from jaxformer.learning.objectives import Batch, Example, NextToken
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.model.models import Decoder
+from jaxformer.spec import Spec
+
+
+class Recipe(Spec):
+    """The static part of a step."""
+
+    model: Decoder
+    objective: NextToken = NextToken()
+    compute_dtype: str = "float32"
+    slices: int = 1  # of a batch, whose gradients are accumulated
+
+
+class Hyper(NamedTuple):
+    """The traced part of a step: other numbers compile nothing."""
+
+    seed: Any  # uint32
+    steps: Any  # int32: the length of the run, for schedules
+    optimizer: AdamW
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a run carries from one step to the next, and all that is saved."""
+
+    step: jax.Array  # int32: updates made so far
+    params: Any
+    opt_state: Any
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
+    params = recipe.model.init(key_for(hyper.seed, 0, "init"))
+    transform = hyper.optimizer.transform(recipe.model.declared(), jnp.float32(0))
+    return TrainState(jnp.int32(0), params, transform.init(params))
+
+
+def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
+    """One update. Metrics: loss (nats per token, before the update), grad_norm (before clipping), learning_rate."""
+    example = recipe.objective.prepare(batch, key_for(hyper.seed, state.step, "objective"))
+    nats, weight, grads = _gradients(recipe, state.params, example, key_for(hyper.seed, state.step, "dropout"))
+    weight = jnp.maximum(weight, 1)  # a batch of padding alone changes nothing but the decay
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    rate = hyper.optimizer.learning_rate(state.step, hyper.steps)
+    transform = hyper.optimizer.transform(recipe.model.declared(), rate)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": nats / weight, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    """Sums of nats, weights and gradients over the slices of a batch."""
+
+    def one(example: Example, index: int | jax.Array) -> Any:
+        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+            return recipe.objective.loss(recipe.model, _cast(recipe, params), example, jax.random.fold_in(key, index))
+
+        (nats, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return nats, weight, grads
+
+    n = recipe.slices
+    if n == 1:
+        return one(example, 0)
+
+    def slices(a: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(a, (n, *a.shape)) if a.shape[0] == 1 else a.reshape(n, -1, *a.shape[1:])
+
+    def add(total: Any, xs: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*xs)), None
+
+    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, (jax.tree.map(slices, example), jnp.arange(n)))[0]
+
+
+def _cast(recipe: Recipe, params: Any) -> Any:
+    return jax.tree.map(lambda a: a.astype(recipe.compute_dtype), params)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_steps(
+    recipe: Recipe, state: TrainState, batches: Batch, count: jax.Array, hyper: Hyper
+) -> tuple[TrainState, dict[str, Any]]:
+    """The first `count` batches of a buffer [K, B, ...], a run-time number; metrics are [K], NaN where not reached."""
+    size = jax.tree.leaves(batches)[0].shape[0]
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        state, metrics = carry
+        state, row = train_step(recipe, state, jax.tree.map(lambda a: a[i], batches), hyper)
+        return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, row)
+
+    metrics = {name: jnp.full(size, jnp.nan) for name in ("loss", "grad_norm", "learning_rate")}
+    return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate_batch(recipe: Recipe, params: Any, batch: Batch) -> jax.Array:
+    """float32[2]: the sum of nats over a batch, without dropout, and the sum of weights."""
+    example = recipe.objective.prepare(batch, jax.random.key(0))
+    return jnp.stack(recipe.objective.loss(recipe.model, _cast(recipe, params), example, None))

@@ -1,0 +1,291 @@
+"""Specs, frozen dataclasses whose fields are hyperparameters; and the declarations of the arrays that they own."""
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+import types
+import typing
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+Arrays = Mapping[str, jax.Array]
+Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
+S = TypeVar("S", bound="Spec")
+
+
+class InputError(ValueError):
+    """The user's mistake, in one sentence that names field or file, value, rule and remedy."""
+
+
+@typing.dataclass_transform(frozen_default=True)
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A part that may be swapped. Subclassing makes the class a frozen dataclass, hashable, and a pytree.
+
+    Fields annotated with `float` or with a Spec are the pytree's leaves, all others its structure. So a spec that is
+    closed over is static, and the same spec passed as an argument has traced numbers and compiles nothing anew.
+    """
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True)(cls)
+        annotations = typing.get_type_hints(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        data = [name for name in names if _is_traced(annotations[name])]
+        jax.tree_util.register_dataclass(cls, data, [name for name in names if name not in data])
+
+    def check(self, at: str = "") -> None:
+        """Raises ValueError for values that do not go together; `at` is the path of this spec, as "model."."""
+
+
+def _is_traced(annotation: Any) -> bool:
+    if arguments := typing.get_args(annotation):  # a union, or a tuple
+        return any(_is_traced(argument) for argument in arguments)
+    return annotation is float or isinstance(annotation, type) and issubclass(annotation, Spec)
+
+
+# --- values: from the command line, a config file or a stored run
+
+
+def checked(spec: S, at: str = "") -> S:
+    """The spec with numbers cast to their annotated types; an InputError if a value cannot be.
+
+    Without the cast `weight_decay=0` and `weight_decay=0.0` would be two programs.
+    """
+    annotations = typing.get_type_hints(type(spec))
+    names = [field.name for field in dataclasses.fields(spec)]
+    spec = dataclasses.replace(spec, **{n: _cast(getattr(spec, n), annotations[n], at + n) for n in names})
+    try:
+        spec.check(at)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return spec
+
+
+def override(spec: S, path: str, value: Any, at: str = "") -> S:
+    """The spec with the field at a dotted path replaced. A string is read as the field's type: "3", "none", "1e-3"."""
+    name, _, rest = path.partition(".")
+    names = [field.name for field in dataclasses.fields(spec)]
+    if name not in names:
+        raise InputError(f"{at}{name}: {type(spec).__name__} has no such field; {nearest(name, names)}")
+    old = getattr(spec, name)
+    if not rest:
+        new = _parse(value, typing.get_type_hints(type(spec))[name]) if isinstance(value, str) else value
+    elif isinstance(old, Spec):
+        new = override(old, rest, value, f"{at}{name}.")
+    else:
+        raise InputError(f"{at}{path}: {at}{name}={old!r} has no fields; set {at}{name} itself")
+    return dataclasses.replace(spec, **{name: new})
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a wrong name."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"it has {', '.join(names) or 'none'}"
+
+
+def _cast(value: Any, annotation: Any, path: str) -> Any:
+    options = _options(annotation)
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is tuple and isinstance(value, tuple | list):
+            inner = typing.get_args(option)[0]
+            return tuple(_cast(v, inner, f"{path}.{i}") for i, v in enumerate(value))
+        if isinstance(option, type) and type(value) is option and option is not float:
+            return value if not isinstance(value, Spec) else checked(value, path + ".")
+        if isinstance(option, type) and issubclass(option, Spec) and isinstance(value, option):
+            return checked(value, path + ".")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and float in options and math.isfinite(value):
+        return float(value)
+    names = " or ".join("None" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    finite = "finite " if number and float in options else ""
+    raise InputError(f"{path}={value!r} must be {finite}{names}, but it is {type(value).__name__}")
+
+
+def _parse(text: str, annotation: Any) -> Any:
+    """What a string on the command line means for a field; a string that fits nothing is left for `_cast` to refuse."""
+    options = _options(annotation)
+    if types.NoneType in options and text.lower() == "none":
+        return None
+    if bool in options and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for option in (int, float):
+        if option in options:
+            try:
+                return option(text)
+            except ValueError:
+                pass
+    return text
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+# --- stored form: class names and fields, resolved among classes that exist already; nothing is imported or run
+
+
+def to_json(spec: Spec) -> Any:
+    """The spec as JSON values. Refuses classes that another process could not find by their name."""
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [encode(v) for v in value]
+        if not isinstance(value, Spec):
+            return value
+        cls = type(value)
+        if cls.__module__ == "__main__" or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+            raise InputError(
+                f"{cls.__qualname__} cannot be stored: another process would not find it in {cls.__module__!r}; "
+                "define it at the top level of a module of its own and import that"
+            )
+        return {"class": _name(cls)} | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+    return encode(spec)
+
+
+def from_json(value: Any, cls: type[S], source: str) -> S:
+    """The inverse of `to_json`, checked; `source` names the file in errors."""
+    known = {_name(c): c for c in known_specs()}
+
+    def decode(value: Any, depth: int) -> Any:
+        if depth > 50:
+            raise InputError(f"{source}: nested deeper than 50 levels; no config is")
+        if isinstance(value, list):
+            return tuple(decode(v, depth + 1) for v in value)
+        if not isinstance(value, dict):
+            return value
+        found = known.get(str(value.get("class")))
+        if found is None:
+            raise InputError(
+                f"{source}: class={value.get('class')!r} is no spec of jaxformer or of an imported module; "
+                "name its module with --import"
+            )
+        names = [f.name for f in dataclasses.fields(found)]
+        given = {n: decode(v, depth + 1) for n, v in value.items() if n != "class"}
+        for name in given:
+            if name not in names:
+                raise InputError(f"{source}: {found.__name__}.{name}: no such field; {nearest(name, names)}")
+        try:
+            return found(**given)
+        except TypeError as error:  # a field without a default is missing
+            raise InputError(f"{source}: {error}; add the missing field") from None
+
+    spec = decode(value, 0)
+    if not isinstance(spec, cls):
+        raise InputError(f"{source}: holds {type(spec).__name__}, not a {cls.__name__}; was it written by jaxformer?")
+    return checked(spec)
+
+
+def dumps(spec: Spec) -> str:
+    return json.dumps(to_json(spec), indent=1, ensure_ascii=False) + "\n"
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def known_specs(cls: type[Spec] = Spec) -> list[type[Spec]]:
+    """Every spec class that exists in this process."""
+    return [c for sub in cls.__subclasses__() for c in (sub, *known_specs(sub))]
+
+
+# --- declarations of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One array of weights. "D->HK" is a matrix from D to H·K; letters without an arrow are a bias, gain or table.
+
+    The letters (docs: README, "Letters") are the one source for shape, decay, fan-in, sharding and the tables that
+    describe a model. Letters that one part alone knows carry their sizes: Param("RH", sizes={"R": 32}).
+    """
+
+    letters: str
+    init: Initializer | None = None  # None: the model's initializer decides, by the letters
+    decay: bool | None = None  # None: matrices decay, everything else does not
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Room in the cache. With S in its letters: one entry per token, written by position. Without: a running state."""
+
+    letters: str
+    fill: float = 0
+    dtype: Any = None  # None: the compute dtype
+
+
+class Declared(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """The box in which a declaration leaves Flax's init: an abstract array and how it was declared."""
+
+    value: Any
+    letters: str = struct.field(pytree_node=False)
+    decay: bool = struct.field(pytree_node=False)
+    init: Initializer | None = struct.field(pytree_node=False)
+
+    def sizes(self) -> dict[str, int]:
+        """Letter → size."""
+        return dict(zip(self.letters.replace("->", ""), self.value.shape, strict=True))
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Declared":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: Any) -> "Declared":  # called by nn.scan
+        return self.replace(letters=params[nn.PARTITION_NAME] + self.letters)
+
+    def remove_axis(self, index: int, params: Any) -> "Declared":
+        return self.replace(letters=self.letters[1:])
+
+
+def declare(module: nn.Module, name: str, params: Mapping[str, Param], dims: Mapping[str, int]) -> dict[str, jax.Array]:
+    """A group of parameters of a module, {} if there are none. At init, boxed zeros: `draw` gives them values."""
+
+    def create(key: jax.Array) -> dict[str, Declared]:
+        group = {}
+        for label, p in params.items():
+            shape = tuple({**dims, **p.sizes}[letter] for letter in p.letters.replace("->", ""))
+            decay = "->" in p.letters if p.decay is None else p.decay
+            group[label] = Declared(jnp.zeros(shape), p.letters, decay, p.init)
+        return group
+
+    return module.param(name, create) if params else {}
+
+
+def is_declared(x: Any) -> bool:
+    return isinstance(x, Declared)
+
+
+def map_declared(function: Callable[[Declared], Any], declared: Any) -> Any:
+    """Maps over the boxes of a tree of declarations."""
+    return jax.tree.map(function, declared, is_leaf=is_declared)
+
+
+def draw(declared: Any, key: jax.Array, initializer: Callable[[Declared], Initializer]) -> Any:
+    """float32 values for a tree of declarations.
+
+    An array's key depends on its path and its layer alone, so that adding a part or a layer leaves the other arrays
+    as they were, and an ablation differs in its idea only.
+    """
+
+    def one(path: Any, box: Declared) -> jax.Array:
+        own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        make, shape = box.init or initializer(box), box.value.shape
+        if not box.letters.startswith("L"):
+            return make(own, shape, jnp.float32)
+        return jax.vmap(lambda layer: make(jax.random.fold_in(own, layer), shape[1:], jnp.float32))(jnp.arange(shape[0]))
+
+    return jax.tree_util.tree_map_with_path(one, declared, is_leaf=is_declared)
