@@ -4,9 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxformer.config import Config as Config, Data as Data, Train as Train
+    from jaxformer.config import Config as Config
+    from jaxformer.config import Data as Data
+    from jaxformer.config import Train as Train
     from jaxformer.model.models import Decoder as Decoder
-    from jaxformer.run.loop import build as build, train as train
+    from jaxformer.run.loop import build as build
+    from jaxformer.run.loop import train as train
     from jaxformer.run.opened import open_run as open_run
     from jaxformer.spec import Spec as Spec
 

@@ -97,7 +97,9 @@ def inspect(run: RunDirectory, json: bool = False) -> None:
     print(f"\n{'parameter':{wide}}  {'letters':8} {'shape':20} {'count':>14}  decay")
     for row in table:
         shape = "×".join(map(str, row["shape"]))
-        print(f"{row['name']:{wide}}  {row['letters']:8} {shape:20} {row['count']:>14,}  {'yes' if row['decay'] else ''}")
+        print(
+            f"{row['name']:{wide}}  {row['letters']:8} {shape:20} {row['count']:>14,}  {'yes' if row['decay'] else ''}"
+        )
 
 
 COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (train, sample, evaluate, inspect)}
@@ -116,11 +118,16 @@ def _run(name: str | None, arguments: list[str]) -> int:
         name = arguments.pop(0) if arguments else "--help"
     try:
         if name not in COMMANDS:
-            return _fail(f"usage: jaxformer {'|'.join(COMMANDS)} ...; add --help to any of them", 0 if name in ("-h", "--help") else 2)
+            return _fail(
+                f"usage: jaxformer {'|'.join(COMMANDS)} ...; add --help to any of them",
+                0 if name in ("-h", "--help") else 2,
+            )
         if name == "train":
             train(arguments)
         else:
-            tyro.cli(COMMANDS[name], args=arguments, prog=name, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+            tyro.cli(
+                COMMANDS[name], args=arguments, prog=name, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)
+            )
     except InputError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt as interrupt:

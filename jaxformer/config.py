@@ -103,7 +103,9 @@ def load(path: str | Path) -> Config:
     """The `config` that a Python file defines. Raises InputError if there is none."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"config {str(path)!r} does not exist; give the path of a Python file such as configs/quickstart.py")
+        raise InputError(
+            f"config {str(path)!r} does not exist; give the path of a Python file such as configs/quickstart.py"
+        )
     try:
         found = runpy.run_path(str(path)).get("config")
     except Exception as error:  # whatever the user's file raises, it is the user's to mend

@@ -1,8 +1,9 @@
 """The numerical ground: a canary that no run starts without."""
 
+from importlib import metadata
+
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from jaxformer.spec import InputError
 
@@ -19,7 +20,7 @@ def check_numerics() -> None:
     if all(float(total(column)) == 2 * 1024 * 1024 for _ in range(10)) and float(squares(rows)[-1]) == 2.0**30:
         return
     raise InputError(
-        f"jaxlib {jaxlib.__version__} computes wrong sums on {jax.default_backend()}; "
+        f"jaxlib {metadata.version('jaxlib')} computes wrong sums on {jax.default_backend()}; "
         "install a release that does not (pip install 'jax!=0.10.2,!=0.11.*'), or start a new process with "
         "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
     )

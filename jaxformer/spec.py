@@ -48,7 +48,7 @@ class Spec:
 def _is_traced(annotation: Any) -> bool:
     if arguments := typing.get_args(annotation):  # a union, or a tuple
         return any(_is_traced(argument) for argument in arguments)
-    return annotation is float or isinstance(annotation, type) and issubclass(annotation, Spec)
+    return annotation is float or (isinstance(annotation, type) and issubclass(annotation, Spec))
 
 
 # --- values: from the command line, a config file or a stored run
@@ -251,10 +251,10 @@ class Declared(struct.PyTreeNode, nn.meta.AxisMetadata):
         return self.replace(letters=self.letters[1:])
 
 
-def declare(module: nn.Module, name: str, params: Mapping[str, Param], dims: Mapping[str, int]) -> dict[str, jax.Array]:
+def declare(module: nn.Module, name: str, params: Mapping[str, Param], dims: Mapping[str, int]) -> Arrays:
     """A group of parameters of a module, {} if there are none. At init, boxed zeros: `draw` gives them values."""
 
-    def create(key: jax.Array) -> dict[str, Declared]:
+    def create(key: jax.Array) -> dict[str, Any]:
         group = {}
         for label, p in params.items():
             shape = tuple({**dims, **p.sizes}[letter] for letter in p.letters.replace("->", ""))
@@ -286,6 +286,8 @@ def draw(declared: Any, key: jax.Array, initializer: Callable[[Declared], Initia
         make, shape = box.init or initializer(box), box.value.shape
         if not box.letters.startswith("L"):
             return make(own, shape, jnp.float32)
-        return jax.vmap(lambda layer: make(jax.random.fold_in(own, layer), shape[1:], jnp.float32))(jnp.arange(shape[0]))
+        return jax.vmap(lambda layer: make(jax.random.fold_in(own, layer), shape[1:], jnp.float32))(
+            jnp.arange(shape[0])
+        )
 
     return jax.tree_util.tree_map_with_path(one, declared, is_leaf=is_declared)

@@ -84,10 +84,12 @@ def _write(corpus: Corpus, tokenizer: Bytes, fingerprint: str, directory: Path) 
         os.fsync(file.fileno())
     manifest = {
         "corpus_sha256": fingerprint,
-        "tokenizer_sha256": hashlib.sha256(dumps(tokenizer).encode()).hexdigest(),
         "tokens": count,
         "dtype": dtype.name,
-        "tokens_sha256": digest.hexdigest(),
+        "sha256": {
+            "tokenizer.json": hashlib.sha256(dumps(tokenizer).encode()).hexdigest(),
+            "tokens.bin": digest.hexdigest(),
+        },
     }
     (directory / "tokenizer.json").write_text(dumps(tokenizer), encoding="utf-8")
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -95,13 +97,13 @@ def _write(corpus: Corpus, tokenizer: Bytes, fingerprint: str, directory: Path) 
 
 def _open(directory: Path) -> Prepared:
     manifest = json.loads((directory / "manifest.json").read_text())
-    tokenizer = read_tokenizer(directory / "tokenizer.json")
-    path = directory / "tokens.bin"
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != manifest["tokens_sha256"]:
-            raise InputError(f"{path.name} is not what manifest.json says")
+    for name in ("tokenizer.json", "tokens.bin"):
+        with open(directory / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest["sha256"][name]:
+                raise InputError(f"{name} is not what manifest.json says")
+    path, tokenizer = directory / "tokens.bin", read_tokenizer(directory / "tokenizer.json")
     empty = path.stat().st_size == 0
-    tokens = np.empty(0, manifest["dtype"]) if empty else np.memmap(path, manifest["dtype"], "r")
+    tokens: Tokens = np.empty(0, np.uint8) if empty else np.memmap(path, manifest["dtype"], "r")
     check_ids(tokens, tokenizer.vocab_size)
     return Prepared(tokens, tokenizer, manifest)
 

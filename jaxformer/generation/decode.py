@@ -16,7 +16,12 @@ Processors = tuple[Unchanged, ...]
 
 
 def generate(
-    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], tokens: int, processors: Processors = (), seed: int = 0
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    processors: Processors = (),
+    seed: int = 0,
 ) -> np.ndarray:
     """int32[B, tokens] that follow the prompts, none of which may be empty.
 
@@ -51,7 +56,7 @@ def _bucket(length: int, limit: int) -> int:
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(model: Decoder, params: Any, prompt: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
     """The hidden state [B, D] of the last token of each prompt [B, T], padded on the right, and the filled cache."""
-    at = places((jnp.arange(prompt.shape[1]) < lengths[:, None]).astype(jnp.int32))
+    at = places((jnp.arange(prompt.shape[1])[None] < lengths[:, None]).astype(jnp.int32))
     cache = model.cache(len(prompt), model.context_length, jax.tree.leaves(params)[0].dtype)
     h, cache = model.hidden(params, prompt, at, cache=cache)
     return jnp.take_along_axis(h, lengths[:, None, None] - 1, axis=1)[:, 0], cache

@@ -24,7 +24,7 @@ class Temperature(Unchanged):
             raise ValueError(f"{at}temperature={self.value} must be at least 0; 0 always takes the likeliest token")
 
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        first = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+        first = jnp.arange(logits.shape[-1])[None] == logits.argmax(-1, keepdims=True)
         greedy = jnp.where(first, logits, -jnp.inf)
         return jnp.where(self.value == 0, greedy, logits / jnp.where(self.value == 0, 1, self.value))
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.kernels import Softmax
-from jaxformer.model.layers import linear
+from jaxformer.model.layers import along, linear
 from jaxformer.model.masks import Causal, Places, View
 from jaxformer.model.positions import NoPosition
 from jaxformer.spec import Arrays, Param, Slot, declare
@@ -61,8 +61,8 @@ class Attention(nn.Module):
         h = self.kernel(self.for_kernel, q, new, seen, view, bias, key, self.dropout)
         B, H, T, K = h.shape
         h = linear(h.swapaxes(1, 2).reshape(B, T, H * K), self.projections["o"].reshape(H * K, -1))
-        return (h + self.projections["o_bias"] if self.bias else h), cache
+        return (h + along(self.projections["o_bias"], h) if self.bias else h), cache
 
     def _heads(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:
         h = linear(x, self.projections[name])  # [B, T, H, K]
-        return (h + self.projections[f"{name}_bias"] if self.bias else h).swapaxes(1, 2)
+        return (h + along(self.projections[f"{name}_bias"], h) if self.bias else h).swapaxes(1, 2)

@@ -54,9 +54,9 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Arrays | None]:
         s = self.spec
         h, cache = self.attention(s.norm(self.norm_attention, x), at, shared, fold(key, WEIGHTS), cache)
-        x = x + dropout(key, h, s.dropout, ATTENTION)
+        x = x + dropout(fold(key, ATTENTION), h, s.dropout)
         h = s.feed_forward(self.feed_forward, s.norm(self.norm_feed_forward, x))
-        return x + dropout(key, h, s.dropout, FEED), cache
+        return x + dropout(fold(key, FEED), h, s.dropout), cache
 
 
 class Group(nn.Module):
@@ -93,12 +93,12 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         s = self.kinds[0]  # position, norm and dropout are the same for all kinds
         shared = {} if s.position.per_layer else declare(self, "position", s.position.params(), self.dims)
-        x = dropout(fold(key, self.n_layers), s.position.embed(shared, x, at), s.dropout, EMBED)
+        x = dropout(fold(key, self.n_layers, EMBED), s.position.embed(shared, x, at), s.dropout)
         layers = nn.scan(
             Group,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.n_layers // len(self.kinds),
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "L"},

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxformer.model.masks import Places, View
 from jaxformer.spec import Arrays, Param, Slot, Spec
@@ -35,7 +35,7 @@ class NoPosition(Spec):
         return qk
 
     def bias(self, params: Arrays, view: View, new: Arrays, seen: Arrays) -> Float[Array, "..."] | float:
-        """What is added to the scores, broadcast to [B, H, T, S]; `new` is remembered of the queries, `seen` of the keys."""
+        """What is added to the scores [B, H, T, S]; `new` is what the queries' tokens left, `seen` the keys'."""
         return 0.0
 
 
@@ -65,7 +65,7 @@ class Rotary(NoPosition):
             )
 
     def rotate(self, params: Arrays, qk: Float[Array, "B H T K"], at: Places) -> Float[Array, "B H T K"]:
-        angle = at.position[:, None, :, None] * _frequencies(qk.shape[-1], self.base)
+        angle = at.position[:, None, :, None] * _frequencies(qk.shape[-1], self.base)[None, None, None]
         sin, cos = jnp.sin(angle), jnp.cos(angle)  # [B, 1, T, K/2]
         a, b = jnp.split(qk.astype(jnp.float32), 2, -1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(qk.dtype)

@@ -33,7 +33,10 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 1, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant here
         loss = _valid_loss
-        keep_both = [preservation_policy.LatestN(keep), preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=1)]
+        keep_both = [
+            preservation_policy.LatestN(keep),
+            preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=1),
+        ]
         options = ocp.CheckpointManagerOptions(
             best_fn=loss,
             best_mode="min",
@@ -60,14 +63,18 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics)
 
     def restore(self, abstract: Any, step: int) -> Any:
-        """The state of a step, in the shape and sharding of `abstract`. Raises InputError if it is not what was saved."""
+        """The state of a step, shaped and sharded as `abstract`. Raises InputError if it is not what was saved."""
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
             state, metrics = restored["state"], self._manager.metrics(step) or {}
         except Exception as error:  # damaged files raise five types of exception, and more with each release
-            raise InputError(f"{self._directory / str(step)} cannot be restored: {type(error).__name__}; {REMEDY}") from error
+            raise InputError(
+                f"{self._directory / str(step)} cannot be restored: {type(error).__name__}; {REMEDY}"
+            ) from error
         if sha256(state) != metrics.get("state_sha256"):
-            raise InputError(f"{self._directory / str(step)} is damaged: its SHA-256 differs from when it was saved; {REMEDY}")
+            raise InputError(
+                f"{self._directory / str(step)} is damaged: its SHA-256 differs from when it was saved; {REMEDY}"
+            )
         return state
 
     def restore_newest(self, abstract: Any, remove_damaged: bool = True) -> Any:

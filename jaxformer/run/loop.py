@@ -181,13 +181,17 @@ def _claimed(config: Config, prepared: Prepared) -> Iterator[None]:
         _check_same(config, config_lib.read(directory / "config.json"))
         verify_data(directory, prepared)
     elif directory.exists() and {path.name for path in directory.iterdir()} - files:
-        raise InputError(f"directory={config.directory!r} holds something that is no run; give an empty or a new folder")
+        raise InputError(
+            f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"directory={config.directory!r} is being trained by another process; wait for it") from None
+            raise InputError(
+                f"directory={config.directory!r} is being trained by another process; wait for it"
+            ) from None
         if not is_run:  # config.json last: it makes the directory a run
             (directory / "data.json").write_text(json.dumps(prepared.manifest, indent=1) + "\n")
             (directory / "tokenizer.json").write_text(dumps(prepared.tokenizer), encoding="utf-8")

@@ -28,7 +28,7 @@ class Reports:
     def __init__(self, config: Config, step: int):
         path = Path(config.directory) / "metrics.jsonl"
         _drop_rows_after(path, step)
-        self._file = open(path, "a")
+        self._file = open(path, "a")  # noqa: SIM115 (closed by `close`)
         self._bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self._log_every, self._tokens_per_step = config.train.log_every, config.data.batch_size * config.window
         self._in_flight: collections.deque[tuple[int, int, Mapping[str, Any]]] = collections.deque()

@@ -57,7 +57,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     transform = hyper.optimizer.transform(recipe.model.declared(), rate)
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": nats / weight, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+    metrics = {"loss": nats / weight, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -1,0 +1,50 @@
+"""Strict JAX for all tests: ranks must match, warnings are errors, and signatures' shapes are checked as calls are made."""
+
+import importlib
+import inspect
+import os
+
+CACHE = os.path.join(os.path.dirname(os.path.dirname(__file__)), ".jax_cache")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)  # the commands that tests start share it
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # what CPU does anyway
+
+
+def check_shapes(module):
+    """Wraps every function and method whose annotations carry shapes, so that each call checks them."""
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    for owner in [module, *classes]:
+        for name, f in list(vars(owner).items()):
+            own = inspect.isfunction(f) and f.__module__ == module.__name__
+            if own and any("jaxtyping" in repr(a) for a in f.__annotations__.values()):
+                setattr(owner, name, jaxtyped(typechecker=beartype)(f))
+
+
+# From the bottom up, so that each module imports functions that are wrapped already.
+for name in ("masks", "layers", "positions", "kernels", "attention", "blocks", "models"):
+    check_shapes(importlib.import_module(f"jaxformer.model.{name}"))
+for name in ("learning.objectives", "generation.logits_processors"):
+    check_shapes(importlib.import_module(f"jaxformer.{name}"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Prepared corpora go to a folder of the test session, not to the user's cache."""
+    monkeypatch.setenv("JAXFORMER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def data_directory():
+    """The folder of published corpora."""
+    path = os.environ.get("JAXFORMER_DATA")
+    if not path:
+        pytest.skip("JAXFORMER_DATA is unset: set it to the folder that holds tinyshakespeare.txt")
+    return path

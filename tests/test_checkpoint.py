@@ -1,0 +1,126 @@
+"""Checkpoints: what comes back is what was saved, or it is refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.run.checkpoint import Checkpoints, sha256
+from jaxformer.spec import InputError
+
+
+def state(seed):
+    rng = np.random.default_rng(seed)
+    return {"a": {"w": jnp.asarray(rng.normal(size=(101, 103)), jnp.float32)}, "step": jnp.int32(seed)}
+
+
+ABSTRACT = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+    state(0),
+)
+
+
+def fill(directory, losses, keep=2):
+    checkpoints = Checkpoints(directory, keep)
+    for step, loss in losses.items():
+        checkpoints.save(state(step), step, loss)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ({1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: None, 6: 5.0}, [2, 5, 6]),
+        ({1: 3.0, 2: 2.0, 3: 1.0}, [2, 3]),
+        ({1: None, 2: None, 3: None, 4: None}, [3, 4]),
+        ({1: None, 2: 1.0, 3: 2.0, 4: None, 5: 3.0, 6: None}, [2, 5, 6]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, losses, kept):
+    fill(tmp_path / "c", losses)
+    checkpoints = Checkpoints(tmp_path / "c", read_only=True)
+    assert checkpoints.steps() == kept
+    evaluated = {step: loss for step, loss in losses.items() if loss is not None}
+    best = min(evaluated, key=evaluated.get) if evaluated else None
+    assert checkpoints.best() == (None if best is None else (best, losses[best]))
+    for step in kept:
+        assert sha256(checkpoints.restore(ABSTRACT, step)) == sha256(state(step))
+
+
+def largest(directory: Path) -> Path:
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_flipped_file_is_found_and_the_last_good_step_taken(tmp_path):
+    """Each file of a checkpoint in turn: the restored state is the newest one, whole, or the one before."""
+    fill(tmp_path / "c", {1: 1.0, 2: 2.0})
+    fallen = 0
+    for path in sorted(p for p in (tmp_path / "c" / "2").rglob("*") if p.is_file() and p.stat().st_size):
+        data = path.read_bytes()
+        flip(path)
+        found = Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT, remove_damaged=False)
+        fallen += int(found["step"]) == 1
+        assert sha256(found) == sha256(state(int(found["step"])))
+        path.write_bytes(data)
+    assert fallen >= 2  # of the arrays and the digest at least
+
+
+def test_damage_is_named_removed_and_written_anew(tmp_path, caplog):
+    fill(tmp_path / "c", {1: 1.0, 2: 2.0})
+    flip(largest(tmp_path / "c" / "2"))
+    with pytest.raises(InputError, match=r"c.2 (is damaged|cannot be restored)"):
+        Checkpoints(tmp_path / "c", read_only=True).restore(ABSTRACT, 2)
+    checkpoints = Checkpoints(tmp_path / "c", 2)
+    assert int(checkpoints.restore_newest(ABSTRACT)["step"]) == 1 and "take another checkpoint" in caplog.text
+    checkpoints.save(state(2), 2, 2.0)
+    checkpoints.close()
+    assert int(Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT)["step"]) == 2
+
+
+def test_nothing_but_damage_is_said(tmp_path):
+    assert Checkpoints(tmp_path / "none", 1).restore_newest(ABSTRACT) is None
+    fill(tmp_path / "c", {1: 1.0})
+    largest(tmp_path / "c" / "1").unlink()
+    with pytest.raises(InputError, match="every checkpoint is damaged"):
+        Checkpoints(tmp_path / "c", 1).restore_newest(ABSTRACT)
+    assert (tmp_path / "c" / "1").exists()  # nothing is removed where nothing better is at hand
+
+
+def test_an_unfinished_save_is_skipped(tmp_path):
+    fill(tmp_path / "c", {1: 1.0, 2: 2.0})
+    (tmp_path / "c" / "2").rename(tmp_path / "c" / "2.orbax-checkpoint-tmp")
+    assert int(Checkpoints(tmp_path / "c", 2).restore_newest(ABSTRACT)["step"]) == 1
+
+
+def test_saving_does_not_race_with_the_donated_state(tmp_path):
+    """The state is saved in the background while the next call overwrites it in place."""
+    call = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
+    checkpoints, digests = Checkpoints(tmp_path / "c", 30), {}
+    now = jax.tree.map(lambda a: jnp.broadcast_to(a, (50, *a.shape)) + 0, state(0))
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), now)
+    for step in range(20):
+        checkpoints.save(now, step, None)
+        digests[step] = sha256(now)
+        now = call(now)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "c", read_only=True)
+    for step, digest in digests.items():
+        assert sha256(checkpoints.restore(abstract, step)) == digest
+        metrics = json.loads((tmp_path / "c" / str(step) / "metrics" / "metrics").read_text())
+        assert metrics == {"state_sha256": digest}
+
+
+def test_a_digest_covers_path_dtype_shape_and_bytes():
+    w = np.arange(6, dtype=np.float32)
+    trees = [{"w": w}, {"v": w}, {"w": w.reshape(2, 3)}, {"w": w.view(np.int32)}, {"w": w + 1}, {"a": {"w": w}}]
+    assert len({sha256(tree) for tree in trees}) == len(trees)
+    assert sha256({"b": w, "a": w.reshape(2, 3).T}) == sha256({"a": np.ascontiguousarray(w.reshape(2, 3).T), "b": w})

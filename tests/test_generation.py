@@ -1,0 +1,96 @@
+"""Decoding against the naive loop, and processors against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import outside
+import pytest
+from tiny import decoder, hidden, ids, loud
+
+from jaxformer.generation import decode
+from jaxformer.generation.decode import generate
+from jaxformer.generation.logits_processors import Temperature, TopK, TopP
+from jaxformer.model.masks import Causal, Window, one_document
+from jaxformer.model.positions import Rotary
+
+MODELS = [
+    decoder(n_layers=2),
+    decoder(n_layers=2, position=Rotary(), mask=(Window(4), Causal())),
+    decoder(n_layers=2, position=outside.LearnedPace(), kernel=outside.SinkWithStatistic()),
+]
+
+
+def naive(model, params, prompt, tokens, row, seed, temperature):
+    """Every token from a full pass. A text that fills the context goes on from its last half."""
+    text = prompt[-model.context_length :]
+    for t in range(tokens):
+        if len(text) > model.context_length:
+            text = text[-(model.context_length // 2) :]
+        h, _ = hidden(model, params, jnp.array([text], jnp.int32), one_document(len(text)))
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), t)
+        logits = model.logits(params, h)[0, -1]
+        text.append(int(logits.argmax()) if temperature == 0 else int(jax.random.categorical(key, logits / temperature)))
+        yield text[-1]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=["learned", "rotary, window", "outside"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generation_equals_the_naive_loop(model, temperature):
+    params = loud(model)
+    prompts = [ids(3).tolist(), ids(5, seed=2).tolist(), ids(2, seed=3).tolist()]
+    out = generate(model, params, prompts, 6, (Temperature(temperature),), 11)
+    for row, prompt in enumerate(prompts):
+        assert out[row].tolist() == list(naive(model, params, prompt, 6, row, 11, temperature))
+
+
+@pytest.mark.parametrize("length", [1, 22, 23, 40])
+def test_a_text_that_fills_the_context_goes_on_from_its_last_half(length):
+    model = MODELS[0]
+    params, prompt = loud(model), ids(length).tolist()
+    out = generate(model, params, [prompt], 40, (Temperature(0.7),), 3)
+    assert out[0].tolist() == list(naive(model, params, prompt, 40, 0, 3, 0.7))
+
+
+def test_more_samples_and_more_tokens_leave_the_first_ones_as_they_were():
+    model = MODELS[0]
+    params, prompt = loud(model), ids(4).tolist()
+    few = generate(model, params, [prompt] * 2, 9, (), 5)
+    many = generate(model, params, [prompt] * 5, 30, (), 5)
+    assert np.array_equal(many[:2, :9], few) and len({tuple(row) for row in many.tolist()}) == 5
+    assert not np.array_equal(generate(model, params, [prompt] * 2, 9, (), 6), few)
+    assert generate(model, params, [prompt], 0).shape == (1, 0)
+
+
+def test_other_lengths_and_temperatures_compile_nothing():
+    model = MODELS[0]
+    params = loud(model)
+    generate(model, params, [ids(5).tolist()], 5, (Temperature(0.5),))
+    before = decode._prefill._cache_size(), decode._decode._cache_size()
+    generate(model, params, [ids(8).tolist()], 9, (Temperature(0.9),), 3)
+    assert (decode._prefill._cache_size(), decode._decode._cache_size()) == before
+
+
+def test_processors():
+    logits = np.log(np.array([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]], np.float32))
+    kept = lambda processor: np.isfinite(processor(jnp.asarray(logits))).tolist()
+    assert kept(TopK(2)) == [[False, True, True, False], [True, True, False, False]]
+    assert kept(TopK(9)) == [[True] * 4] * 2
+    assert kept(TopP(0.4))[0] == [False, True, False, False]
+    assert kept(TopP(0.41))[0] == [False, True, True, False]
+    assert kept(TopP(0.95))[0] == [True] * 4 and kept(TopP(1.0)) == [[True] * 4] * 2
+    assert kept(TopP(1e-6)) == [[False, True, False, False], [True, False, False, False]]
+    np.testing.assert_allclose(Temperature(0.5)(jnp.asarray(logits)), logits * 2)
+    assert kept(Temperature(0.0)) == [[False, True, False, False], [True, False, False, False]]
+
+
+def test_draws_follow_the_distribution():
+    """The frequencies of 4,000 tokens of a model that says the same everywhere."""
+    model = decoder(n_layers=1, vocab_size=5, tied_head=False, position=Rotary())
+    params = loud(model)
+    params = {**params, "head": {"kernel": jnp.zeros((84, 5)).at[0].set(jnp.log(jnp.array([1, 2, 3, 4, 6.0])))}}
+    params["decoder"] = {**params["decoder"], "norm": {"scale": jnp.zeros(84), "bias": jnp.zeros(84).at[0].set(1)}}
+    out = generate(model, params, [[0]] * 100, 40, (), 1)
+    share = np.bincount(out.ravel(), minlength=5) / out.size
+    np.testing.assert_allclose(share, np.array([1, 2, 3, 4, 6]) / 16, atol=0.025)
+    cut = generate(model, params, [[0]] * 100, 40, (TopK(2),), 1)
+    assert set(cut.ravel().tolist()) == {3, 4}

@@ -1,0 +1,157 @@
+"""Layers against ten lines of NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jaxtyping import TypeCheckError
+
+from jaxformer.model import layers
+from jaxformer.model.kernels import Softmax
+from jaxformer.model.masks import Causal, Places, View, Window, one_document, places
+from jaxformer.model.positions import Rotary
+
+rng = np.random.default_rng(0)
+
+
+def close(a, b, atol=1e-5):
+    np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
+
+
+def draws(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def j(*tree):
+    """As JAX arrays, which signatures ask for."""
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def test_layer_norm():
+    x, scale, bias = draws(3, 5, 7), draws(7), draws(7)
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    expected = (x - mean) / np.sqrt(variance + 1e-5) * scale + bias
+    close(layers.LayerNorm()(*j({"scale": scale, "bias": bias}, x)), expected)
+    close(layers.LayerNorm(bias=False)(*j({"scale": scale}, x)), expected - bias)
+    assert layers.LayerNorm(bias=False).params().keys() == {"scale"}
+
+
+def test_rms_norm():
+    x, scale = draws(3, 5, 7), draws(7)
+    close(layers.RMSNorm()(*j({"scale": scale}, x)), x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale)
+
+
+def test_norms_compute_in_float32():
+    x = jnp.asarray(draws(3, 5, 7) + 100, jnp.bfloat16)
+    for norm in (layers.LayerNorm(bias=False), layers.RMSNorm()):
+        out = norm({"scale": jnp.ones(7, jnp.bfloat16)}, x)
+        assert out.dtype == jnp.bfloat16
+        close(out.astype(np.float32), norm({"scale": jnp.ones(7)}, x.astype(np.float32)), 0.02)
+
+
+def test_gelu():
+    x = draws(3, 5)
+    exact = 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    close(layers.GELU(approximate=False)(*j(x)), exact)
+    close(layers.GELU()(*j(x)), 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+
+
+def test_feed_forward():
+    x, up, down, b, c = draws(3, 5, 7), draws(7, 11), draws(11, 7), draws(11), draws(7)
+    params = {"up": up, "down": down, "up_bias": b, "down_bias": c}
+    spec = layers.FeedForward(layers.Identity(), bias=True)
+    close(spec(*j(params, x)), (x @ up + b) @ down + c, 1e-4)
+    assert spec.params().keys() == params.keys()
+    gelu = layers.GELU()
+    close(layers.FeedForward()(*j(params, x)), np.asarray(gelu(*j(x @ up))) @ down, 1e-4)
+
+
+def test_linear():
+    x, w = draws(3, 5, 7), draws(7, 2, 11)
+    close(layers.linear(*j(x, w)), np.einsum("BTD,DHK->BTHK", x, w))
+
+
+def test_dropout():
+    x = jnp.ones((101, 103))
+    assert layers.dropout(None, x, 0.3) is x and layers.dropout(jax.random.key(0), x, 0.0) is x
+    y = layers.dropout(jax.random.key(0), x, 0.3)
+    assert float((y == 0).mean()) == pytest.approx(0.3, abs=0.02)
+    close(y[y != 0], 1 / 0.7)
+    assert not jnp.array_equal(y, layers.dropout(jax.random.key(1), x, 0.3))
+
+
+def test_rotary():
+    """Pairs of halves are turned by position · base^(−2i/K), as complex numbers."""
+    x, position = draws(2, 3, 5, 14), rng.integers(0, 50, (2, 5))
+    z = x[..., :7] + 1j * x[..., 7:]
+    z = z * np.exp(1j * position[:, None, :, None] * 100.0 ** (-np.arange(0, 14, 2) / 14))
+    out = Rotary(100.0).rotate({}, *j(x), Places(jnp.asarray(position), jnp.ones((2, 5), jnp.int32)))
+    close(out, np.concatenate([z.real, z.imag], -1), 1e-4)
+
+
+def softmax_attention(q, k, v, mask):
+    """[B, H, T, K] with G key/value heads, row by row."""
+    out = np.zeros_like(q)
+    for b, h, t in np.ndindex(q.shape[:3]):
+        g = h // (q.shape[1] // k.shape[1])
+        s = np.flatnonzero(mask[b, t])
+        scores = k[b, g, s] @ q[b, h, t] / math.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max()) if len(s) else scores
+        out[b, h, t] = weights @ v[b, g, s] / max(weights.sum(), 1e-30)
+    return out
+
+
+@pytest.mark.parametrize("rule", [Causal(), Window(3)])
+def test_softmax_kernel(rule):
+    q, k, v = draws(2, 6, 7, 5), draws(2, 3, 7, 5), draws(2, 3, 7, 5)
+    segment = np.array([[1, 1, 1, 2, 2, 2, 2], [0, 0, 3, 3, 3, 0, 0]], np.int32)
+    at = places(jnp.asarray(segment))
+    p, s = np.asarray(at.position), segment
+    mask = (s[:, :, None] == s[:, None]) & (p[:, None] <= p[:, :, None])
+    if isinstance(rule, Window):
+        mask &= p[:, None] > p[:, :, None] - 3
+    (seen,) = j({"k": k, "v": v})
+    out = Softmax()({}, jnp.asarray(q), seen, seen, View(at, at, rule), 0.0, None, 0.0)
+    real = (segment > 0)[:, None, :, None]
+    close(out * real, softmax_attention(q, k, v, mask) * real)
+
+
+def test_scores_have_the_variance_of_one_product():
+    """q·k of width 16 has variance 16; scores must have 1. Dividing by K^−½ instead trains, and stalls."""
+    q, k = draws(2, 3, 101, 16), draws(2, 3, 101, 16)
+    scores = Softmax().scores(*j({}, q, {}, {"k": k}))
+    assert float(np.var(np.asarray(scores))) == pytest.approx(1, rel=0.05)
+
+
+def test_a_query_that_sees_nothing_gets_zero():
+    q = jnp.asarray(draws(1, 1, 2, 3))
+    query, key = one_document(2), Places(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32))
+    seen = {"k": q, "v": q}
+    out, pull = jax.vjp(lambda q: Softmax()({}, q, seen, seen, View(query, key, Causal()), 0.0, None, 0.0), q)
+    assert (out == 0).all() and jnp.isfinite(pull(out + 1)[0]).all()
+
+
+def test_dropout_of_attention_weights_keeps_their_mean():
+    q, v = jnp.zeros((1, 1, 31, 2)), jnp.ones((1, 1, 31, 2))
+    at, seen = one_document(31), {"k": q, "v": v}
+    out = Softmax()({}, q, seen, seen, View(at, at, Causal()), 0.0, jax.random.key(0), 0.5)
+    assert float(out.std()) > 0.05 and float(out[0, 0, 15:].mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_places_count_within_segments():
+    segment = jnp.array([[1, 1, 2, 2, 2, 0, 0], [0, 0, 1, 1, 3, 3, 3]])
+    expected = [[0, 1, 0, 1, 2, 0, 1], [0, 1, 0, 1, 0, 1, 2]]
+    assert places(segment).position.tolist() == expected
+
+
+def test_shapes_are_checked_in_tests():
+    with pytest.raises(TypeCheckError):
+        layers.linear(jnp.ones((3, 5)), jnp.ones((7, 2)))
+    with pytest.raises(TypeCheckError):
+        Softmax().scores({}, jnp.ones((2, 3, 5)), {}, {"k": jnp.ones((2, 3, 5, 7))})
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.ones((3, 5)) + jnp.ones(5)
+    assert tiny.SIZES["d_model"] % tiny.SIZES["n_heads"] == 0

@@ -1,0 +1,198 @@
+"""Properties of the decoder, for each of its positions, masks and kernels, a stranger's among them."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import outside
+import pytest
+from tiny import B, T, decoder, hidden, ids, loud
+
+from jaxformer.keys import fold
+from jaxformer.model import blocks
+from jaxformer.model.layers import FeedForward, LayerNorm, RMSNorm, dropout
+from jaxformer.model.masks import Causal, Places, Window, one_document, places
+from jaxformer.model.positions import Learned, NoPosition, Rotary
+
+POSITIONS = [NoPosition(), Learned(), Rotary(), outside.LearnedPace()]
+MASKS = {"causal": Causal(), "window": Window(5)}
+KERNELS = {"softmax": {}, "outside": {"kernel": outside.SinkWithStatistic()}}
+each_position = pytest.mark.parametrize("position", POSITIONS, ids=lambda p: type(p).__name__)
+each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+
+
+def close(a, b, atol=1e-5):
+    np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
+
+
+def cut(at, *where):
+    return Places(*(jnp.broadcast_to(a, (B, a.shape[1]))[:, slice(*where)] for a in at))
+
+
+@each_position
+@each_mask
+@each_kernel
+def test_nothing_sees_the_future(position, mask, kernel):
+    """By gradient, through the whole model, on weights that hide nothing."""
+    model = decoder(position=position, mask=mask, **kernel)
+    params = loud(model)
+
+    @jax.jit
+    def gradient(table):
+        # the ids are all different, so that a row of the table is a place of the text
+        out = lambda table: model.hidden(
+            params | {"embedding": {"table": table}}, jnp.arange(T)[None], one_document(T)
+        )[0][0, 6].sum()
+        return jax.grad(out)(table)
+
+    size = jnp.abs(gradient(params["embedding"]["table"])).sum(-1)
+    assert (size[7:] == 0).all() and (size[3:7] > 1e-6).all()
+
+
+@each_position
+@each_kernel
+def test_packed_documents_are_as_each_alone(position, kernel):
+    model = decoder(position=position, **kernel)
+    params, text = loud(model), ids(B, T)
+    segment = np.ones((B, T), np.int32)
+    segment[:, 5:] = 2
+    packed, _ = hidden(model, params, text, places(jnp.asarray(segment)))
+    first, _ = hidden(model, params, text[:, :5], one_document(5))
+    second, _ = hidden(model, params, text[:, 5:], one_document(T - 5))
+    close(packed[:, :5], first)
+    close(packed[:, 5:], second, 2e-5)
+
+
+@each_position
+@each_mask
+def test_padding_on_either_side_changes_nothing(position, mask):
+    model = decoder(position=position, mask=mask, kernel=outside.SinkWithStatistic())
+    params, text = loud(model), ids(B, T)
+    alone, _ = hidden(model, params, text[:, 4:9], one_document(5))
+    segment = np.zeros((B, T), np.int32)
+    segment[:, 4:9] = 1
+    padded, _ = hidden(model, params, text, places(jnp.asarray(segment)))
+    close(padded[:, 4:9], alone, 2e-5)
+
+
+@each_position
+@each_mask
+@each_kernel
+def test_cached_decoding_equals_the_full_pass(position, mask, kernel):
+    """A ragged prefill longer than the window, then token by token, then several at once; short rows with gaps."""
+    model = decoder(position=position, mask=mask, **kernel)
+    params, text = loud(model), ids(B, T)
+    segment = (np.arange(T) < np.array([9, 13, 6])[:, None]).astype(np.int32)
+    segment[2, 9:] = 1  # a short prompt, padding beside the longer ones, then its continuation
+    at = Places(jnp.where(segment > 0, jnp.cumsum(segment, 1) - 1, -1), jnp.asarray(segment))
+    full, none = hidden(model, params, text, at)
+    assert none is None
+    cache, outs, start = model.cache(B, T), [], 0
+    assert cache["block0"]["k"].shape == (5, B, 2, 5 if isinstance(mask, Window) else T, 14)
+    for size in (9, 1, 1, 2):
+        piece = slice(start, start + size)
+        h, cache = hidden(model, params, text[:, piece], cut(at, start, start + size), None, cache)
+        outs.append(h)
+        start += size
+    close(jnp.concatenate(outs, 1) * segment[..., None], full * segment[..., None])
+
+
+def test_kinds_of_layers_alternate():
+    """A tuple of masks repeats over the layers: with windows of 1 everywhere nothing moves between tokens."""
+    text = ids(B, T)
+    changed = text.at[:, 0].set((text[:, 0] + 1) % 29)
+    for mask, moves in (((Window(1), Window(1)), False), ((Window(1), Causal()), True)):
+        model = decoder(n_layers=6, mask=mask)
+        params = loud(model)
+        assert params["decoder"]["layers"]["block1"]["attention"]["project"]["q"].shape == (3, 84, 6, 14)
+        a, b = (hidden(model, params, t, one_document(T))[0][:, 1:] for t in (text, changed))
+        assert bool(jnp.abs(a - b).max() > 1e-3) == moves
+
+
+@pytest.mark.parametrize("mask", [Causal(), (Window(3), Causal(), Window(5))], ids=["one kind", "three kinds"])
+def test_scanned_and_unrolled_layers_agree_with_dropout_on(mask):
+    model = decoder(n_layers=6, mask=mask, dropout=0.3)
+    params, text, key = loud(model), ids(B, T), jax.random.key(2)
+    groups = model.n_layers // len(model.kinds)
+    outs = [hidden(dataclasses.replace(model, unroll=n), params, text, one_document(T), key)[0] for n in (1, groups)]
+    close(*outs)
+    assert jnp.abs(outs[0] - hidden(model, params, text, one_document(T))[0]).max() > 0.1  # dropout is on
+
+
+def test_scanned_layers_equal_blocks_applied_by_hand():
+    model = decoder(dropout=0.3)
+    params, text, key, at = loud(model), ids(B, T), jax.random.key(2), one_document(T)
+    decoder_params = params["decoder"]
+    x = params["embedding"]["table"][text] + decoder_params["position"]["table"][None, :T]
+    x = dropout(fold(key, model.n_layers, blocks.EMBED), x, 0.3)
+    for i in range(model.n_layers):
+        layer = jax.tree.map(lambda a, i=i: a[i], decoder_params["layers"]["block0"])
+        x, _ = blocks.Block(model.kinds[0], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
+    close(model.norm(decoder_params["norm"], x), hidden(model, params, text, at, key)[0], 2e-5)
+
+
+def test_one_more_dropout_upstream_leaves_the_others_masks():
+    """An ablation differs in its idea only: a layer's key depends on seed, step, layer and site alone."""
+    key, x = jax.random.key(2), jnp.ones((B, T, 84))
+    masks = [dropout(fold(key, layer, blocks.FEED), x, 0.5) for layer in (3, 3, 4)]
+    assert jnp.array_equal(masks[0], masks[1]) and not jnp.array_equal(masks[0], masks[2])
+
+
+def test_logits_tied_and_not():
+    text, at = ids(B, T), one_document(T)
+    tied, own = decoder(), decoder(tied_head=False)
+    params = loud(own)
+    h, _ = hidden(own, params, text, at)
+    close(own.logits(params, h), np.asarray(h) @ np.asarray(params["head"]["kernel"]))
+    close(tied.logits(params, h), np.asarray(h) @ np.asarray(params["embedding"]["table"]).T)
+    assert "head" not in loud(tied)
+    assert tied.logits(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), h.astype(jnp.bfloat16)).dtype == "float32"
+
+
+def test_half_precision_flows_through():
+    model = decoder(dropout=0.1, position=Rotary(), norm=RMSNorm(), bias=True, feed_forward=FeedForward(bias=True))
+    params = loud(model)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    out, cache = hidden(model, half, ids(B, T), one_document(T), jax.random.key(0), model.cache(B, T, jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16 and cache["block0"]["k"].dtype == jnp.bfloat16
+    plain, _ = hidden(model, params, ids(B, T), one_document(T))
+    close(hidden(model, half, ids(B, T), one_document(T))[0].astype(np.float32), plain, 0.2)
+
+
+def test_biases_count():
+    model = decoder(bias=True, feed_forward=FeedForward(bias=True), norm=LayerNorm())
+    params = loud(model)
+    text, at = ids(B, T), one_document(T)
+    plain, _ = hidden(model, params, text, at)
+    for name in ("q_bias", "v_bias", "o_bias"):  # softmax does not see a shift of all keys
+        project = params["decoder"]["layers"]["block0"]["attention"]["project"]
+        changed = jax.tree.map(lambda a: a, params)
+        changed["decoder"]["layers"]["block0"]["attention"]["project"] = project | {name: 2 * project[name]}
+        assert jnp.abs(hidden(model, changed, text, at)[0] - plain).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": True, "tied_head": False, "position": Rotary()}])
+def test_parameters_of_gpt2(fields):
+    """124,439,808 as published, with biases; without a compile, by shapes alone."""
+    model = decoder(
+        **{"vocab_size": 50257, "d_model": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": None, "d_ff": None},
+        **{"context_length": 1024, "feed_forward": FeedForward(bias=True), "bias": True} | fields,
+    )
+    count = sum(a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+    assert count == 124_439_808 + (50257 * 768 - 1024 * 768 if fields else 0)
+
+
+def test_the_model_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="vocab_size=None must be set"):
+        decoder(vocab_size=None).declared()
+
+
+def test_new_numbers_of_the_same_structure_compile_nothing():
+    model = decoder()
+    params = loud(model)
+    counted = jax.jit(chex.assert_max_traces(lambda p, i: model.hidden(p, i, one_document(T))[0], n=1))
+    for seed in (1, 2):
+        counted(params, ids(B, T, seed=seed))

@@ -1,0 +1,195 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import outside
+import pytest
+import tiny
+
+from jaxformer.config import Config
+from jaxformer.learning.optimizers import AdamW, decayed
+from jaxformer.learning.schedules import Constant, WarmupCosine
+from jaxformer.model.masks import Causal, Window
+from jaxformer.model.models import Decoder
+from jaxformer.model.positions import Learned, Rotary
+from jaxformer.spec import (
+    Declared,
+    InputError,
+    Spec,
+    checked,
+    dumps,
+    from_json,
+    is_declared,
+    map_declared,
+    override,
+    to_json,
+)
+
+CONFIG = Config("runs/a", Decoder(2, 3, 12, 7, mask=(Window(5), Causal()), position=outside.LearnedPace()))
+
+
+def test_numbers_are_leaves_and_the_rest_is_structure():
+    assert len(jax.tree.leaves(AdamW())) == 7  # five numbers and the schedule's two
+    assert len(jax.tree.leaves(AdamW(clip=None))) == 6
+    assert jax.tree.structure(AdamW(b1=0.5)) == jax.tree.structure(AdamW())
+    assert jax.tree.structure(WarmupCosine(warmup_steps=3)) != jax.tree.structure(WarmupCosine())
+    assert hash(AdamW()) == hash(AdamW()) and AdamW() == AdamW()
+
+
+def test_a_whole_number_where_a_float_belongs_is_cast():
+    spec = checked(AdamW(weight_decay=0))
+    assert type(spec.weight_decay) is float
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.n_layer", "3", "model.n_layer: Decoder has no such field; did you mean n_layers?"),
+        ("modle.n_layers", "3", "did you mean model?"),
+        ("model.n_layers", "three", "model.n_layers='three' must be int, but it is str"),
+        ("model.n_layers", 2.5, "model.n_layers=2.5 must be int, but it is float"),
+        ("model.n_layers", True, "model.n_layers=True must be int, but it is bool"),
+        ("model.d_ff", "x", "model.d_ff='x' must be int or None"),
+        ("model.n_layers.x", 3, "model.n_layers=2 has no fields"),
+        ("model.n_heads", 5, "model.n_heads=5 must divide model.d_model=12; 4 does"),
+        ("model.n_heads", 0, "model.n_heads=0 must be at least 1"),
+        ("model.n_kv_heads", 2, "model.n_kv_heads=2 must divide model.n_heads=3"),
+        ("model.dropout", 1, "model.dropout=1.0 must be at least 0 and less than 1"),
+        ("model.dropout", float("nan"), "model.dropout=nan must be finite float"),
+        ("model.position", Learned, "model.position="),
+        ("model.unroll", 2, "model.unroll=2 must divide 1"),
+        ("model.mask", (), "model.mask has 0 kinds"),
+        ("model.mask", (Window(0), Causal()), "model.mask.0.size=0 must be at least 1"),
+        ("model.mask", (Window(2),) * 3, "model.mask has 3 kinds, which must divide model.n_layers=2"),
+        ("optimizer.b2", "1", "optimizer.b2=1.0 must be at least 0 and less than 1"),
+        ("optimizer.clip", "0", "optimizer.clip=0.0 must be more than 0; None turns it off"),
+        ("optimizer.learning_rate.final", "1", "optimizer.learning_rate.final=1.0 must lie between 0 and"),
+        ("train.seed", -1, "train.seed=-1 must be at least 0"),
+        ("train.steps", 0, "train.steps=0 must be at least 1"),
+        ("train.accumulation", 3, "train.accumulation=3 must divide data.batch_size=16"),
+        ("train.compute_dtype", "float8", "train.compute_dtype='float8' must be"),
+        ("data.window", 8, "data.window=8 must be at most model.context_length=7"),
+        ("data.valid_fraction", 1, "data.valid_fraction=1.0 must lie between 0 and 1"),
+        ("directory", "", "directory='' must name a folder"),
+    ],
+)
+def test_a_bad_value_gets_one_sentence(path, value, message):
+    with pytest.raises(InputError) as error:
+        checked(override(CONFIG, path, value))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_odd_width_cannot_be_rotated():
+    with pytest.raises(InputError, match=r"model.d_model / model.n_heads = 3 must be even for model.position=Rotary"):
+        checked(Config("runs/a", Decoder(2, 4, 12, 7, position=Rotary())))
+
+
+def test_strings_are_read_as_the_type_of_the_field():
+    config = CONFIG
+    for path, text in {"model.d_ff": "none", "optimizer.clip": "1e-3", "model.tied_head": "False"}.items():
+        config = override(config, path, text)
+    config = override(override(config, "train.steps", "12"), "directory", "12")
+    assert (config.model.d_ff, config.optimizer.clip, config.model.tied_head) == (None, 1e-3, False)
+    assert (config.train.steps, config.directory) == (12, "12")
+    checked(config)
+
+
+def test_stored_form_comes_back_as_it_was():
+    stored = json.loads(dumps(CONFIG))
+    again = from_json(stored, Config, "config.json")
+    assert again == checked(CONFIG) and hash(again) == hash(checked(CONFIG))
+
+
+def broken(change):
+    stored = json.loads(dumps(CONFIG))
+    return change(stored) or stored
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"]["position"].update({"class": "os:system"}), "class='os:system' is no spec"),
+        (lambda c: c["model"].update({"class": ["x"]}), "is no spec"),
+        (lambda c: c["model"].pop("class") and None, "class=None is no spec"),
+        (lambda c: c["model"].update(n_layer=3), "Decoder.n_layer: no such field; did you mean n_layers?"),
+        (lambda c: c["model"].pop("n_layers") and None, "n_layers"),
+        (lambda c: c["model"].update(n_layers="3"), "model.n_layers='3' must be int"),
+        (lambda c: c["model"].update(position=c["optimizer"]), "model.position="),
+        (lambda c: c["model"], "holds Decoder, not a Config"),
+        (lambda c: [c], "holds tuple, not a Config"),
+        (lambda c: "x", "holds str, not a Config"),
+        (lambda c: [json.loads("[" * 60 + "]" * 60)], "nested deeper"),
+    ],
+)
+def test_a_hostile_stored_form_gets_one_sentence(change, message):
+    with pytest.raises(InputError) as error:
+        from_json(broken(change), Config, "config.json")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_that_another_process_cannot_find_is_not_stored():
+    class Local(Constant):
+        pass
+
+    with pytest.raises(InputError, match="define it at the top level of a module"):
+        to_json(AdamW(learning_rate=Local()))
+
+
+def test_a_strangers_declarations_are_known_everywhere():
+    model = tiny.decoder(position=outside.LearnedPace(), kernel=outside.SinkWithStatistic())
+    declared = model.declared()
+    assert jax.tree.structure(jax.eval_shape(model.init, jax.random.key(0))) == jax.tree.structure(decayed(declared))
+    attention = declared["decoder"]["layers"]["block0"]["attention"]
+    letters = map_declared(lambda box: box.letters, attention)
+    assert letters["kernel_params"] == {"sink": "LH"} and letters["position_params"] == {"gate": "LGK", "slope": "LH"}
+    assert letters["project"] == {"q": "LD->HK", "k": "LD->GK", "v": "LD->GK", "o": "LHK->D"}
+    decay = map_declared(lambda box: box.decay, attention)
+    assert not decay["kernel_params"]["sink"] and all(decay["project"].values())
+    assert map_declared(lambda box: box.decay, declared)["embedding"]["table"] is True
+    for box in jax.tree.leaves(declared, is_leaf=is_declared):
+        assert all(model.dims[letter] == size for letter, size in box.sizes().items())
+
+
+def test_initial_values_depend_on_path_and_layer_alone():
+    """So that adding a part or a layer leaves the other arrays as they were."""
+    init = lambda **fields: jax.jit(tiny.decoder(**fields).init)(jax.random.key(3))
+    plain, more = init(), init(bias=True, n_layers=7, position=outside.LearnedPace())
+    layers = [p["decoder"]["layers"]["block0"]["attention"]["project"] for p in (plain, more)]
+    assert jnp.array_equal(layers[0]["q"], layers[1]["q"][:5])
+    assert not jnp.array_equal(layers[0]["q"][0], layers[0]["q"][1])
+    assert not jnp.array_equal(layers[0]["k"], layers[0]["v"])
+    assert jnp.array_equal(plain["embedding"]["table"], more["embedding"]["table"])
+
+
+def test_gpt2_initialisation():
+    """0.02, and for what writes to the residual stream 0.02 / √(2 · layers); biases 0, gains 1."""
+    model = tiny.decoder(d_model=66, d_ff=131, bias=True, n_layers=8)
+    params = jax.jit(model.init)(jax.random.key(0))
+    block = params["decoder"]["layers"]["block0"]
+    std = {name: float(a.std()) for name, a in block["attention"]["project"].items()}
+    assert std["q"] == pytest.approx(0.02, rel=0.05) and std["k"] == pytest.approx(0.02, rel=0.05)
+    assert std["o"] == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(block["feed_forward"]["down"].std()) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(params["embedding"]["table"].std()) == pytest.approx(0.02, rel=0.05)
+    assert std["q_bias"] == std["o_bias"] == 0 and (block["norm_attention"]["scale"] == 1).all()
+
+
+def test_string_annotations_are_understood(tmp_path, monkeypatch):
+    """A module with `from __future__ import annotations` has strings for annotations."""
+    (tmp_path / "postponed.py").write_text(
+        "from __future__ import annotations\nfrom jaxformer.spec import Spec\nclass Late(Spec):\n    rate: float = 0.5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import postponed
+
+    assert jax.tree.leaves(postponed.Late()) == [0.5]
+
+
+def test_subclasses_are_frozen_dataclasses():
+    class Part(Spec):
+        size: int = 3
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Part().size = 4
+    assert Part(4) != Part() and issubclass(Declared, object)

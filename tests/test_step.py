@@ -1,0 +1,152 @@
+"""The step is a pure function: of K steps and of one, of slices and of the whole, of many members and of one."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import B, T, decoder
+
+from jaxformer.keys import PURPOSES, fold, key_for
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WarmupCosine
+from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state, train_step, train_steps
+
+RECIPE = Recipe(decoder(n_layers=2, dropout=0.2))
+OPTIMIZER = AdamW(learning_rate=WarmupCosine(1e-2, 1e-3, 2))
+
+
+def hyper(seed=5, **fields):
+    return Hyper(np.uint32(seed), np.int32(20), dataclasses.replace(OPTIMIZER, **fields))
+
+
+def batches(n, rows=B):
+    tokens = np.random.default_rng(0).integers(0, 29, (n, rows, T + 1), dtype=np.int32)
+    lengths = np.array([13, 9, 14, 4, 8, 11])[:rows, None]
+    segments = np.broadcast_to((np.arange(T + 1) < lengths).astype(np.int32), tokens.shape)
+    return {"tokens": tokens, "segments": segments}
+
+
+def at(i, buffer):
+    return jax.tree.map(lambda a: a[i], buffer)
+
+
+def test_k_steps_in_a_call_equal_single_steps_bit_for_bit():
+    buffer = batches(7)
+    single = jax.jit(functools.partial(train_step, RECIPE))
+    state, losses = init_state(RECIPE, hyper()), []
+    for i in range(5):
+        state, row = single(state, at(i, buffer), hyper())
+        losses.append(float(row["loss"]))
+    fused, metrics = train_steps(RECIPE, init_state(RECIPE, hyper()), buffer, np.int32(5), hyper())
+    chex.assert_trees_all_equal(state, fused)
+    assert metrics["loss"][:5].tolist() == losses and np.isnan(metrics["loss"][5:]).all()
+    assert int(fused.step) == 5
+    cut, _ = train_steps(RECIPE, init_state(RECIPE, hyper()), buffer, np.int32(2), hyper())
+    cut, _ = train_steps(RECIPE, cut, jax.tree.map(lambda a: np.roll(a, -2, 0), buffer), np.int32(3), hyper())
+    chex.assert_trees_all_equal(cut, fused)
+
+
+def test_a_new_count_seed_or_rate_compiles_nothing():
+    buffer = batches(7)
+    train_steps(RECIPE, init_state(RECIPE, hyper()), buffer, np.int32(5), hyper())
+    before = train_steps._cache_size()
+    other = hyper(6, learning_rate=WarmupCosine(3e-4, 1e-5, 2), weight_decay=0.0)
+    train_steps(RECIPE, init_state(RECIPE, other), buffer, np.int32(3), other._replace(steps=np.int32(50)))
+    assert train_steps._cache_size() == before
+
+
+def test_accumulation_equals_the_full_batch():
+    """Slices of unequal numbers of tokens, dropout off; Adam would hide a wrong scale, so the gradient is compared."""
+    whole = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, dropout=0.0))
+    rows, states = [], []
+    for slices in (1, 2, 3, 6):
+        recipe = dataclasses.replace(whole, slices=slices)
+        state, row = train_steps(recipe, init_state(recipe, hyper()), batches(1, 6), np.int32(1), hyper())
+        states.append(state.params)
+        rows.append({name: float(a[0]) for name, a in row.items()})
+    for params, row in zip(states[1:], rows[1:], strict=True):
+        assert row == pytest.approx(rows[0], rel=1e-5)
+        chex.assert_trees_all_close(params, states[0], atol=2e-5)
+
+
+def test_a_population_equals_its_members():
+    buffer = batches(6)
+    hypers = [hyper(s, learning_rate=WarmupCosine(r, 1e-4, 2)) for s, r in ((1, 1e-3), (2, 3e-3), (3, 1e-2))]
+    stacked = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(x) for x in a]), *hypers)
+    states = jax.vmap(functools.partial(init_state, RECIPE))(stacked)
+    states, _ = jax.vmap(lambda s, h: train_steps(RECIPE, s, buffer, np.int32(6), h))(states, stacked)
+    for i, one in enumerate(hypers):
+        solo, _ = train_steps(RECIPE, init_state(RECIPE, one), buffer, np.int32(6), one)
+        chex.assert_trees_all_close(at(i, states).params, solo.params, atol=1e-5)
+
+
+def test_one_batch_is_memorised():
+    recipe = Recipe(decoder(n_layers=2))
+    buffer = jax.tree.map(lambda a: np.broadcast_to(a, (100, *a.shape[1:])), batches(1))
+    fast = hyper(learning_rate=WarmupCosine(1e-2, 1e-3, 10), weight_decay=0.0)._replace(steps=np.int32(200))
+    state, first = train_steps(recipe, init_state(recipe, fast), buffer, np.int32(100), fast)
+    state, last = train_steps(recipe, state, buffer, np.int32(100), fast)
+    assert 3 < float(first["loss"][0]) < 4 and float(last["loss"][-1]) < 0.02
+    nats, weight = evaluate_batch(recipe, state.params, at(0, buffer))
+    assert float(nats / weight) < 0.02 and float(weight) == 12 + 8 + 13
+
+
+def test_metrics():
+    recipe = Recipe(decoder(n_layers=2))
+    _, row = train_steps(recipe, init_state(recipe, hyper()), batches(2), np.int32(2), hyper())
+    assert float(row["loss"][0]) == pytest.approx(np.log(29), abs=0.1)
+    assert float(row["learning_rate"][0]) == pytest.approx(1e-2 / 3)
+    state = init_state(recipe, hyper())
+
+    def loss(params):
+        nats, weight = evaluate_batch(recipe, params, at(0, batches(2)))
+        return nats / weight
+
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(jax.grad(loss)(state.params))))
+    assert float(row["grad_norm"][0]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_dropout_differs_by_seed_step_and_slice():
+    flat = Recipe(dataclasses.replace(RECIPE.model, dropout=0.5))
+    same = {"tokens": np.broadcast_to(batches(1)["tokens"][:, :1], (2, 2, T + 1))}  # one row, four times
+    frozen = lambda seed: hyper(seed, learning_rate=WarmupCosine(1e-30, 1e-30, 0), weight_decay=0.0)
+    start = init_state(flat, frozen(1)).params
+    found = []
+    for seed, slices in ((1, 1), (2, 1), (1, 2)):
+        recipe = dataclasses.replace(flat, slices=slices)
+        state = init_state(recipe, frozen(1)).replace(params=jax.tree.map(jnp.copy, start))
+        _, row = train_steps(recipe, state, same, np.int32(2), frozen(seed))
+        found += row["loss"].tolist()
+    assert len(set(found)) == 6
+
+
+def test_compute_dtype():
+    """Parameters, softmax and loss stay float32, and the losses stay near."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        recipe = dataclasses.replace(RECIPE, compute_dtype=dtype)
+        state, row = train_steps(recipe, init_state(recipe, hyper()), batches(4), np.int32(4), hyper())
+        assert {a.dtype.name for a in jax.tree.leaves(state.params)} == {"float32"} and row["loss"].dtype == "float32"
+        losses.append(row["loss"])
+    np.testing.assert_allclose(*losses, atol=0.05)
+    assert not np.array_equal(*losses)
+
+
+def test_keys():
+    assert fold(None, 1, 2) is None
+    keys = [key_for(seed, step, purpose) for seed in (0, 1) for step in (0, 1) for purpose in PURPOSES]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+    expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 3), PURPOSES.index("dropout"))
+    assert (jax.random.key_data(key_for(7, 3, "dropout")) == jax.random.key_data(expected)).all()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_step_lowers_for_accelerators(platform):
+    recipe = dataclasses.replace(RECIPE, compute_dtype="bfloat16")
+    state = jax.eval_shape(lambda: init_state(recipe, hyper()))
+    traced = train_steps.trace(recipe, state, batches(3), np.int32(3), hyper())
+    assert "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()

@@ -1,0 +1,32 @@
+"""Tiny models for tests: a different prime for every axis, and weights that hide nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.model.models import Decoder
+
+B, T = 3, 13
+SIZES = {"vocab_size": 29, "d_model": 84, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "d_ff": 11, "context_length": 23}
+
+
+def decoder(**fields):
+    return Decoder(**(SIZES | fields))
+
+
+def loud(model, seed=0):
+    """Weights large enough that nothing hides behind a small initialisation; drawn by NumPy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype), shapes)
+
+
+def ids(*shape, seed=1, high=29):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape, dtype=np.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(model, params, ids, at, key=None, cache=None):
+    return model.hidden(params, ids, at, key, cache)
