@@ -115,7 +115,7 @@ def main(name: str | None = None) -> None:
 
 def _run(name: str | None, arguments: list[str]) -> int:
     if name is None:
-        name = arguments.pop(0) if arguments else "--help"
+        name = arguments.pop(0) if arguments else ""
     try:
         if name not in COMMANDS:
             return _fail(
@@ -133,7 +133,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", 128 + getattr(interrupt, "signum", signal.SIGINT))
     except OSError as error:
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+        return _fail(f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else str(error), 1)
     return 0
 
 

@@ -1,8 +1,12 @@
 """Checkpoints: Orbax saves and restores, a digest of our own says whether what came back is what was saved."""
 
+import contextlib
 import hashlib
 import logging
 import math
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +60,14 @@ class Checkpoints:
         return None if step is None or math.isinf(losses[step]) else (step, losses[step])
 
     def save(self, state: Any, step: int, valid_loss: float | None) -> None:
-        """Begins to save; an error of an earlier save (a full disk, say) is raised here, or in `close`."""
+        """Begins to save; raises OSError if there is no room, or if an earlier save has failed."""
         if step in self._manager.all_steps():
             return
+        _reserve(self._directory, sum(a.nbytes for a in jax.tree.leaves(state)))
         metrics = {"state_sha256": sha256(state)} | ({} if valid_loss is None else {"valid_loss": valid_loss})
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        with self._as_os_error():
+            self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, abstract: Any, step: int) -> Any:
         """The state of a step, shaped and sharded as `abstract`. Raises InputError if it is not what was saved."""
@@ -98,9 +105,31 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits until all is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until all is on disk; raises OSError if a save has failed."""
+        with self._as_os_error():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _as_os_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax passes on whatever its background threads met
+            raise OSError(f"no checkpoint could be written to {self._directory}: {error}") from error
+
+
+def _reserve(directory: Path, n_bytes: int) -> None:
+    """Raises OSError if the disk has no room: Orbax would find out in the background, in a storm of tracebacks."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        raise OSError(
+            f"{directory} has no room for a checkpoint of {n_bytes:,} bytes ({error.strerror}); "
+            "free some, and the same command goes on from the last one"
+        ) from error
 
 
 REMEDY = "take another checkpoint"

@@ -201,12 +201,12 @@ def _claimed(config: Config, prepared: Prepared) -> Iterator[None]:
 
 def _check_same(config: Config, stored: Config) -> None:
     changed = config_lib.differences(stored, config)
-    for path in changed.keys() & config_lib.NOTICE:
-        log.warning("%s was %s and is %s from here on", path, *changed[path])
     wrong = {path: change for path, change in changed.items() if path not in config_lib.FREE | config_lib.NOTICE}
     if wrong:
         fields = "; ".join(f"{path} was {old!r} and is {new!r}" for path, (old, new) in wrong.items())
         raise InputError(f"directory={config.directory!r} holds another run: {fields}; give another directory")
+    for path in sorted(changed.keys() & config_lib.NOTICE):
+        log.warning("%s was %s and is %s from here on", path, *changed[path])
 
 
 # --- what a user sees

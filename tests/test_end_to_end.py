@@ -1,0 +1,317 @@
+"""The commands as a user runs them: in processes, killed and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import jaxformer
+from jaxformer.run.checkpoint import sha256
+from jaxformer.spec import InputError
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+from jaxformer import Config, Data, Decoder, Train
+from jaxformer.data.corpora import TextFiles
+
+config = Config(
+    directory="run",
+    data=Data(corpus=TextFiles("text.txt"), batch_size=3, window=13),
+    model=Decoder(n_layers=2, n_heads=2, d_model=14, context_length=17, dropout=0.2),
+    train=Train(steps=700, steps_per_call=7, log_every=5, eval_every=300, save_every=110, sample_tokens=20),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a text and a config."""
+    path = tmp_path_factory.mktemp("home")
+    (path / "text.txt").write_text("".join(f"{i} plus {i} is {2 * i}\n" for i in range(300)), encoding="utf-8")
+    (path / "config.py").write_text(CONFIG)
+    (path / "notes").mkdir()
+    (path / "notes" / "todo.txt").write_text("not a run")
+    return path
+
+
+def command(home, name, *arguments, prefix=()):
+    script = str(ROOT / "scripts" / f"{name}.py")
+    environment = os.environ | {"JAXFORMER_CACHE": str(home / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [*prefix, sys.executable, script, *map(str, arguments)], cwd=home, env=environment, **pipes
+    )
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    assert "Traceback" not in err, err
+    return out, err
+
+
+def rows(home, run):
+    lines = [json.loads(line) for line in (home / run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines]
+
+
+def inspect(home, run):
+    out, _ = finish(command(home, "inspect_run", run, "--json"))
+    return json.loads(out)
+
+
+def wait_for_step(home, run, step, process):
+    """Until metrics.jsonl has a row of that step or a later one."""
+    path = home / run / "metrics.jsonl"
+    while process.poll() is None:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the process ended before step {step}: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run that nothing interrupted."""
+    _, err = finish(command(home, "train", "config.py"))
+    return inspect(home, "run") | {"rows": rows(home, "run"), "err": err}
+
+
+def test_a_run_says_what_it_does(home, whole):
+    for text in ("device", "parameters", "39 tokens; 7 steps per call", "Softmax", "float32", "compiled in"):
+        assert text in whole["err"]
+    assert whole["err"].count("validation loss") == 3 and "\r" not in whole["err"]  # no bar without a terminal
+    assert [row["step"] for row in whole["rows"] if row["split"] == "train"] == list(range(5, 701, 5))
+    valid = [row for row in whole["rows"] if row["split"] == "valid"]
+    assert [row["step"] for row in valid] == [300, 600, 700] and valid[-1]["loss"] < 1.8
+    assert whole["rows"][0].keys() == {"step", "split", "loss", "learning_rate", "grad_norm"}
+    names = {path.name for path in (home / "run").iterdir()}
+    assert names == {"config.json", "tokenizer.json", "data.json", "metrics.jsonl", "starts.jsonl", "checkpoints", "lock"}
+    (start,) = map(json.loads, (home / "run" / "starts.jsonl").read_text().splitlines())
+    assert start["step"] == 0 and start["versions"]["jax"] and start["devices"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_ends_as_if_nothing_had_been(home, whole, signum):
+    """Twice interrupted, dropout on: the same bits in the whole state, the same rows, none twice and none missing."""
+    run = f"run-{signum.name}"
+    for step in (150, 400):
+        process = command(home, "train", "config.py", f"--directory={run}")
+        wait_for_step(home, run, step, process)
+        process.send_signal(signum)
+        if signum == signal.SIGKILL:
+            process.communicate()
+        else:
+            _, err = finish(process, 128 + signum)
+            assert "the state is saved" in err
+            stopped = json.loads((home / run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+            assert stopped - 5 <= max(int(p.name) for p in (home / run / "checkpoints").iterdir()) <= stopped + 14
+    finish(command(home, "train", "config.py", f"--directory={run}"))
+    assert inspect(home, run)["state_sha256"] == whole["state_sha256"]
+    assert rows(home, run) == whole["rows"]
+    assert len((home / run / "starts.jsonl").read_text().splitlines()) == 3
+
+
+def test_other_calls_and_layouts_give_the_same_parameters(home, whole):
+    """One step a call, saved elsewhere, evaluated elsewhere: the same bits."""
+    other = ["--train.steps_per_call=1", "--train.save_every=90", "--train.eval_every=1000", "--train.log_every=100"]
+    finish(command(home, "train", "config.py", "--directory=run-other", *other))
+    assert inspect(home, "run-other")["state_sha256"] == whole["state_sha256"]
+
+
+def test_a_finished_run_does_nothing(home, whole):
+    before = {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.name != "lock"}
+    _, err = finish(command(home, "train", "config.py"))
+    assert "is finished: it has made 700 of 700 steps" in err
+    assert before == {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.name != "lock"}
+
+
+def test_a_run_may_go_on_for_longer_with_a_notice(home, whole):
+    finish(command(home, "train", "config.py", "--directory=run-short", "--train.steps=110", "--train.log_every=1"))
+    _, err = finish(command(home, "train", "config.py", "--directory=run-short", "--train.steps=120"))
+    assert "train.steps was 110 and is 120 from here on" in err
+    assert [row["step"] for row in rows(home, "run-short") if row["split"] == "train"][-3:] == [110, 115, 120]
+
+
+def test_the_python_api_is_the_same_run(home, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    state, step, batch_at = jaxformer.build("config.py")
+    for i in range(700):
+        state, metrics = step(state, batch_at(i))
+    assert sha256(state) == whole["state_sha256"]
+    assert float(metrics["loss"]) == whole["rows"][-2]["loss"]
+    with pytest.raises(InputError, match="must be at least 0 and less than vocab_size"):
+        step(state, {"tokens": batch_at(0)["tokens"] + 1000})
+    run = jaxformer.train("config.py", {"train.steps": 20, "model.n_layers": 1}, directory=tmp_path / "run")
+    assert run.config.model.n_layers == 1 and len(run.sample("1 plus ", tokens=9, temperature=0.8, seed=0)) == 16
+
+
+# --- sampling, evaluation, inspection
+
+
+def test_samples(home, whole):
+    arguments = ["run", "--prompt=2 plus ", "--tokens=30", "--temperature=0.8", "--top_k=9", "--top_p=0.9", "--seed=4"]
+    three, err = finish(command(home, "sample", *arguments, "--samples=3"))
+    two, _ = finish(command(home, "sample", *arguments, "--samples=2"))
+    assert err == ""
+    parts = three.removesuffix("\n").split("\n---------------\n")
+    assert [len(part) for part in parts] == [37] * 3 and all(part.startswith("2 plus ") for part in parts)
+    assert three.startswith(two.removesuffix("\n")) and len(set(parts)) == 3
+
+
+def test_sampling_needs_the_run_alone(home, whole, tmp_path):
+    """Elsewhere, without the corpus, without the config file; and beyond the context of 17."""
+    import shutil
+
+    shutil.copytree(home / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "700")
+    process = command(tmp_path, "sample", "copy", "--tokens=50", "--temperature=0")
+    out, _ = finish(process)
+    assert len(out) == 51 and not (tmp_path / "cache").exists()
+
+
+def test_evaluate(home, whole):
+    out, _ = finish(command(home, "evaluate", "run", "--json"))
+    row = json.loads(out)
+    assert row.keys() == {"step", "split", "loss", "perplexity", "bits_per_byte", "tokens"}
+    assert (row["step"], row["split"], row["loss"]) == (700, "valid", whole["rows"][-1]["loss"])
+    n_tokens = len((home / "text.txt").read_text())
+    assert row["tokens"] == n_tokens - int(0.9 * n_tokens) - 1
+    (home / "part.txt").write_text((home / "text.txt").read_text()[-row["tokens"] - 1 :])
+    out, _ = finish(command(home, "evaluate", "run", "--file=part.txt", "--json"))
+    assert json.loads(out) == row | {"split": "part.txt"}
+    out, _ = finish(command(home, "evaluate", "run", "--step=best"))
+    best = min((row for row in whole["rows"] if row["split"] == "valid"), key=lambda row: row["loss"])
+    assert f"step           {best['step']}\n" in out and f"{best['loss']:.4f}" in out
+
+
+def test_inspect(home, whole):
+    assert whole["step"] == 700 and sum(row["count"] for row in whole["table"]) == whole["n_params"]
+    config = inspect(home, "config.py")
+    assert config["step"] is config["state_sha256"] is None
+    assert (config["table"], config["n_params"]) == (whole["table"], whole["n_params"])
+    out, _ = finish(command(home, "inspect_run", "run"))
+    assert "LHK->D" in out and whole["params_sha256"] in out
+    run = jaxformer.open_run(home / "run")
+    assert sha256(run.state.params) == whole["params_sha256"]
+
+
+def test_the_installed_command_is_the_same(home, whole):
+    program = Path(sys.executable).parent / "jaxformer"
+    done = subprocess.run([program, "inspect", "run", "--json"], cwd=home, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["state_sha256"] == whole["state_sha256"]
+    for arguments in ([], ["--help"], ["nonsense"]):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        assert done.returncode == (2 if arguments != ["--help"] else 0) and "train|sample|evaluate|inspect" in done.stderr
+
+
+# --- mistakes
+
+
+def listing(home):
+    return sorted(str(path) for path in home.rglob("*") if "cache" not in path.parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train", "usage: train CONFIG"),
+        ("train nowhere.py", "config 'nowhere.py' does not exist"),
+        ("train broken.py", "broken.py, line 2: NameError"),
+        ("train syntax.py", "syntax.py, line 1"),
+        ("train misspelt.py", "misspelt.py, line 2: Decoder has no field n_layer; did you mean n_layers?"),
+        ("train text.txt", "text.txt, line 1"),
+        ("train empty.py", "empty.py: must define `config`"),
+        ("train config.py --directory=new --model.n_layer=3", "did you mean n_layers?"),
+        ("train config.py --directory=new --model.n_layers=x", "model.n_layers='x' must be int"),
+        ("train config.py --directory=new --model.n_heads=4", "model.n_heads=4 must divide model.d_model=14; 2 does"),
+        ("train config.py --directory=new --steps=4", "steps: Config has no such field"),
+        ("train config.py --directory=new stray", "'stray' must be --field.path=value"),
+        ("train config.py --directory=new --data.window=18", "data.window=18 must be at most model.context_length=17"),
+        ("train config.py --directory=new --data.corpus.path=nowhere.txt", "corpus 'nowhere.txt' does not exist"),
+        ("train config.py --directory=new --data.corpus.path=empty.txt", "is empty"),
+        ("train config.py --directory=new --data.corpus.path=short.txt", "it needs more than the window of 13"),
+        ("train config.py --directory=new --data.corpus.path=latin1.txt", "latin1.txt is not UTF-8 (byte 3 is 0xe9)"),
+        ("train config.py --directory=new --model.vocab_size=5", "model.vocab_size=5 must be 17, the tokenizer's"),
+        ("train config.py --directory=notes", "directory='notes' holds something that is no run"),
+        ("train config.py --directory=text.txt", "directory='text.txt' is a file"),
+        ("train config.py --model.d_model=28", "holds another run: model.d_model was 14 and is 28"),
+        ("train config.py --train.seed=1 --train.steps=9", "holds another run: train.seed was 0 and is 1"),
+        ("sample nowhere", "'nowhere' holds no run"),
+        ("sample run --prompt=é", "prompt: character 'é' (U+00E9) at place 1"),
+        ("sample run --temperature=-1", "temperature=-1.0 must be at least 0"),
+        ("sample run --top_k=0", "top_k=0 must be at least 1"),
+        ("sample run --top_p=2", "top_p=2.0 must be more than 0 and at most 1"),
+        ("sample run --samples=0", "samples=0 must be at least 1"),
+        ("sample run --tokens=-1", "tokens=-1 must be at least 0"),
+        ("sample run --step=17", "step=17 must be one of the checkpoints of run: "),
+        ("sample run --tokns=3", "tokens"),
+        ("evaluate run --file=nowhere.txt", "corpus 'nowhere.txt' does not exist"),
+        ("evaluate run --file=short.txt", "short.txt: character 'o'"),
+        ("evaluate run --file=empty.txt", "empty.txt: 0 tokens"),
+        ("inspect notes", "'notes' holds no run"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch, capfd, arguments, message):
+    from jaxformer import commands
+
+    for name, text in {
+        "broken.py": "import jaxformer\nx = y\n",
+        "syntax.py": "config = (\n",
+        "misspelt.py": "from jaxformer import *\nconfig = Config('new', Decoder(n_layer=2))\n",
+        "empty.py": "\n",
+        "empty.txt": "",
+        "short.txt": "so short",
+    }.items():
+        (home / name).write_text(text)
+    (home / "latin1.txt").write_bytes(b"caf\xe9 " * 100)
+    monkeypatch.chdir(home)
+    before = listing(home)
+    name, *rest = arguments.split()
+    try:
+        status = commands._run(name, rest)
+    except SystemExit as error:  # tyro's, for a wrong option
+        status = error.code
+    out, err = capfd.readouterr()
+    assert status == 2 and message in err + out, err
+    assert "Traceback" not in err and listing(home) == before
+    if name != "sample" or "--tokns" not in arguments:
+        assert err.count("\n") == 1 and out == ""
+
+
+def test_a_corpus_that_changed_is_refused(home, whole, tmp_path):
+    for name in ("text.txt", "config.py"):
+        (tmp_path / name).write_text((home / name).read_text())
+    quick = ["--train.steps=10", "--train.sample_tokens=0"]
+    finish(command(tmp_path, "train", "config.py", *quick))
+    (tmp_path / "text.txt").write_text("another text entirely\n" * 100)
+    for name, arguments in (("train", ["config.py", "--train.steps=20", *quick[1:]]), ("evaluate", ["run"])):
+        _, err = finish(command(tmp_path, name, *arguments), 2)
+        assert "data.corpus has SHA-256" in err and "restore that text" in err
+
+
+def test_two_processes_do_not_train_the_same_run(home, whole):
+    first = command(home, "train", "config.py", "--directory=run-twice", "--train.steps=100000")
+    wait_for_step(home, "run-twice", 5, first)
+    _, err = finish(command(home, "train", "config.py", "--directory=run-twice", "--train.steps=100000"), 2)
+    assert "is being trained by another process" in err
+    first.send_signal(signal.SIGTERM)
+    finish(first, 143)
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(home, whole):
+    """No file may grow past 24 KB, as if the disk were full; what was saved before stays."""
+    small = ["--directory=run-full", "--model.d_model=98", "--train.save_every=700"]
+    limit = ["bash", "-c", 'ulimit -f 24; JAX_ENABLE_COMPILATION_CACHE=false exec "$@"', "bash"]
+    process = command(home, "train", "config.py", *small, prefix=limit)
+    _, err = finish(process, 1)
+    assert "run-full/checkpoints has no room for a checkpoint of" in err.splitlines()[-1]
+    assert not (home / "run-full" / "checkpoints" / "700").exists()
+    finish(command(home, "train", "config.py", *small))
+    assert inspect(home, "run-full")["step"] == 700
