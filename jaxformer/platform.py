@@ -1,11 +1,22 @@
-"""The numerical ground: a canary that no run starts without."""
+"""The numerical ground: the flags of XLA, and a canary that no run starts without."""
 
+import os
 from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 
 from jaxformer.spec import InputError
+
+
+def set_flags() -> None:
+    """Asks XLA for GPU kernels that give the same bits in every process. XLA reads it at the first computation.
+
+    Without it sums are atomic and kernels chosen by a stopwatch. Whatever XLA_FLAGS says of it already stays.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def check_numerics() -> None:

@@ -1,4 +1,4 @@
-"""Strict JAX for all tests: ranks must match, warnings are errors, and signatures' shapes are checked as calls are made."""
+"""Strict JAX for all tests: ranks must match, warnings are errors, and each call checks the shapes of its signature."""
 
 import importlib
 import inspect
@@ -15,6 +15,9 @@ import pytest
 from beartype import beartype
 from jaxtyping import jaxtyped
 
+from jaxformer import platform
+
+platform.set_flags()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # what CPU does anyway
 

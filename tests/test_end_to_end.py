@@ -43,9 +43,7 @@ def command(home, name, *arguments, prefix=()):
     script = str(ROOT / "scripts" / f"{name}.py")
     environment = os.environ | {"JAXFORMER_CACHE": str(home / "cache")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [*prefix, sys.executable, script, *map(str, arguments)], cwd=home, env=environment, **pipes
-    )
+    return subprocess.Popen([*prefix, sys.executable, script, *map(str, arguments)], cwd=home, env=environment, **pipes)
 
 
 def finish(process, status=0):
@@ -92,7 +90,15 @@ def test_a_run_says_what_it_does(home, whole):
     assert [row["step"] for row in valid] == [300, 600, 700] and valid[-1]["loss"] < 1.8
     assert whole["rows"][0].keys() == {"step", "split", "loss", "learning_rate", "grad_norm"}
     names = {path.name for path in (home / "run").iterdir()}
-    assert names == {"config.json", "tokenizer.json", "data.json", "metrics.jsonl", "starts.jsonl", "checkpoints", "lock"}
+    assert names == {
+        "config.json",
+        "tokenizer.json",
+        "data.json",
+        "metrics.jsonl",
+        "starts.jsonl",
+        "checkpoints",
+        "lock",
+    }
     (start,) = map(json.loads, (home / "run" / "starts.jsonl").read_text().splitlines())
     assert start["step"] == 0 and start["versions"]["jax"] and start["devices"]
 
@@ -208,7 +214,9 @@ def test_the_installed_command_is_the_same(home, whole):
     assert json.loads(done.stdout)["state_sha256"] == whole["state_sha256"]
     for arguments in ([], ["--help"], ["nonsense"]):
         done = subprocess.run([program, *arguments], capture_output=True, text=True)
-        assert done.returncode == (2 if arguments != ["--help"] else 0) and "train|sample|evaluate|inspect" in done.stderr
+        assert (
+            done.returncode == (2 if arguments != ["--help"] else 0) and "train|sample|evaluate|inspect" in done.stderr
+        )
 
 
 # --- mistakes

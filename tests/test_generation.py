@@ -29,7 +29,9 @@ def naive(model, params, prompt, tokens, row, seed, temperature):
         h, _ = hidden(model, params, jnp.array([text], jnp.int32), one_document(len(text)))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), t)
         logits = model.logits(params, h)[0, -1]
-        text.append(int(logits.argmax()) if temperature == 0 else int(jax.random.categorical(key, logits / temperature)))
+        text.append(
+            int(logits.argmax()) if temperature == 0 else int(jax.random.categorical(key, logits / temperature))
+        )
         yield text[-1]
 
 

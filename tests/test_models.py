@@ -149,7 +149,9 @@ def test_logits_tied_and_not():
     close(own.logits(params, h), np.asarray(h) @ np.asarray(params["head"]["kernel"]))
     close(tied.logits(params, h), np.asarray(h) @ np.asarray(params["embedding"]["table"]).T)
     assert "head" not in loud(tied)
-    assert tied.logits(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), h.astype(jnp.bfloat16)).dtype == "float32"
+    assert (
+        tied.logits(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), h.astype(jnp.bfloat16)).dtype == "float32"
+    )
 
 
 def test_half_precision_flows_through():

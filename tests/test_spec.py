@@ -178,7 +178,8 @@ def test_gpt2_initialisation():
 def test_string_annotations_are_understood(tmp_path, monkeypatch):
     """A module with `from __future__ import annotations` has strings for annotations."""
     (tmp_path / "postponed.py").write_text(
-        "from __future__ import annotations\nfrom jaxformer.spec import Spec\nclass Late(Spec):\n    rate: float = 0.5\n"
+        "from __future__ import annotations\nfrom jaxformer.spec import Spec\n\n\nclass Late(Spec):\n"
+        "    rate: float = 0.5\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import postponed

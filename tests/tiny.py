@@ -9,7 +9,15 @@ import numpy as np
 from jaxformer.model.models import Decoder
 
 B, T = 3, 13
-SIZES = {"vocab_size": 29, "d_model": 84, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "d_ff": 11, "context_length": 23}
+SIZES = {
+    "vocab_size": 29,
+    "d_model": 84,
+    "n_layers": 5,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "d_ff": 11,
+    "context_length": 23,
+}
 
 
 def decoder(**fields):

@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.datasets import Batch, Prepared, Tokens, check_ids, prepare
-from jaxformer.platform import check_numerics
+from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.metrics import Reports, record_start
 from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, recipe_of, verify_data
@@ -49,6 +49,7 @@ def train(
         overrides = {**(overrides or {}), "directory": str(directory)}
     config = config_lib.resolve(config, overrides)
     with _signals() as received, logging_redirect_tqdm():
+        set_flags()
         check_numerics()
         prepared = prepare(config.data.corpus, config.data.tokenizer)
         tokens, valid = _splits(config, prepared)
@@ -65,6 +66,7 @@ def build(
     step i. Nothing is written but the prepared corpus in the cache.
     """
     config = config_lib.resolve(config, overrides)
+    set_flags()
     check_numerics()
     prepared = prepare(config.data.corpus, config.data.tokenizer)
     tokens, _ = _splits(config, prepared)

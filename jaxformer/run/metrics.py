@@ -32,12 +32,11 @@ class Reports:
         self._bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self._log_every, self._tokens_per_step = config.train.log_every, config.data.batch_size * config.window
         self._in_flight: collections.deque[tuple[int, int, Mapping[str, Any]]] = collections.deque()
-        self._tokens, self._seconds = 0, 0.0
         self.resume()
 
     def resume(self) -> None:
-        """Training begins, or goes on after a pause."""
-        self._since = time.perf_counter()
+        """Training begins, or goes on after a pause; speed is the mean since then."""
+        self._since, self._tokens = time.perf_counter(), 0
 
     def add(self, step: int, count: int, rows: Mapping[str, Any]) -> None:
         """A call of `count` steps up to `step` was dispatched; waits until at most one is in flight."""
@@ -61,16 +60,12 @@ class Reports:
     def _report(self) -> None:
         last, count, arrays = self._in_flight.popleft()
         rows = {name: np.asarray(values)[:count].tolist() for name, values in arrays.items()}
-        now = time.perf_counter()
         self._tokens += count * self._tokens_per_step
-        self._seconds, self._since = self._seconds + now - self._since, now
-        speed = self._tokens / self._seconds
-        due = [i for i in range(count) if (last - count + i + 1) % self._log_every == 0]
-        for i in due:
-            row = {name: values[i] for name, values in rows.items()}
-            self.write(step=last - count + i + 1, split="train", **row, tokens_per_second=round(speed))
-        if due:
-            self._tokens, self._seconds = 0, 0.0
+        speed = self._tokens / (time.perf_counter() - self._since)
+        for i, step in enumerate(range(last - count + 1, last + 1)):
+            if step % self._log_every == 0:
+                row = {name: values[i] for name, values in rows.items()}
+                self.write(step=step, split="train", **row, tokens_per_second=round(speed))
         self._bar.set_postfix_str(f"loss {rows['loss'][-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update(count)
 

@@ -18,6 +18,7 @@ from jaxformer.data.tokenizers import Bytes
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import Temperature, TopK, TopP, Unchanged
 from jaxformer.model.models import Decoder
+from jaxformer.platform import set_flags
 from jaxformer.run.checkpoint import Checkpoints, sha256
 from jaxformer.run.step import Hyper, Recipe, TrainState, evaluate_batch, init_state
 from jaxformer.spec import InputError, checked, is_declared, to_json
@@ -178,6 +179,7 @@ def verify_data(directory: Path, prepared: Prepared) -> None:
 
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     """The run of a directory, at its newest checkpoint, at a step, or at its "best" by validation loss."""
+    set_flags()
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(directory)!r} holds no run (no config.json); give a directory that train.py wrote")

@@ -1,0 +1,33 @@
+"""Every published config loads, checks, and has the shape that its docstring claims."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxformer.config import resolve
+from jaxformer.data.tokenizers import Characters
+from jaxformer.run.opened import abstract_state, recipe_of
+from jaxformer.spec import dumps, from_json
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config(path):
+    config = resolve(path)
+    tokenizer = Characters("".join(map(chr, range(65, 130)))) if config.data.tokenizer.vocab_size is None else None
+    recipe = recipe_of(config, tokenizer or config.data.tokenizer)
+    state = abstract_state(config, recipe)
+    count = sum(a.size for a in jax.tree.leaves(state.params))
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"python scripts/train.py configs/{path.name}" in text and "cores" in text
+    published = re.search(r"([\d,]+) parameters", text)
+    assert published, "the docstring gives the number of parameters"
+    if "tinyshakespeare" in text:
+        assert int(published[1].replace(",", "")) == count
+    assert config.directory == f"runs/{path.stem}"
+    assert from_json(json.loads(dumps(config)), type(config), "x") == config

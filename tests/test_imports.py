@@ -1,0 +1,95 @@
+"""The floors of the house: a file may import what stands above it in this list, and nothing below."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxformer
+
+PACKAGE = Path(jaxformer.__file__).parent
+FLOORS = [
+    "spec",
+    "platform",
+    "keys",
+    "data.corpora",
+    "data.tokenizers",
+    "data.datasets",
+    "model.masks",
+    "model.layers",
+    "model.positions",
+    "model.kernels",
+    "model.cache",
+    "model.attention",
+    "model.blocks",
+    "model.models",
+    "learning.objectives",
+    "learning.schedules",
+    "learning.optimizers",
+    "generation.logits_processors",
+    "generation.decode",
+    "config",
+    "run.step",
+    "run.checkpoint",
+    "run.metrics",
+    "run.opened",
+    "run.loop",
+    "commands",
+]
+NEEDS_NO_MODEL = {"data"}  # knows nothing of models
+
+
+def modules():
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in files if f.name != "__init__.py"}
+
+
+def imported(path):
+    """Names of jaxformer modules that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jaxformer":
+            base = node.module.removeprefix("jaxformer").lstrip(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                yield name if name in FLOORS else base
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("jaxformer.") for a in node.names if a.name.startswith("jaxformer"))
+
+
+def test_every_module_has_its_floor():
+    assert set(modules()) == set(FLOORS)
+    assert all(f.read_text() == "" for f in PACKAGE.rglob("__init__.py") if f.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_imports_point_up(name):
+    for other in imported(modules()[name]):
+        assert other in FLOORS, f"{name} imports {other}, which is no module"
+        assert FLOORS.index(other) < FLOORS.index(name), f"{name} imports {other}, which stands below it"
+        if name.split(".")[0] in NEEDS_NO_MODEL:
+            assert other.split(".")[0] in ("spec", "data"), f"{name} imports {other}"
+
+
+def test_only_the_commands_need_tyro_and_nothing_needs_an_extra():
+    """In a process where neither tyro nor any package of the extras can be imported."""
+    hidden = ["tyro", "chex", "pytest", "beartype", "torch", "transformers", "tokenizers", "matplotlib"]
+    names = [f"jaxformer.{name}" for name in FLOORS if name != "commands"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport importlib\n"
+    subprocess.run([sys.executable, "-c", code + f"[importlib.import_module(n) for n in {names}]"], check=True)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, jaxformer; sys.exit(bool({'jax', 'flax', 'numpy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names():
+    assert len(jaxformer.__all__) == 8
+    for name in jaxformer.__all__:
+        assert getattr(jaxformer, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = jaxformer.nothing
+    assert importlib.import_module("jaxformer") is jaxformer

@@ -1,0 +1,35 @@
+import os
+
+import jax.numpy as jnp
+import pytest
+
+from jaxformer import platform
+from jaxformer.spec import InputError
+
+
+def test_this_machine_computes_right_sums():
+    platform.check_numerics()
+
+
+@pytest.mark.parametrize("wrong", ["sum", "eye"])
+def test_a_build_that_does_not_is_refused_with_a_remedy(monkeypatch, wrong):
+    class Wrong:
+        def __getattr__(self, name):
+            right = getattr(jnp, name)
+            return (lambda *a: right(*a) * 1.001) if name == wrong else right
+
+    monkeypatch.setattr(platform, "jnp", Wrong())
+    with pytest.raises(InputError, match=r"jaxlib .* computes wrong sums on cpu; install .* or start a new process"):
+        platform.check_numerics()
+
+
+def test_flags_are_appended_to_those_that_are_set(monkeypatch):
+    for before, after in {
+        "": "--xla_gpu_deterministic_ops=true",
+        "--xla_cpu_enable_fast_math=false": "--xla_cpu_enable_fast_math=false --xla_gpu_deterministic_ops=true",
+        "--xla_gpu_deterministic_ops=false": "--xla_gpu_deterministic_ops=false",
+    }.items():
+        monkeypatch.setenv("XLA_FLAGS", before)
+        platform.set_flags()
+        platform.set_flags()
+        assert os.environ["XLA_FLAGS"] == after
