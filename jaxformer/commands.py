@@ -1,7 +1,9 @@
 """The commands: each reads its arguments, calls one function of the library and prints the answer."""
 
+import importlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -117,6 +119,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
     if name is None:
         name = arguments.pop(0) if arguments else ""
     try:
+        arguments = _imported(arguments)
         if name not in COMMANDS:
             return _fail(
                 f"usage: jaxformer {'|'.join(COMMANDS)} ...; add --help to any of them",
@@ -135,6 +138,20 @@ def _run(name: str | None, arguments: list[str]) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else str(error), 1)
     return 0
+
+
+def _imported(arguments: Sequence[str]) -> list[str]:
+    """Imports the modules that --import=MODULE names, looked for in the working directory too; returns the rest."""
+    sys.path.insert(0, os.getcwd())
+    modules = [a.removeprefix("--import=") for a in arguments if a.startswith("--import=")]
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever the user's module raises, it is the user's to mend
+            raise InputError(
+                f"--import={module}: {type(error).__name__}: {error}; mend the module, or its name"
+            ) from error
+    return [a for a in arguments if not a.startswith("--import=")]
 
 
 def _fail(message: str, status: int) -> int:

@@ -169,7 +169,7 @@ def from_json(value: Any, cls: type[S], source: str) -> S:
         if found is None:
             raise InputError(
                 f"{source}: class={value.get('class')!r} is no spec of jaxformer or of an imported module; "
-                "name its module with --import"
+                "import its module first (--import=MODULE on the command line)"
             )
         names = [f.name for f in dataclasses.fields(found)]
         given = {n: decode(v, depth + 1) for n, v in value.items() if n != "class"}

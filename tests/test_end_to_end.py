@@ -158,6 +158,24 @@ def test_the_python_api_is_the_same_run(home, whole, tmp_path, monkeypatch):
     assert run.config.model.n_layers == 1 and len(run.sample("1 plus ", tokens=9, temperature=0.8, seed=0)) == 16
 
 
+def test_a_strangers_module_trains_goes_on_and_is_sampled_from_elsewhere(home, whole, tmp_path):
+    """Without --import the run is not opened, and nothing that it names is imported."""
+    text = (home / "config.py").read_text().replace("dropout=0.2", "position=Decay(rate=0.3)")
+    module = "from jaxformer.model.positions import NoPosition\n\n\nclass Decay(NoPosition):\n    rate: float = 0.5\n\n"
+    module += "    def bias(self, params, view, new, seen):\n        return -self.rate * view.distance()\n"
+    (home / "my_parts.py").write_text(module)
+    (home / "mine.py").write_text("from my_parts import Decay\n" + text)
+    for steps in (20, 30):
+        finish(command(home, "train", "mine.py", "--directory=run-mine", f"--train.steps={steps}"))
+    (tmp_path / "my_parts.py").write_text(module)
+    _, err = finish(command(tmp_path, "sample", home / "run-mine"), 2)
+    assert "class='my_parts:Decay' is no spec" in err and "--import=MODULE" in err
+    out, _ = finish(command(tmp_path, "sample", home / "run-mine", "--import=my_parts", "--tokens=9"))
+    assert len(out) == 10
+    _, err = finish(command(tmp_path, "sample", home / "run-mine", "--import=nowhere"), 2)
+    assert "--import=nowhere: ModuleNotFoundError" in err
+
+
 # --- sampling, evaluation, inspection
 
 

@@ -48,13 +48,12 @@ def train(
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
     config = config_lib.resolve(config, overrides)
-    with _signals() as received, logging_redirect_tqdm():
-        set_flags()
-        check_numerics()
-        prepared = prepare(config.data.corpus, config.data.tokenizer)
-        tokens, valid = _splits(config, prepared)
-        with _claimed(config, prepared):
-            return _train(config, prepared, tokens, valid, received)
+    set_flags()
+    check_numerics()
+    prepared = prepare(config.data.corpus, config.data.tokenizer)
+    tokens, valid = _splits(config, prepared)
+    with _claimed(config, prepared), logging_redirect_tqdm():
+        return _train(config, prepared, tokens, valid)
 
 
 def build(
@@ -80,10 +79,10 @@ def build(
     return init_state(recipe, hyper), step, lambda i: _batch_at(config, tokens, i)
 
 
-def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens, received: list[int]) -> Run:
+def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) -> Run:
     directory, knobs = Path(config.directory), config.train
     recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
-    with contextlib.closing(Checkpoints(directory / "checkpoints", knobs.keep)) as checkpoints:
+    with _signals() as received, contextlib.closing(Checkpoints(directory / "checkpoints", knobs.keep)) as checkpoints:
         state = checkpoints.restore_newest(abstract_state(config, recipe))
         run = Run(config, prepared.tokenizer, init_state(recipe, hyper) if state is None else state)
         step, best = int(run.state.step), checkpoints.best()
@@ -121,7 +120,7 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens, re
                 if saves:
                     checkpoints.save(state, step, loss)
                 reports.resume()
-    if step < knobs.steps:
+    if stop and step < knobs.steps:
         raise Interrupted(received[0], step)
     log.info("done: %d steps in %s", step, directory)
     return dataclasses.replace(run, state=state)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxformer.config import Config
+from jaxformer.spec import InputError
 
 
 class Reports:
@@ -72,9 +73,15 @@ class Reports:
 
 def _drop_rows_after(path: Path, step: int) -> None:
     text = path.read_text() if path.exists() else ""
-    lines = text.split("\n")[:-1]  # a killed process may leave half a row at the end
+    kept = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # a killed process may leave half a row at the end
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}, line {number} is no row of metrics ({line[:40]!r}); remove the line") from None
     part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    part.write_text("".join(kept))
     os.replace(part, path)
 
 
