@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxformer.data.corpora import Corpus, PythonTopics
 from jaxformer.data.datasets import RandomWindows
 from jaxformer.data.tokenizers import Bytes, Characters
 from jaxformer.learning.objectives import NextToken
-from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.model.models import Decoder
 from jaxformer.spec import InputError, Spec, checked, dumps, from_json, known_specs, nearest, override
 
@@ -56,6 +57,8 @@ class Train(Spec):
         for name in ("steps", "steps_per_call", "accumulation", "log_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1")
+        if self.steps >= 2**31:
+            raise ValueError(f"{at}steps={self.steps} must be less than 2**31")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"{at}seed={self.seed} must be at least 0 and less than 2**32")
         if self.sample_tokens < 0:
@@ -71,7 +74,7 @@ class Config(Spec):
     model: Decoder
     data: Data = Data()
     objective: NextToken = NextToken()
-    optimizer: AdamW = AdamW()
+    optimizer: SGD = AdamW()
     train: Train = Train()
 
     def check(self, at: str = "") -> None:
@@ -106,10 +109,13 @@ def load(path: str | Path) -> Config:
         raise InputError(
             f"config {str(path)!r} does not exist; give the path of a Python file such as configs/quickstart.py"
         )
+    sys.path.insert(0, str(path.parent.absolute()))  # as Python does for a script: a config may import its neighbours
     try:
         found = runpy.run_path(str(path)).get("config")
     except Exception as error:  # whatever the user's file raises, it is the user's to mend
         raise InputError(f"{_place(path, error)}: {_reason(error)}") from error
+    finally:
+        sys.path.pop(0)
     if not isinstance(found, Config):
         raise InputError(f"{path}: must define `config`, a jaxformer Config, but it is {type(found).__name__}")
     return found
@@ -146,8 +152,16 @@ def check_storable(config: Config) -> None:
 
 
 def save(config: Config, path: Path) -> None:
+    write(path, dumps(config))
+
+
+def write(path: Path, text: str) -> None:
+    """All of the text or, if the process or the machine dies, what was there before."""
     part = path.with_suffix(".part")
-    part.write_text(dumps(config), encoding="utf-8")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 

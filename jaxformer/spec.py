@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -93,7 +94,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _cast(value: Any, annotation: Any, path: str) -> Any:
-    options = _options(annotation)
+    options, value = _options(annotation), value.item() if isinstance(value, np.generic) else value
     for option in options:
         origin = typing.get_origin(option)
         if origin is tuple and isinstance(value, tuple | list):
@@ -188,7 +189,7 @@ def from_json(value: Any, cls: type[S], source: str) -> S:
 
 
 def dumps(spec: Spec) -> str:
-    return json.dumps(to_json(spec), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(to_json(spec), indent=1) + "\n"
 
 
 def _name(cls: type) -> str:
@@ -224,6 +225,7 @@ class Slot:
     letters: str
     fill: float = 0
     dtype: Any = None  # None: the compute dtype
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of letters that this part alone knows
 
 
 class Declared(struct.PyTreeNode, nn.meta.AxisMetadata):

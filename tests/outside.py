@@ -61,3 +61,24 @@ class LearnedPace(NoPosition):
         passed = new["clock_at"][:, :, None] - seen["clock_at"][:, None]
         slope = jnp.exp(params["slope"])
         return -slope[None, :, None, None] * per_query(passed, len(slope))
+
+
+class TurnPerLayer(NoPosition):
+    """A learned speed of rotation for each layer, and a state of a size of its own that counts the tokens seen."""
+
+    per_layer = True
+
+    def params(self):
+        return {"speed": Param("R", normal, sizes={"R": 1})}
+
+    def slots(self):
+        return {"seen": Slot("BR", dtype=jnp.float32, sizes={"R": 1})}
+
+    def remember(self, params, k, at, cache):
+        count = (at.segment > 0).sum(1, keepdims=True) * jnp.ones((k.shape[0], 1))
+        return {"seen": count + (0 if cache is None else cache["seen"])}
+
+    def rotate(self, params, qk, at):
+        a, b = jnp.split(qk, 2, -1)
+        angle = at.position[:, None, :, None] * params["speed"][None, None, None]
+        return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1)

@@ -37,13 +37,14 @@ def fill(directory, losses, keep=2):
         ({1: 3.0, 2: 2.0, 3: 1.0}, [2, 3]),
         ({1: None, 2: None, 3: None, 4: None}, [3, 4]),
         ({1: None, 2: 1.0, 3: 2.0, 4: None, 5: 3.0, 6: None}, [2, 5, 6]),
+        ({1: 2.0, 2: 1.5, 3: float("nan"), 4: float("inf"), 5: float("nan")}, [2, 4, 5]),
     ],
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, losses, kept):
     fill(tmp_path / "c", losses)
     checkpoints = Checkpoints(tmp_path / "c", read_only=True)
     assert checkpoints.steps() == kept
-    evaluated = {step: loss for step, loss in losses.items() if loss is not None}
+    evaluated = {step: loss for step, loss in losses.items() if loss is not None and np.isfinite(loss)}
     best = min(evaluated, key=evaluated.get) if evaluated else None
     assert checkpoints.best() == (None if best is None else (best, losses[best]))
     for step in kept:
@@ -67,20 +68,21 @@ def test_every_flipped_file_is_found_and_the_last_good_step_taken(tmp_path):
     for path in sorted(p for p in (tmp_path / "c" / "2").rglob("*") if p.is_file() and p.stat().st_size):
         data = path.read_bytes()
         flip(path)
-        found = Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT, remove_damaged=False)
+        found = Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT, set_aside=False)
         fallen += int(found["step"]) == 1
         assert sha256(found) == sha256(state(int(found["step"])))
         path.write_bytes(data)
     assert fallen >= 2  # of the arrays and the digest at least
 
 
-def test_damage_is_named_removed_and_written_anew(tmp_path, caplog):
+def test_damage_is_named_set_aside_and_written_anew(tmp_path, caplog):
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
     flip(largest(tmp_path / "c" / "2"))
     with pytest.raises(InputError, match=r"c.2 (is damaged|cannot be restored)"):
         Checkpoints(tmp_path / "c", read_only=True).restore(ABSTRACT, 2)
     checkpoints = Checkpoints(tmp_path / "c", 2)
     assert int(checkpoints.restore_newest(ABSTRACT)["step"]) == 1 and "take another checkpoint" in caplog.text
+    assert (tmp_path / "c" / "2.damaged").is_dir() and checkpoints.steps() == [1]
     checkpoints.save(state(2), 2, 2.0)
     checkpoints.close()
     assert int(Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT)["step"]) == 2
@@ -117,6 +119,15 @@ def test_saving_does_not_race_with_the_donated_state(tmp_path):
         assert sha256(checkpoints.restore(abstract, step)) == digest
         metrics = json.loads((tmp_path / "c" / str(step) / "metrics" / "metrics").read_text())
         assert metrics == {"state_sha256": digest}
+
+
+def test_half_precision_is_saved_too(tmp_path):
+    half = {"w": jnp.arange(7, dtype=jnp.bfloat16), "v": jnp.ones((3, 5))}
+    checkpoints = Checkpoints(tmp_path / "c", 1)
+    checkpoints.save(half, 1, None)
+    checkpoints.close()
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), half)
+    assert sha256(Checkpoints(tmp_path / "c", 1).restore(abstract, 1)) == sha256(half)
 
 
 def test_a_digest_covers_path_dtype_shape_and_bytes():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import http.client
 import io
 import json
 import urllib.error
@@ -109,12 +110,12 @@ class Download(io.BytesIO):
 
     def read(self, n=-1):
         data = super().read(n)
-        if not data and getattr(self, "breaks", False):
-            raise ConnectionResetError("connection reset")
+        if not data and getattr(self, "breaks", None):
+            raise self.breaks
         return data
 
 
-def fetch(monkeypatch, data, expected=b"right", breaks=False):
+def fetch(monkeypatch, data, expected=b"right", breaks=None):
     def urlopen(url, timeout):
         Download.opened += 1
         if data is None:
@@ -134,7 +135,16 @@ def test_a_download_is_made_once(monkeypatch, cache):
     assert fetch(monkeypatch, None) == cache / "a.txt" and Download.opened == 1
 
 
-@pytest.mark.parametrize(("data", "breaks"), [(None, False), (b"rig", True), (b"wrong", False)])
+@pytest.mark.parametrize(
+    ("data", "breaks"),
+    [
+        (None, None),
+        (b"rig", ConnectionResetError("connection reset")),
+        (b"rig", http.client.IncompleteRead(b"rig")),
+        (b"", http.client.BadStatusLine("rubbish")),
+        (b"wrong", None),
+    ],
+)
 def test_a_download_that_fails_leaves_nothing(monkeypatch, cache, data, breaks):
     with pytest.raises(InputError, match=r"a.txt could not be downloaded .*; put it at .*cache.a.txt"):
         fetch(monkeypatch, data, breaks=breaks)

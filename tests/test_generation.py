@@ -53,6 +53,15 @@ def test_a_text_that_fills_the_context_goes_on_from_its_last_half(length):
     assert out[0].tolist() == list(naive(model, params, prompt, 40, 0, 3, 0.7))
 
 
+def test_a_context_shorter_than_the_models():
+    """A model trained on windows of 7 never saw more: what follows depends on at most 7 tokens."""
+    model = MODELS[0]
+    params, prompt = loud(model), ids(11).tolist()
+    changed = [(prompt[0] + 1) % 29, *prompt[1:]]
+    a, b = (generate(model, params, [p], 20, (), 3, context=7) for p in (prompt, changed))
+    assert np.array_equal(a, b) and not np.array_equal(a, generate(model, params, [changed], 20, (), 3))
+
+
 def test_more_samples_and_more_tokens_leave_the_first_ones_as_they_were():
     model = MODELS[0]
     params, prompt = loud(model), ids(4).tolist()
@@ -81,6 +90,8 @@ def test_processors():
     assert kept(TopP(0.41))[0] == [False, True, True, False]
     assert kept(TopP(0.95))[0] == [True] * 4 and kept(TopP(1.0)) == [[True] * 4] * 2
     assert kept(TopP(1e-6)) == [[False, True, False, False], [True, False, False, False]]
+    flat = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50_257)).astype(np.float32))
+    assert np.isfinite(TopP(1.0)(flat)).all()
     np.testing.assert_allclose(Temperature(0.5)(jnp.asarray(logits)), logits * 2)
     assert kept(Temperature(0.0)) == [[False, True, False, False], [True, False, False, False]]
 

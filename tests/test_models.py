@@ -16,7 +16,7 @@ from jaxformer.model.layers import FeedForward, LayerNorm, RMSNorm, dropout
 from jaxformer.model.masks import Causal, Places, Window, one_document, places
 from jaxformer.model.positions import Learned, NoPosition, Rotary
 
-POSITIONS = [NoPosition(), Learned(), Rotary(), outside.LearnedPace()]
+POSITIONS = [NoPosition(), Learned(), Rotary(), outside.LearnedPace(), outside.TurnPerLayer()]
 MASKS = {"causal": Causal(), "window": Window(5)}
 KERNELS = {"softmax": {}, "outside": {"kernel": outside.SinkWithStatistic()}}
 each_position = pytest.mark.parametrize("position", POSITIONS, ids=lambda p: type(p).__name__)

@@ -3,6 +3,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import outside
 import pytest
 import tiny
@@ -25,6 +26,11 @@ from jaxformer.spec import (
     override,
     to_json,
 )
+
+
+class EmbedsPerLayer(Learned):
+    per_layer = True
+
 
 CONFIG = Config("runs/a", Decoder(2, 3, 12, 7, mask=(Window(5), Causal()), position=outside.LearnedPace()))
 
@@ -67,6 +73,8 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("optimizer.learning_rate.final", "1", "optimizer.learning_rate.final=1.0 must lie between 0 and"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
         ("train.steps", 0, "train.steps=0 must be at least 1"),
+        ("train.steps", 2**31, "train.steps=2147483648 must be less than 2**31"),
+        ("model.position", EmbedsPerLayer(), "model.position=EmbedsPerLayer embeds above the layers"),
         ("train.accumulation", 3, "train.accumulation=3 must divide data.batch_size=16"),
         ("train.compute_dtype", "float8", "train.compute_dtype='float8' must be"),
         ("data.window", 8, "data.window=8 must be at most model.context_length=7"),
@@ -83,6 +91,10 @@ def test_a_bad_value_gets_one_sentence(path, value, message):
 def test_an_odd_width_cannot_be_rotated():
     with pytest.raises(InputError, match=r"model.d_model / model.n_heads = 3 must be even for model.position=Rotary"):
         checked(Config("runs/a", Decoder(2, 4, 12, 7, position=Rotary())))
+
+
+def test_numpy_numbers_are_numbers():
+    assert type(checked(override(CONFIG, "train.steps", np.int64(7))).train.steps) is int
 
 
 def test_strings_are_read_as_the_type_of_the_field():

@@ -1,6 +1,7 @@
 """Corpora: where text comes from, as a sequence of documents."""
 
 import hashlib
+import http.client
 import logging
 import os
 import shutil
@@ -51,7 +52,7 @@ class TextFiles(Corpus):
     path: str
 
     def documents(self) -> Iterator[str]:
-        root = Path(self.path).expanduser()
+        root = Path(os.path.expanduser(self.path))
         if not root.exists():
             raise InputError(f"corpus {self.path!r} does not exist; give the path of a text file or folder")
         for path in [root] if root.is_file() else _visible_files(root):
@@ -84,24 +85,19 @@ def fetch(name: str, url: str, sha256: str) -> Path:
             return path
     log.info("downloading %s to %s", url, cached)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=name, delete=False) as part:
+    with tempfile.TemporaryDirectory(dir=cached.parent) as directory:
+        part = Path(directory) / name
         try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                shutil.copyfileobj(response, part)
-            part.flush()
-            found = hashlib.sha256(Path(part.name).read_bytes()).hexdigest()
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+                shutil.copyfileobj(response, file)
+            found = hashlib.sha256(part.read_bytes()).hexdigest()
             if found != sha256:
                 raise ValueError(f"it came with SHA-256 {found}, not {sha256}")
-            os.replace(part.name, cached)
-        except (OSError, ValueError) as error:  # URLError and HTTPException's timeouts are OSErrors
-            reason = str(error)
-        except BaseException:
-            os.unlink(part.name)
-            raise
-        else:
-            return cached
-        os.unlink(part.name)
-    raise InputError(f"{name} could not be downloaded from {url} ({reason}); put it at {cached}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            raise InputError(f"{name} could not be downloaded from {url} ({reason}); put it at {cached}") from None
+        os.replace(part, cached)
+    return cached
 
 
 def _visible_files(root: Path) -> list[Path]:

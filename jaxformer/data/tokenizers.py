@@ -65,7 +65,10 @@ class Characters(Bytes):
     def fit(self, documents: Iterable[str]) -> "Characters":
         if self.alphabet is not None:
             return self
-        return Characters("".join(sorted(set().union(*documents))) or None)
+        seen: set[str] = set()
+        for document in documents:
+            seen.update(document)
+        return Characters("".join(sorted(seen)) or None)
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         known, points = _code_points(self._fitted()), _code_points(text)

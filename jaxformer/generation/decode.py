@@ -22,28 +22,33 @@ def generate(
     tokens: int,
     processors: Processors = (),
     seed: int = 0,
+    context: int | None = None,
 ) -> np.ndarray:
     """int32[B, tokens] that follow the prompts, none of which may be empty.
 
-    Sample i, token t is drawn with the key fold_in(fold_in(key(seed), i), t), so that asking for more samples, or for
-    more tokens, leaves the first ones as they were. A text that fills the context goes on from its last half: the
-    model sees between a half and all of `context_length` tokens. Ids are not checked here.
+    Sample i, token t is drawn with the key fold_in(fold_in(key(seed), i), t), so that asking for more samples of a
+    prompt, or for more tokens, leaves the first ones as they were. A text that fills the context goes on from its last
+    half; rows do so together, when the longest is full. `context` is the model's context_length, or less. Ids are not
+    checked here.
     """
-    texts = [list(prompt)[-model.context_length :] for prompt in prompts]
+    context = context or model.context_length
+    texts = [list(prompt)[-context:] for prompt in prompts]
     made: list[np.ndarray] = []
     done = 0
     while done < tokens:
         longest = max(map(len, texts))
-        count = min(tokens - done, model.context_length - longest + 1)
-        padded = np.zeros((len(texts), _bucket(longest, model.context_length)), np.int32)
+        count = min(tokens - done, context - longest + 1)
+        padded = np.zeros((len(texts), _bucket(longest, context)), np.int32)
         for row, text in zip(padded, texts, strict=True):
             row[: len(text)] = text
         lengths = np.array([len(text) for text in texts], np.int32)
-        h, cache = _prefill(model, params, padded, lengths)
-        ids = _decode(model, params, h, cache, lengths, np.int32(done), np.int32(count), processors, np.uint32(seed))
+        h, cache = _prefill(model, context, params, padded, lengths)
+        ids = _decode(
+            model, context, params, h, cache, lengths, np.int32(done), np.int32(count), processors, np.uint32(seed)
+        )
         made.append(np.asarray(ids)[:, :count])
         done += count
-        half = max(1, model.context_length // 2)
+        half = max(1, context // 2)
         texts = [(text + row.tolist())[-half:] for text, row in zip(texts, made[-1], strict=True)]
     return np.concatenate(made, 1) if made else np.zeros((len(texts), 0), np.int32)
 
@@ -53,18 +58,19 @@ def _bucket(length: int, limit: int) -> int:
     return min(limit, 1 << (length - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(model: Decoder, params: Any, prompt: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(model: Decoder, context: int, params: Any, prompt: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
     """The hidden state [B, D] of the last token of each prompt [B, T], padded on the right, and the filled cache."""
     at = places((jnp.arange(prompt.shape[1])[None] < lengths[:, None]).astype(jnp.int32))
-    cache = model.cache(len(prompt), model.context_length, jax.tree.leaves(params)[0].dtype)
+    cache = model.cache(len(prompt), context, jax.tree.leaves(params)[0].dtype)
     h, cache = model.hidden(params, prompt, at, cache=cache)
     return jnp.take_along_axis(h, lengths[:, None, None] - 1, axis=1)[:, 0], cache
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(
     model: Decoder,
+    context: int,
     params: Any,
     h: jax.Array,
     cache: Any,
@@ -74,7 +80,7 @@ def _decode(
     processors: Processors,
     seed: jax.Array,
 ) -> jax.Array:
-    """`count` tokens, numbered from `first` for their keys: the leading columns of int32[B, C]."""
+    """`count` tokens, numbered from `first` for their keys: the leading columns of int32[B, context]."""
     rows = jnp.arange(len(h))
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows)
 
@@ -91,5 +97,5 @@ def _decode(
         new, cache = model.hidden(params, last, at, cache=cache)
         return ids.at[:, i].set(draw(new[:, 0], first + i)), cache
 
-    ids = jnp.zeros((len(h), model.context_length), jnp.int32).at[:, 0].set(draw(h, first))
+    ids = jnp.zeros((len(h), context), jnp.int32).at[:, 0].set(draw(h, first))
     return jax.lax.fori_loop(1, count, body, (ids, cache))[0]

@@ -56,6 +56,7 @@ class TopP(Unchanged):
         probabilities = jax.nn.softmax(falling, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         kept = jnp.maximum((before < self.p).sum(-1, keepdims=True), 1)
+        kept = jnp.where(self.p >= 1, logits.shape[-1], kept)  # float32's sum may pass 1 before the last token
         return jnp.where(_rank(logits) < kept, logits, -jnp.inf)
 
 

@@ -14,10 +14,19 @@ def decayed(declared: Any) -> Any:
     return map_declared(lambda box: box.decay, declared)
 
 
-class AdamW(Spec):
-    """Adam with decoupled weight decay (arXiv:1711.05101), after clipping by the global norm (arXiv:1211.5063)."""
+class SGD(Spec):
+    """Plain gradient descent; also the base of all optimizers."""
 
     learning_rate: Constant = WarmupCosine()
+
+    def transform(self, declared: Any, learning_rate: jax.Array) -> optax.GradientTransformation:
+        """Built anew inside each step, so that every number may be traced; `declared` is `Decoder.declared()`."""
+        return optax.sgd(learning_rate)
+
+
+class AdamW(SGD):
+    """Adam with decoupled weight decay (arXiv:1711.05101), after clipping by the global norm (arXiv:1211.5063)."""
+
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
@@ -36,7 +45,6 @@ class AdamW(Spec):
             raise ValueError(f"{at}clip={self.clip} must be more than 0; None turns it off")
 
     def transform(self, declared: Any, learning_rate: jax.Array) -> optax.GradientTransformation:
-        """Built anew inside each step, so that every number may be traced."""
         adamw = optax.adamw(
             learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decayed(declared)
         )

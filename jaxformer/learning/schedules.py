@@ -30,8 +30,8 @@ class WarmupCosine(Constant):
         super().check(at)
         if not 0 <= self.final <= self.peak:
             raise ValueError(f"{at}final={self.final} must lie between 0 and {at}peak={self.peak}; a tenth is usual")
-        if self.warmup_steps < 0:
-            raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 0; 0 starts at {at}peak")
+        if not 0 <= self.warmup_steps < 2**31 - 1:
+            raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 0 and less than 2**31 - 1")
 
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
         warm = self.peak * (step + 1) / (self.warmup_steps + 1)

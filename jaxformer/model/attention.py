@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.kernels import Softmax
-from jaxformer.model.layers import along, linear
+from jaxformer.model.layers import add, along, linear
 from jaxformer.model.masks import Causal, Places, View
 from jaxformer.model.positions import NoPosition
 from jaxformer.spec import Arrays, Param, Slot, declare
@@ -40,8 +40,9 @@ class Attention(nn.Module):
         self, x: Float[Array, "B T D"], at: Places, shared: Arrays, cache: Arrays | None = None
     ) -> dict[str, jax.Array]:
         """What the tokens x leave behind for queries to look at."""
-        k = self.position.rotate(shared, self._heads(x, "k"), at)
-        more = self.position.remember(self.for_position or shared, k, at, cache)
+        position = self.for_position or shared
+        k = self.position.rotate(position, self._heads(x, "k"), at)
+        more = self.position.remember(position, k, at, cache)
         return {**at._asdict(), **more, **self.kernel.remember(self.for_kernel, k, self._heads(x, "v"), at, cache)}
 
     def __call__(
@@ -53,16 +54,17 @@ class Attention(nn.Module):
         cache: Arrays | None = None,
     ) -> tuple[Float[Array, "B T D"], Arrays | None]:
         """`shared`: the position's parameters, unless they are per layer. Returns the branch and the written cache."""
-        q = self.position.rotate(shared, self._heads(x, "q"), at)
+        position = self.for_position or shared
+        q = self.position.rotate(position, self._heads(x, "q"), at)
         new = self.remember(x, at, shared, cache)
         seen, cache = cache_lib.update(cache, new, self.slots())
         view = View(at, Places(seen["position"], seen["segment"]), self.mask)
-        bias = self.position.bias(self.for_position or shared, view, new, seen)
+        bias = self.position.bias(position, view, new, seen)
         h = self.kernel(self.for_kernel, q, new, seen, view, bias, key, self.dropout)
         B, H, T, K = h.shape
         h = linear(h.swapaxes(1, 2).reshape(B, T, H * K), self.projections["o"].reshape(H * K, -1))
-        return (h + along(self.projections["o_bias"], h) if self.bias else h), cache
+        return (add(h, along(self.projections["o_bias"], h)) if self.bias else h), cache
 
     def _heads(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:
         h = linear(x, self.projections[name])  # [B, T, H, K]
-        return (h + along(self.projections[f"{name}_bias"], h) if self.bias else h).swapaxes(1, 2)
+        return (add(h, along(self.projections[f"{name}_bias"], h)) if self.bias else h).swapaxes(1, 2)

@@ -12,7 +12,13 @@ PLACE = {"position": Slot("BS", 0, jnp.int32), "segment": Slot("BS", 0, jnp.int3
 
 
 def empty(slots: Mapping[str, Slot], dims: Mapping[str, int], dtype: Any) -> dict[str, jax.Array]:
-    return {name: jnp.full([dims[x] for x in s.letters], s.fill, s.dtype or dtype) for name, s in slots.items()}
+    """Slots of a new cache."""
+
+    def one(slot: Slot) -> jax.Array:
+        sizes = {**dims, **slot.sizes}
+        return jnp.full([sizes[letter] for letter in slot.letters], slot.fill, slot.dtype or dtype)
+
+    return {name: one(slot) for name, slot in slots.items()}
 
 
 def update(cache: Arrays | None, new: Arrays, slots: Mapping[str, Slot]) -> tuple[Arrays, Arrays | None]:

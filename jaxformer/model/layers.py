@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxformer.spec import Arrays, Declared, Initializer, Param, Spec
 
@@ -38,6 +38,16 @@ def linear(x: Float[Array, "*B D"], w: Float[Array, "D *N"]) -> Float[Array, "..
     """
     product = x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[0], -1)
     return product.reshape(*x.shape[:-1], *w.shape[1:])
+
+
+def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Rows of the table. In half precision too, a row's gradient is summed in float32: it is a sum over all tokens."""
+    return table.astype(jnp.float32)[ids].astype(table.dtype)
+
+
+def add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x + y in the dtype of x, where y broadcasts: its gradient, a sum over what it is added to, is in float32."""
+    return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 
 def along(v: Float[Array, "*N"], x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -113,8 +123,8 @@ class FeedForward(Spec):
 
     def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         h = linear(x, params["up"])  # [B, T, F]
-        h = linear(self.activation(h + along(params["up_bias"], h) if self.bias else h), params["down"])
-        return h + along(params["down_bias"], h) if self.bias else h
+        h = linear(self.activation(add(h, along(params["up_bias"], h)) if self.bias else h), params["down"])
+        return add(h, along(params["down_bias"], h)) if self.bias else h
 
 
 def dropout(key: jax.Array | None, x: Float[Array, "*B"], rate: float) -> Float[Array, "*B"]:

@@ -12,7 +12,7 @@ from jaxformer.model import cache as cache_lib
 from jaxformer.model.attention import Attention
 from jaxformer.model.blocks import BlockSpec, Stack
 from jaxformer.model.kernels import Softmax
-from jaxformer.model.layers import FeedForward, GPT2Normal, LayerNorm, NoNorm, Normal
+from jaxformer.model.layers import FeedForward, GPT2Normal, LayerNorm, NoNorm, Normal, lookup
 from jaxformer.model.masks import Causal, Places, one_document
 from jaxformer.model.positions import Learned, NoPosition
 from jaxformer.spec import Arrays, Param, Spec, declare, draw
@@ -61,6 +61,9 @@ class Decoder(Spec):
             raise ValueError(f"{at}mask has {kinds} kinds, which must divide {at}n_layers={self.n_layers}")
         if self.n_layers // kinds % self.unroll:
             raise ValueError(f"{at}unroll={self.unroll} must divide {self.n_layers // kinds}, the groups of layers")
+        if self.position.per_layer and type(self.position).embed is not NoPosition.embed:
+            name = type(self.position).__name__
+            raise ValueError(f"{at}position={name} embeds above the layers; it cannot have per_layer = True")
         self.position.check_width(self.d_model // self.n_heads, at)
 
     @property
@@ -142,5 +145,5 @@ class Network(nn.Module):
         self.decoder = Stack(s.kinds, s.n_layers, s.dims, s.unroll)
 
     def __call__(self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None) -> tuple[jax.Array, Any]:
-        x, written = self.decoder(self.embedding["table"][ids], at, key, cache)
+        x, written = self.decoder(lookup(self.embedding["table"], ids), at, key, cache)
         return x, None if cache is None else written

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxformer.model.layers import add, lookup
 from jaxformer.model.masks import Places, View
 from jaxformer.spec import Arrays, Param, Slot, Spec
 
@@ -11,7 +12,7 @@ from jaxformer.spec import Arrays, Param, Slot, Spec
 class NoPosition(Spec):
     """No positional information; also the base of all schemes, whose hooks change nothing."""
 
-    per_layer = False  # True: the parameters belong to each layer's attention
+    per_layer = False  # True: the parameters belong to each layer's attention, and `embed` has none
 
     def check_width(self, width: int, at: str) -> None:
         """Raises ValueError if heads of this width cannot be rotated."""
@@ -46,7 +47,7 @@ class Learned(NoPosition):
         return {"table": Param("CD")}
 
     def embed(self, params: Arrays, x: Float[Array, "B T D"], at: Places) -> Float[Array, "B T D"]:
-        return x + params["table"][at.position]
+        return add(x, lookup(params["table"], at.position))
 
 
 class Rotary(NoPosition):

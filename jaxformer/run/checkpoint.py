@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def sha256(tree: Any) -> str:
     for path in sorted(leaves):
         array = np.asarray(leaves[path])
         digest.update(f"{path} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -64,7 +65,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         _reserve(self._directory, sum(a.nbytes for a in jax.tree.leaves(state)))
-        metrics = {"state_sha256": sha256(state)} | ({} if valid_loss is None else {"valid_loss": valid_loss})
+        evaluated = valid_loss is not None and math.isfinite(valid_loss)
+        metrics = {"state_sha256": sha256(state)} | ({"valid_loss": valid_loss} if evaluated else {})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state))
         with self._as_os_error():
             self._manager.save(step, args=args, metrics=metrics)
@@ -75,19 +77,18 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
             state, metrics = restored["state"], self._manager.metrics(step) or {}
         except Exception as error:  # damaged files raise five types of exception, and more with each release
-            raise InputError(
-                f"{self._directory / str(step)} cannot be restored: {type(error).__name__}; {REMEDY}"
-            ) from error
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            raise InputError(f"{self._directory / str(step)} cannot be restored ({reason}); {REMEDY}") from error
         if sha256(state) != metrics.get("state_sha256"):
             raise InputError(
                 f"{self._directory / str(step)} is damaged: its SHA-256 differs from when it was saved; {REMEDY}"
             )
         return state
 
-    def restore_newest(self, abstract: Any, remove_damaged: bool = True) -> Any:
+    def restore_newest(self, abstract: Any, set_aside: bool = True) -> Any:
         """The newest state that is whole, None if there is no checkpoint.
 
-        Damaged newer ones are removed, so that a run that goes on can save those steps again.
+        Damaged newer ones are renamed, so that a run that goes on can save those steps again.
         """
         damaged: list[int] = []
         for step in reversed(self.steps()):
@@ -97,8 +98,12 @@ class Checkpoints:
                 log.warning("%s", error)
                 damaged.append(step)
             else:
-                for bad in damaged if remove_damaged else []:
-                    self._manager.delete(bad)
+                if damaged and set_aside:
+                    for bad in damaged:
+                        aside = self._directory / f"{bad}.damaged"
+                        shutil.rmtree(aside, ignore_errors=True)
+                        os.rename(self._directory / str(bad), aside)
+                    self._manager.reload()
                 return state
         if damaged:
             raise InputError(f"{self._directory}: every checkpoint is damaged; train anew in another directory")
@@ -136,4 +141,5 @@ REMEDY = "take another checkpoint"
 
 
 def _valid_loss(metrics: Any) -> float:
-    return metrics.get("valid_loss", math.inf)
+    loss = metrics.get("valid_loss", math.inf)
+    return loss if math.isfinite(loss) else math.inf

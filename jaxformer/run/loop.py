@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -89,6 +90,8 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) ->
         if step >= knobs.steps:
             log.info("%s is finished: it has made %d of %d steps", directory, step, knobs.steps)
             return run
+        for path, change in _noticed(config, directory).items():
+            log.warning("%s was %s and is %s from here on", path, *change)
         config_lib.save(config, directory / "config.json")
         record_start(directory / "starts.jsonl", step)
         _summarize(run, tokens, valid)
@@ -114,11 +117,12 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) ->
                     loss = evaluate(recipe, state.params, valid, config)
                     reports.write(step=step, split="valid", loss=loss)
                     log.info("step %d: validation loss %.4f", step, loss)
-                    _show_sample(dataclasses.replace(run, state=state))
-                    if best is None or loss < best[1]:
+                    if math.isfinite(loss) and (best is None or loss < best[1]):
                         best, saves = (step, loss), True
                 if saves:
                     checkpoints.save(state, step, loss)
+                if evaluates:
+                    _show_sample(dataclasses.replace(run, state=state))
                 reports.resume()
     if stop and step < knobs.steps:
         raise Interrupted(received[0], step)
@@ -172,19 +176,10 @@ def _until_pause(config: Config, step: int) -> int:
 @contextlib.contextmanager
 def _claimed(config: Config, prepared: Prepared) -> Iterator[None]:
     """A directory that holds this run and no other, for this process alone."""
-    directory, files = Path(config.directory), {"lock", "data.json", "tokenizer.json", "config.json"}
+    directory = Path(config.directory)
     recipe_of(config, prepared.tokenizer)  # raises before anything is written
     config_lib.check_storable(config)
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
-    is_run = (directory / "config.json").exists()
-    if is_run:
-        _check_same(config, config_lib.read(directory / "config.json"))
-        verify_data(directory, prepared)
-    elif directory.exists() and {path.name for path in directory.iterdir()} - files:
-        raise InputError(
-            f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
-        )
+    _check_directory(directory, config, prepared)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         try:
@@ -193,11 +188,27 @@ def _claimed(config: Config, prepared: Prepared) -> Iterator[None]:
             raise InputError(
                 f"directory={config.directory!r} is being trained by another process; wait for it"
             ) from None
-        if not is_run:  # config.json last: it makes the directory a run
-            (directory / "data.json").write_text(json.dumps(prepared.manifest, indent=1) + "\n")
-            (directory / "tokenizer.json").write_text(dumps(prepared.tokenizer), encoding="utf-8")
-            config_lib.save(config, directory / "config.json")
+        if not _check_directory(directory, config, prepared):  # again: another process may have been faster
+            config_lib.write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
+            config_lib.write(directory / "tokenizer.json", dumps(prepared.tokenizer))
+            config_lib.save(config, directory / "config.json")  # last: it makes the directory a run
         yield
+
+
+def _check_directory(directory: Path, config: Config, prepared: Prepared) -> bool:
+    """Whether the directory holds this run already; raises InputError if it holds anything else."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
+    if (directory / "config.json").exists():
+        _check_same(config, config_lib.read(directory / "config.json"))
+        verify_data(directory, prepared)
+        return True
+    ours = {"lock", "data.json", "tokenizer.json", "data.part", "tokenizer.part", "config.part"}  # of a killed start
+    if directory.exists() and {path.name for path in directory.iterdir()} - ours:
+        raise InputError(
+            f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
+        )
+    return False
 
 
 def _check_same(config: Config, stored: Config) -> None:
@@ -206,8 +217,11 @@ def _check_same(config: Config, stored: Config) -> None:
     if wrong:
         fields = "; ".join(f"{path} was {old!r} and is {new!r}" for path, (old, new) in wrong.items())
         raise InputError(f"directory={config.directory!r} holds another run: {fields}; give another directory")
-    for path in sorted(changed.keys() & config_lib.NOTICE):
-        log.warning("%s was %s and is %s from here on", path, *changed[path])
+
+
+def _noticed(config: Config, directory: Path) -> dict[str, tuple[Any, Any]]:
+    changed = config_lib.differences(config_lib.read(directory / "config.json"), config)
+    return {path: change for path, change in sorted(changed.items()) if path in config_lib.NOTICE}
 
 
 # --- what a user sees

@@ -2,6 +2,8 @@
 
 import collections
 import json
+import logging
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +17,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.spec import InputError
+
+log = logging.getLogger(__name__)
 
 
 class Reports:
@@ -51,6 +55,8 @@ class Reports:
             self._report()
 
     def write(self, **row: Any) -> None:
+        """Numbers that are not finite are written as null: JSON has no others."""
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -72,17 +78,18 @@ class Reports:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    text = path.read_text() if path.exists() else ""
-    kept = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):  # a killed process may leave half a row at the end
+    text = path.read_text(errors="replace") if path.exists() else ""
+    kept, unread = [], 0
+    for line in text.split("\n"):
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}, line {number} is no row of metrics ({line[:40]!r}); remove the line") from None
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
+            unread += bool(line.strip())
+    if unread:
+        log.warning("%s: %d lines that are no rows are dropped, as a killed process may leave one", path, unread)
+    config_lib.write(path, "".join(kept))
 
 
 def record_start(path: Path, step: int) -> None:

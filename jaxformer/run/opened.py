@@ -18,7 +18,7 @@ from jaxformer.data.tokenizers import Bytes
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import Temperature, TopK, TopP, Unchanged
 from jaxformer.model.models import Decoder
-from jaxformer.platform import set_flags
+from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints, sha256
 from jaxformer.run.step import Hyper, Recipe, TrainState, evaluate_batch, init_state
 from jaxformer.spec import InputError, checked, is_declared, to_json
@@ -67,7 +67,10 @@ class Run:
             ids = self.tokenizer.encode(prompt).tolist() if prompt else [self.tokenizer.start]
         except InputError as error:
             raise InputError(f"prompt: {error}") from None
-        new = generate(self.model, self.state.params, [ids] * samples, tokens, tuple(processors), seed)
+        new = generate(
+            *(self.model, self.state.params, [ids] * samples, tokens, tuple(processors), seed),
+            context=self.config.window,  # longer texts were never seen in training
+        )
         return [(prompt or "") + self.tokenizer.decode(row) for row in new]
 
     def evaluate(self, tokens: Tokens, split: str = "valid") -> dict[str, Any]:
@@ -76,7 +79,8 @@ class Run:
             raise InputError(f"{split}: {len(tokens)} tokens cannot be predicted from one another; give at least 2")
         check_ids(tokens, self.tokenizer.vocab_size)
         loss = evaluate(recipe_of(self.config, self.tokenizer), self.state.params, tokens, self.config)
-        n_tokens, n_bytes = len(tokens) - 1, int(self.tokenizer.byte_lengths()[tokens[1:]].sum())
+        lengths = self.tokenizer.byte_lengths()
+        n_tokens, n_bytes = len(tokens) - 1, int(np.bincount(tokens[1:], minlength=len(lengths)) @ lengths)
         return {
             "step": int(self.state.step),
             "split": split,
@@ -180,6 +184,7 @@ def verify_data(directory: Path, prepared: Prepared) -> None:
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     """The run of a directory, at its newest checkpoint, at a step, or at its "best" by validation loss."""
     set_flags()
+    check_numerics()
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(directory)!r} holds no run (no config.json); give a directory that train.py wrote")
@@ -196,7 +201,7 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
             raise InputError(f"step='best': no checkpoint of {directory} was evaluated; it has {_list(steps)}")
         step = best[0]
     if step is None:
-        state = checkpoints.restore_newest(abstract, remove_damaged=False)
+        state = checkpoints.restore_newest(abstract, set_aside=False)
         if state is None:
             raise InputError(f"{directory} holds no checkpoint yet; train it until it saves one")
     elif isinstance(step, int) and step in steps:

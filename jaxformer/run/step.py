@@ -10,7 +10,7 @@ from flax import struct
 
 from jaxformer.keys import key_for
 from jaxformer.learning.objectives import Batch, Example, NextToken
-from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.optimizers import SGD
 from jaxformer.model.models import Decoder
 from jaxformer.spec import Spec
 
@@ -29,7 +29,7 @@ class Hyper(NamedTuple):
 
     seed: Any  # uint32
     steps: Any  # int32: the length of the run, for schedules
-    optimizer: AdamW
+    optimizer: SGD
 
 
 class TrainState(struct.PyTreeNode):
