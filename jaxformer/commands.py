@@ -1,26 +1,25 @@
 """The commands: each reads its arguments, calls one function of the library and prints the answer."""
 
+import errno
 import importlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from jaxformer.spec import InputError
-
-RunDirectory = Annotated[str, tyro.conf.Positional]
+# Nothing heavy is imported up here, so that a signal during JAX's import is met by `main` already.
 
 
 def train(arguments: Sequence[str]) -> None:
     """train CONFIG [--field.path=value ...]: trains a run, or goes on with it. CONFIG --help lists the fields."""
     from jaxformer import config as config_lib
     from jaxformer.run import loop
+    from jaxformer.spec import InputError
 
     if not arguments or arguments[0].startswith("-"):
         usage = "usage: train CONFIG [--field.path=value ...], as in: train configs/quickstart.py --train.steps=500"
@@ -29,12 +28,12 @@ def train(arguments: Sequence[str]) -> None:
         raise InputError(usage)
     config = config_lib.load(arguments[0])
     if {"-h", "--help"} & set(arguments[1:]):
-        tyro.cli(type(config), default=config, args=["--help"], prog=f"train {arguments[0]}", use_underscores=True)
+        _parse(type(config), ["--help"], f"train {arguments[0]}", default=config)
     loop.train(config, _overrides(arguments[1:]))
 
 
 def sample(
-    run: RunDirectory,
+    run: str,
     prompt: str | None = None,
     tokens: int = 200,
     samples: int = 1,
@@ -64,7 +63,7 @@ def sample(
     print("\n---------------\n".join(texts))
 
 
-def evaluate(run: RunDirectory, file: str | None = None, step: str | None = None, json: bool = False) -> None:
+def evaluate(run: str, file: str | None = None, step: str | None = None, json: bool = False) -> None:
     """Prints the loss of a trained run.
 
     Args:
@@ -80,7 +79,7 @@ def evaluate(run: RunDirectory, file: str | None = None, step: str | None = None
     _print(row, json)
 
 
-def inspect(run: RunDirectory, json: bool = False) -> None:
+def inspect(run: str, json: bool = False) -> None:
     """Prints what is in a run, or what a config would make: parameters, shapes, hashes.
 
     Args:
@@ -89,7 +88,7 @@ def inspect(run: RunDirectory, json: bool = False) -> None:
     """
     from jaxformer.run.opened import inspect_config, open_run
 
-    found = inspect_config(run) if Path(run).suffix == ".py" else open_run(run).inspect()
+    found = inspect_config(run) if Path(run).suffix == ".py" and not Path(run).is_dir() else open_run(run).inspect()
     if json:
         return _print(found, True)
     table = found.pop("table")
@@ -104,44 +103,68 @@ def inspect(run: RunDirectory, json: bool = False) -> None:
         )
 
 
+PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (train, sample, evaluate, inspect)}
 
 
 def main(name: str | None = None) -> None:
     """Runs a command and exits with the status that README, "Exit status", promises."""
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # `train` replaces it
+    for signum in (signal.SIGINT, signal.SIGTERM):  # until `train` has something to save and collects them itself
+        signal.signal(signum, _leave)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxformer").setLevel(logging.INFO)
-    sys.exit(_run(name, sys.argv[1:]))
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        status = _run(name, sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:  # what `train` raises when all is saved
+        status = _fail(str(interrupt), 128 + getattr(interrupt, "signum", signal.SIGINT))
+    sys.exit(status)
+
+
+def _leave(signum: int, frame: Any) -> None:
+    """Ends the process at once: an exception raised here might be swallowed, by a callback of the garbage collector."""
+    os._exit(128 + signum)
 
 
 def _run(name: str | None, arguments: list[str]) -> int:
+    from jaxformer.spec import InputError
+
     if name is None:
         name = arguments.pop(0) if arguments else ""
     try:
         arguments = _imported(arguments)
         if name not in COMMANDS:
-            return _fail(
-                f"usage: jaxformer {'|'.join(COMMANDS)} ...; add --help to any of them",
-                0 if name in ("-h", "--help") else 2,
-            )
+            usage = f"usage: jaxformer {'|'.join(COMMANDS)} ...; add --help to any of them"
+            return _fail(usage, 0 if name in ("-h", "--help") else 2)
         if name == "train":
             train(arguments)
         else:
-            tyro.cli(
-                COMMANDS[name], args=arguments, prog=name, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)
-            )
+            _parse(COMMANDS[name], arguments, name)
     except InputError as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted", 128 + getattr(interrupt, "signum", signal.SIGINT))
+    except PATH_ERRORS as error:
+        return _fail(f"{error.filename}: {error.strerror}; check the path and its permissions", 2)
     except OSError as error:
-        return _fail(f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else str(error), 1)
+        message = f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else str(error)
+        return _fail(message, 2 if error.errno == errno.ENAMETOOLONG else 1)
+    except MemoryError as error:
+        return _fail(f"not enough memory ({error}); make the batch, the window or the model smaller", 1)
     return 0
+
+
+def _parse(function: Callable[..., Any], arguments: Sequence[str], program: str, **default: Any) -> None:
+    """Calls the function with the arguments: required ones by position, others as --name=value."""
+    import tyro
+
+    conf = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
+    tyro.cli(function, args=arguments, prog=program, use_underscores=True, config=conf, **default)
 
 
 def _imported(arguments: Sequence[str]) -> list[str]:
     """Imports the modules that --import=MODULE names, looked for in the working directory too; returns the rest."""
+    from jaxformer.spec import InputError
+
     sys.path.insert(0, os.getcwd())
     modules = [a.removeprefix("--import=") for a in arguments if a.startswith("--import=")]
     for module in modules:
@@ -155,12 +178,14 @@ def _imported(arguments: Sequence[str]) -> list[str]:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"jaxformer: {message}", file=sys.stderr)
+    print("jaxformer:", " ".join(message.split()), file=sys.stderr)
     return status
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
     """--field.path=value or --field.path value."""
+    from jaxformer.spec import InputError
+
     found: dict[str, str] = {}
     rest = list(arguments)
     while rest:
@@ -172,12 +197,13 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _step(text: str | None) -> int | str | None:
-    return int(text) if text and text.isdecimal() else text
+    return int(text) if text and text.isdecimal() and len(text) < 20 else text
 
 
 def _print(row: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(row, ensure_ascii=False))
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        print(json.dumps(finite, ensure_ascii=False))
     else:
         for name, value in row.items():
             print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")

@@ -78,8 +78,8 @@ class Config(Spec):
     train: Train = Train()
 
     def check(self, at: str = "") -> None:
-        if not self.directory:
-            raise ValueError(f"{at}directory='' must name a folder for the run; runs/NAME is usual")
+        if not self.directory or "\0" in self.directory or "\ud800" <= max(self.directory) <= "\udfff":
+            raise ValueError(f"{at}directory={self.directory!r} must name a folder for the run; runs/NAME is usual")
         if self.window > self.model.context_length:
             raise ValueError(
                 f"{at}data.window={self.window} must be at most {at}model.context_length={self.model.context_length}; "
@@ -107,12 +107,12 @@ def load(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"config {str(path)!r} does not exist; give the path of a Python file such as configs/quickstart.py"
+            f"config {str(path)!r} is no file; give the path of a Python file such as configs/quickstart.py"
         )
     sys.path.insert(0, str(path.parent.absolute()))  # as Python does for a script: a config may import its neighbours
     try:
         found = runpy.run_path(str(path)).get("config")
-    except Exception as error:  # whatever the user's file raises, it is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's to mend
         raise InputError(f"{_place(path, error)}: {_reason(error)}") from error
     finally:
         sys.path.pop(0)
@@ -121,14 +121,14 @@ def load(path: str | Path) -> Config:
     return found
 
 
-def _place(path: Path, error: Exception) -> str:
+def _place(path: Path, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown:
         for spec in known_specs():
@@ -169,7 +169,7 @@ def read(path: Path) -> Config:
     """The config stored in a run. Executes nothing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no config can be read ({error}); restore the file, or give another run") from None
     return from_json(value, Config, str(path))
 

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import math
 import sys
 import types
 import typing
@@ -105,11 +104,12 @@ def _cast(value: Any, annotation: Any, path: str) -> Any:
         if isinstance(option, type) and issubclass(option, Spec) and isinstance(value, option):
             return checked(value, path + ".")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and float in options and math.isfinite(value):
-        return float(value)
+    if number and float in options:
+        if abs(value) < 3.4e38:  # NaN is not
+            return float(value)
+        raise InputError(f"{path}={value!r} must be finite in float32; give a smaller number")
     names = " or ".join("None" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
-    finite = "finite " if number and float in options else ""
-    raise InputError(f"{path}={value!r} must be {finite}{names}, but it is {type(value).__name__}")
+    raise InputError(f"{path}={value!r} must be {names}, but it is {type(value).__name__}")
 
 
 def _parse(text: str, annotation: Any) -> Any:
@@ -185,7 +185,10 @@ def from_json(value: Any, cls: type[S], source: str) -> S:
     spec = decode(value, 0)
     if not isinstance(spec, cls):
         raise InputError(f"{source}: holds {type(spec).__name__}, not a {cls.__name__}; was it written by jaxformer?")
-    return checked(spec)
+    try:
+        return checked(spec)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 def dumps(spec: Spec) -> str:

@@ -61,6 +61,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads
 def test_every_flipped_file_is_found_and_the_last_good_step_taken(tmp_path):
     """Each file of a checkpoint in turn: the restored state is the newest one, whole, or the one before."""
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
@@ -75,6 +76,26 @@ def test_every_flipped_file_is_found_and_the_last_good_step_taken(tmp_path):
     assert fallen >= 2  # of the arrays and the digest at least
 
 
+def test_every_emptied_checkpoint_falls_back(tmp_path):
+    fill(tmp_path / "c", {1: 1.0, 2: 2.0})
+    for path in (tmp_path / "c" / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path / "c", read_only=True)
+    assert int(checkpoints.restore_newest(ABSTRACT, set_aside=False)["step"]) == 1 and checkpoints.best() == (1, 1.0)
+
+
+def test_another_shape_is_no_damage(tmp_path):
+    fill(tmp_path / "c", {1: 1.0})
+    other = ABSTRACT | {"step": jax.ShapeDtypeStruct((3,), "int32", sharding=ABSTRACT["step"].sharding)}
+    with pytest.raises(InputError, match="was saved with other shapes than those of this config and tokenizer"):
+        Checkpoints(tmp_path / "c", read_only=True).restore_newest(other)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is no folder of checkpoints"):
+        Checkpoints(tmp_path / "file", read_only=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage_is_named_set_aside_and_written_anew(tmp_path, caplog):
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
     flip(largest(tmp_path / "c" / "2"))
@@ -88,6 +109,7 @@ def test_damage_is_named_set_aside_and_written_anew(tmp_path, caplog):
     assert int(Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT)["step"]) == 2
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_nothing_but_damage_is_said(tmp_path):
     assert Checkpoints(tmp_path / "none", 1).restore_newest(ABSTRACT) is None
     fill(tmp_path / "c", {1: 1.0})
@@ -117,8 +139,8 @@ def test_saving_does_not_race_with_the_donated_state(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", read_only=True)
     for step, digest in digests.items():
         assert sha256(checkpoints.restore(abstract, step)) == digest
-        metrics = json.loads((tmp_path / "c" / str(step) / "metrics" / "metrics").read_text())
-        assert metrics == {"state_sha256": digest}
+        info = json.loads((tmp_path / "c" / str(step) / "info" / "metadata").read_text())
+        assert info["state_sha256"] == digest and info["valid_loss"] is None
 
 
 def test_half_precision_is_saved_too(tmp_path):

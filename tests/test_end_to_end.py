@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,8 +192,6 @@ def test_samples(home, whole):
 
 def test_sampling_needs_the_run_alone(home, whole, tmp_path):
     """Elsewhere, without the corpus, without the config file; and beyond the context of 17."""
-    import shutil
-
     shutil.copytree(home / "run", tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / "700")
     process = command(tmp_path, "sample", "copy", "--tokens=50", "--temperature=0")
@@ -248,7 +247,18 @@ def listing(home):
     ("arguments", "message"),
     [
         ("train", "usage: train CONFIG"),
-        ("train nowhere.py", "config 'nowhere.py' does not exist"),
+        ("train nowhere.py", "config 'nowhere.py' is no file"),
+        ("train exits.py", "exits.py, line 1: SystemExit: 3"),
+        ("train two_lines.py", "two_lines.py, line 1: ValueError: x y"),
+        ("train config.py --directory=text.txt/x", "Not a directory; check the path"),
+        (
+            "train config.py --directory=new --train.steps=99999999999",
+            "train.steps=99999999999 must be less than 2**31",
+        ),
+        (
+            "train config.py --directory=new --data.tokenizer.alphabet=abc",
+            "data.corpus=TextFiles(path='text.txt'): char",
+        ),
         ("train broken.py", "broken.py, line 2: NameError"),
         ("train syntax.py", "syntax.py, line 1"),
         ("train misspelt.py", "misspelt.py, line 2: Decoder has no field n_layer; did you mean n_layers?"),
@@ -272,6 +282,12 @@ def listing(home):
         ("sample nowhere", "'nowhere' holds no run"),
         ("sample run --prompt=é", "prompt: character 'é' (U+00E9) at place 1"),
         ("sample run --temperature=-1", "temperature=-1.0 must be at least 0"),
+        ("sample run --temperature=nan", "temperature=nan must be finite"),
+        ("sample run --step=" + "9" * 5000, "must be one of the checkpoints of run: "),
+        ("sample damaged", "tokenizer.json: holds a tokenizer that was not fitted"),
+        ("sample long", "config.json: no config can be read"),
+        ("sample other", "was saved with other shapes than those of this config and tokenizer"),
+        ("train config.py --directory=damaged --train.steps=900", "tokenizer that was not fitted"),
         ("sample run --top_k=0", "top_k=0 must be at least 1"),
         ("sample run --top_p=2", "top_p=2.0 must be more than 0 and at most 1"),
         ("sample run --samples=0", "samples=0 must be at least 1"),
@@ -292,11 +308,22 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch
         "syntax.py": "config = (\n",
         "misspelt.py": "from jaxformer import *\nconfig = Config('new', Decoder(n_layer=2))\n",
         "empty.py": "\n",
+        "exits.py": "raise SystemExit(3)\n",
+        "two_lines.py": "raise ValueError('x\\ny')\n",
         "empty.txt": "",
         "short.txt": "so short",
     }.items():
         (home / name).write_text(text)
     (home / "latin1.txt").write_bytes(b"caf\xe9 " * 100)
+    for run, name, old, new in (
+        ("damaged", "tokenizer.json", None, '{"class": "jaxformer.data.tokenizers:Characters", "alphabet": null}'),
+        ("long", "config.json", None, "9" * 5000),
+        ("other", "config.json", '"n_layers": 2', '"n_layers": 4'),
+    ):
+        if not (home / run).exists():
+            shutil.copytree(home / "run", home / run)
+            path = home / run / name
+            path.write_text(new if old is None else path.read_text().replace(old, new))
     monkeypatch.chdir(home)
     before = listing(home)
     name, *rest = arguments.split()
@@ -320,6 +347,36 @@ def test_a_corpus_that_changed_is_refused(home, whole, tmp_path):
     for name, arguments in (("train", ["config.py", "--train.steps=20", *quick[1:]]), ("evaluate", ["run"])):
         _, err = finish(command(tmp_path, name, *arguments), 2)
         assert "data.corpus has SHA-256" in err and "restore that text" in err
+
+
+def test_a_signal_at_any_moment_ends_with_its_status(home, whole):
+    """During imports, compilation and training; nothing but a sentence is said."""
+    for seconds in (1.0, 2.0, 3.5):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            process = command(home, "train", "config.py", "--directory=run-brief", "--train.steps=100000")
+            time.sleep(seconds)
+            process.send_signal(signum)
+            finish(process, 128 + signum)
+        shutil.rmtree(home / "run-brief", ignore_errors=True)
+
+
+def test_rows_that_are_none_are_dropped_and_a_diverged_run_keeps_its_best(home, whole):
+    arguments = ["config.py", "--directory=run-nan", "--train.eval_every=10", "--train.save_every=10"]
+    finish(command(home, "train", *arguments, "--train.steps=20"))
+    with open(home / "run-nan" / "metrics.jsonl", "ab") as file:
+        file.write(b'junk\n{}\n\n5\n{"step": "x"}\n\xff\xfe\n\0\0\0')
+    poison = "import numpy as np\nimport jaxformer.run.loop as loop\n"
+    poison += "loop.evaluate = lambda *a: float('nan')\n"
+    (home / "poisoned.py").write_text(poison + (home / "config.py").read_text())
+    _, err = finish(command(home, "train", "poisoned.py", *arguments[1:], "--train.steps=60"))
+    assert "6 lines that are no rows are dropped" in err
+    found = rows(home, "run-nan")
+    assert [row["step"] for row in found if row["split"] == "valid"] == [10, 20, 30, 40, 50, 60]
+    assert [row["loss"] for row in found if row["split"] == "valid"][2:] == [None] * 4
+    steps = {int(path.name) for path in (home / "run-nan" / "checkpoints").iterdir()}
+    assert steps == {20, 50, 60}
+    out, _ = finish(command(home, "evaluate", "run-nan", "--step=best", "--json"))
+    assert json.loads(out)["step"] == 20
 
 
 def test_two_processes_do_not_train_the_same_run(home, whole):

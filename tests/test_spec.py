@@ -62,8 +62,11 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("model.n_heads", 0, "model.n_heads=0 must be at least 1"),
         ("model.n_kv_heads", 2, "model.n_kv_heads=2 must divide model.n_heads=3"),
         ("model.dropout", 1, "model.dropout=1.0 must be at least 0 and less than 1"),
-        ("model.dropout", float("nan"), "model.dropout=nan must be finite float"),
+        ("model.dropout", float("nan"), "model.dropout=nan must be finite in float32"),
         ("model.position", Learned, "model.position="),
+        ("model.norm.eps", "-1", "model.norm.eps=-1.0 must be more than 0"),
+        ("model.initializer.std", "-1", "model.initializer.std=-1.0 must be at least 0"),
+        ("optimizer.learning_rate.peak", "1e300", "must be finite in float32"),
         ("model.unroll", 2, "model.unroll=2 must divide 1"),
         ("model.mask", (), "model.mask has 0 kinds"),
         ("model.mask", (Window(0), Causal()), "model.mask.0.size=0 must be at least 1"),
@@ -80,6 +83,8 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("data.window", 8, "data.window=8 must be at most model.context_length=7"),
         ("data.valid_fraction", 1, "data.valid_fraction=1.0 must lie between 0 and 1"),
         ("directory", "", "directory='' must name a folder"),
+        ("directory", "a\0b", "must name a folder"),
+        ("directory", "a\ud800", "must name a folder"),
     ],
 )
 def test_a_bad_value_gets_one_sentence(path, value, message):

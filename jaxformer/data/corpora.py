@@ -53,7 +53,7 @@ class TextFiles(Corpus):
 
     def documents(self) -> Iterator[str]:
         root = Path(os.path.expanduser(self.path))
-        if not root.exists():
+        if not self.path or not root.exists():
             raise InputError(f"corpus {self.path!r} does not exist; give the path of a text file or folder")
         for path in [root] if root.is_file() else _visible_files(root):
             yield _read(path)

@@ -77,7 +77,10 @@ def _write(corpus: Corpus, tokenizer: Bytes, fingerprint: str, directory: Path) 
     digest, count = hashlib.sha256(), 0
     with open(directory / "tokens.bin", "wb") as file:
         for document in corpus.documents():
-            data = tokenizer.encode(document).astype(dtype).tobytes()
+            try:
+                data = tokenizer.encode(document).astype(dtype).tobytes()
+            except InputError as error:
+                raise InputError(f"data.corpus={corpus}: {error}") from None
             digest.update(data)
             count += file.write(data) // dtype.itemsize
         file.flush()
@@ -112,9 +115,12 @@ def read_tokenizer(path: Path) -> Bytes:
     """The tokenizer stored in a file. Raises InputError if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no tokenizer can be read ({error}); restore the file") from None
-    return from_json(value, Bytes, str(path))
+    tokenizer = from_json(value, Bytes, str(path))
+    if tokenizer.vocab_size is None:
+        raise InputError(f"{path}: holds a tokenizer that was not fitted to a corpus; restore the file")
+    return tokenizer
 
 
 def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:

@@ -15,48 +15,50 @@ class Unchanged(Spec):
 
 
 class Temperature(Unchanged):
-    """Divides by `value`: less than 1 sharpens, 0 leaves the likeliest token alone."""
+    """Divides by `temperature`: less than 1 sharpens, 0 leaves the likeliest token alone."""
 
-    value: float = 1.0
+    temperature: float = 1.0
 
     def check(self, at: str = "") -> None:
-        if self.value < 0:
-            raise ValueError(f"{at}temperature={self.value} must be at least 0; 0 always takes the likeliest token")
+        if self.temperature < 0:
+            raise ValueError(
+                f"{at}temperature={self.temperature} must be at least 0; 0 always takes the likeliest token"
+            )
 
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         first = jnp.arange(logits.shape[-1])[None] == logits.argmax(-1, keepdims=True)
         greedy = jnp.where(first, logits, -jnp.inf)
-        return jnp.where(self.value == 0, greedy, logits / jnp.where(self.value == 0, 1, self.value))
+        return jnp.where(self.temperature == 0, greedy, logits / jnp.where(self.temperature == 0, 1, self.temperature))
 
 
 class TopK(Unchanged):
-    """Keeps the k likeliest tokens (arXiv:1805.04833); of equal ones, those of lower id."""
+    """Keeps the `top_k` likeliest tokens (arXiv:1805.04833); of equal ones, those of lower id."""
 
-    k: int
+    top_k: int
 
     def check(self, at: str = "") -> None:
-        if self.k < 1:
-            raise ValueError(f"{at}top_k={self.k} must be at least 1; 1 always takes the likeliest token")
+        if self.top_k < 1:
+            raise ValueError(f"{at}top_k={self.top_k} must be at least 1; 1 always takes the likeliest token")
 
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        return jnp.where(_rank(logits) < self.k, logits, -jnp.inf)
+        return jnp.where(_rank(logits) < min(self.top_k, logits.shape[-1]), logits, -jnp.inf)
 
 
 class TopP(Unchanged):
-    """Keeps the fewest likeliest tokens whose probabilities reach p together (nucleus sampling, arXiv:1904.09751)."""
+    """Keeps the fewest likeliest tokens whose probabilities reach `top_p` together (nucleus, arXiv:1904.09751)."""
 
-    p: float
+    top_p: float
 
     def check(self, at: str = "") -> None:
-        if not 0 < self.p <= 1:
-            raise ValueError(f"{at}top_p={self.p} must be more than 0 and at most 1; 1 keeps every token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"{at}top_p={self.top_p} must be more than 0 and at most 1; 1 keeps every token")
 
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         falling = -jnp.sort(-logits, axis=-1)
         probabilities = jax.nn.softmax(falling, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.maximum((before < self.p).sum(-1, keepdims=True), 1)
-        kept = jnp.where(self.p >= 1, logits.shape[-1], kept)  # float32's sum may pass 1 before the last token
+        kept = jnp.maximum((before < self.top_p).sum(-1, keepdims=True), 1)
+        kept = jnp.where(self.top_p >= 1, logits.shape[-1], kept)  # float32's sum may pass 1 before the last token
         return jnp.where(_rank(logits) < kept, logits, -jnp.inf)
 
 

@@ -14,6 +14,10 @@ class Normal(Spec):
 
     std: float = 0.02
 
+    def check(self, at: str = "") -> None:
+        if self.std < 0:
+            raise ValueError(f"{at}std={self.std} must be at least 0; 0.02 is usual")
+
     def __call__(self, box: Declared, n_residuals: int) -> Initializer:
         """How to draw one declared array, in a model that adds to its residual stream `n_residuals` times."""
         matrix_or_table = "->" in box.letters or set(box.letters) & set("VC")
@@ -57,6 +61,10 @@ def along(v: Float[Array, "*N"], x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 class NoNorm(Spec):
     """x as it is; also the base of all norms."""
+
+    def check(self, at: str = "") -> None:
+        if getattr(self, "eps", 1) <= 0:
+            raise ValueError(f"{at}eps={getattr(self, 'eps', 1)} must be more than 0; 1e-5 is usual")
 
     def params(self) -> dict[str, Param]:
         return {}

@@ -2,19 +2,19 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxformer.spec import InputError
 
@@ -32,57 +32,64 @@ def sha256(tree: Any) -> str:
     return digest.hexdigest()
 
 
+class Mismatch(InputError):
+    """A sound checkpoint of another model."""
+
+
 class Checkpoints:
     """The checkpoints of a run: written in the background; the newest `keep` and the best one stay."""
 
     def __init__(self, directory: Path, keep: int = 1, read_only: bool = False):
+        if directory.exists() and not directory.is_dir():
+            raise InputError(f"{directory} is no folder of checkpoints; remove it, or give another run")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant here
-        loss = _valid_loss
-        keep_both = [
-            preservation_policy.LatestN(keep),
-            preservation_policy.BestN(get_metric_fn=loss, reverse=True, n=1),
-        ]
-        options = ocp.CheckpointManagerOptions(
-            best_fn=loss,
-            best_mode="min",
-            preservation_policy=None if read_only else preservation_policy.AnyPreservationPolicy(keep_both),
-            read_only=read_only,
-        )
+        policy = None if read_only else _NewestAndBest(self, keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, read_only=read_only)  # pyright: ignore
         self._directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._infos = {step: self._read_info(step) for step in self.steps()}
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def valid_loss(self, step: int) -> float:
+        """Infinite if the step was not evaluated, or its loss is not finite."""
+        loss = self._infos.get(step, {}).get("valid_loss")
+        return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
+
     def best(self) -> tuple[int, float] | None:
         """Step and validation loss of the best checkpoint that was evaluated."""
-        losses = {step: _valid_loss(self._manager.metrics(step) or {}) for step in self.steps()}
-        step = min(losses, key=lambda s: losses[s], default=None)
-        return None if step is None or math.isinf(losses[step]) else (step, losses[step])
+        step = min(self.steps(), key=self.valid_loss, default=None)
+        return None if step is None or math.isinf(self.valid_loss(step)) else (step, self.valid_loss(step))
 
     def save(self, state: Any, step: int, valid_loss: float | None) -> None:
         """Begins to save; raises OSError if there is no room, or if an earlier save has failed."""
         if step in self._manager.all_steps():
             return
         _reserve(self._directory, sum(a.nbytes for a in jax.tree.leaves(state)))
-        evaluated = valid_loss is not None and math.isfinite(valid_loss)
-        metrics = {"state_sha256": sha256(state)} | ({"valid_loss": valid_loss} if evaluated else {})
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        finite = valid_loss is not None and math.isfinite(valid_loss)
+        info = {"state_sha256": sha256(state), "layout": _layout(state), "valid_loss": valid_loss if finite else None}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
+        self._infos[step] = info
         with self._as_os_error():
-            self._manager.save(step, args=args, metrics=metrics)
+            self._manager.save(step, args=args)
 
     def restore(self, abstract: Any, step: int) -> Any:
         """The state of a step, shaped and sharded as `abstract`. Raises InputError if it is not what was saved."""
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-            state, metrics = restored["state"], self._manager.metrics(step) or {}
-        except Exception as error:  # damaged files raise five types of exception, and more with each release
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            raise InputError(f"{self._directory / str(step)} cannot be restored ({reason}); {REMEDY}") from error
-        if sha256(state) != metrics.get("state_sha256"):
-            raise InputError(
-                f"{self._directory / str(step)} is damaged: its SHA-256 differs from when it was saved; {REMEDY}"
+        path, info = self._directory / str(step), self._infos[step]
+        if info.get("layout", _layout(abstract)) != _layout(abstract):
+            raise Mismatch(
+                f"{path} was saved with other shapes than those of this config and tokenizer; "
+                "restore config.json and tokenizer.json of the run"
             )
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(step, args=args)["state"]
+        except Exception as error:  # damaged files raise five types of exception, and more with each release
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise InputError(f"{path} cannot be restored ({reason}); take another checkpoint") from error
+        if sha256(state) != info.get("state_sha256"):
+            raise InputError(f"{path} is damaged: its SHA-256 is not that of what was saved; take another checkpoint")
         return state
 
     def restore_newest(self, abstract: Any, set_aside: bool = True) -> Any:
@@ -94,6 +101,8 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 state = self.restore(abstract, step)
+            except Mismatch:
+                raise
             except InputError as error:
                 log.warning("%s", error)
                 damaged.append(step)
@@ -114,6 +123,14 @@ class Checkpoints:
         with self._as_os_error():
             self._manager.wait_until_finished()
         self._manager.close()
+
+    def _read_info(self, step: int) -> dict[str, Any]:
+        """What `save` wrote beside the state, {} if that is damaged."""
+        try:
+            info = json.loads((self._directory / str(step) / "info" / "metadata").read_text())
+        except (OSError, ValueError):
+            return {}
+        return info if isinstance(info, dict) else {}
 
     @contextlib.contextmanager
     def _as_os_error(self) -> Iterator[None]:
@@ -137,9 +154,22 @@ def _reserve(directory: Path, n_bytes: int) -> None:
         ) from error
 
 
-REMEDY = "take another checkpoint"
+def _layout(tree: Any) -> str:
+    """SHA-256 over path, dtype and shape of every array."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    lines = sorted(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}" for path, leaf in leaves)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _valid_loss(metrics: Any) -> float:
-    loss = metrics.get("valid_loss", math.inf)
-    return loss if math.isfinite(loss) else math.inf
+class _NewestAndBest:
+    """Orbax's question which checkpoints to keep, answered from our own record of losses."""
+
+    def __init__(self, checkpoints: Checkpoints, keep: int):
+        self._checkpoints, self._keep = checkpoints, keep
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = min(steps, key=self._checkpoints.valid_loss, default=None)
+        evaluated = best is not None and math.isfinite(self._checkpoints.valid_loss(best))
+        kept = {*sorted(steps)[-self._keep :], *([best] if evaluated else [])}
+        return [step in kept for step in steps]

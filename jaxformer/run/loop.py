@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.datasets import Batch, Prepared, Tokens, check_ids, prepare
+from jaxformer.data.datasets import Batch, Prepared, Tokens, check_ids, prepare, read_tokenizer
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.metrics import Reports, record_start
@@ -85,6 +85,8 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) ->
     recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
     with _signals() as received, contextlib.closing(Checkpoints(directory / "checkpoints", knobs.keep)) as checkpoints:
         state = checkpoints.restore_newest(abstract_state(config, recipe))
+        if state is None and (directory / "metrics.jsonl").exists():
+            log.warning("%s holds no checkpoint: the run begins anew", directory)
         run = Run(config, prepared.tokenizer, init_state(recipe, hyper) if state is None else state)
         step, best = int(run.state.step), checkpoints.best()
         if step >= knobs.steps:
@@ -159,7 +161,8 @@ def _batch_at(config: Config, tokens: Tokens, step: int) -> Batch:
 
 def _buffer(config: Config, tokens: Tokens, step: int) -> Batch:
     """The batches of the next call, stacked: [K, B, ...]."""
-    batches = [_batch_at(config, tokens, step + i) for i in range(config.train.steps_per_call)]
+    size = min(config.train.steps_per_call, config.train.steps)
+    batches = [_batch_at(config, tokens, step + i) for i in range(size)]
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -202,6 +205,8 @@ def _check_directory(directory: Path, config: Config, prepared: Prepared) -> boo
     if (directory / "config.json").exists():
         _check_same(config, config_lib.read(directory / "config.json"))
         verify_data(directory, prepared)
+        if read_tokenizer(directory / "tokenizer.json") != prepared.tokenizer:
+            raise InputError(f"{directory / 'tokenizer.json'} is not the tokenizer of this corpus; restore the file")
         return True
     ours = {"lock", "data.json", "tokenizer.json", "data.part", "tokenizer.part", "config.part"}  # of a killed start
     if directory.exists() and {path.name for path in directory.iterdir()} - ours:

@@ -92,10 +92,11 @@ class Run:
 
     def evaluate_file(self, path: str) -> dict[str, Any]:
         """`evaluate` on the text of a file or folder."""
+        documents = list(TextFiles(path).documents())
         try:
-            ids = [self.tokenizer.encode(document) for document in TextFiles(path).documents()]
+            ids = [self.tokenizer.encode(document) for document in documents]
         except InputError as error:
-            raise InputError(f"{path}: {error}" if not str(error).startswith("corpus") else str(error)) from None
+            raise InputError(f"{path}: {error}") from None
         return self.evaluate(np.concatenate([*ids, np.empty(0, np.uint32)]), split=str(path))
 
     def evaluate_valid(self) -> dict[str, Any]:
