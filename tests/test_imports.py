@@ -18,7 +18,7 @@ FLOORS = [
     *(f"learning.{n}" for n in ("objectives", "schedules", "optimizers")),
     *(f"generation.{n}" for n in ("logits_processors", "decode")),
     "config",
-    *(f"run.{n}" for n in ("step", "checkpoint", "metrics", "opened", "loop")),
+    *(f"run.{n}" for n in ("step", "checkpoint", "metrics", "directory", "opened", "loop")),
     "commands",
 ]
 NEEDS_NO_MODEL = {"data"}  # knows nothing of models

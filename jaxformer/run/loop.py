@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import logging
 import math
 import signal
@@ -19,13 +17,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.datasets import Batch, Prepared, Tokens, check_ids, prepare, read_tokenizer
+from jaxformer.data.datasets import Batch, Prepared, Tokens, check_ids, prepare
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints
+from jaxformer.run.directory import claimed, noticed
 from jaxformer.run.metrics import Reports, record_start
-from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, recipe_of, verify_data
+from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, recipe_of
 from jaxformer.run.step import Hyper, Recipe, TrainState, init_state, train_steps
-from jaxformer.spec import InputError, dumps
+from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,8 @@ def train(
     check_numerics()
     prepared = prepare(config.data.corpus, config.data.tokenizer)
     tokens, valid = _splits(config, prepared)
-    with _claimed(config, prepared), logging_redirect_tqdm():
+    recipe_of(config, prepared.tokenizer)  # raises before anything is written
+    with claimed(config, prepared), logging_redirect_tqdm():
         return _train(config, prepared, tokens, valid)
 
 
@@ -92,7 +92,7 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) ->
         if step >= knobs.steps:
             log.info("%s is finished: it has made %d of %d steps", directory, step, knobs.steps)
             return run
-        for path, change in _noticed(config, directory).items():
+        for path, change in noticed(config).items():
             log.warning("%s was %s and is %s from here on", path, *change)
         config_lib.save(config, directory / "config.json")
         record_start(directory / "starts.jsonl", step)
@@ -171,62 +171,6 @@ def _until_pause(config: Config, step: int) -> int:
     knobs = config.train
     pauses = (knobs.eval_every - step % knobs.eval_every, knobs.save_every - step % knobs.save_every)
     return min(knobs.steps_per_call, knobs.steps - step, *pauses)
-
-
-# --- the run directory
-
-
-@contextlib.contextmanager
-def _claimed(config: Config, prepared: Prepared) -> Iterator[None]:
-    """A directory that holds this run and no other, for this process alone."""
-    directory = Path(config.directory)
-    recipe_of(config, prepared.tokenizer)  # raises before anything is written
-    config_lib.check_storable(config)
-    _check_directory(directory, config, prepared)
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"directory={config.directory!r} is being trained by another process; wait for it"
-            ) from None
-        if not _check_directory(directory, config, prepared):  # again: another process may have been faster
-            config_lib.write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
-            config_lib.write(directory / "tokenizer.json", dumps(prepared.tokenizer))
-            config_lib.save(config, directory / "config.json")  # last: it makes the directory a run
-        yield
-
-
-def _check_directory(directory: Path, config: Config, prepared: Prepared) -> bool:
-    """Whether the directory holds this run already; raises InputError if it holds anything else."""
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
-    if (directory / "config.json").exists():
-        _check_same(config, config_lib.read(directory / "config.json"))
-        verify_data(directory, prepared)
-        if read_tokenizer(directory / "tokenizer.json") != prepared.tokenizer:
-            raise InputError(f"{directory / 'tokenizer.json'} is not the tokenizer of this corpus; restore the file")
-        return True
-    ours = {"lock", "data.json", "tokenizer.json", "data.part", "tokenizer.part", "config.part"}  # of a killed start
-    if directory.exists() and {path.name for path in directory.iterdir()} - ours:
-        raise InputError(
-            f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
-        )
-    return False
-
-
-def _check_same(config: Config, stored: Config) -> None:
-    changed = config_lib.differences(stored, config)
-    wrong = {path: change for path, change in changed.items() if path not in config_lib.FREE | config_lib.NOTICE}
-    if wrong:
-        fields = "; ".join(f"{path} was {old!r} and is {new!r}" for path, (old, new) in wrong.items())
-        raise InputError(f"directory={config.directory!r} holds another run: {fields}; give another directory")
-
-
-def _noticed(config: Config, directory: Path) -> dict[str, tuple[Any, Any]]:
-    changed = config_lib.differences(config_lib.read(directory / "config.json"), config)
-    return {path: change for path, change in sorted(changed.items()) if path in config_lib.NOTICE}
 
 
 # --- what a user sees

@@ -1,7 +1,6 @@
 """A run opened for use: sample from it, evaluate it, look inside. Opening executes nothing that the run holds."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.corpora import TextFiles
-from jaxformer.data.datasets import Prepared, Tokens, check_ids, full_pass, prepare, read_tokenizer
+from jaxformer.data.datasets import Tokens, check_ids, full_pass, prepare, read_tokenizer
 from jaxformer.data.tokenizers import Bytes
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import Temperature, TopK, TopP, Unchanged
 from jaxformer.model.models import Decoder
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints, sha256
+from jaxformer.run.directory import verify_data
 from jaxformer.run.step import Hyper, Recipe, TrainState, evaluate_batch, init_state
 from jaxformer.spec import InputError, checked, is_declared, to_json
 
@@ -165,21 +165,6 @@ def evaluate(recipe: Recipe, params: Any, tokens: Tokens, config: Config) -> flo
         total, last = total + np.asarray(last, np.float64), sums  # one call behind: two in flight
     nats, weight = total + np.asarray(last, np.float64)
     return float(nats / weight)
-
-
-def verify_data(directory: Path, prepared: Prepared) -> None:
-    """Raises InputError if the corpus is not the one that the run began with."""
-    path = directory / "data.json"
-    try:
-        old = json.loads(path.read_text())["corpus_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no fingerprint of the corpus can be read ({error}); restore the file") from None
-    new = prepared.manifest["corpus_sha256"]
-    if old != new:
-        raise InputError(
-            f"data.corpus has SHA-256 {new}, but the run in {directory} began with {old}; "
-            "restore that text, or give another directory"
-        )
 
 
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:

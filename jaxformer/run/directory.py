@@ -1,0 +1,81 @@
+"""The directory of a run: whose it is, and what it says of its beginning."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxformer import config as config_lib
+from jaxformer.config import Config
+from jaxformer.data.datasets import Prepared, read_tokenizer
+from jaxformer.spec import InputError, dumps
+
+
+@contextlib.contextmanager
+def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
+    """A directory that holds this run and no other, for this process alone."""
+    directory = Path(config.directory)
+    config_lib.check_storable(config)
+    _check_directory(directory, config, prepared)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"directory={config.directory!r} is being trained by another process; wait for it"
+            ) from None
+        if not _check_directory(directory, config, prepared):  # again: another process may have been faster
+            config_lib.write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
+            config_lib.write(directory / "tokenizer.json", dumps(prepared.tokenizer))
+            config_lib.save(config, directory / "config.json")  # last: it makes the directory a run
+        yield
+
+
+def _check_directory(directory: Path, config: Config, prepared: Prepared) -> bool:
+    """Whether the directory holds this run already; raises InputError if it holds anything else."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
+    if (directory / "config.json").exists():
+        _check_same(config, config_lib.read(directory / "config.json"))
+        verify_data(directory, prepared)
+        if read_tokenizer(directory / "tokenizer.json") != prepared.tokenizer:
+            raise InputError(f"{directory / 'tokenizer.json'} is not the tokenizer of this corpus; restore the file")
+        return True
+    ours = {"lock", "data.json", "tokenizer.json", "data.part", "tokenizer.part", "config.part"}  # of a killed start
+    if directory.exists() and {path.name for path in directory.iterdir()} - ours:
+        raise InputError(
+            f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
+        )
+    return False
+
+
+def _check_same(config: Config, stored: Config) -> None:
+    changed = config_lib.differences(stored, config)
+    wrong = {path: change for path, change in changed.items() if path not in config_lib.FREE | config_lib.NOTICE}
+    if wrong:
+        fields = "; ".join(f"{path} was {old!r} and is {new!r}" for path, (old, new) in wrong.items())
+        raise InputError(f"directory={config.directory!r} holds another run: {fields}; give another directory")
+
+
+def noticed(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Path → (old, new) of the fields that may change, but not without a word."""
+    changed = config_lib.differences(config_lib.read(Path(config.directory) / "config.json"), config)
+    return {path: change for path, change in sorted(changed.items()) if path in config_lib.NOTICE}
+
+
+def verify_data(directory: Path, prepared: Prepared) -> None:
+    """Raises InputError if the corpus is not the one that the run began with."""
+    path = directory / "data.json"
+    try:
+        old = json.loads(path.read_text())["corpus_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no fingerprint of the corpus can be read ({error}); restore the file") from None
+    new = prepared.manifest["corpus_sha256"]
+    if old != new:
+        raise InputError(
+            f"data.corpus has SHA-256 {new}, but the run in {directory} began with {old}; "
+            "restore that text, or give another directory"
+        )
