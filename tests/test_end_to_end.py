@@ -377,6 +377,14 @@ def test_rows_that_are_none_are_dropped_and_a_diverged_run_keeps_its_best(home, 
     assert steps == {20, 50, 60}
     out, _ = finish(command(home, "evaluate", "run-nan", "--step=best", "--json"))
     assert json.loads(out)["step"] == 20
+    (home / "poisoned.py").write_text(
+        poison.replace("float('nan')", "next(loop.losses)") + (home / "config.py").read_text()
+    )
+    with open(home / "poisoned.py", "a") as file:
+        file.write("loop.losses = iter([float('nan'), 3.0, 4.0])\n")
+    late = ["--directory=run-late", "--train.steps=30", "--train.eval_every=10", "--train.save_every=1000"]
+    finish(command(home, "train", "poisoned.py", *late))
+    assert {int(path.name) for path in (home / "run-late" / "checkpoints").iterdir()} == {20, 30}
 
 
 def test_two_processes_do_not_train_the_same_run(home, whole):

@@ -11,10 +11,11 @@ import pytest
 from tiny import B, T, decoder, hidden, ids, loud
 
 from jaxformer.keys import fold
-from jaxformer.model import blocks
+from jaxformer.model import blocks, cache
 from jaxformer.model.layers import FeedForward, LayerNorm, RMSNorm, dropout
 from jaxformer.model.masks import Causal, Places, Window, one_document, places
 from jaxformer.model.positions import Learned, NoPosition, Rotary
+from jaxformer.spec import Slot
 
 POSITIONS = [NoPosition(), Learned(), Rotary(), outside.LearnedPace(), outside.TurnPerLayer()]
 MASKS = {"causal": Causal(), "window": Window(5)}
@@ -198,3 +199,17 @@ def test_new_numbers_of_the_same_structure_compile_nothing():
     counted = jax.jit(chex.assert_max_traces(lambda p, i: model.hidden(p, i, one_document(T))[0], n=1))
     for seed in (1, 2):
         counted(params, ids(B, T, seed=seed))
+
+
+def test_a_rolling_cache_keeps_the_newest_whatever_the_order_of_the_row():
+    """Of several tokens for one slot the newest stays; which one a scatter would write last is not defined."""
+    slots = cache.PLACE | {"v": Slot("BGSK")}
+    empty = cache.empty(slots, {"B": 1, "G": 1, "S": 3, "K": 1}, jnp.float32)
+    position = jnp.array([[6, 5, 4, 3, 2, 1, 0]])
+    new = {
+        "position": position,
+        "segment": jnp.ones_like(position),
+        "v": position.astype(jnp.float32)[:, None, :, None],
+    }
+    _, written = cache.update(empty, new, slots)
+    assert written["position"].tolist() == [[6, 4, 5]] and written["v"].ravel().tolist() == [6, 4, 5]

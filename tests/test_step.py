@@ -143,7 +143,7 @@ def test_gradients_in_half_precision_are_those_of_full():
     feed_forward = FeedForward(bias=True)
     model = decoder(n_layers=2, context_length=512, bias=True, feed_forward=feed_forward, position=Learned())
     params = jax.jit(model.init)(jax.random.key(0))
-    tokens = np.where(np.random.default_rng(0).random((7, 512)) < 0.9, 3, np.arange(512)[None] % 29).astype(np.int32)
+    tokens = np.where(np.random.default_rng(0).random((17, 512)) < 0.9, 3, np.arange(512)[None] % 29).astype(np.int32)
     found = []
     for dtype in ("float32", "bfloat16"):
         recipe = Recipe(model, compute_dtype=dtype)
@@ -152,7 +152,7 @@ def test_gradients_in_half_precision_are_those_of_full():
     paths = jax.tree_util.tree_flatten_with_path(found[0])[0]
     for (path, full), half in zip(paths, jax.tree.leaves(found[1]), strict=True):
         if "k_bias" not in str(path):  # softmax does not see it: its gradient is 0
-            assert jnp.linalg.norm(half - full) < 0.05 * jnp.linalg.norm(full), path
+            assert jnp.linalg.norm(half - full) < 0.03 * jnp.linalg.norm(full), path
 
 
 def test_keys():
