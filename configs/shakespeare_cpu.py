@@ -5,8 +5,8 @@
 804,096 parameters on tinyshakespeare.txt. Loss over the full validation split after 2,000 steps, seeds 0, 1 and 2:
 1.9049, 1.9113, 1.9037; mean 1.907. 48 to 54 seconds each on 2 cores (AMD EPYC, jax 0.10.1), all included.
 
-Speed, by `python benchmarks/step.py 4` on those 2 cores: 45,460 tokens/s at 10 steps per call and 28,764 at 1, where
-compiled PyTorch gives 28,454 in the same rounds.
+Speed, by `python benchmarks/step.py 4` on those 2 cores: 43,776 tokens/s at 10 steps per call and 27,683 at 1, where
+compiled PyTorch gives 28,487 in the same rounds.
 """
 
 from jaxformer import Config, Data, Decoder, Train
