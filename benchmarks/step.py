@@ -24,7 +24,8 @@ def jaxformer(steps_per_call: int) -> list[float]:
     import numpy as np
 
     from jaxformer.config import resolve
-    from jaxformer.data.datasets import RandomWindows
+    from jaxformer.data.batches import Batches
+    from jaxformer.data.datasets import Source
     from jaxformer.platform import set_flags
     from jaxformer.run.opened import hyper_of
     from jaxformer.run.step import Recipe, init_state, train_steps
@@ -33,17 +34,13 @@ def jaxformer(steps_per_call: int) -> list[float]:
     set_flags()
     config = resolve(HERE.parent / "configs" / "shakespeare_cpu.py")
     recipe, hyper = Recipe(override(config.model, "vocab_size", 65)), hyper_of(config)
-    tokens, rows = (
-        np.random.default_rng(0).integers(0, 65, 1_000_000).astype(np.uint8),
-        np.arange(config.data.batch_size),
-    )
+    tokens = np.random.default_rng(0).integers(0, 65, 1_000_000).astype(np.uint8)
+    source = Source(tokens, np.zeros(1, np.int64))
+    drawn = Batches((source,), (1.0,), config.data.sampling, config.window, config.data.batch_size, 0)
     state, seconds = init_state(recipe, hyper), []
     for call in range(CALLS // steps_per_call + 5):
         started = time.perf_counter()
-        batches = [
-            RandomWindows().batch_at(tokens, config.window, 0, call * steps_per_call + i, rows)["tokens"]
-            for i in range(steps_per_call)
-        ]
+        batches = [drawn.at(call * steps_per_call + i)["tokens"] for i in range(steps_per_call)]
         state, metrics = train_steps(recipe, state, {"tokens": np.stack(batches)}, np.int32(steps_per_call), hyper)
         jax.device_get(metrics)
         seconds.append((time.perf_counter() - started) / steps_per_call)

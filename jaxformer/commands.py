@@ -18,18 +18,30 @@ from typing import Any
 def train(arguments: Sequence[str]) -> None:
     """train CONFIG [--field.path=value ...]: trains a run, or goes on with it. CONFIG --help lists the fields."""
     from jaxformer import config as config_lib
-    from jaxformer.run import loop
     from jaxformer.spec import InputError
 
     if not arguments or arguments[0].startswith("-"):
-        usage = "usage: train CONFIG [--field.path=value ...], as in: train configs/quickstart.py --train.steps=500"
+        usage = (
+            "usage: train CONFIG [--field.path=value ...] [--dry_run] [--profile=START:STOP] [--import=MODULE], "
+            "as in: train configs/quickstart.py --train.steps=500"
+        )
         if arguments and arguments[0] in ("-h", "--help"):
             return print(usage + "\ntrain CONFIG --help lists every field and its value in that config")
         raise InputError(usage)
     config = config_lib.load(arguments[0])
     if {"-h", "--help"} & set(arguments[1:]):
         _parse(type(config), ["--help"], f"train {arguments[0]}", default=config)
-    loop.train(config, _overrides(arguments[1:]))
+    overrides = _overrides([a for a in arguments[1:] if a != "--dry_run"])
+    profile = _span(overrides.pop("profile", None))
+    if "--dry_run" in arguments:
+        from jaxformer.run.dry_run import dry_run
+
+        found = dry_run(config, overrides)
+        print(json.dumps(found.pop("config"), indent=1, ensure_ascii=False))
+        return _print(found, False)
+    from jaxformer.run import loop
+
+    loop.train(config, overrides, profile=profile)
 
 
 def sample(
@@ -40,26 +52,36 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     step: str | None = None,
+    prompt_file: str | None = None,
 ) -> None:
     """Prints texts that a trained run writes.
 
     Args:
         run: The run's directory.
-        prompt: How each text begins; by default it is what follows the tokenizer's start token, a line break.
-        tokens: How many tokens each text goes on.
+        prompt: How each text begins; by default it is what follows the tokenizer's start token.
+        tokens: How many tokens each text goes on, unless the tokenizer's end token comes before.
         samples: How many texts; a line of dashes stands between them.
         temperature: Less than 1 sharpens the distribution; 0 always takes the likeliest token.
         top_k: Draw among the k likeliest tokens.
         top_p: Draw among the likeliest tokens that reach this probability together.
+        min_p: Draw among the tokens at least so many times as probable as the likeliest.
         seed: Other seeds give other texts.
         step: A checkpoint's step, or "best"; by default the newest.
+        prompt_file: A UTF-8 file that holds the prompt.
     """
-    from jaxformer.run.opened import open_run
+    from jaxformer.run.opened import open_run, read_prompt
+    from jaxformer.spec import InputError
 
+    if prompt_file is not None:
+        if prompt is not None:
+            raise InputError(f"prompt_file={prompt_file!r} must not be given beside prompt; leave one of them out")
+        prompt = read_prompt(prompt_file)
     opened = open_run(run, _step(step))
-    texts = opened.samples(prompt, tokens, samples, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    texts = opened.samples(prompt, tokens, samples, seed, **how)
     print("\n---------------\n".join(texts))
 
 
@@ -196,6 +218,18 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _span(text: str | None) -> tuple[int, int] | None:
+    """What --profile=START:STOP says."""
+    from jaxformer.spec import InputError
+
+    if text is None:
+        return None
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and len(text) < 30):
+        raise InputError(f"profile={text} must be START:STOP, two steps, such as 100:110")
+    return int(start), int(stop)
+
+
 def _step(text: str | None) -> int | str | None:
     return int(text) if text and text.isdecimal() and len(text) < 20 else text
 
@@ -206,4 +240,5 @@ def _print(row: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(finite, ensure_ascii=False))
     else:
         for name, value in row.items():
-            print(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value}")
+            form = ",.4f" if isinstance(value, float) else "," if type(value) is int and value >= 10_000 else ""
+            print(f"{name:15} {value:{form}}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import runpy
 import sys
@@ -11,24 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxformer.data.batches import RandomWindows
 from jaxformer.data.corpora import Corpus, PythonTopics
-from jaxformer.data.datasets import RandomWindows
-from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.data.files import write
+from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.model.models import Decoder
 from jaxformer.spec import InputError, Spec, checked, dumps, from_json, known_specs, nearest, override
+from jaxformer.writers import Writer
 
 
 class Data(Spec):
     """Text, and how batches are made of it."""
 
     corpus: Corpus = PythonTopics()
-    tokenizer: Bytes = Characters()
+    valid: Corpus | None = None  # None: the end of the corpus, or of each of a mixture
+    valid_fraction: float = 0.1  # how much of it
+    tokenizer: Tokenizer = Characters()
     sampling: RandomWindows = RandomWindows()
     batch_size: int = 16
     window: int | None = None  # tokens in a row of a batch; None: model.context_length
-    valid_fraction: float = 0.1  # the end of the corpus, kept for validation
 
     def check(self, at: str = "") -> None:
         if self.batch_size < 1:
@@ -47,7 +49,9 @@ class Train(Spec):
     steps_per_call: int = 10  # on the device without a word to the host: faster; a signal waits for the call's end
     accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
     compute_dtype: str = "float32"  # of activations; parameters, softmax and loss are float32 always
+    ema_decay: float | None = None  # of an average of the parameters, which is then evaluated and sampled from
     log_every: int = 10
+    grad_norms: bool = False  # in each logged row the gradient's norm for every parameter and layer
     eval_every: int = 250
     save_every: int = 250
     keep: int = 2  # newest checkpoints; the one of the best validation loss is kept besides
@@ -61,6 +65,10 @@ class Train(Spec):
             raise ValueError(f"{at}steps={self.steps} must be less than 2**31")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"{at}seed={self.seed} must be at least 0 and less than 2**32")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"{at}ema_decay={self.ema_decay} must lie between 0 and 1; 0.999 is usual, None turns it off"
+            )
         if self.sample_tokens < 0:
             raise ValueError(f"{at}sample_tokens={self.sample_tokens} must be at least 0; 0 shows no text")
         if self.compute_dtype not in ("float32", "bfloat16", "float16"):
@@ -76,6 +84,8 @@ class Config(Spec):
     objective: NextToken = NextToken()
     optimizer: SGD = AdamW()
     train: Train = Train()
+    init_from: str | None = None  # a run, or one of its checkpoints, whose parameters this one begins with
+    writers: tuple[Writer, ...] = ()  # where rows go besides metrics.jsonl
 
     def check(self, at: str = "") -> None:
         if not self.directory or "\0" in self.directory or "\ud800" <= max(self.directory) <= "\udfff":
@@ -98,8 +108,10 @@ class Config(Spec):
 
 
 # What may differ when a run goes on. Nothing else may: the result would be that of neither config.
-FREE = {"directory", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "train.sample_tokens"}
-NOTICE = {"train.steps", "train.steps_per_call", "model.unroll"}
+FREE = {"directory", "writers"} | {
+    f"train.{n}" for n in ("log_every", "eval_every", "save_every", "keep", "sample_tokens")
+}
+NOTICE = {"train.steps", "train.steps_per_call", "train.grad_norms", "model.unroll", "model.remat"}
 
 
 def load(path: str | Path) -> Config:
@@ -141,7 +153,9 @@ def _reason(error: BaseException) -> str:
 def resolve(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config, or that of a file, with fields replaced by their paths ("model.n_layers": 6), and checked."""
     found = config if isinstance(config, Config) else load(config)
-    for path, value in (overrides or {}).items():
+    for path, value in sorted(
+        (overrides or {}).items(), key=lambda item: item[0].count(".")
+    ):  # parts, then their fields
         found = override(found, path, value)
     return checked(found)
 
@@ -153,16 +167,6 @@ def check_storable(config: Config) -> None:
 
 def save(config: Config, path: Path) -> None:
     write(path, dumps(config))
-
-
-def write(path: Path, text: str) -> None:
-    """All of the text or, if the process or the machine dies, what was there before."""
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def read(path: Path) -> Config:

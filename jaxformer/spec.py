@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import json
 import sys
 import types
@@ -70,19 +71,30 @@ def checked(spec: S, at: str = "") -> S:
 
 
 def override(spec: S, path: str, value: Any, at: str = "") -> S:
-    """The spec with the field at a dotted path replaced. A string is read as the field's type: "3", "none", "1e-3"."""
+    """The spec with the field at a dotted path replaced; "mask.0.size" goes into a tuple.
+
+    A string is read as the field's type: "3", "none", "1e-3", "0.7,0.3", and for a part its class: "Rotary" if it is
+    known already, "my_module:Decay" imports the module. A part begins with its defaults; its fields can follow.
+    """
     name, _, rest = path.partition(".")
     names = [field.name for field in dataclasses.fields(spec)]
     if name not in names:
         raise InputError(f"{at}{name}: {type(spec).__name__} has no such field; {nearest(name, names)}")
-    old = getattr(spec, name)
-    if not rest:
-        new = _parse(value, typing.get_type_hints(type(spec))[name]) if isinstance(value, str) else value
-    elif isinstance(old, Spec):
-        new = override(old, rest, value, f"{at}{name}.")
+    if rest:
+        new = _override_inside(getattr(spec, name), rest, value, at + name)
     else:
-        raise InputError(f"{at}{path}: {at}{name}={old!r} has no fields; set {at}{name} itself")
+        new = _parse(value, typing.get_type_hints(type(spec))[name], at + name) if isinstance(value, str) else value
     return dataclasses.replace(spec, **{name: new})
+
+
+def _override_inside(old: Any, path: str, value: Any, at: str) -> Any:
+    if isinstance(old, Spec):
+        return override(old, path, value, at + ".")
+    place, _, rest = path.partition(".")
+    if isinstance(old, tuple) and rest and place.isdecimal() and int(place) < len(old):
+        i = int(place)
+        return (*old[:i], _override_inside(old[i], rest, value, f"{at}.{i}"), *old[i + 1 :])
+    raise InputError(f"{at}.{path}: {at}={old!r} has no fields; set {at} itself")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -109,23 +121,49 @@ def _cast(value: Any, annotation: Any, path: str) -> Any:
             return float(value)
         raise InputError(f"{path}={value!r} must be finite in float32; give a smaller number")
     names = " or ".join("None" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    if value is None:
+        raise InputError(f"{path} must be given: {names}")
     raise InputError(f"{path}={value!r} must be {names}, but it is {type(value).__name__}")
 
 
-def _parse(text: str, annotation: Any) -> Any:
+def _parse(text: str, annotation: Any, path: str) -> Any:
     """What a string on the command line means for a field; a string that fits nothing is left for `_cast` to refuse."""
     options = _options(annotation)
+    specs = tuple(option for option in options if isinstance(option, type) and issubclass(option, Spec))
     if types.NoneType in options and text.lower() == "none":
         return None
     if bool in options and text.lower() in ("true", "false"):
         return text.lower() == "true"
+    for option in options:
+        if typing.get_origin(option) is tuple and ("," in text or not specs):
+            inner = typing.get_args(option)[0]
+            return tuple(_parse(part.strip(), inner, path) for part in text.split(",") if part.strip())
     for option in (int, float):
         if option in options:
             try:
                 return option(text)
             except ValueError:
                 pass
-    return text
+    return _part(text, specs, path) if specs and text else text
+
+
+def _part(text: str, kinds: tuple[type[Spec], ...], path: str) -> Spec:
+    """A part by the name of its class, with its defaults; None where a field has none, for a later override to fill."""
+    known = sorted({c.__name__ for kind in kinds for c in (kind, *known_specs(kind)) if c.__module__ != "__main__"})
+    module, colon, name = text.rpartition(":")
+    if colon:
+        try:
+            found = [getattr(importlib.import_module(module), name)]
+        except Exception as error:  # whatever the user's module raises, it is the user's to mend
+            raise InputError(f"{path}={text}: {type(error).__name__}: {error}; mend the module, or its name") from error
+    else:
+        found = [c for kind in kinds for c in {kind, *known_specs(kind)} if c.__name__ == name]
+    if len(found) != 1 or not isinstance(found[0], type) or not issubclass(found[0], kinds):
+        raise InputError(f"{path}={text!r} must be one of {', '.join(known)}, or module:Class of such a part")
+    missing = dataclasses.MISSING
+    return found[0](
+        **{f.name: None for f in dataclasses.fields(found[0]) if f.default is missing and f.default_factory is missing}
+    )
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """The commands as a user runs them: in processes, killed and started again."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -60,7 +61,7 @@ def rows(home, run):
 
 
 def inspect(home, run):
-    out, _ = finish(command(home, "inspect_run", run, "--json"))
+    out, _ = finish(command(home, "inspect_run", *run.split(), "--json"))
     return json.loads(out)
 
 
@@ -89,7 +90,8 @@ def test_a_run_says_what_it_does(home, whole):
     assert [row["step"] for row in whole["rows"] if row["split"] == "train"] == list(range(5, 701, 5))
     valid = [row for row in whole["rows"] if row["split"] == "valid"]
     assert [row["step"] for row in valid] == [300, 600, 700] and valid[-1]["loss"] < 1.8
-    assert whole["rows"][0].keys() == {"step", "split", "loss", "learning_rate", "grad_norm"}
+    assert list(whole["rows"][0]) == ["step", "split", "loss", "grad_norm", "learning_rate"]
+    assert list(valid[0]) == ["step", "split", "loss", "bits_per_byte", "tokens"]
     names = {path.name for path in (home / "run").iterdir()}
     assert names == {
         "config.json",
@@ -211,7 +213,7 @@ def test_evaluate(home, whole):
     assert json.loads(out) == row | {"split": "part.txt"}
     out, _ = finish(command(home, "evaluate", "run", "--step=best"))
     best = min((row for row in whole["rows"] if row["split"] == "valid"), key=lambda row: row["loss"])
-    assert f"step           {best['step']}\n" in out and f"{best['loss']:.4f}" in out
+    assert f"step            {best['step']}\n" in out and f"{best['loss']:.4f}" in out
 
 
 def test_inspect(home, whole):
@@ -272,6 +274,31 @@ def listing(home):
         ("train config.py --directory=new --data.window=18", "data.window=18 must be at most model.context_length=17"),
         ("train config.py --directory=new --data.corpus.path=nowhere.txt", "corpus 'nowhere.txt' does not exist"),
         ("train config.py --directory=new --data.corpus.path=empty.txt", "is empty"),
+        (
+            "train config.py --directory=new --data.sampling=PackedDocuments --data.corpus.path=one.txt",
+            "no document has two",
+        ),
+        (
+            "train config.py --directory=new --model.position=nowhere:Part",
+            "model.position=nowhere:Part: ModuleNotFound",
+        ),
+        ("train config.py --directory=new --model.position=json:dumps", "model.position='json:dumps' must be one of"),
+        ("train config.py --directory=new --model.position=Rotry", "must be one of Learned, NoPosition, Rotary, Sinu"),
+        ("train config.py --directory=new --model.norm=Rotary", "model.norm='Rotary' must be one of LayerNorm, NoNorm"),
+        ("train config.py --directory=new --data.corpus=JSONLines", "data.corpus.path must be given: str"),
+        ("train config.py --directory=new --init_from=nowhere", "'nowhere' holds no run"),
+        ("train config.py --directory=new --init_from=run/checkpoints/17", "step=17 must be one of the checkpoints"),
+        ("train config.py --directory=new --profile=3", "profile=3 must be START:STOP"),
+        ("train config.py --directory=new --profile=5:5", "profile=5:5 must be START:STOP with"),
+        ("train config.py --directory=new --profile=5:701", "profile=5:701 must be START:STOP with"),
+        ("train config.py --directory=new --dry_run --model.n_layers=0", "model.n_layers=0 must be at least 1"),
+        ("train config.py --directory=new --model.remat=all", "model.remat='all' must be None or one of"),
+        ("train config.py --directory=new --model.logit_cap=0", "model.logit_cap=0.0 must be more than 0"),
+        ("train config.py --directory=new --train.ema_decay=1", "train.ema_decay=1.0 must lie between 0 and 1"),
+        ("train config.py --directory=new --writers=WandB --writers.0.mode=off", "writers.0.mode='off' must be online"),
+        ("sample run --prompt_file=nowhere", "prompt_file='nowhere' is no file"),
+        ("sample run --prompt_file=short.txt --prompt=x", "prompt_file='short.txt' must not be given beside prompt"),
+        ("sample run --min_p=2", "min_p=2.0 must be at least 0 and at most 1"),
         ("train config.py --directory=new --data.corpus.path=short.txt", "it needs more than the window of 13"),
         ("train config.py --directory=new --data.corpus.path=latin1.txt", "latin1.txt is not UTF-8 (byte 3 is 0xe9)"),
         ("train config.py --directory=new --model.vocab_size=5", "model.vocab_size=5 must be 17, the tokenizer's"),
@@ -297,6 +324,7 @@ def listing(home):
         ("evaluate run --file=nowhere.txt", "corpus 'nowhere.txt' does not exist"),
         ("evaluate run --file=short.txt", "short.txt: character 'o'"),
         ("evaluate run --file=empty.txt", "empty.txt: 0 tokens"),
+        ("evaluate run --file=one.txt", "one.txt: 1 tokens"),
         ("inspect notes", "'notes' holds no run"),
     ],
 )
@@ -312,6 +340,7 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch
         "two_lines.py": "raise ValueError('x\\ny')\n",
         "empty.txt": "",
         "short.txt": "so short",
+        "one.txt": "1",
     }.items():
         (home / name).write_text(text)
     (home / "latin1.txt").write_bytes(b"caf\xe9 " * 100)
@@ -336,6 +365,123 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch
     assert "Traceback" not in err and listing(home) == before
     if name != "sample" or "--tokns" not in arguments:
         assert err.count("\n") == 1 and out == ""
+
+
+def test_a_part_is_swapped_by_its_import_path(home, whole, tmp_path):
+    """On the command line alone: a stranger's part and its field, a part of the package, and parts in tuples."""
+    (home / "slopes.py").write_text(
+        "from jaxformer.model.positions import NoPosition\n\n\nclass Slope(NoPosition):\n    rate: float = 0.5\n\n"
+        "    def bias(self, params, view, new, seen):\n        return -self.rate * view.distance()\n"
+    )
+    quick = ["config.py", "--directory=run-swap", "--train.sample_tokens=0"]
+    swap = ["--model.position.rate=0.25", "--model.position=slopes:Slope", "--model.mask=Window,Causal"]
+    swap += ["--model.mask.0.size=5", "--model.feed_forward=GatedFeedForward", "--model.norm=RMSNorm"]
+    for steps in (10, 20):
+        finish(command(home, "train", *quick, *swap, f"--train.steps={steps}"))
+    model = inspect(home, "run-swap --import=slopes")["config"]["model"]
+    assert model["position"] == {"class": "slopes:Slope", "rate": 0.25}
+    assert [mask["class"].split(":")[1] for mask in model["mask"]] == ["Window", "Causal"]
+    assert model["mask"][0]["size"] == 5 and model["norm"]["class"] == "jaxformer.model.layers:RMSNorm"
+    _, err = finish(command(home, "sample", "run-swap"), 2)
+    assert "class='slopes:Slope' is no spec" in err
+
+
+def test_a_warm_start(home, whole):
+    """What fits is taken, the rest is drawn; the report says which; and the run goes on without its source."""
+    start = ["config.py", "--directory=run-warm", "--init_from=run", "--model.d_ff=20", "--train.seed=5"]
+    start += ["--train.sample_tokens=0", "--train.steps=40", "--train.save_every=20"]
+    process = command(home, "train", *start, "--train.eval_every=40")
+    _, err = finish(process)
+    assert "taken from run, step 700: 9 arrays" in err and "up: [2, 14, 56] there, [2, 14, 20] here" in err
+    report = json.loads((home / "run-warm" / "init_from.json").read_text())
+    assert report["params_sha256"] == whole["params_sha256"] and report["unused"] == []
+    assert set(report["not_taken"]) == {f"decoder/layers/block0/feed_forward/{name}" for name in ("up", "down")}
+    first, cold = rows(home, "run-warm")[0]["loss"], whole["rows"][0]["loss"]
+    assert first < cold - 0.2
+    before = inspect(home, "run-warm")["state_sha256"]
+    shutil.rmtree(home / "run-warm" / "checkpoints" / "40")
+    os.rename(home / "run", home / "run-away")
+    try:
+        finish(command(home, "train", *start))
+        assert inspect(home, "run-warm")["state_sha256"] == before
+    finally:
+        os.rename(home / "run-away", home / "run")
+    _, err = finish(command(home, "train", *[a for a in start if "init_from" not in a]), 2)
+    assert "init_from was 'run' and is None" in err
+
+
+def test_a_warm_start_with_another_tokenizer_leaves_the_vocabulary(home, whole):
+    other = ["config.py", "--directory=run-bytes", "--init_from=run/checkpoints/700", "--data.tokenizer=Bytes"]
+    _, err = finish(command(home, "train", *other, "--train.steps=10", "--train.sample_tokens=0"))
+    assert "embedding/table: [17, 14] there, [256, 14] here" in err
+    (home / "letters.txt").write_text("".join(chr(65 + i) for i in range(17)) * 99)
+    other = ["config.py", "--directory=run-letters", "--init_from=run", "--data.corpus.path=letters.txt"]
+    _, err = finish(command(home, "train", *other, "--train.steps=10", "--train.sample_tokens=0"))
+    assert "embedding/table: another tokenizer" in err
+    same = [*other[:1], "--directory=run-same", *other[2:3], "--data.tokenizer=TokenizerFile"]
+    same += ["--data.tokenizer.path=run/tokenizer.json", "--train.steps=10", "--train.sample_tokens=0"]
+    _, err = finish(command(home, "train", *same))
+    assert (
+        "not taken" not in err
+        and (home / "run-same" / "tokenizer.json").read_text() == (home / "run" / "tokenizer.json").read_text()
+    )
+
+
+def test_a_moving_average_is_what_is_evaluated_and_sampled(home, whole):
+    """Interrupted and resumed, with the gradients' norms in its rows, packed documents, and a trace of the device."""
+    new = ["config.py", "--directory=run-ema", "--train.ema_decay=0.9", "--train.grad_norms=true", "--profile=20:34"]
+    new += ["--data.sampling=PackedDocuments", "--train.eval_every=20", "--writers=TensorBoard"]
+    finish(command(home, "train", *new, "--train.steps=40"))
+    _, err = finish(command(home, "train", *new, "--train.steps=60"))
+    found = rows(home, "run-ema")
+    assert found[0]["grad_norms"]["decoder/layers/block0/attention/project/q"][1] > 0
+    assert [row["step"] for row in found if row["split"] == "valid"] == [20, 40, 60]
+    run = jaxformer.open_run(home / "run-ema")
+    cwd = os.getcwd()
+    os.chdir(home)
+    try:
+        row = run.evaluate_valid()
+    finally:
+        os.chdir(cwd)
+    assert row["loss"] == found[-1]["loss"] and row["bits_per_byte"] == found[-1]["bits_per_byte"]
+    last = dataclasses.replace(run, state=run.state.replace(ema=()))
+    assert sha256(last.state.eval_params) == inspect(home, "run-ema")["params_sha256"] != sha256(run.state.eval_params)
+    assert list((home / "run-ema" / "profile").rglob("*.xplane.pb")), err
+    assert list((home / "run-ema" / "tensorboard").iterdir())
+
+
+def test_a_dry_run_prints_the_config_and_writes_nothing(home, whole):
+    before = listing(home)
+    out, err = finish(command(home, "train", "config.py", "--directory=new", "--dry_run", "--model.n_layers=4"))
+    config, _, summary = out.rpartition("}\n")
+    assert json.loads(config + "}")["model"]["n_layers"] == 4 and listing(home) == before
+    found = dict(line.split() for line in summary.splitlines())
+    count = int(found["n_params"].replace(",", ""))
+    assert int(found["params_bytes"].replace(",", "")) == 4 * count and found["tokens_per_step"] == "39"
+    assert int(found["total_bytes"].replace(",", "")) > 12 * count and "compiled" not in err
+    missing = ["--data.corpus.path=nowhere.txt", "--data.tokenizer=BPE", "--data.tokenizer.vocab_size=300"]
+    out, _ = finish(command(home, "train", "config.py", "--dry_run", *missing))  # the size is declared
+    assert "vocab_size      300\n" in out
+
+
+def test_prompts(home, whole):
+    """From a file, of any length; the same continuation as by hand."""
+    (home / "prompt.txt").write_text("1 plus 1 is 2\n2 plus ")
+    by_file, _ = finish(command(home, "sample", "run", "--prompt_file=prompt.txt", "--tokens=5", "--min_p=0.05"))
+    by_hand, _ = finish(command(home, "sample", "run", "--prompt=1 plus 1 is 2\n2 plus ", "--tokens=5", "--min_p=0.05"))
+    assert by_file == by_hand and len(by_file) == 27
+
+
+def test_a_text_ends_with_its_document(home, whole):
+    """Documents of a line each: the model learns to end them, and samples stop there."""
+    lines = "".join(json.dumps({"text": f"{i % 7} and {i % 7}"}) + "\n" for i in range(600))
+    (home / "lines.jsonl").write_text(lines)
+    new = ["config.py", "--directory=run-lines", "--data.corpus=JSONLines", "--data.corpus.path=lines.jsonl"]
+    new += ["--data.tokenizer.end_token=true", "--data.sampling=PackedDocuments", "--train.steps=500"]
+    finish(command(home, "train", *new, "--train.eval_every=500"))
+    out, _ = finish(command(home, "sample", "run-lines", "--samples=9", "--tokens=40", "--temperature=0.5"))
+    texts = out.removesuffix("\n").split("\n---------------\n")
+    assert len(texts) == 9 and sum(len(text) == 7 and text[0] == text[-1] for text in texts) >= 6, texts
 
 
 def test_a_corpus_that_changed_is_refused(home, whole, tmp_path):
@@ -366,7 +512,7 @@ def test_rows_that_are_none_are_dropped_and_a_diverged_run_keeps_its_best(home, 
     with open(home / "run-nan" / "metrics.jsonl", "ab") as file:
         file.write(b'junk\n{}\n\n5\n{"step": "x"}\n\xff\xfe\n\0\0\0')
     poison = "import numpy as np\nimport jaxformer.run.loop as loop\n"
-    poison += "loop.evaluate = lambda *a: float('nan')\n"
+    poison += "loop.evaluate = lambda *a: dict(loss=float('nan'), bits_per_byte=1.0, tokens=5)\n"
     (home / "poisoned.py").write_text(poison + (home / "config.py").read_text())
     _, err = finish(command(home, "train", "poisoned.py", *arguments[1:], "--train.steps=60"))
     assert "6 lines that are no rows are dropped" in err

@@ -9,7 +9,7 @@ from tiny import decoder, hidden, ids, loud
 
 from jaxformer.generation import decode
 from jaxformer.generation.decode import generate
-from jaxformer.generation.logits_processors import Temperature, TopK, TopP
+from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.positions import Rotary
 
@@ -62,6 +62,20 @@ def test_a_context_shorter_than_the_models():
     assert np.array_equal(a, b) and not np.array_equal(a, generate(model, params, [changed], 20, (), 3))
 
 
+def test_a_row_ends_with_its_end():
+    """Cut at the first end; what comes before is as if there were none; and nothing is drawn once all rows ended."""
+    model = MODELS[0]
+    params, prompts = loud(model), [ids(4).tolist(), ids(4, seed=2).tolist(), ids(4, seed=3).tolist()]
+    free = generate(model, params, prompts, 40, (), 5)
+    end = int(free[0, 9])
+    out = generate(model, params, prompts, 40, (), 5, end=end)
+    for row, plain in zip(out.tolist(), free.tolist(), strict=True):
+        at = plain.index(end) if end in plain else 40
+        assert row[: at + 1] == plain[: at + 1] and set(row[at:]) <= {end}
+    alone = generate(model, params, prompts[:1], 10_000, (), 5, end=end)  # far beyond what it would take to draw
+    assert alone.shape == (1, 10_000) and alone[0, : out.shape[1]].tolist() == out[0].tolist()
+
+
 def test_more_samples_and_more_tokens_leave_the_first_ones_as_they_were():
     model = MODELS[0]
     params, prompt = loud(model), ids(4).tolist()
@@ -89,6 +103,8 @@ def test_processors():
     assert kept(TopP(0.4))[0] == [False, True, False, False]
     assert kept(TopP(0.41))[0] == [False, True, True, False]
     assert kept(TopP(0.95))[0] == [True] * 4 and kept(TopP(1.0)) == [[True] * 4] * 2
+    assert kept(MinP(0.5))[0] == [False, True, True, True] and kept(MinP(0.51))[0] == [False, True, True, False]
+    assert kept(MinP(1.0)) == [[False, True, False, False], [True] * 4] and kept(MinP(0.0)) == [[True] * 4] * 2
     assert kept(TopP(1e-6)) == [[False, True, False, False], [True, False, False, False]]
     flat = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50_257)).astype(np.float32))
     assert np.isfinite(TopP(1.0)(flat)).all()

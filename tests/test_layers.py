@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError
 from jaxformer.model import layers
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Causal, Places, View, Window, one_document, places
-from jaxformer.model.positions import Rotary
+from jaxformer.model.positions import Rotary, Sinusoidal
 
 rng = np.random.default_rng(0)
 
@@ -59,6 +59,25 @@ def test_gelu():
     close(layers.GELU()(*j(x)), 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
+def test_relu_and_silu():
+    x = draws(3, 5)
+    close(layers.ReLU()(*j(x)), np.maximum(x, 0))
+    close(layers.SiLU()(*j(x)), x / (1 + np.exp(-x)))
+
+
+def test_gated_feed_forward():
+    x, gate, up, down = draws(3, 5, 7), draws(7, 11), draws(7, 11), draws(11, 7)
+    params = {"gate": gate, "up": up, "down": down}
+    silu = lambda x: x / (1 + np.exp(-x))
+    spec = layers.GatedFeedForward()
+    close(spec(*j(params, x)), (silu(x @ gate) * (x @ up)) @ down, 1e-4)
+    assert {name: p.letters for name, p in spec.params().items()} == {"gate": "D->F", "up": "D->F", "down": "F->D"}
+    a, b, c = draws(11), draws(11), draws(7)
+    spec, biased = layers.GatedFeedForward(bias=True), params | {"gate_bias": a, "up_bias": b, "down_bias": c}
+    close(spec(*j(biased, x)), (silu(x @ gate + a) * (x @ up + b)) @ down + c, 1e-4)
+    assert spec.params().keys() == biased.keys()
+
+
 def test_feed_forward():
     x, up, down, b, c = draws(3, 5, 7), draws(7, 11), draws(11, 7), draws(11), draws(7)
     params = {"up": up, "down": down, "up_bias": b, "down_bias": c}
@@ -90,6 +109,18 @@ def test_rotary():
     z = z * np.exp(1j * position[:, None, :, None] * 100.0 ** (-np.arange(0, 14, 2) / 14))
     out = Rotary(100.0).rotate({}, *j(x), Places(jnp.asarray(position), jnp.ones((2, 5), jnp.int32)))
     close(out, np.concatenate([z.real, z.imag], -1), 1e-4)
+
+
+@pytest.mark.parametrize("width", [14, 7])
+def test_sinusoidal(width):
+    """Even places sin(p / base^(i/D)), odd ones the cosine of the same angle."""
+    x, position = draws(2, 5, width), rng.integers(0, 50, (2, 5))
+    expected = x.copy()
+    for b, t, d in np.ndindex(x.shape):
+        angle = position[b, t] / 100.0 ** ((d - d % 2) / width)
+        expected[b, t, d] += np.cos(angle) if d % 2 else np.sin(angle)
+    out = Sinusoidal(100.0).embed({}, *j(x), Places(jnp.asarray(position), jnp.ones((2, 5), jnp.int32)))
+    close(out, expected, 1e-4)
 
 
 def softmax_attention(q, k, v, mask):

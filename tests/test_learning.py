@@ -9,7 +9,7 @@ from tiny import B, T, decoder, ids, loud
 
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import AdamW
-from jaxformer.learning.schedules import Constant, WarmupCosine
+from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
 from jaxformer.model.masks import Places
 from jaxformer.spec import Declared
 
@@ -52,6 +52,24 @@ def test_warmup_and_cosine():
         expected = 1e-3 * (i + 1) / 101 if i < 100 else cosine
         assert float(rate(jnp.int32(i), jnp.int32(2000))) == pytest.approx(expected, rel=1e-5)
     assert float(Constant(0.3)(jnp.int32(7), jnp.int32(9))) == pytest.approx(0.3)
+
+
+def test_warmup_and_line():
+    rate = WarmupLinear(1e-3, 1e-4, 100)
+    for i in (0, 99, 100, 1050, 1999, 2000, 3000):
+        expected = 1e-3 * (i + 1) / 101 if i < 100 else max(1e-4, 1e-3 - 9e-4 * (i - 100) / 1900)
+        assert float(rate(jnp.int32(i), jnp.int32(2000))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_wsd():
+    """Of 1,900 steps after the warm-up the last 380 decay; before them a longer run is the same."""
+    rate = WSD(1e-3, 1e-4, 100, decay=0.2)
+    for i in (0, 99, 100, 1000, 1619, 1620, 1810, 1999, 2000, 2500):
+        expected = 1e-3 * (i + 1) / 101 if i < 100 else 1e-3 - 9e-4 * np.clip((i - 1620) / 380, 0, 1)
+        assert float(rate(jnp.int32(i), jnp.int32(2000))) == pytest.approx(expected, rel=1e-4)
+        if i <= 1620:
+            assert float(rate(jnp.int32(i), jnp.int32(9000))) == pytest.approx(expected, rel=1e-4)
+    assert float(WSD(1e-3, decay=1.0)(jnp.int32(1050), jnp.int32(2000))) == pytest.approx(5e-4, rel=1e-4)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

@@ -12,12 +12,14 @@ from tiny import B, T, decoder, hidden, ids, loud
 
 from jaxformer.keys import fold
 from jaxformer.model import blocks, cache
-from jaxformer.model.layers import FeedForward, LayerNorm, RMSNorm, dropout
+from jaxformer.model.attention import Attention
+from jaxformer.model.blocks import PostNorm, PreNorm
+from jaxformer.model.layers import FeedForward, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
 from jaxformer.model.masks import Causal, Places, Window, one_document, places
-from jaxformer.model.positions import Learned, NoPosition, Rotary
+from jaxformer.model.positions import Learned, NoPosition, Rotary, Sinusoidal
 from jaxformer.spec import Slot
 
-POSITIONS = [NoPosition(), Learned(), Rotary(), outside.LearnedPace(), outside.TurnPerLayer()]
+POSITIONS = [NoPosition(), Learned(), Sinusoidal(), Rotary(), outside.LearnedPace(), outside.TurnPerLayer()]
 MASKS = {"causal": Causal(), "window": Window(5)}
 KERNELS = {"softmax": {}, "outside": {"kernel": outside.SinkWithStatistic()}}
 each_position = pytest.mark.parametrize("position", POSITIONS, ids=lambda p: type(p).__name__)
@@ -133,6 +135,71 @@ def test_scanned_layers_equal_blocks_applied_by_hand():
         layer = jax.tree.map(lambda a, i=i: a[i], decoder_params["layers"]["block0"])
         x, _ = blocks.Block(model.kinds[0], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
     close(model.norm(decoder_params["norm"], x), hidden(model, params, text, at, key)[0], 2e-5)
+
+
+def test_post_norm_by_hand():
+    """norm(x + f(x)) twice a block, and no norm at the end."""
+    model = decoder(residual=PostNorm(), position=NoPosition())
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    assert "norm" not in params["decoder"]
+    x = params["embedding"]["table"][text]
+    for i in range(model.n_layers):
+        layer = jax.tree.map(lambda a, i=i: a[i], params["decoder"]["layers"]["block0"])
+        kind = model.kinds[0]
+        attention = Attention(model.dims, kind.kernel, kind.position, kind.mask, kind.bias, kind.dropout)
+        h, _ = attention.apply({"params": layer["attention"]}, x, at, {}, None)
+        x = model.norm(layer["norm_attention"], x + h)
+        x = model.norm(layer["norm_feed_forward"], x + model.feed_forward(layer["feed_forward"], x))
+    close(x, hidden(model, params, text, at)[0], 2e-5)
+
+
+@pytest.mark.parametrize("residual", [PreNorm(), PostNorm()], ids=["pre", "post"])
+@pytest.mark.parametrize("feed_forward", [FeedForward(ReLU()), GatedFeedForward()], ids=["relu", "gated"])
+def test_every_wiring_is_causal_and_trains(residual, feed_forward):
+    model = decoder(residual=residual, feed_forward=feed_forward, position=Sinusoidal())
+    params, text = loud(model), ids(1, T)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params, table):
+            h = model.hidden(params | {"embedding": {"table": table}}, jnp.arange(T)[None], one_document(T))[0]
+            return h[0, 6, 3]  # a norm makes the sum of all places the same
+
+        return jax.grad(loss, (0, 1))(params, params["embedding"]["table"])
+
+    of_params, of_table = gradients(params)
+    size = jnp.abs(of_table).sum(-1)
+    assert (size[7:] == 0).all() and (size[3:7] > 1e-7).all() and text.shape == (1, T)
+    for path, gradient in jax.tree_util.tree_flatten_with_path(of_params["decoder"])[0]:
+        assert jnp.abs(gradient).max() > 0, path
+
+
+def test_logits_are_capped():
+    plain, capped = decoder(), decoder(logit_cap=5.0)
+    params = loud(plain)
+    h = 9 * hidden(plain, params, ids(B, T), one_document(T))[0]
+    logits = np.asarray(plain.logits(params, h))
+    assert np.abs(logits).max() > 10
+    close(capped.logits(params, h), 5 * np.tanh(logits / 5))
+
+
+def loss_of(model, text):
+    return lambda params: (model.hidden(params, text, one_document(T), jax.random.key(0))[0] ** 2).sum()
+
+
+@pytest.mark.parametrize("unroll", [1, 5])
+def test_recomputation_changes_memory_and_no_gradient(unroll):
+    """What is kept for the backward pass, by policy; with the same dropout masks in both passes."""
+    text, saved, gradients = ids(B, T), {}, {}
+    for remat in (None, "everything_saveable", "dots_saveable", "nothing_saveable"):
+        model = decoder(remat=remat, dropout=0.3, unroll=unroll)
+        params = loud(model)
+        gradients[remat] = jax.jit(jax.grad(loss_of(model, text)))(params)
+        residuals = jax.eval_shape(lambda p, m=model: jax.vjp(loss_of(m, text), p)[1], params)
+        saved[remat] = sum(a.size for a in jax.tree.leaves(residuals))
+        jax.tree.map(lambda a, b: close(a, b, 1e-3), gradients[remat], gradients[None])
+    assert saved["nothing_saveable"] < saved["dots_saveable"] < saved["everything_saveable"]
+    assert saved["nothing_saveable"] < 0.5 * saved[None]
 
 
 def test_one_more_dropout_upstream_leaves_the_others_masks():

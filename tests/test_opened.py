@@ -6,6 +6,7 @@ import pytest
 from tiny import decoder, hidden, ids, loud
 
 from jaxformer.config import Config, Data
+from jaxformer.data.datasets import Source
 from jaxformer.data.tokenizers import Characters
 from jaxformer.model.masks import one_document
 from jaxformer.run.opened import Run
@@ -26,7 +27,7 @@ def test_evaluation_is_the_mean_over_all_tokens_but_the_first(length):
         nats += (-log_p[np.arange(len(window) - 1), window[1:]]).tolist()
     tokenizer = Characters("".join(map(chr, range(65, 90))) + "\u00e4\u00f6\u00fc\u732b")  # 1, 2 and 3 bytes
     run = Run(Config("run", model, Data(batch_size=3, window=11)), tokenizer, TrainState(jnp.int32(5), params, ()))
-    row = run.evaluate(tokens)
+    row = run.evaluate(Source(tokens, np.zeros(1, np.int64)))
     assert (row["step"], row["split"], row["tokens"]) == (5, "valid", length - 1)
     assert row["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
     assert row["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)

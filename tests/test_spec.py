@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import outside
 import pytest
 import tiny
 
-from jaxformer.config import Config
+from jaxformer.config import Config, read, resolve
+from jaxformer.data.corpora import Mixture, PythonTopics, TinyShakespeare
 from jaxformer.learning.optimizers import AdamW, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.masks import Causal, Window
@@ -26,6 +28,9 @@ from jaxformer.spec import (
     override,
     to_json,
 )
+from jaxformer.writers import TensorBoard, WandB
+
+HOSTILE = ["os:system", "subprocess:Popen", "antigravity:x", "builtins:eval", "this:s", "jaxformer.commands:main"]
 
 
 class EmbedsPerLayer(Learned):
@@ -98,6 +103,36 @@ def test_an_odd_width_cannot_be_rotated():
         checked(Config("runs/a", Decoder(2, 4, 12, 7, position=Rotary())))
 
 
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("model.position", "Rotary", Rotary()),
+        ("model.position", "jaxformer.model.positions:Learned", Learned()),
+        ("model.position", "outside:TurnPerLayer", outside.TurnPerLayer()),
+        ("model.mask", "Causal", Causal()),
+        ("model.mask", "Window, Causal", (Window(), Causal())),
+        ("model.mask.0.size", "3", (Window(3), Causal())),
+        ("optimizer.learning_rate", "Constant", Constant()),
+        ("writers", "TensorBoard", (TensorBoard(),)),
+        ("writers", "TensorBoard,WandB", (TensorBoard(), WandB())),
+        ("writers", "", ()),
+    ],
+)
+def test_a_part_is_set_by_the_name_of_its_class(path, text, expected):
+    config = checked(override(CONFIG, path, text))
+    for name in path.removesuffix(".0.size").split("."):
+        config = getattr(config, name)
+    assert config == expected
+
+
+def test_fields_may_be_given_before_the_part_that_has_them():
+    fields = {"data.corpus.weights": "0.7,0.3", "model.position.base": "500", "model.position": "Rotary"}
+    fields |= {"data.corpus": "Mixture", "data.corpus.corpora": "PythonTopics,TinyShakespeare"}
+    config = resolve(CONFIG, fields)
+    assert config.model.position == Rotary(500.0)
+    assert config.data.corpus == Mixture((PythonTopics(), TinyShakespeare()), (0.7, 0.3))
+
+
 def test_numpy_numbers_are_numbers():
     assert type(checked(override(CONFIG, "train.steps", np.int64(7))).train.steps) is int
 
@@ -143,6 +178,55 @@ def test_a_hostile_stored_form_gets_one_sentence(change, message):
     with pytest.raises(InputError) as error:
         from_json(broken(change), Config, "config.json")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fifty_hostile_configs_import_nothing_and_run_nothing(tmp_path, monkeypatch):
+    """A class of any module in any place, nested, mistyped, or not JSON at all: one sentence, and nothing else."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    plain = dumps(CONFIG)
+    hostile = []
+    for name in [*HOSTILE, "evil:Position", "evil:__init__", "..evil:x", ":", "", "jaxformer.spec:Spec"]:
+        for place in ("model", "data", "optimizer"):
+            value = json.loads(plain)
+            value[place]["class"] = name
+            hostile.append(json.dumps(value))
+    for path in (
+        "model.position",
+        "data.corpus.path",
+        "directory",
+        "writers",
+        "train.steps",
+        "data.tokenizer.alphabet",
+    ):
+        value = part = json.loads(plain)
+        *parents, last = path.split(".")
+        for parent in parents:
+            part = part[parent]
+        part[last] = {"class": "evil:Position", "__reduce__": ["os.system", "touch run"]}
+        hostile.append(json.dumps(value))
+    hostile += [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"class":' * 5000,
+        "\ud800",
+        plain[:-9],
+        "\0",
+        "!!python/object:evil",
+    ]
+    hostile += [plain.replace('"steps": 1000', f'"steps": {n}') for n in ("NaN", "1e999", "-1", '"1000"', "9" * 5000)]
+    assert len(hostile) >= 50
+    modules = set(sys.modules)
+    for i, text in enumerate(hostile):
+        (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(InputError) as error:
+            read(tmp_path / "config.json")
+        assert "config.json" in str(error.value) and "\n" not in str(error.value), i
+    new = {name for name in set(sys.modules) - modules if name.split(".")[0] not in ("json", "encodings")}
+    assert not new and not (tmp_path / "run").exists()
 
 
 def test_a_class_that_another_process_cannot_find_is_not_stored():

@@ -93,8 +93,8 @@ def test_one_batch_is_memorised():
     state, first = train_steps(recipe, init_state(recipe, fast), buffer, np.int32(100), fast)
     state, last = train_steps(recipe, state, buffer, np.int32(100), fast)
     assert 3 < float(first["loss"][0]) < 4 and float(last["loss"][-1]) < 0.02
-    nats, weight = evaluate_batch(recipe, state.params, at(0, buffer))
-    assert float(nats / weight) < 0.02 and float(weight) == 12 + 8 + 13
+    nats, weight, n_bytes = evaluate_batch(recipe, state.params, at(0, buffer), np.full(29, 2.0, np.float32))
+    assert float(nats / weight) < 0.02 and float(weight) == float(n_bytes) / 2 == 12 + 8 + 13
 
 
 def test_metrics():
@@ -105,11 +105,45 @@ def test_metrics():
     state = init_state(recipe, hyper())
 
     def loss(params):
-        nats, weight = evaluate_batch(recipe, params, at(0, batches(2)))
+        nats, weight, _ = evaluate_batch(recipe, params, at(0, batches(2)), np.ones(29, np.float32))
         return nats / weight
 
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(jax.grad(loss)(state.params))))
     assert float(row["grad_norm"][0]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_gradients_norm_of_every_parameter_and_layer():
+    recipe = Recipe(decoder(n_layers=2), grad_norms=True)
+    plain = dataclasses.replace(recipe, grad_norms=False)
+    state, row = train_steps(recipe, init_state(recipe, hyper()), batches(2), np.int32(1), hyper())
+    same, _ = train_steps(plain, init_state(plain, hyper()), batches(2), np.int32(1), hyper())
+    chex.assert_trees_all_close(state, same, atol=1e-6)
+    norms = {name: np.asarray(a[0]) for name, a in row["grad_norms"].items()}
+    assert norms["decoder/layers/block0/attention/project/q"].shape == (2,) and norms["embedding/table"].shape == ()
+    assert np.sqrt(sum((a**2).sum() for a in norms.values())) == pytest.approx(float(row["grad_norm"][0]), rel=1e-5)
+
+    def loss(params):
+        nats, weight, _ = evaluate_batch(recipe, params, at(0, batches(2)), np.ones(29, np.float32))
+        return nats / weight
+
+    up = jax.grad(loss)(init_state(plain, hyper()).params)["decoder"]["layers"]["block0"]["feed_forward"]["up"]
+    expected = np.sqrt((np.asarray(up) ** 2).sum((1, 2)))
+    np.testing.assert_allclose(norms["decoder/layers/block0/feed_forward/up"], expected, rtol=1e-4)
+
+
+def test_the_moving_average():
+    averaged = hyper()._replace(ema_decay=np.float32(0.3))
+    state, means = init_state(RECIPE, averaged), None
+    chex.assert_trees_all_equal(state.ema, state.params)
+    for step in range(4):
+        decay = min(0.3, (1 + step) / (10 + step))
+        means = jax.tree.map(np.asarray, state.ema)
+        state, _ = train_steps(RECIPE, state, batches(2), np.int32(1), averaged)
+        means = jax.tree.map(lambda mean, new, d=decay: d * mean + (1 - d) * np.asarray(new), means, state.params)
+        chex.assert_trees_all_close(state.ema, means, atol=1e-6)
+    assert state.eval_params is state.ema and decay == 0.3
+    plain, _ = train_steps(RECIPE, init_state(RECIPE, hyper()), batches(2), np.int32(1), hyper())
+    assert plain.eval_params is plain.params and not jax.tree.leaves(plain.ema)
 
 
 def test_dropout_differs_by_seed_step_and_slice():
@@ -147,7 +181,8 @@ def test_gradients_in_half_precision_are_those_of_full():
     found = []
     for dtype in ("float32", "bfloat16"):
         recipe = Recipe(model, compute_dtype=dtype)
-        loss = lambda p, recipe=recipe: evaluate_batch(recipe, p, {"tokens": tokens})[0] / tokens.size
+        sums = lambda p, recipe=recipe: evaluate_batch(recipe, p, {"tokens": tokens}, np.ones(29, np.float32))
+        loss = lambda p, sums=sums: sums(p)[0] / tokens.size
         found.append(jax.grad(loss)(params))
     paths = jax.tree_util.tree_flatten_with_path(found[0])[0]
     for (path, full), half in zip(paths, jax.tree.leaves(found[1]), strict=True):

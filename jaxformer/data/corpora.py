@@ -1,32 +1,42 @@
 """Corpora: where text comes from, as a sequence of documents."""
 
+import dataclasses
 import hashlib
-import http.client
-import logging
+import json
 import os
-import shutil
-import tempfile
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from jaxformer.data.files import decoded, fetch, file_sha256, lines, plain_name, visible_files
 from jaxformer.spec import InputError, Spec
 
-log = logging.getLogger(__name__)
+PIECE = 16_384  # characters that are encoded at once
 
 
-def cache_directory() -> Path:
-    """$JAXFORMER_CACHE, or `jaxformer` in the user's cache."""
-    own = os.environ.get("JAXFORMER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxformer"
+class Piece(NamedTuple):
+    """A stretch of a document, short enough to be encoded at once."""
+
+    text: str
+    ends: bool  # it is the last of its document
 
 
 class Corpus(Spec):
-    """Text. A subclass yields its documents, in the same order every time."""
+    """Text. A subclass yields its documents, in the same order every time, or their pieces if they may be long."""
 
     def documents(self) -> Iterator[str]:
         """Raises InputError for text that is missing or cannot be read."""
         yield from ()
+
+    def pieces(self) -> Iterator[Piece]:
+        """The documents, long ones in several pieces; the text alone decides where they are cut."""
+        for document in self.documents():
+            yield from cut([document])
+
+    def __iter__(self) -> Iterator[str]:
+        return (piece.text for piece in self.pieces())
 
     def fingerprint(self) -> str:
         """SHA-256 of the documents and their boundaries."""
@@ -35,6 +45,14 @@ class Corpus(Spec):
             data = document.encode()
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
+
+    def ids(self) -> np.ndarray | None:
+        """The ids themselves, where a file holds them already."""
+        return None
+
+    def parts(self) -> tuple[tuple["Corpus", float], ...]:
+        """The corpora that this one mixes, and their shares of the rows: itself alone, unless it is a mixture."""
+        return ((self, 1.0),)
 
 
 class PythonTopics(Corpus):
@@ -47,71 +65,194 @@ class PythonTopics(Corpus):
 
 
 class TextFiles(Corpus):
-    """A UTF-8 file, or all files of a folder and its subfolders in the order of their paths; hidden ones left out."""
+    """UTF-8 files, each a document: one, or all of a folder and its subfolders in the order of their paths.
+
+    Hidden files are left out. What ends in .gz or .zst is decompressed.
+    """
 
     path: str
 
+    suffixes = ("",)  # of files that are taken from a folder, before .gz and .zst
+
     def documents(self) -> Iterator[str]:
+        document: list[str] = []
+        for piece in self.pieces():
+            document.append(piece.text)
+            if piece.ends:
+                yield "".join(document)
+                document = []
+
+    def pieces(self) -> Iterator[Piece]:
+        for path in self.files():
+            yield from self.read(path)
+
+    def read(self, path: Path) -> Iterator[Piece]:
+        """The documents of one file."""
+        return cut(decoded(path))
+
+    def files(self) -> list[Path]:
         root = Path(os.path.expanduser(self.path))
         if not self.path or not root.exists():
-            raise InputError(f"corpus {self.path!r} does not exist; give the path of a text file or folder")
-        for path in [root] if root.is_file() else _visible_files(root):
-            yield _read(path)
+            raise InputError(f"corpus {self.path!r} does not exist; give the path of a file or folder")
+        if not root.is_dir():
+            return [root]
+        found = [path for path in visible_files(root) if plain_name(path).endswith(self.suffixes)]
+        if not found:
+            kinds = " or ".join(self.suffixes) if any(self.suffixes) else "visible"
+            raise InputError(f"corpus {self.path!r} holds no {kinds} file; give another folder")
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 over class, fields, and the names and contents of the files, wherever their folder lies."""
+        root = Path(os.path.expanduser(self.path))
+        files = [
+            (path.relative_to(root).as_posix() if path != root else "", file_sha256(path)) for path in self.files()
+        ]
+        fields = f"{type(self).__module__}.{dataclasses.replace(self, path='')!r}"
+        return hashlib.sha256(json.dumps([fields, files]).encode()).hexdigest()
+
+
+class JSONLines(TextFiles):
+    """Files of one JSON object per line, each a document: the string in `field`. A null is no document."""
+
+    field: str = "text"
+
+    suffixes = (".jsonl", ".ndjson")
+
+    def read(self, path: Path) -> Iterator[Piece]:
+        for number, line in enumerate(lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+                text = value[self.field]
+                if not isinstance(text, str | None):
+                    raise ValueError(f"{self.field!r} is {type(text).__name__}, not a string")
+                (text or "").encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{path}, line {number}: half of a surrogate pair; mend the line") from None
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                reason = f"no field {self.field!r}" if isinstance(error, KeyError | TypeError) else error
+                raise InputError(f"{path}, line {number}: {reason}; mend the line, or leave it out") from None
+            yield from cut([text or ""])
+
+
+class Parquet(TextFiles):
+    """Parquet files, each row a document: the string in a column. A null is no document. Needs pyarrow."""
+
+    column: str = "text"
+
+    suffixes = (".parquet",)
+
+    def read(self, path: Path) -> Iterator[Piece]:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise InputError("data.corpus=Parquet needs pyarrow; pip install 'jaxformer[parquet]'") from None
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                if self.column not in file.schema_arrow.names:
+                    raise InputError(f"{path}: no column {self.column!r}; it has {', '.join(file.schema_arrow.names)}")
+                kind = file.schema_arrow.field(self.column).type
+                if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+                    raise InputError(f"{path}: column {self.column!r} holds {kind}; it must hold strings")
+                for rows in file.iter_batches(256, columns=[self.column]):
+                    for text in rows.column(0).to_pylist():
+                        yield from cut([text or ""])
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{path} cannot be read ({error}); restore the file") from None
+
+
+class TokenFile(Corpus):
+    """A file of ids, one after another as nanoGPT's `train.bin` holds them; its documents end with the end token."""
+
+    path: str
+    dtype: str = "uint16"
+
+    def check(self, at: str = "") -> None:
+        if self.dtype not in ("uint8", "uint16", "uint32"):
+            raise ValueError(f"{at}dtype={self.dtype!r} must be uint8, uint16 or uint32")
+
+    def fingerprint(self) -> str:
+        self.ids()
+        return hashlib.sha256(f"{self.dtype} {file_sha256(Path(os.path.expanduser(self.path)))}".encode()).hexdigest()
+
+    def ids(self) -> np.memmap:
+        path, dtype = Path(os.path.expanduser(self.path)), np.dtype(self.dtype)
+        if not path.is_file():
+            raise InputError(f"corpus {self.path!r} is no file; give the path of a file of ids")
+        size = path.stat().st_size
+        if not size or size % dtype.itemsize:
+            raise InputError(f"corpus {self.path!r} has {size} bytes, which are no {dtype} ids; give its dtype")
+        return np.memmap(path, dtype, "r")
+
+
+class Mixture(Corpus):
+    """Several corpora. Each gives its share of the rows of batches, whatever its size."""
+
+    corpora: tuple[Corpus, ...]
+    weights: tuple[float, ...]
+
+    def check(self, at: str = "") -> None:
+        if not self.corpora or len(self.corpora) != len(self.weights):
+            raise ValueError(
+                f"{at}weights={self.weights} must be as many as {at}corpora, which are {len(self.corpora)}"
+            )
+        if min(self.weights) <= 0:
+            raise ValueError(f"{at}weights={self.weights} must be more than 0; leave a corpus out instead")
+        if any(len(corpus.parts()) > 1 for corpus in self.corpora):
+            raise ValueError(f"{at}corpora must not be mixtures themselves; give all corpora in one")
+
+    def documents(self) -> Iterator[str]:
+        for corpus in self.corpora:
+            yield from corpus.documents()
+
+    def pieces(self) -> Iterator[Piece]:
+        for corpus in self.corpora:
+            yield from corpus.pieces()
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(corpus.fingerprint() for corpus in self.corpora).encode()).hexdigest()
+
+    def parts(self) -> tuple[tuple[Corpus, float], ...]:
+        return tuple(
+            (corpus, weight / sum(self.weights)) for corpus, weight in zip(self.corpora, self.weights, strict=True)
+        )
 
 
 class TinyShakespeare(Corpus):
     """The 1,115,394 characters of tinyshakespeare.txt, in $JAXFORMER_DATA or the cache, else downloaded once."""
 
     def documents(self) -> Iterator[str]:
-        yield _read(fetch("tinyshakespeare.txt", TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256))
+        yield from TextFiles(str(fetch("tinyshakespeare.txt", TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256))).documents()
 
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def fetch(name: str, url: str, sha256: str) -> Path:
-    """The path of a file in $JAXFORMER_DATA or the cache, downloaded into the cache if it is in neither.
+def cut(chunks: Iterable[str]) -> Iterator[Piece]:
+    """The pieces of one document that comes in chunks of any size.
 
-    Raises InputError if it is not to be had, or is not the file that it should be.
+    They end at a line break, or else before a space, that stands alone between two other characters: where byte-level
+    tokenizers split in any case, so that the ids are those of the whole document.
     """
-    shared = os.environ.get("JAXFORMER_DATA")
-    cached = cache_directory() / name
-    for path in ([Path(shared) / name] if shared else []) + [cached]:
-        if path.is_file():
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if found != sha256:
-                raise InputError(f"{path} has SHA-256 {found}, not {sha256}; remove it, or put the right file there")
-            return path
-    log.info("downloading %s to %s", url, cached)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached.parent) as directory:
-        part = Path(directory) / name
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-                shutil.copyfileobj(response, file)
-            found = hashlib.sha256(part.read_bytes()).hexdigest()
-            if found != sha256:
-                raise ValueError(f"it came with SHA-256 {found}, not {sha256}")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
-            raise InputError(f"{name} could not be downloaded from {url} ({reason}); put it at {cached}") from None
-        os.replace(part, cached)
-    return cached
+    rest = ""
+    for chunk in chunks:
+        text, at = rest + chunk, 0
+        while len(text) - at > PIECE:
+            end = _boundary(text, at)
+            yield Piece(text[at:end], False)
+            at = end
+        rest = text[at:]
+    yield Piece(rest, True)
 
 
-def _visible_files(root: Path) -> list[Path]:
-    paths = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
-    return sorted(p for p in paths if p.is_file())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); "
-            "convert it, or leave it out of the corpus"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check the file and its permissions") from None
+def _boundary(text: str, start: int) -> int:
+    for mark, skip in (("\n", 1), (" ", 0)):
+        end = start + PIECE
+        while (end := text.rfind(mark, start + PIECE // 2, end)) > 0:
+            if not (text[end - 1].isspace() or text[end + 1].isspace()):
+                return end + skip
+    return start + PIECE

@@ -1,126 +1,117 @@
-"""Prepared tokens in memory-mapped files, and the batches that are drawn from them."""
+"""Corpora as ids on disk: encoded by all cores in bounded memory, and memory-mapped."""
 
+import collections
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from jaxformer.data.corpora import Corpus, cache_directory
-from jaxformer.data.tokenizers import Bytes
-from jaxformer.spec import InputError, Spec, dumps, from_json
+from jaxformer.data.corpora import Corpus, Piece
+from jaxformer.data.files import cache_directory, file_sha256, write
+from jaxformer.data.tokenizers import Ids, Tokenizer, read_tokenizer
+from jaxformer.spec import InputError, dumps
 
 log = logging.getLogger(__name__)
 
 Tokens = NDArray[np.unsignedinteger]
-Rows = NDArray[np.integer]
-Batch = dict[str, NDArray[np.int32]]
+
+SAVE_EVERY = 1 << 26  # characters after which a killed preparation need not start anew
 
 
-# --- preparation
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Documents as ids, one after another."""
+
+    tokens: Tokens  # [N]
+    starts: NDArray[np.int64]  # [documents]: where each begins
+    padding: int = 0  # the id that fills rows
+
+    def split(self, valid_fraction: float) -> "tuple[Source, Source]":
+        """All but the last `valid_fraction` of the tokens, and those."""
+        at = int((1 - valid_fraction) * len(self.tokens))
+        first, last = (int(np.searchsorted(self.starts, at, side)) for side in ("left", "right"))
+        rest = self.starts[last:] - at
+        if at < len(self.tokens):
+            rest = np.concatenate([np.zeros(1, np.int64), rest])  # the document that is cut goes on
+        return (
+            Source(self.tokens[:at], self.starts[:first], self.padding),
+            Source(self.tokens[at:], rest, self.padding),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A corpus as ids on disk."""
+    """What a run trains on and is validated on."""
 
-    tokens: Tokens
-    tokenizer: Bytes
-    manifest: dict[str, Any]  # fingerprints, counts, dtype, SHA-256
-
-    def split(self, valid_fraction: float) -> tuple[Tokens, Tokens]:
-        """Training tokens, and the last `valid_fraction` of the corpus for validation."""
-        cut = int((1 - valid_fraction) * len(self.tokens))
-        return self.tokens[:cut], self.tokens[cut:]
+    train: tuple[Source, ...]
+    weights: tuple[float, ...]  # each source's share of the rows
+    valid: tuple[Source, ...]
+    tokenizer: Tokenizer  # fitted
+    manifest: dict[str, Any]  # fingerprints and counts
 
 
-def prepare(corpus: Corpus, tokenizer: Bytes) -> Prepared:
-    """The tokens of the corpus, from the cache if they are there and whole, else made and put there.
+def prepare(corpus: Corpus, tokenizer: Tokenizer, valid: Corpus | None = None, valid_fraction: float = 0.1) -> Prepared:
+    """The ids of a corpus and, unless `valid` is one of its own, the last `valid_fraction` of each part apart from it.
 
-    Raises InputError for a corpus that is missing, empty or not to be read.
+    Taken from the cache if they are there and whole, else made and put there. Raises InputError for a corpus that is
+    missing, empty or not to be read.
     """
-    fingerprint = corpus.fingerprint()
-    name = hashlib.sha256((fingerprint + dumps(tokenizer)).encode()).hexdigest()[:32]
-    directory = cache_directory() / "tokens" / name
-    if directory.is_dir():
-        try:
-            return _open(directory)
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("%s is damaged (%s); preparing the corpus again", directory, error)
-            shutil.rmtree(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".part-"))
-    try:
-        _write(corpus, tokenizer, fingerprint, part)
-        os.rename(part, directory)
-    except OSError:
-        if not directory.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return _open(directory)
-
-
-def _write(corpus: Corpus, tokenizer: Bytes, fingerprint: str, directory: Path) -> None:
-    tokenizer = tokenizer.fit(corpus.documents())
-    if tokenizer.vocab_size is None:
-        raise InputError(f"corpus {corpus} is empty; give one with text in it")
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    digest, count = hashlib.sha256(), 0
-    with open(directory / "tokens.bin", "wb") as file:
-        for document in corpus.documents():
-            try:
-                data = tokenizer.encode(document).astype(dtype).tobytes()
-            except InputError as error:
-                raise InputError(f"data.corpus={corpus}: {error}") from None
-            digest.update(data)
-            count += file.write(data) // dtype.itemsize
-        file.flush()
-        os.fsync(file.fileno())
+    tokenizer = fitted(tokenizer, corpus)
+    sources = tuple(_prepare(part, tokenizer) for part, _ in corpus.parts())
+    if valid is None:
+        pairs = [source.split(valid_fraction) for source in sources]
+        trains, valids = tuple(train for train, _ in pairs), tuple(rest for _, rest in pairs)
+    else:
+        trains, valids = sources, tuple(_prepare(part, tokenizer) for part, _ in valid.parts())
     manifest = {
-        "corpus_sha256": fingerprint,
-        "tokens": count,
-        "dtype": dtype.name,
-        "sha256": {
-            "tokenizer.json": hashlib.sha256(dumps(tokenizer).encode()).hexdigest(),
-            "tokens.bin": digest.hexdigest(),
-        },
+        "corpus_sha256": corpus.fingerprint(),
+        "valid_sha256": None if valid is None else valid.fingerprint(),
+        "train_tokens": sum(len(source.tokens) for source in trains),
+        "valid_tokens": sum(len(source.tokens) for source in valids),
+        "documents": sum(len(source.starts) for source in sources),
     }
-    (directory / "tokenizer.json").write_text(dumps(tokenizer), encoding="utf-8")
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return Prepared(trains, tuple(weight for _, weight in corpus.parts()), valids, tokenizer, manifest)
 
 
-def _open(directory: Path) -> Prepared:
-    manifest = json.loads((directory / "manifest.json").read_text())
-    for name in ("tokenizer.json", "tokens.bin"):
-        with open(directory / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest["sha256"][name]:
-                raise InputError(f"{name} is not what manifest.json says")
-    path, tokenizer = directory / "tokens.bin", read_tokenizer(directory / "tokenizer.json")
-    empty = path.stat().st_size == 0
-    tokens: Tokens = np.empty(0, np.uint8) if empty else np.memmap(path, manifest["dtype"], "r")
-    check_ids(tokens, tokenizer.vocab_size)
-    return Prepared(tokens, tokenizer, manifest)
+def fitted(tokenizer: Tokenizer, corpus: Corpus) -> Tokenizer:
+    """The tokenizer as `fit` makes it from the corpus, or as the cache kept it."""
+    if not tokenizer.learns:
+        return tokenizer.fit(())
+    name = hashlib.sha256((corpus.fingerprint() + dumps(tokenizer)).encode()).hexdigest()[:32]
+    path = cache_directory() / "tokenizers" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError):
+        if file_sha256(path) == path.with_suffix(".sha256").read_text():
+            return read_tokenizer(path)
+    log.info("fitting %s to the corpus", type(tokenizer).__name__)
+    found = tokenizer.fit(corpus)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, dumps(found))
+    write(path.with_suffix(".sha256"), file_sha256(path))
+    return found
 
 
-def read_tokenizer(path: Path) -> Bytes:
-    """The tokenizer stored in a file. Raises InputError if it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no tokenizer can be read ({error}); restore the file") from None
-    tokenizer = from_json(value, Bytes, str(path))
-    if tokenizer.vocab_size is None:
-        raise InputError(f"{path}: holds a tokenizer that was not fitted to a corpus; restore the file")
-    return tokenizer
+def encode(corpus: Corpus, tokenizer: Tokenizer) -> Source:
+    """The ids of a corpus in memory."""
+    ids, starts, count = [np.empty(0, np.uint32)], [], 0
+    for piece, begins, _ in _framed(_encoded(corpus.pieces(), tokenizer), tokenizer, False):
+        if begins:
+            starts.append(count)
+        ids.append(piece)
+        count += len(piece)
+    return Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding)
 
 
 def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
@@ -130,40 +121,145 @@ def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
         raise InputError(f"token id {wrong} must be at least 0 and less than vocab_size={vocab_size}; encode anew")
 
 
-# --- batches
+# --- on disk
 
 
-class RandomWindows(Spec):
-    """Windows that begin anywhere, each drawn for itself: a function of (seed, step, row) alone."""
+def _prepare(corpus: Corpus, tokenizer: Tokenizer) -> Source:
+    """The ids of one corpus, memory-mapped. What a killed process left unfinished is gone on with."""
+    fingerprint = corpus.fingerprint()
+    name = hashlib.sha256((fingerprint + dumps(tokenizer)).encode()).hexdigest()[:32]
+    directory = cache_directory() / "tokens" / name
+    part = directory.with_suffix(".part")
+    with _alone(cache_directory() / "locks" / name):
+        if directory.is_dir():
+            try:
+                return _open(directory, corpus, tokenizer)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s is damaged (%s); preparing the corpus again", directory, error)
+                shutil.rmtree(directory)
+        part.mkdir(parents=True, exist_ok=True)
+        try:
+            ids = corpus.ids()
+            dtype = _write(corpus, tokenizer, part) if ids is None else _scan(ids, tokenizer, part)
+            if corpus.fingerprint() != fingerprint:
+                raise InputError(f"data.corpus={corpus}: changed while it was read; start again")
+        except InputError as error:
+            shutil.rmtree(part)
+            raise InputError(f"data.corpus={corpus}: {str(error).removeprefix(f'data.corpus={corpus}: ')}") from None
+        files = [path for path in (part / "tokens.bin", part / "documents.bin") if path.exists()]
+        manifest = {"dtype": dtype.name, "sha256": {path.name: file_sha256(path) for path in files}}
+        write(part / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        os.rename(part, directory)
+        return _open(directory, corpus, tokenizer)
 
-    def batch_at(self, tokens: Tokens, length: int, seed: int, step: int, rows: Rows) -> Batch:
-        """`tokens` int32[rows, length + 1]; row r of step s is the same whichever other rows are asked for."""
-        first = _draws(seed, step, rows) % np.uint64(len(tokens) - length)
-        return {"tokens": tokens[first.astype(np.int64)[:, None] + np.arange(length + 1)].astype(np.int32)}
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While another process prepares the same, this one waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process prepares this corpus; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def full_pass(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
-    """Batches of one shape in which every token but the very first is predicted exactly once, in order."""
-    n_windows = -(-(len(tokens) - 1) // length)
-    for first in range(0, n_windows, batch_size):
-        start = np.arange(first, first + batch_size)[:, None] * length
-        index = start + np.arange(length + 1)
-        real = index < len(tokens)
-        ids = np.where(real, tokens[np.minimum(index, len(tokens) - 1)], 0)
-        yield {"tokens": ids.astype(np.int32), "segments": real.astype(np.int32)}
+def _open(directory: Path, corpus: Corpus, tokenizer: Tokenizer) -> Source:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, digest in manifest["sha256"].items():
+        if file_sha256(directory / name) != digest:
+            raise InputError(f"{name} is not what manifest.json says")
+    tokens = corpus.ids()
+    if tokens is None:
+        tokens = _mapped(directory / "tokens.bin", np.dtype(manifest["dtype"]))
+    return Source(tokens, _mapped(directory / "documents.bin", np.dtype(np.int64)), tokenizer.padding)
 
 
-def _draws(seed: int, step: int, rows: Rows) -> NDArray[np.uint64]:
-    """Uniform 64-bit numbers by a hash of (seed, step, row)."""
-    h = np.zeros(1, np.uint64)
-    for number in (np.array([seed]), np.array([step]), rows):
-        h = _mix(h + number.astype(np.uint64))
-    return h
+def _mapped(path: Path, dtype: np.dtype) -> NDArray[Any]:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64 (doi:10.1145/2714064.2660195): one step of the generator from the state x."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _scan(ids: NDArray[Any], tokenizer: Tokenizer, part: Path) -> np.dtype:
+    """Writes where the documents of ids that lie ready begin."""
+    begins = True
+    with open(part / "documents.bin", "wb") as file:
+        for at in range(0, len(ids), 1 << 24):
+            block = np.asarray(ids[at : at + (1 << 24)])
+            check_ids(block, tokenizer.vocab_size)
+            ends = np.zeros(0, np.int64) if tokenizer.end is None else np.flatnonzero(block == tokenizer.end)
+            starts = np.concatenate([[0] if begins else [], ends + 1]) + at
+            begins = len(ends) > 0 and ends[-1] == len(block) - 1
+            file.write((starts[:-1] if begins else starts).astype(np.int64).tobytes())
+    return ids.dtype
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
+    """Encodes the corpus into tokens.bin and documents.bin, from where progress.json says."""
+    assert tokenizer.vocab_size is not None
+    dtype, progress = np.min_scalar_type(tokenizer.vocab_size - 1), part / "progress.json"
+    done = {"pieces": 0, "tokens": 0, "documents": 0, "inside": False}
+    if progress.exists():
+        done = json.loads(progress.read_text())
+        log.info("going on with the preparation of the corpus after %s tokens", f"{done['tokens']:,}")
+    bar = tqdm(desc="tokenizing", unit="char", unit_scale=True, disable=None)
+    with open(part / "tokens.bin", "ab") as tokens, open(part / "documents.bin", "ab") as documents, bar:
+        tokens.truncate(done["tokens"] * dtype.itemsize)
+        documents.truncate(done["documents"] * 8)
+        unsaved = 0
+
+        def counted() -> Iterator[Piece]:
+            nonlocal unsaved
+            for piece in itertools.islice(corpus.pieces(), done["pieces"], None):
+                unsaved += len(piece.text)
+                yield piece
+
+        for ids, begins, inside in _framed(_encoded(counted(), tokenizer), tokenizer, done["inside"]):
+            check_ids(ids, tokenizer.vocab_size)
+            if begins:
+                documents.write(np.int64(done["tokens"]).tobytes())
+            tokens.write(ids.astype(dtype).tobytes())
+            done = {
+                "pieces": done["pieces"] + 1,
+                "tokens": done["tokens"] + len(ids),
+                "documents": done["documents"] + begins,
+                "inside": inside,
+            }
+            if unsaved >= SAVE_EVERY:
+                bar.update(unsaved)
+                unsaved = 0
+                for file in (tokens, documents):
+                    file.flush()
+                    os.fsync(file.fileno())
+                write(progress, json.dumps(done))
+    progress.unlink(missing_ok=True)
+    return dtype
+
+
+def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, Ids]]:
+    """The pieces with their ids, in order, encoded by as many threads as there are cores."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        ahead: collections.deque[tuple[Piece, Future[Ids]]] = collections.deque()
+        for piece in pieces:
+            ahead.append((piece, pool.submit(tokenizer.encode, piece.text)))
+            if len(ahead) > 8 * cores:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for piece, future in ahead:
+            yield piece, future.result()
+
+
+def _framed(
+    encoded: Iterable[tuple[Piece, Ids]], tokenizer: Tokenizer, inside: bool
+) -> Iterator[tuple[Ids, bool, bool]]:
+    """Ids between those that stand before and after a document; whether one begins with them; whether it goes on."""
+    before = np.array(tokenizer.prefix, np.uint32)
+    after = np.array([] if tokenizer.end is None else [tokenizer.end], np.uint32)
+    for piece, ids in encoded:
+        begins = not inside and len(ids) > 0
+        inside = inside or begins
+        ends = inside and piece.ends
+        inside = inside and not piece.ends
+        yield np.concatenate([before if begins else before[:0], ids, after if ends else after[:0]]), begins, inside

@@ -1,50 +1,106 @@
 """Tokenizers: text to ids and back. A fitted tokenizer is a spec like any other, stored as tokenizer.json of a run."""
 
+import functools
+import json
 from collections.abc import Iterable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxformer.spec import InputError, Spec
+from jaxformer.spec import InputError, Spec, from_json
 
-T = TypeVar("T", bound="Bytes")
+Ids = NDArray[np.uint32]
 
 
-class Bytes(Spec):
-    """The bytes of UTF-8, 256 ids; also the base of all tokenizers."""
+class Tokenizer(Spec):
+    """The base of all tokenizers."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether `fit` reads the corpus."""
+        return False
 
     @property
     def vocab_size(self) -> int | None:
         """The number of ids; None while it depends on a corpus not yet seen."""
-        return 256
+        raise NotImplementedError
 
     @property
     def start(self) -> int:
-        """The id at which sampling without a prompt begins: a line break."""
-        return ord("\n")
+        """The id at which a text without a prompt begins."""
+        raise NotImplementedError
 
-    def fit(self: T, documents: Iterable[str]) -> T:
-        """The tokenizer with whatever it learns from text."""
+    @property
+    def end(self) -> int | None:
+        """The id that ends each document, and each sample; None if there is none."""
+        return None
+
+    @property
+    def padding(self) -> int:
+        """The id that fills rows. Segments hide it from the model."""
+        return 0 if self.end is None else self.end
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids that stand before each document, and before a prompt."""
+        return ()
+
+    def fit(self, texts: Iterable[str]) -> "Tokenizer":
+        """The tokenizer with whatever it learns from text, which may be read twice."""
         return self
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        """Ids of the text. Raises InputError for a character that the tokenizer does not know."""
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint32)
+    def encode(self, text: str) -> Ids:
+        """Ids of the text, special ones never. Raises InputError for text that the tokenizer cannot encode."""
+        raise NotImplementedError
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
-        """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
-        return np.asarray(ids, np.uint8).tobytes().decode("utf-8", "replace")
+        """Text of the ids; special ones have none, and bytes that are no UTF-8 become U+FFFD."""
+        raise NotImplementedError
 
     def byte_lengths(self) -> NDArray[np.int64]:
         """How many bytes of UTF-8 each id stands for: [V]. Bits per byte compare tokenizers, nats per token do not."""
-        return np.ones(256, np.int64)
+        raise NotImplementedError
 
 
-class Characters(Bytes):
-    """One id for each character of the corpus, in the order of their code points."""
+class Bytes(Tokenizer):
+    """The bytes of UTF-8, 256 ids. `end_token` adds an id that ends each document."""
+
+    end_token: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return 256 + self.end_token
+
+    @property
+    def start(self) -> int:
+        """The end token or, without one, a line break."""
+        return ord("\n") if self.end is None else self.end
+
+    @property
+    def end(self) -> int | None:
+        return 256 if self.end_token else None
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
+        found = np.asarray(ids, np.int64)
+        return found[found < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        return np.array([1] * 256 + [0] * self.end_token, np.int64)
+
+
+class Characters(Tokenizer):
+    """One id for each character of the corpus, in the order of their code points.
+
+    `end_token` adds an id, the last, that ends each document.
+    """
 
     alphabet: str | None = None  # None: found in the corpus
+    end_token: bool = False
 
     def check(self, at: str = "") -> None:
         if self.alphabet is not None and (not self.alphabet or list(self.alphabet) != sorted(set(self.alphabet))):
@@ -54,39 +110,53 @@ class Characters(Bytes):
             )
 
     @property
+    def learns(self) -> bool:
+        return self.alphabet is None
+
+    @property
     def vocab_size(self) -> int | None:
-        return None if self.alphabet is None else len(self.alphabet)
+        return None if self.alphabet is None else len(self.alphabet) + self.end_token
 
     @property
     def start(self) -> int:
-        """A line break, or the first character if the corpus has none."""
-        return max(0, self._fitted().find("\n"))
+        """The end token or, without one, a line break, or the first character if the corpus has none."""
+        return max(0, self._fitted().find("\n")) if self.end is None else self.end
 
-    def fit(self, documents: Iterable[str]) -> "Characters":
-        if self.alphabet is not None:
+    @property
+    def end(self) -> int | None:
+        return len(self._fitted()) if self.end_token else None
+
+    def fit(self, texts: Iterable[str]) -> "Characters":
+        if not self.learns:
             return self
-        seen: set[str] = set()
-        for document in documents:
-            seen.update(document)
-        return Characters("".join(sorted(seen)) or None)
+        seen = np.zeros(0x110000, bool)
+        for text in texts:
+            seen[_code_points(text)] = True
+        found = np.flatnonzero(seen).astype(np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
+        if not found:
+            raise InputError("data.tokenizer=Characters: the corpus is empty; give one with text in it")
+        return Characters(found, self.end_token)
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        known, points = _code_points(self._fitted()), _code_points(text)
-        ids = np.minimum(np.searchsorted(known, points), len(known) - 1)
-        wrong = np.flatnonzero(known[ids] != points)
+    def encode(self, text: str) -> Ids:
+        known, points = _id_of_each_code_point(self._fitted()), _code_points(text)
+        ids = known[np.minimum(points, len(known) - 1)]
+        wrong = np.flatnonzero(ids == len(known))
         if len(wrong):
             at = int(wrong[0])
+            before = f" after {text[max(0, at - 20) : at]!r}" if at else ""
             raise InputError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}) at place {at + 1} of the text is not among the "
-                f"{len(known)} that the tokenizer knows; remove it"
+                f"character {text[at]!r} (U+{ord(text[at]):04X}){before} is not among the "
+                f"{len(self._fitted())} that the tokenizer knows; remove it"
             )
-        return ids.astype(np.uint32)
+        return ids
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
-        return _code_points(self._fitted())[np.asarray(ids, np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
+        found, known = np.asarray(ids, np.int64), _code_points(self._fitted())
+        return known[found[found < len(known)]].tobytes().decode("utf-32-le", "surrogatepass")
 
     def byte_lengths(self) -> NDArray[np.int64]:
-        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self._fitted()], np.int64)
+        lengths = [len(c.encode("utf-8", "surrogatepass")) for c in self._fitted()]
+        return np.array(lengths + [0] * self.end_token, np.int64)
 
     def _fitted(self) -> str:
         if self.alphabet is None:
@@ -94,5 +164,207 @@ class Characters(Bytes):
         return self.alphabet
 
 
-def _code_points(text: str) -> NDArray[np.uint32]:
+def _code_points(text: str) -> Ids:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+@functools.lru_cache(maxsize=4)
+def _id_of_each_code_point(alphabet: str) -> Ids:
+    """[largest code point + 2]; its own length stands for characters that the alphabet lacks."""
+    points = _code_points(alphabet)
+    table = np.full(int(points[-1]) + 2, int(points[-1]) + 2, np.uint32)
+    table[points] = np.arange(len(points), dtype=np.uint32)
+    return table
+
+
+class Subwords(Tokenizer):
+    """What the library `tokenizers` makes of a definition in its own format; fitted, or read from a file."""
+
+    definition: str  # JSON
+    size: int  # ids, some of which may never occur
+    start_token: str
+    end_token: str | None = None
+    padding_token: str | None = None
+
+    def check(self, at: str = "") -> None:
+        try:
+            library = _library(self.definition)
+        except InputError:
+            raise
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{at}definition is none that the library tokenizers can read ({error})") from None
+        if self.size < library.get_vocab_size():
+            raise ValueError(f"{at}size={self.size} must be at least {library.get_vocab_size()}, the tokens defined")
+        for name in ("start_token", "end_token", "padding_token"):
+            token = getattr(self, name)
+            if token is not None and library.token_to_id(token) is None:
+                raise ValueError(f"{at}{name}={token!r} must be a token of the tokenizer; None if it has none")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size
+
+    @property
+    def start(self) -> int:
+        return _library(self.definition).token_to_id(self.start_token)
+
+    @property
+    def end(self) -> int | None:
+        return None if self.end_token is None else _library(self.definition).token_to_id(self.end_token)
+
+    @property
+    def padding(self) -> int:
+        return (
+            super().padding if self.padding_token is None else _library(self.definition).token_to_id(self.padding_token)
+        )
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The start token, unless the end of the document before is the same."""
+        return () if self.start_token == self.end_token or self.end_token is None else (self.start,)
+
+    def encode(self, text: str) -> Ids:
+        try:
+            (found,) = _library(self.definition).encode_batch_fast([text], add_special_tokens=False)
+        except TypeError:
+            raise InputError("the text holds half of a surrogate pair, which is no character; remove it") from None
+        return np.array(found.ids, np.uint32)
+
+    def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
+        return _library(self.definition).decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Exact where tokens are bytes, as in GPT-2; else by the characters of the token, of which ▁ is a space."""
+        library, lengths = _library(self.definition), np.zeros(self.size, np.int64)
+        special = {i for i, token in library.get_added_tokens_decoder().items() if token.special}
+        of_bytes = '"ByteLevel"' in json.dumps(json.loads(self.definition)["decoder"])
+        for token, i in library.get_vocab().items():
+            if i in special:
+                continue
+            if of_bytes:
+                lengths[i] = len(token)
+            elif token.startswith("<0x") and token.endswith(">"):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("▁", " ").removeprefix("##").encode())
+        return lengths
+
+
+class BPE(Tokenizer):
+    """Byte-pair encoding of the bytes of UTF-8 (arXiv:1508.07909), words split as in GPT-2; learned from the corpus.
+
+    The vocabulary is declared, so that a model can be planned before the corpus is read; a small corpus may leave ids
+    unused. Id 0 ends each document.
+    """
+
+    vocab_size: int = 8192  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    sample: int = 100_000_000  # characters to learn from, spread evenly over the corpus; they bound the memory
+
+    def check(self, at: str = "") -> None:
+        if not 257 <= self.vocab_size <= 1 << 20:
+            raise ValueError(f"{at}vocab_size={self.vocab_size} must be at least 257 (bytes, end), at most {1 << 20}")
+        if self.sample < 1:
+            raise ValueError(f"{at}sample={self.sample} must be at least 1 character")
+
+    @property
+    def learns(self) -> bool:
+        return True
+
+    def fit(self, texts: Iterable[str]) -> Subwords:
+        import tokenizers
+
+        total = sum(map(len, texts))
+        if not total:
+            raise InputError("data.tokenizer=BPE: the corpus is empty; give one with text in it")
+        every = -(-total // self.sample)
+        sample = (text for i, text in enumerate(texts) if i % every == 0)
+        library = tokenizers.Tokenizer(tokenizers.models.BPE())
+        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+        library.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        library.train_from_iterator(sample, trainer)
+        return Subwords(_canonical(library.to_str()), self.vocab_size, END_OF_TEXT, END_OF_TEXT)
+
+
+class TokenizerFile(Tokenizer):
+    """A `tokenizer.json`: of the library `tokenizers`, as most published models have one, or of another run.
+
+    Tokens that begin, end and pad are found by their usual names; those of other names must be given.
+    """
+
+    path: str
+    start_token: str | None = None
+    end_token: str | None = None
+    padding_token: str | None = None
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.fit(()).vocab_size
+
+    def fit(self, texts: Iterable[str]) -> Tokenizer:
+        path = Path(self.path).expanduser()
+        value = _read_json(path)
+        if isinstance(value, dict) and "class" in value:
+            return read_tokenizer(path)
+        try:
+            definition = _canonical(json.dumps(value))
+            library = _library(definition)
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"{path}: holds no tokenizer ({error}); give another file") from None
+        special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+        usual = lambda names: next((name for name in names if name in special), None)
+        end = self.end_token or usual(ENDS)
+        start = self.start_token or usual(STARTS) or end
+        if start is None:
+            raise InputError(
+                f"{path}: no usual start token is among {sorted(special)}; give data.tokenizer.start_token"
+            )
+        size = max(library.get_vocab(with_added_tokens=True).values()) + 1
+        found = Subwords(definition, size, start, end, self.padding_token or usual(PADDINGS))
+        try:
+            found.check("data.tokenizer.")
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        return found
+
+
+END_OF_TEXT = "<|endoftext|>"
+STARTS = ("<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>", END_OF_TEXT)
+ENDS = ("</s>", "[SEP]", "<eos>", "<|end_of_text|>", END_OF_TEXT)
+PADDINGS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer stored in a run. Raises InputError if the file holds none."""
+    tokenizer = from_json(_read_json(path), Tokenizer, str(path))
+    if tokenizer.learns or isinstance(tokenizer, TokenizerFile):
+        raise InputError(f"{path}: holds a tokenizer that was not fitted to a corpus; restore the file")
+    return tokenizer
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no tokenizer can be read ({error}); restore the file") from None
+
+
+def _canonical(definition: str) -> str:
+    """The same JSON in one form, without what would cut or pad texts."""
+    return json.dumps(json.loads(definition) | {"truncation": None, "padding": None}, ensure_ascii=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _library(definition: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError("this tokenizer needs the package tokenizers; pip install tokenizers") from None
+    library = tokenizers.Tokenizer.from_str(definition)
+    library.encode_special_tokens = True  # the text "<|endoftext|>" is text
+    return library

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,13 @@ from jaxformer.model.models import Decoder
 Processors = tuple[Unchanged, ...]
 
 
+class Stop(NamedTuple):
+    """Which rows, bool[B], have ended; and the id that ends a row, −1 if none does."""
+
+    ended: Any
+    end: Any
+
+
 def generate(
     model: Decoder,
     params: Any,
@@ -23,8 +30,11 @@ def generate(
     processors: Processors = (),
     seed: int = 0,
     context: int | None = None,
+    end: int | None = None,
 ) -> np.ndarray:
     """int32[B, tokens] that follow the prompts, none of which may be empty.
+
+    A row that has drawn `end` holds nothing else from there on, and nothing more is drawn once all rows have.
 
     Sample i, token t is drawn with the key fold_in(fold_in(key(seed), i), t), so that asking for more samples of a
     prompt, or for more tokens, leaves the first ones as they were. A text that fills the context goes on from its last
@@ -34,8 +44,8 @@ def generate(
     context = context or model.context_length
     texts = [list(prompt)[-context:] for prompt in prompts]
     made: list[np.ndarray] = []
-    done = 0
-    while done < tokens:
+    done, ended = 0, np.zeros(len(texts), bool)
+    while done < tokens and not ended.all():
         longest = max(map(len, texts))
         count = min(tokens - done, context - longest + 1)
         padded = np.zeros((len(texts), _bucket(longest, context)), np.int32)
@@ -43,14 +53,15 @@ def generate(
             row[: len(text)] = text
         lengths = np.array([len(text) for text in texts], np.int32)
         h, cache = _prefill(model, context, params, padded, lengths)
-        ids = _decode(
-            model, context, params, h, cache, lengths, np.int32(done), np.int32(count), processors, np.uint32(seed)
-        )
-        made.append(np.asarray(ids)[:, :count])
+        stop = Stop(ended, np.int32(-1 if end is None else end))
+        numbers = np.int32(done), np.int32(count), np.uint32(seed)
+        ids, ended = jax.device_get(_decode(model, context, params, h, cache, lengths, *numbers, processors, stop))
+        made.append(ids[:, :count])
         done += count
         half = max(1, context // 2)
         texts = [(text + row.tolist())[-half:] for text, row in zip(texts, made[-1], strict=True)]
-    return np.concatenate(made, 1) if made else np.zeros((len(texts), 0), np.int32)
+    rest = np.full((len(texts), tokens - done), end, np.int32) if ended.all() else np.zeros((len(texts), 0), np.int32)
+    return np.concatenate([*made, rest], 1)
 
 
 def _bucket(length: int, limit: int) -> int:
@@ -77,25 +88,35 @@ def _decode(
     lengths: jax.Array,
     first: jax.Array,
     count: jax.Array,
-    processors: Processors,
     seed: jax.Array,
-) -> jax.Array:
-    """`count` tokens, numbered from `first` for their keys: the leading columns of int32[B, context]."""
+    processors: Processors,
+    stop: Stop,
+) -> tuple[jax.Array, jax.Array]:
+    """`count` tokens, numbered from `first` for their keys: the leading columns of int32[B, context]; who has ended."""
     rows = jnp.arange(len(h))
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows)
 
-    def draw(h: jax.Array, t: jax.Array) -> jax.Array:
+    def draw(h: jax.Array, t: jax.Array, ended: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(params, h)
         for processor in processors:
             logits = processor(logits)
-        return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row))(keys, logits)
+        ids = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row))(keys, logits)
+        ids = jnp.where(ended, stop.end, ids)
+        return ids, ids == stop.end
 
-    def body(i: jax.Array, carry: Any) -> Any:
-        ids, cache = carry
+    def goes_on(carry: Any) -> jax.Array:
+        i, _, _, ended = carry
+        return (i < count) & ~ended.all()
+
+    def body(carry: Any) -> Any:
+        i, ids, cache, ended = carry
         at = Places((lengths + i - 1)[:, None], jnp.ones((len(h), 1), jnp.int32))
         last = jax.lax.dynamic_slice_in_dim(ids, i - 1, 1, axis=1)
         new, cache = model.hidden(params, last, at, cache=cache)
-        return ids.at[:, i].set(draw(new[:, 0], first + i)), cache
+        new, ended = draw(new[:, 0], first + i, ended)
+        return i + 1, ids.at[:, i].set(new), cache, ended
 
-    ids = jnp.zeros((len(h), context), jnp.int32).at[:, 0].set(draw(h, first))
-    return jax.lax.fori_loop(1, count, body, (ids, cache))[0]
+    new, ended = draw(h, first, stop.ended)
+    ids = jnp.full((len(h), context), stop.end, jnp.int32).at[:, 0].set(new)
+    _, ids, _, ended = jax.lax.while_loop(goes_on, body, (jnp.int32(1), ids, cache, ended))
+    return ids, ended

@@ -62,6 +62,20 @@ class TopP(Unchanged):
         return jnp.where(_rank(logits) < kept, logits, -jnp.inf)
 
 
+class MinP(Unchanged):
+    """Keeps the tokens at least `min_p` times as probable as the likeliest (arXiv:2407.01082)."""
+
+    min_p: float
+
+    def check(self, at: str = "") -> None:
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"{at}min_p={self.min_p} must be at least 0 and at most 1; 0 keeps every token")
+
+    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        least = logits.max(-1, keepdims=True) + jnp.log(self.min_p)
+        return jnp.where(logits >= least, logits, -jnp.inf)
+
+
 def _rank(logits: jax.Array) -> jax.Array:
     """int32[B, V]: 0 for the likeliest token."""
     return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1)

@@ -20,8 +20,8 @@ class Constant(Spec):
         return jnp.float32(self.peak)
 
 
-class WarmupCosine(Constant):
-    """Linear up to `peak`, then half a cosine down to `final` (arXiv:1608.03983)."""
+class WarmupLinear(Constant):
+    """Linear up to `peak`, then linear down to `final` (arXiv:1810.04805); also the base of those with a warm-up."""
 
     final: float = 1e-4
     warmup_steps: int = 100
@@ -36,5 +36,32 @@ class WarmupCosine(Constant):
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
         warm = self.peak * (step + 1) / (self.warmup_steps + 1)
         done = jnp.clip((step - self.warmup_steps) / jnp.maximum(steps - self.warmup_steps, 1), 0, 1)
-        cosine = self.final + 0.5 * (self.peak - self.final) * (1 + jnp.cos(jnp.pi * done))
-        return jnp.where(step < self.warmup_steps, warm, cosine)
+        return jnp.where(step < self.warmup_steps, warm, self.final + (self.peak - self.final) * self.left(done))
+
+    def left(self, done: jax.Array) -> jax.Array:
+        """How much of the way from `final` to `peak` is left when `done`, from 0 to 1, of the steps after the warm-up
+        are made."""
+        return 1 - done
+
+
+class WarmupCosine(WarmupLinear):
+    """Linear up to `peak`, then half a cosine down to `final` (arXiv:1608.03983)."""
+
+    def left(self, done: jax.Array) -> jax.Array:
+        return 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+
+class WSD(WarmupLinear):
+    """Warm-up, stable, decay (arXiv:2404.06395): `peak` is held until the last `decay` of the steps after the warm-up,
+    then a line leads down to `final`. A run may be stopped before the decay and prolonged by more steps."""
+
+    final: float = 0.0
+    decay: float = 0.2
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"{at}decay={self.decay} must be more than 0 and at most 1; 0.2 is usual")
+
+    def left(self, done: jax.Array) -> jax.Array:
+        return jnp.minimum(1, (1 - done) / self.decay)

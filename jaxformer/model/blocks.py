@@ -19,6 +19,36 @@ from jaxformer.spec import Arrays, Spec, declare
 EMBED, WEIGHTS, ATTENTION, FEED = range(4)  # sites of dropout
 
 
+class PreNorm(Spec):
+    """x + f(norm(x)) (arXiv:2002.04745); also the base of all ways in which a branch f joins the residual stream x."""
+
+    last_norm = True  # the stream is normed once more after the last block
+
+    def before(self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the branch is given."""
+        return norm(params, x)
+
+    def after(
+        self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"], h: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The stream after the branch has given h."""
+        return x + h
+
+
+class PostNorm(PreNorm):
+    """norm(x + f(x)), as the first transformer (arXiv:1706.03762)."""
+
+    last_norm = False
+
+    def before(self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x
+
+    def after(
+        self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"], h: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        return norm(params, x + h)
+
+
 class BlockSpec(Spec):
     """What a block is made of."""
 
@@ -27,12 +57,13 @@ class BlockSpec(Spec):
     mask: Causal = Causal()
     feed_forward: FeedForward = FeedForward()
     norm: NoNorm = LayerNorm()
+    residual: PreNorm = PreNorm()
     bias: bool = False  # of attention's projections
     dropout: float = 0.0
 
 
 class Block(nn.Module):
-    """A pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x)) (arXiv:2002.04745)."""
+    """Attention, then feed-forward, each a branch of the residual stream."""
 
     spec: BlockSpec
     dims: Mapping[str, int]
@@ -52,11 +83,12 @@ class Block(nn.Module):
         key: jax.Array | None,
         cache: Arrays | None = None,
     ) -> tuple[Float[Array, "B T D"], Arrays | None]:
-        s = self.spec
-        h, cache = self.attention(s.norm(self.norm_attention, x), at, shared, fold(key, WEIGHTS), cache)
-        x = x + dropout(fold(key, ATTENTION), h, s.dropout)
-        h = s.feed_forward(self.feed_forward, s.norm(self.norm_feed_forward, x))
-        return x + dropout(fold(key, FEED), h, s.dropout), cache
+        s, norm = self.spec, self.norm_attention
+        h, cache = self.attention(s.residual.before(s.norm, norm, x), at, shared, fold(key, WEIGHTS), cache)
+        x = s.residual.after(s.norm, norm, x, dropout(fold(key, ATTENTION), h, s.dropout))
+        norm = self.norm_feed_forward
+        h = s.feed_forward(self.feed_forward, s.residual.before(s.norm, norm, x))
+        return s.residual.after(s.norm, norm, x, dropout(fold(key, FEED), h, s.dropout)), cache
 
 
 class Group(nn.Module):
@@ -76,33 +108,41 @@ class Group(nn.Module):
 
 
 class Stack(nn.Module):
-    """`n_layers` blocks that repeat a group of kinds, then a last norm.
+    """`n_layers` blocks that repeat a group of kinds, then a last norm if they are pre-norm.
 
     Parameters and cache of each kind lie stacked along a leading axis L; `unroll` groups are laid out in each turn of
-    the scan, over the same parameters and with the same result.
+    the scan, over the same parameters and with the same result. With `remat`, the name of one of
+    jax.checkpoint_policies, a group keeps for the backward pass only what that policy says, and computes the rest anew.
     """
 
     kinds: tuple[BlockSpec, ...]
     n_layers: int
     dims: Mapping[str, int]
     unroll: int = 1
+    remat: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], at: Places, key: jax.Array | None, cache: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
-        s = self.kinds[0]  # position, norm and dropout are the same for all kinds
+        s, turns = self.kinds[0], self.n_layers // len(self.kinds)  # position, norm, residual are those of all kinds
         shared = {} if s.position.per_layer else declare(self, "position", s.position.params(), self.dims)
         x = dropout(fold(key, self.n_layers, EMBED), s.position.embed(shared, x, at), s.dropout)
+        group: Any = Group
+        if self.remat:  # laid out in full, XLA would merge what is computed anew with what was computed at first
+            policy = getattr(jax.checkpoint_policies, self.remat)
+            group = nn.remat(Group, policy=policy, prevent_cse=self.unroll == turns)
         layers = nn.scan(
-            Group,
+            group,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=self.n_layers // len(self.kinds),
+            length=turns,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "L"},
         )(self.kinds, self.dims, name="layers")
         first = jnp.arange(0, self.n_layers, len(self.kinds))
         x, cache = layers(x, (first, cache), at, shared, key)
-        return s.norm(declare(self, "norm", s.norm.params(), self.dims), x), cache
+        if s.residual.last_norm:
+            x = s.norm(declare(self, "norm", s.norm.params(), self.dims), x)
+        return x, cache

@@ -119,6 +119,20 @@ class GELU(Identity):
         return jax.nn.gelu(x, approximate=self.approximate)
 
 
+class ReLU(Identity):
+    """max(x, 0)."""
+
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return jax.nn.relu(x)
+
+
+class SiLU(Identity):
+    """x·σ(x) (arXiv:1702.03118)."""
+
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return jax.nn.silu(x)
+
+
 class FeedForward(Spec):
     """Two matrices with an activation between them (arXiv:1706.03762, section 3.3)."""
 
@@ -132,6 +146,22 @@ class FeedForward(Spec):
     def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         h = linear(x, params["up"])  # [B, T, F]
         h = linear(self.activation(add(h, along(params["up_bias"], h)) if self.bias else h), params["down"])
+        return add(h, along(params["down_bias"], h)) if self.bias else h
+
+
+class GatedFeedForward(FeedForward):
+    """An activated matrix times another, then a third; with SiLU it is SwiGLU (arXiv:2002.05202)."""
+
+    activation: Identity = SiLU()
+
+    def params(self) -> dict[str, Param]:
+        return super().params() | {"gate": Param("D->F")} | ({"gate_bias": Param("F")} if self.bias else {})
+
+    def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate, h = linear(x, params["gate"]), linear(x, params["up"])  # [B, T, F]
+        if self.bias:
+            gate, h = add(gate, along(params["gate_bias"], gate)), add(h, along(params["up_bias"], h))
+        h = linear(self.activation(gate) * h, params["down"])
         return add(h, along(params["down_bias"], h)) if self.bias else h
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.attention import Attention
-from jaxformer.model.blocks import BlockSpec, Stack
+from jaxformer.model.blocks import BlockSpec, PreNorm, Stack
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import FeedForward, GPT2Normal, LayerNorm, NoNorm, Normal, lookup
 from jaxformer.model.masks import Causal, Places, one_document
@@ -18,10 +18,11 @@ from jaxformer.model.positions import Learned, NoPosition
 from jaxformer.spec import Arrays, Param, Spec, declare, draw
 
 Params = Mapping[str, Any]
+REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
 
 
 class Decoder(Spec):
-    """A decoder-only language model of pre-norm blocks (GPT-2 by default)."""
+    """A decoder-only language model (GPT-2 by default)."""
 
     n_layers: int
     n_heads: int
@@ -36,10 +37,13 @@ class Decoder(Spec):
     mask: Causal | tuple[Causal, ...] = Causal()  # a tuple repeats over the layers
     feed_forward: FeedForward = FeedForward()
     norm: NoNorm = LayerNorm()
+    residual: PreNorm = PreNorm()
     bias: bool = False  # of attention's projections; feed_forward and norm have their own
     tied_head: bool = True  # logits from the embedding table (arXiv:1608.05859)
+    logit_cap: float | None = None  # logits are kept within ± this by tanh (arXiv:2408.00118)
     initializer: Normal = GPT2Normal()
     unroll: int = 1  # groups of layers in each turn of the scan: more is faster on CPU, and slower to compile
+    remat: str | None = None  # "nothing_saveable": least memory; "dots_saveable": some; None: no recomputation
 
     def check(self, at: str = "") -> None:
         for name in ("n_layers", "n_heads", "d_model", "context_length", "vocab_size", "n_kv_heads", "d_ff", "unroll"):
@@ -56,6 +60,10 @@ class Decoder(Spec):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
+        if self.logit_cap is not None and self.logit_cap <= 0:
+            raise ValueError(f"{at}logit_cap={self.logit_cap} must be more than 0; 30 is usual, None turns it off")
+        if self.remat not in (None, *REMAT):
+            raise ValueError(f"{at}remat={self.remat!r} must be None or one of {', '.join(REMAT)}")
         kinds = len(self.kinds)
         if not kinds or self.n_layers % kinds:
             raise ValueError(f"{at}mask has {kinds} kinds, which must divide {at}n_layers={self.n_layers}")
@@ -87,7 +95,10 @@ class Decoder(Spec):
         """The blocks of a group, which repeats over the layers."""
         masks = self.mask if isinstance(self.mask, tuple) else (self.mask,)
         return tuple(
-            BlockSpec(self.position, self.kernel, mask, self.feed_forward, self.norm, self.bias, self.dropout)
+            BlockSpec(
+                *(self.position, self.kernel, mask, self.feed_forward, self.norm, self.residual),
+                *(self.bias, self.dropout),
+            )
             for mask in masks
         )
 
@@ -118,8 +129,10 @@ class Decoder(Spec):
     def logits(self, params: Params, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 logits; a part of its own, so that a loss may work in chunks."""
         if self.tied_head:
-            return jnp.einsum("...D,VD->...V", h, params["embedding"]["table"], preferred_element_type=jnp.float32)
-        return jnp.einsum("...D,DV->...V", h, params["head"]["kernel"], preferred_element_type=jnp.float32)
+            logits = jnp.einsum("...D,VD->...V", h, params["embedding"]["table"], preferred_element_type=jnp.float32)
+        else:
+            logits = jnp.einsum("...D,DV->...V", h, params["head"]["kernel"], preferred_element_type=jnp.float32)
+        return logits if self.logit_cap is None else self.logit_cap * jnp.tanh(logits / self.logit_cap)
 
     def cache(self, batch_size: int, length: int, dtype: Any = jnp.float32) -> dict[str, Arrays]:
         """An empty cache for texts of at most `length` tokens."""
@@ -142,7 +155,7 @@ class Network(nn.Module):
         s = self.spec
         self.embedding = declare(self, "embedding", {"table": Param("VD", decay=True)}, s.dims)
         self.head = declare(self, "head", {} if s.tied_head else {"kernel": Param("D->V")}, s.dims)
-        self.decoder = Stack(s.kinds, s.n_layers, s.dims, s.unroll)
+        self.decoder = Stack(s.kinds, s.n_layers, s.dims, s.unroll, s.remat)
 
     def __call__(self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None) -> tuple[jax.Array, Any]:
         x, written = self.decoder(lookup(self.embedding["table"], ids), at, key, cache)

@@ -50,6 +50,21 @@ class Learned(NoPosition):
         return add(x, lookup(params["table"], at.position))
 
 
+class Sinusoidal(NoPosition):
+    """Sines in the even places of D, cosines in the odd ones, of falling frequency (arXiv:1706.03762, section 3.5)."""
+
+    base: float = 10_000.0
+
+    def check(self, at: str = "") -> None:
+        if self.base <= 1:
+            raise ValueError(f"{at}base={self.base} must be more than 1; 10000 is usual")
+
+    def embed(self, params: Arrays, x: Float[Array, "B T D"], at: Places) -> Float[Array, "B T D"]:
+        angle = at.position[..., None] * _frequencies(x.shape[-1], self.base)[None, None]  # [B, T, ⌈D/2⌉]
+        table = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*angle.shape[:2], -1)
+        return add(x, table[..., : x.shape[-1]])
+
+
 class Rotary(NoPosition):
     """Rotary positions, halves of a head paired (arXiv:2104.09864)."""
 
@@ -72,5 +87,5 @@ class Rotary(NoPosition):
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(qk.dtype)
 
 
-def _frequencies(width: int, base: float) -> jax.Array:  # float32[width / 2]
+def _frequencies(width: int, base: float) -> jax.Array:  # float32[⌈width / 2⌉]
     return base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)

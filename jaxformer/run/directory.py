@@ -9,8 +9,12 @@ from typing import Any
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.datasets import Prepared, read_tokenizer
+from jaxformer.data.datasets import Prepared
+from jaxformer.data.files import write
+from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.spec import InputError, dumps
+
+FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  # field -> its name in data.json
 
 
 @contextlib.contextmanager
@@ -28,8 +32,8 @@ def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
                 f"directory={config.directory!r} is being trained by another process; wait for it"
             ) from None
         if not _check_directory(directory, config, prepared):  # again: another process may have been faster
-            config_lib.write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
-            config_lib.write(directory / "tokenizer.json", dumps(prepared.tokenizer))
+            write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
+            write(directory / "tokenizer.json", dumps(prepared.tokenizer))
             config_lib.save(config, directory / "config.json")  # last: it makes the directory a run
         yield
 
@@ -70,12 +74,13 @@ def verify_data(directory: Path, prepared: Prepared) -> None:
     """Raises InputError if the corpus is not the one that the run began with."""
     path = directory / "data.json"
     try:
-        old = json.loads(path.read_text())["corpus_sha256"]
+        stored = json.loads(path.read_text())
+        old = {field: stored[name] for field, name in FINGERPRINTS.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no fingerprint of the corpus can be read ({error}); restore the file") from None
-    new = prepared.manifest["corpus_sha256"]
-    if old != new:
-        raise InputError(
-            f"data.corpus has SHA-256 {new}, but the run in {directory} began with {old}; "
-            "restore that text, or give another directory"
-        )
+    for field, name in FINGERPRINTS.items():
+        if old[field] != prepared.manifest[name]:
+            raise InputError(
+                f"{field} has SHA-256 {prepared.manifest[name]}, but the run in {directory} began with {old[field]}; "
+                "restore that text, or give another directory"
+            )

@@ -17,16 +17,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.datasets import Batch, Prepared, Tokens, check_ids, prepare
+from jaxformer.data.batches import Batch, Batches
+from jaxformer.data.datasets import Prepared, check_ids
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import claimed, noticed
-from jaxformer.run.metrics import Reports, record_start
-from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, recipe_of
+from jaxformer.run.metrics import Profile, Reports, record_start
+from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, prepare_data, recipe_of
 from jaxformer.run.step import Hyper, Recipe, TrainState, init_state, train_steps
+from jaxformer.run.warm_start import compare, source_of, take, tell
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
+
+
+Beginning = Callable[[], tuple[TrainState, dict[str, Any] | None]]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -38,23 +43,30 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    config: Config | str | Path, overrides: Mapping[str, Any] | None = None, directory: str | Path | None = None
+    config: Config | str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    directory: str | Path | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> Run:
     """Trains a run, or goes on with it where it stopped, and returns it.
 
     `config` is a Config or the path of a file that defines one; `overrides` maps field paths to values
-    ({"model.n_layers": 6}). Raises InputError before anything is written, and Interrupted after SIGINT or SIGTERM.
+    ({"model.n_layers": 6}). `profile` asks for a trace of the device from after one step to after another, in the
+    run's folder `profile`. Raises InputError before anything is written, and Interrupted after SIGINT or SIGTERM.
     """
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
     config = config_lib.resolve(config, overrides)
+    for writer in config.writers:
+        writer.require()
     set_flags()
     check_numerics()
-    prepared = prepare(config.data.corpus, config.data.tokenizer)
-    tokens, valid = _splits(config, prepared)
-    recipe_of(config, prepared.tokenizer)  # raises before anything is written
-    with claimed(config, prepared), logging_redirect_tqdm():
-        return _train(config, prepared, tokens, valid)
+    trace = Profile(config, profile)
+    with logging_redirect_tqdm():
+        prepared = _checked(config, prepare_data(config))
+        begin = _beginning(config, prepared)
+        with claimed(config, prepared):
+            return _train(config, prepared, begin, trace)
 
 
 def build(
@@ -68,8 +80,7 @@ def build(
     config = config_lib.resolve(config, overrides)
     set_flags()
     check_numerics()
-    prepared = prepare(config.data.corpus, config.data.tokenizer)
-    tokens, _ = _splits(config, prepared)
+    prepared = _checked(config, prepare_data(config))
     recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
@@ -77,17 +88,21 @@ def build(
         state, metrics = train_steps(recipe, state, jax.tree.map(lambda a: a[None], batch), np.int32(1), hyper)
         return state, {name: values[0] for name, values in metrics.items()}
 
-    return init_state(recipe, hyper), step, lambda i: _batch_at(config, tokens, i)
+    state, _ = _beginning(config, prepared)()
+    return state, step, _batches(config, prepared).at
 
 
-def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) -> Run:
+def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profile) -> Run:
     directory, knobs = Path(config.directory), config.train
     recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
     with _signals() as received, contextlib.closing(Checkpoints(directory / "checkpoints", knobs.keep)) as checkpoints:
         state = checkpoints.restore_newest(abstract_state(config, recipe))
         if state is None and (directory / "metrics.jsonl").exists():
             log.warning("%s holds no checkpoint: the run begins anew", directory)
-        run = Run(config, prepared.tokenizer, init_state(recipe, hyper) if state is None else state)
+        report = None
+        if state is None:
+            state, report = begin()
+        run = Run(config, prepared.tokenizer, state)
         step, best = int(run.state.step), checkpoints.best()
         if step >= knobs.steps:
             log.info("%s is finished: it has made %d of %d steps", directory, step, knobs.steps)
@@ -96,18 +111,23 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) ->
             log.warning("%s was %s and is %s from here on", path, *change)
         config_lib.save(config, directory / "config.json")
         record_start(directory / "starts.jsonl", step)
-        _summarize(run, tokens, valid)
-        buffer = _buffer(config, tokens, step)
-        call = _compile(recipe, run.state, buffer, hyper)
+        _summarize(run, prepared)
+        if report:
+            tell(report, directory)
+        batches = _batches(config, prepared)
+        buffer = _buffer(config, batches, step)
+        call = _compile(recipe, state, buffer, hyper)
 
-        with contextlib.closing(Reports(config, step)) as reports:
-            state, stop = run.state, False
+        with contextlib.closing(Reports(config, step)) as reports, contextlib.closing(profile):
+            stop = False
+            profile.reach(step, state)
             while step < knobs.steps and not stop:
-                count = _until_pause(config, step)
+                count = profile.until_pause(step, _until_pause(config, step))
                 state, rows = call(state, buffer, np.int32(count), hyper)
                 step += count
-                buffer = _buffer(config, tokens, step)  # while the device works
+                buffer = _buffer(config, batches, step)  # while the device works
                 reports.add(step, count, rows)
+                profile.reach(step, state)
                 stop = bool(received)
                 evaluates = step % knobs.eval_every == 0 or step == knobs.steps
                 saves = step % knobs.save_every == 0 or step == knobs.steps or stop
@@ -116,9 +136,10 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) ->
                 reports.drain()
                 loss = None
                 if evaluates:
-                    loss = evaluate(recipe, state.params, valid, config)
-                    reports.write(step=step, split="valid", loss=loss)
-                    log.info("step %d: validation loss %.4f", step, loss)
+                    found = evaluate(recipe, state.eval_params, prepared.valid, config, prepared.tokenizer)
+                    reports.write(step=step, split="valid", **found)
+                    loss, bits = found["loss"], found["bits_per_byte"]
+                    log.info("step %d: validation loss %.4f, %.4f bits per byte", step, loss, bits)
                     if math.isfinite(loss) and (best is None or loss < best[1]):
                         best, saves = (step, loss), True
                 if saves:
@@ -132,6 +153,17 @@ def _train(config: Config, prepared: Prepared, tokens: Tokens, valid: Tokens) ->
     return dataclasses.replace(run, state=state)
 
 
+def _beginning(config: Config, prepared: Prepared) -> Beginning:
+    """Makes the state before the first step, and the report of a warm start. The run to start from is opened now, so
+    that a wrong one is refused before anything is written."""
+    recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
+    source = source_of(config)
+    if source is None:
+        return lambda: (init_state(recipe, hyper), None)
+    report = compare(recipe.model, source, source.tokenizer == prepared.tokenizer)
+    return lambda: (take(init_state(recipe, hyper), source, report), report)
+
+
 def _compile(recipe: Recipe, state: TrainState, buffer: Batch, hyper: Hyper) -> Callable[..., tuple[TrainState, Any]]:
     """`train_steps` ahead of time, so that no row counts compilation as training."""
     started = time.perf_counter()
@@ -143,27 +175,31 @@ def _compile(recipe: Recipe, state: TrainState, buffer: Batch, hyper: Hyper) -> 
 # --- data of a step
 
 
-def _splits(config: Config, prepared: Prepared) -> tuple[Tokens, Tokens]:
-    tokens, valid = prepared.split(config.data.valid_fraction)
-    if len(tokens) <= config.window or len(valid) < 2:
-        raise InputError(
-            f"data.corpus={config.data.corpus} has {len(prepared.tokens)} tokens, {len(tokens)} for training and "
-            f"{len(valid)} for validation; it needs more than the window of {config.window} and at least 2: "
-            "give more text, or a smaller data.window"
-        )
-    return tokens, valid
+def _checked(config: Config, prepared: Prepared) -> Prepared:
+    """Raises InputError for data of which no row can be drawn, or nothing validated; and for a wrong vocabulary."""
+    recipe_of(config, prepared.tokenizer)
+    sampling, more = config.data.sampling, "give more text, or a smaller data.window"
+    for (corpus, _), source in zip(config.data.corpus.parts(), prepared.train, strict=True):
+        try:
+            sampling.check_source(source, config.window)
+        except InputError as error:
+            raise InputError(f"data.corpus={corpus}: has for training {error}; {more}") from None
+    passes = (sampling.full_pass(source, config.window, 1) for source in prepared.valid)
+    if not any(next(batches, None) for batches in passes):
+        raise InputError(f"data.corpus={config.data.corpus}: has fewer than 2 tokens for validation; {more}")
+    return prepared
 
 
-def _batch_at(config: Config, tokens: Tokens, step: int) -> Batch:
-    rows = np.arange(config.data.batch_size)
-    return config.data.sampling.batch_at(tokens, config.window, config.train.seed, step, rows)
+def _batches(config: Config, prepared: Prepared) -> Batches:
+    data = config.data
+    return Batches(prepared.train, prepared.weights, data.sampling, config.window, data.batch_size, config.train.seed)
 
 
-def _buffer(config: Config, tokens: Tokens, step: int) -> Batch:
+def _buffer(config: Config, batches: Batches, step: int) -> Batch:
     """The batches of the next call, stacked: [K, B, ...]."""
     size = min(config.train.steps_per_call, config.train.steps)
-    batches = [_batch_at(config, tokens, step + i) for i in range(size)]
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    found = [batches.at(step + i) for i in range(size)]
+    return {name: np.stack([batch[name] for batch in found]) for name in found[0]}
 
 
 def _until_pause(config: Config, step: int) -> int:
@@ -176,16 +212,17 @@ def _until_pause(config: Config, step: int) -> int:
 # --- what a user sees
 
 
-def _summarize(run: Run, tokens: Tokens, valid: Tokens) -> None:
+def _summarize(run: Run, prepared: Prepared) -> None:
     config, model, device = run.config, run.model, jax.devices()[0]
     n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
+    counts = prepared.manifest
     rows = {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
         "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
         "attention": f"{type(model.kernel).__name__}, in XLA",
         "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
-        "data": f"{len(tokens):,} tokens for training, {len(valid):,} for validation",
+        "data": f"{counts['train_tokens']:,} tokens for training, {counts['valid_tokens']:,} for validation",
         "step": f"{config.data.batch_size * config.window:,} tokens; {config.train.steps_per_call} steps per call",
     }
     for name, text in rows.items():

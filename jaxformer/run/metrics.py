@@ -17,14 +17,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxformer import config as config_lib
 from jaxformer.config import Config
+from jaxformer.data.files import write
+from jaxformer.spec import InputError, to_json
 
 log = logging.getLogger(__name__)
 
 
 class Reports:
-    """Takes the metrics of calls as they are dispatched, and writes them to metrics.jsonl and the bar as they arrive.
+    """Takes the metrics of calls as they are dispatched, and writes them to metrics.jsonl, the config's writers and the
+    bar as they arrive.
 
     Never more than two calls are in flight: with more, simulated devices deadlock. A run that goes on from a step
     drops the rows after it. Speed is that of training alone; pauses (evaluation, sampling, saving) are left out.
@@ -34,6 +36,7 @@ class Reports:
         path = Path(config.directory) / "metrics.jsonl"
         _drop_rows_after(path, step)
         self._file = open(path, "a")  # noqa: SIM115 (closed by `close`)
+        self._sinks = [writer.open(path.parent, to_json(config), step) for writer in config.writers]
         self._bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self._log_every, self._tokens_per_step = config.train.log_every, config.data.batch_size * config.window
         self._in_flight: collections.deque[tuple[int, int, Mapping[str, Any]]] = collections.deque()
@@ -56,25 +59,68 @@ class Reports:
 
     def write(self, **row: Any) -> None:
         """Numbers that are not finite are written as null: JSON has no others."""
-        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+        row = _finite(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        for sink in self._sinks:
+            sink.write(row)
 
     def close(self) -> None:
         self._bar.close()
         self._file.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _report(self) -> None:
         last, count, arrays = self._in_flight.popleft()
-        rows = {name: np.asarray(values)[:count].tolist() for name, values in arrays.items()}
+        rows = jax.tree.map(np.asarray, arrays)  # waits
         self._tokens += count * self._tokens_per_step
         speed = self._tokens / (time.perf_counter() - self._since)
         for i, step in enumerate(range(last - count + 1, last + 1)):
             if step % self._log_every == 0:
-                row = {name: values[i] for name, values in rows.items()}
-                self.write(step=step, split="train", **row, tokens_per_second=round(speed))
-        self._bar.set_postfix_str(f"loss {rows['loss'][-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                row = jax.tree.map(lambda values, i=i: values[i].tolist(), rows)
+                self.write(step=step, split="train", loss=row.pop("loss"), **row, tokens_per_second=round(speed))
+        self._bar.set_postfix_str(f"loss {rows['loss'][count - 1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update(count)
+
+
+class Profile:
+    """A trace of the device, from after one step to after another, in the run's folder profile (openxla.org/xprof)."""
+
+    def __init__(self, config: Config, span: tuple[int, int] | None):
+        if span and not 0 <= span[0] < span[1] <= config.train.steps:
+            raise InputError(f"profile={span[0]}:{span[1]} must be START:STOP with 0 ≤ START < STOP ≤ train.steps")
+        self._directory, self._span, self._running = Path(config.directory) / "profile", span, False
+
+    def until_pause(self, step: int, most: int) -> int:
+        """Steps to where the trace begins or ends, at most `most`."""
+        return min([most, *(at - step for at in self._span or () if at > step)])
+
+    def reach(self, step: int, state: Any) -> None:
+        """To be called when the state after `step` was dispatched; begins the trace there, or ends it."""
+        if not self._span:
+            return
+        if self._running and step >= self._span[1]:
+            jax.block_until_ready(state)
+            self.close()
+        elif self._span[0] <= step < self._span[1] and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            log.info("trace of the device in %s", self._directory)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None where a number is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
@@ -89,7 +135,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
             unread += bool(line.strip())
     if unread:
         log.warning("%s: %d lines that are no rows are dropped, as a killed process may leave one", path, unread)
-    config_lib.write(path, "".join(kept))
+    write(path, "".join(kept))
 
 
 def record_start(path: Path, step: int) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.corpora import TextFiles
-from jaxformer.data.datasets import Tokens, check_ids, full_pass, prepare, read_tokenizer
-from jaxformer.data.tokenizers import Bytes
+from jaxformer.data.datasets import Prepared, Source, check_ids, encode, fitted, prepare
+from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
 from jaxformer.generation.decode import generate
-from jaxformer.generation.logits_processors import Temperature, TopK, TopP, Unchanged
+from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP, Unchanged
 from jaxformer.model.models import Decoder
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints, sha256
@@ -29,7 +29,7 @@ class Run:
     """A config with its tokenizer and a state: all that sampling needs."""
 
     config: Config
-    tokenizer: Bytes
+    tokenizer: Tokenizer
     state: TrainState
 
     @property
@@ -49,11 +49,13 @@ class Run:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
     ) -> list[str]:
         """Texts that begin with the prompt; without one, what follows the tokenizer's start token.
 
-        `temperature`, then `top_k`, then `top_p` act on the logits. Raises InputError for a character of the prompt
-        that the tokenizer does not know, and for numbers out of their range.
+        A text ends before `tokens` are drawn if the tokenizer's end token comes. `temperature`, `top_k`, `top_p` and
+        `min_p` act on the logits in this order. Raises InputError for a character of the prompt that the tokenizer
+        does not know, and for numbers out of their range.
         """
         for name, value, least in (("tokens", tokens, 0), ("samples", samples, 1)):
             if value < least:
@@ -63,52 +65,57 @@ class Run:
         processors: list[Unchanged] = [checked(Temperature(temperature))]
         processors += [] if top_k is None else [checked(TopK(top_k))]
         processors += [] if top_p is None else [checked(TopP(top_p))]
+        processors += [] if min_p is None else [checked(MinP(min_p))]
         try:
-            ids = self.tokenizer.encode(prompt).tolist() if prompt else [self.tokenizer.start]
+            ids = self.tokenizer.encode(prompt or "").tolist()
         except InputError as error:
             raise InputError(f"prompt: {error}") from None
         new = generate(
-            *(self.model, self.state.params, [ids] * samples, tokens, tuple(processors), seed),
+            *(self.model, self.state.eval_params),
+            [[*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]] * samples,
+            *(tokens, tuple(processors), seed),
             context=self.config.window,  # longer texts were never seen in training
+            end=self.tokenizer.end,
         )
         return [(prompt or "") + self.tokenizer.decode(row) for row in new]
 
-    def evaluate(self, tokens: Tokens, split: str = "valid") -> dict[str, Any]:
-        """Loss in nats per token over all tokens but the first, each predicted once; perplexity; bits per byte."""
-        if len(tokens) < 2:
-            raise InputError(f"{split}: {len(tokens)} tokens cannot be predicted from one another; give at least 2")
-        check_ids(tokens, self.tokenizer.vocab_size)
-        loss = evaluate(recipe_of(self.config, self.tokenizer), self.state.params, tokens, self.config)
-        lengths = self.tokenizer.byte_lengths()
-        n_tokens, n_bytes = len(tokens) - 1, int(np.bincount(tokens[1:], minlength=len(lengths)) @ lengths)
-        return {
-            "step": int(self.state.step),
-            "split": split,
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": loss * n_tokens / n_bytes / math.log(2),
-            "tokens": n_tokens,
-        }
+    def evaluate(self, *sources: Source, split: str = "valid") -> dict[str, Any]:
+        """Loss in nats per token, each predicted once; perplexity; bits per byte; the number of tokens."""
+        for source in sources:
+            check_ids(source.tokens, self.tokenizer.vocab_size)
+        recipe = recipe_of(self.config, self.tokenizer)
+        found = evaluate(recipe, self.state.eval_params, sources, self.config, self.tokenizer)
+        if not found["tokens"]:
+            count = sum(len(source.tokens) for source in sources)
+            raise InputError(f"{split}: {count} tokens cannot be predicted from one another; give at least 2")
+        perplexity = {"perplexity": math.exp(min(found["loss"], 700))}
+        return {"step": int(self.state.step), "split": split, "loss": found["loss"]} | perplexity | found
 
     def evaluate_file(self, path: str) -> dict[str, Any]:
         """`evaluate` on the text of a file or folder."""
-        documents = list(TextFiles(path).documents())
         try:
-            ids = [self.tokenizer.encode(document) for document in documents]
+            source = encode(TextFiles(path), self.tokenizer)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        return self.evaluate(np.concatenate([*ids, np.empty(0, np.uint32)]), split=str(path))
+        return self.evaluate(source, split=str(path))
 
     def evaluate_valid(self) -> dict[str, Any]:
         """`evaluate` on the validation split of the run's corpus, which must be what it was."""
-        prepared = prepare(self.config.data.corpus, self.config.data.tokenizer)
+        prepared = prepare_data(self.config, self.tokenizer)
         verify_data(Path(self.config.directory), prepared)
-        return self.evaluate(prepared.split(self.config.data.valid_fraction)[1])
+        return self.evaluate(*prepared.valid)
 
     def inspect(self) -> dict[str, Any]:
         """What is in the run, as JSON values."""
         hashes = {"params_sha256": sha256(self.state.params), "state_sha256": sha256(self.state)}
         return {"step": int(self.state.step), **describe(self.config, self.model), **hashes}
+
+
+def read_prompt(path: str) -> str:
+    """The whole text of a file."""
+    if not Path(path).is_file():
+        raise InputError(f"prompt_file={path!r} is no file; give the path of a UTF-8 text")
+    return "".join(TextFiles(path).documents())
 
 
 def describe(config: Config, model: Decoder) -> dict[str, Any]:
@@ -130,24 +137,36 @@ def describe(config: Config, model: Decoder) -> dict[str, Any]:
 def inspect_config(path: str) -> dict[str, Any]:
     """`Run.inspect` for a config file, without a state; reads the corpus only if its tokenizer learns from it."""
     config = config_lib.resolve(path)
-    tokenizer = config.data.tokenizer
-    if tokenizer.vocab_size is None:
-        tokenizer = prepare(config.data.corpus, tokenizer).tokenizer
     hashes = {"params_sha256": None, "state_sha256": None}
-    return {"step": None, **describe(config, recipe_of(config, tokenizer).model), **hashes}
+    return {"step": None, **describe(config, recipe_of(config, planned_tokenizer(config)).model), **hashes}
 
 
-def recipe_of(config: Config, tokenizer: Bytes) -> Recipe:
+def planned_tokenizer(config: Config) -> Tokenizer:
+    """A tokenizer whose vocabulary has a size; reads the corpus only if the size depends on it."""
+    tokenizer = config.data.tokenizer
+    return fitted(tokenizer, config.data.corpus) if tokenizer.vocab_size is None else tokenizer
+
+
+def prepare_data(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
+    """The ids that a config asks for; `tokenizer` is a fitted one, where there is one already."""
+    data = config.data
+    return prepare(data.corpus, tokenizer or data.tokenizer, data.valid, data.valid_fraction)
+
+
+def recipe_of(config: Config, tokenizer: Tokenizer) -> Recipe:
     """The static part of the step; the vocabulary is the tokenizer's."""
     size = tokenizer.vocab_size
     if config.model.vocab_size not in (None, size):
         raise InputError(f"model.vocab_size={config.model.vocab_size} must be {size}, the tokenizer's; None takes that")
     model = dataclasses.replace(config.model, vocab_size=size)
-    return Recipe(model, config.objective, config.train.compute_dtype, config.train.accumulation)
+    train = config.train
+    return Recipe(model, config.objective, train.compute_dtype, train.accumulation, train.grad_norms)
 
 
 def hyper_of(config: Config) -> Hyper:
-    return Hyper(np.uint32(config.train.seed), np.int32(config.train.steps), config.optimizer)
+    train = config.train
+    ema_decay = None if train.ema_decay is None else np.float32(train.ema_decay)
+    return Hyper(np.uint32(train.seed), np.int32(train.steps), config.optimizer, ema_decay)
 
 
 def abstract_state(config: Config, recipe: Recipe) -> Any:
@@ -157,14 +176,19 @@ def abstract_state(config: Config, recipe: Recipe) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
 
 
-def evaluate(recipe: Recipe, params: Any, tokens: Tokens, config: Config) -> float:
-    """Nats per token over a full pass."""
-    total, last = np.zeros(2), np.zeros(2)
-    for batch in full_pass(tokens, config.window, config.data.batch_size):
-        sums = evaluate_batch(recipe, params, batch)
-        total, last = total + np.asarray(last, np.float64), sums  # one call behind: two in flight
-    nats, weight = total + np.asarray(last, np.float64)
-    return float(nats / weight)
+def evaluate(
+    recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Nats per token over a full pass of the sources, bits per byte, and the number of tokens predicted."""
+    lengths = tokenizer.byte_lengths().astype(np.float32)
+    total, last = np.zeros(3), np.zeros(3)
+    for source in sources:
+        for batch in config.data.sampling.full_pass(source, config.window, config.data.batch_size):
+            sums = evaluate_batch(recipe, params, batch, lengths)
+            total, last = total + np.asarray(last, np.float64), sums  # one call behind: two in flight
+    nats, weight, n_bytes = total + np.asarray(last, np.float64)
+    with np.errstate(all="ignore"):
+        return {"loss": float(nats / weight), "bits_per_byte": float(nats / n_bytes / np.log(2)), "tokens": int(weight)}
 
 
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:

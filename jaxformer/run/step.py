@@ -12,7 +12,7 @@ from jaxformer.keys import key_for
 from jaxformer.learning.objectives import Batch, Example, NextToken
 from jaxformer.learning.optimizers import SGD
 from jaxformer.model.models import Decoder
-from jaxformer.spec import Spec
+from jaxformer.spec import Declared, Spec, is_declared
 
 
 class Recipe(Spec):
@@ -22,6 +22,7 @@ class Recipe(Spec):
     objective: NextToken = NextToken()
     compute_dtype: str = "float32"
     slices: int = 1  # of a batch, whose gradients are accumulated
+    grad_norms: bool = False  # among the metrics: the gradient's norm for every parameter and layer
 
 
 class Hyper(NamedTuple):
@@ -30,6 +31,7 @@ class Hyper(NamedTuple):
     seed: Any  # uint32
     steps: Any  # int32: the length of the run, for schedules
     optimizer: SGD
+    ema_decay: Any = None  # float32; None: no average is kept
 
 
 class TrainState(struct.PyTreeNode):
@@ -38,27 +40,55 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # int32: updates made so far
     params: Any
     opt_state: Any
+    ema: Any = ()  # an exponential moving average of params; empty if none is kept
+
+    @property
+    def eval_params(self) -> Any:
+        """What evaluation and sampling use."""
+        return self.ema or self.params
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
     params = recipe.model.init(key_for(hyper.seed, 0, "init"))
     transform = hyper.optimizer.transform(recipe.model.declared(), jnp.float32(0))
-    return TrainState(jnp.int32(0), params, transform.init(params))
+    ema = () if hyper.ema_decay is None else params
+    return TrainState(jnp.int32(0), params, transform.init(params), ema)
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
-    """One update. Metrics: loss (nats per token, before the update), grad_norm (before clipping), learning_rate."""
+    """One update. Metrics: loss (nats per token, before the update), grad_norm (before clipping), learning_rate.
+
+    The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it forgets the first parameters.
+    """
     example = recipe.objective.prepare(batch, key_for(hyper.seed, state.step, "objective"))
     nats, weight, grads = _gradients(recipe, state.params, example, key_for(hyper.seed, state.step, "dropout"))
     weight = jnp.maximum(weight, 1)  # a batch of padding alone changes nothing but the decay
     grads = jax.tree.map(lambda g: g / weight, grads)
     rate = hyper.optimizer.learning_rate(state.step, hyper.steps)
-    transform = hyper.optimizer.transform(recipe.model.declared(), rate)
+    declared = recipe.model.declared()
+    transform = hyper.optimizer.transform(declared, rate)
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": nats / weight, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    ema = state.ema
+    if hyper.ema_decay is not None:
+        decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
+    metrics: dict[str, Any] = {"loss": nats / weight, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+    if recipe.grad_norms:
+        metrics["grad_norms"] = _norms(declared, grads)
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
+    """The norm of each array, of stacked ones for each layer: [L]."""
+
+    def norm(box: Declared, grad: jax.Array) -> jax.Array:
+        return jnp.sqrt((grad * grad).sum(tuple(range(int(box.letters.startswith("L")), grad.ndim))))
+
+    norms = jax.tree.map(norm, declared, grads, is_leaf=is_declared)
+    paths = jax.tree_util.tree_flatten_with_path(norms)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in paths}
 
 
 def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -94,19 +124,24 @@ def train_steps(
     recipe: Recipe, state: TrainState, batches: Batch, count: jax.Array, hyper: Hyper
 ) -> tuple[TrainState, dict[str, Any]]:
     """The first `count` batches of a buffer [K, B, ...], a run-time number; metrics are [K], NaN where not reached."""
-    size = jax.tree.leaves(batches)[0].shape[0]
+    size, first = jax.tree.leaves(batches)[0].shape[0], jax.tree.map(lambda a: a[0], batches)
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, metrics = carry
         state, row = train_step(recipe, state, jax.tree.map(lambda a: a[i], batches), hyper)
         return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, row)
 
-    metrics = {name: jnp.full(size, jnp.nan) for name in ("loss", "grad_norm", "learning_rate")}
+    row = jax.eval_shape(lambda: train_step(recipe, state, first, hyper)[1])
+    metrics = jax.tree.map(lambda a: jnp.full((size, *a.shape), jnp.nan), row)
     return jax.lax.fori_loop(0, count, body, (state, metrics))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def evaluate_batch(recipe: Recipe, params: Any, batch: Batch) -> jax.Array:
-    """float32[2]: the sum of nats over a batch, without dropout, and the sum of weights."""
+def evaluate_batch(recipe: Recipe, params: Any, batch: Batch, byte_lengths: jax.Array) -> jax.Array:
+    """float32[3]: sums over a batch, without dropout, of nats, of weights, and of the bytes of the targets.
+
+    `byte_lengths` is that of the tokenizer, [V].
+    """
     example = recipe.objective.prepare(batch, jax.random.key(0))
-    return jnp.stack(recipe.objective.loss(recipe.model, _cast(recipe, params), example, None))
+    nats, weight = recipe.objective.loss(recipe.model, _cast(recipe, params), example, None)
+    return jnp.stack([nats, weight, (byte_lengths[example.targets] * example.weights).sum()])

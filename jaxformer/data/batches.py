@@ -1,0 +1,263 @@
+"""Batches, drawn from prepared tokens: each row a function of the seed and the row's number alone."""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxformer.data.datasets import Source
+from jaxformer.spec import InputError, Spec
+
+Batch = dict[str, NDArray[np.int32]]
+Hashes = NDArray[np.uint64]
+
+
+class RandomWindows(Spec):
+    """Windows that begin anywhere, each drawn for itself; also the base of all ways to draw rows.
+
+    With `separate_documents`, what lies in one row but in several documents has several segments: nothing is seen or
+    predicted across a boundary.
+    """
+
+    separate_documents: bool = False
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether batches have `segments`."""
+        return self.separate_documents
+
+    def check_source(self, source: Source, length: int) -> None:
+        """Raises InputError if no row of length + 1 can be drawn."""
+        if len(source.tokens) <= length:
+            raise InputError(f"{len(source.tokens)} tokens, which must be more than the window of {length}")
+
+    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
+        """`tokens` int32[rows, length + 1] and, where it matters, `segments` of that shape.
+
+        `numbers` count all rows ever drawn of this source; `key`, uint64[1], is made of the seed and the source.
+        """
+        first = _mix(_mix(key) + numbers) % np.uint64(len(source.tokens) - length)
+        return self._windows(source, length, first.astype(np.int64))
+
+    def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
+        """Batches of one shape in which every token but the first is predicted exactly once, in order."""
+        n_windows = -(-(len(source.tokens) - 1) // length)
+        for first in range(0, n_windows, batch_size):
+            yield self._windows(source, length, np.arange(first, first + batch_size) * length, padded=True)
+
+    def _windows(self, source: Source, length: int, first: NDArray[np.int64], padded: bool = False) -> Batch:
+        index = first[:, None] + np.arange(length + 1)
+        if not (padded or self.separate_documents):
+            return {"tokens": source.tokens[index].astype(np.int32)}
+        real = index < len(source.tokens)
+        ids = np.where(real, source.tokens[np.minimum(index, len(source.tokens) - 1)], source.padding)
+        if self.separate_documents:
+            document = np.searchsorted(source.starts, index, "right")
+            return _batch(ids, (document - document[:, :1] + 1) * real)
+        return _batch(ids, real)
+
+
+class ShuffledWindows(RandomWindows):
+    """Windows side by side, in another order in every epoch: in an epoch each token is predicted once, but for fewer
+    than a window's at the corpus's ends."""
+
+    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
+        n_windows, spare = divmod(len(source.tokens) - 1, length)
+        epoch, place = numbers // np.uint64(n_windows), numbers % np.uint64(n_windows)
+        keys = _mix(_mix(key) + epoch)
+        offset = _mix(keys) % np.uint64(spare + 1)
+        first = _permuted(place, n_windows, keys) * np.uint64(length) + offset
+        return self._windows(source, length, first.astype(np.int64))
+
+
+class PackedDocuments(RandomWindows):
+    """Rows of whole documents beside each other, each a segment, in another order in every epoch.
+
+    A document longer than a row is cut into rows; the pieces are packed best fit, the longest first
+    (arXiv:2404.10830), so that next to nothing is padding. Each token of a document but its first is predicted once
+    per epoch.
+    """
+
+    @property
+    def has_segments(self) -> bool:
+        return True
+
+    def check_source(self, source: Source, length: int) -> None:
+        if not len(_plan(source, length).ends):
+            raise InputError(f"{len(source.tokens)} tokens, of which no document has two")
+
+    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
+        plan = _plan(source, length)
+        n_rows = np.uint64(len(plan.ends))
+        keys = _mix(_mix(key) + numbers // n_rows)
+        return plan.batch(source, length, _permuted(numbers % n_rows, int(n_rows), keys).astype(np.int64))
+
+    def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
+        plan = _plan(source, length)
+        for first in range(0, len(plan.ends), batch_size):
+            yield plan.batch(source, length, np.arange(first, first + batch_size))
+
+
+class _Plan(NamedTuple):
+    """Which pieces of documents stand in which row."""
+
+    first: NDArray[np.int64]  # [pieces]: where each begins, row after row
+    size: NDArray[np.int64]  # [pieces]: its tokens
+    ends: NDArray[np.int64]  # [rows]: how many pieces stand in this row and those before
+
+    def batch(self, source: Source, length: int, rows: NDArray[np.int64]) -> Batch:
+        """The rows of these numbers; those past the last are padding."""
+        ids = np.full((len(rows), length + 1), source.padding, np.int32)
+        segments = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            at = 0
+            pieces = range(self.ends[row - 1] if row else 0, self.ends[row]) if row < len(self.ends) else ()
+            for number, piece in enumerate(pieces, 1):
+                first, size = self.first[piece], self.size[piece]
+                ids[i, at : at + size] = source.tokens[first : first + size]
+                segments[i, at : at + size] = number
+                at += size
+        return _batch(ids, segments)
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(source: Source, length: int) -> _Plan:
+    sizes = np.diff(np.append(source.starts, len(source.tokens)))
+    starts, sizes = source.starts[sizes > 1], sizes[sizes > 1]
+    n_pieces = -(-(sizes - 1) // length)  # neighbours share a token, which one of them predicts
+    place = np.arange(n_pieces.sum()) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+    first = np.repeat(starts, n_pieces) + place * length
+    size = np.minimum(np.repeat(sizes, n_pieces) - place * length, length + 1)
+    row = pack(size, length + 1)
+    order = np.argsort(row, kind="stable")
+    return _Plan(first[order], size[order], np.cumsum(np.bincount(row)))
+
+
+def pack(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """The row of each piece: the longest first, each in the fullest row that has room, else in a new one."""
+    row, n_rows = np.zeros(len(sizes), np.int64), 0
+    order = np.argsort(-sizes, kind="stable")
+    room: dict[int, list[NDArray[np.int64]]] = {}  # rows that have just so much room
+    rooms: list[int] = []  # the keys of `room`, rising
+
+    def fill(pieces: NDArray[np.int64], size: int, rows: NDArray[np.int64], space: int) -> NDArray[np.int64]:
+        """Fills one row after another with pieces of a size; returns those that are left over."""
+        per_row = space // size
+        here, over = pieces[: per_row * len(rows)], pieces[per_row * len(rows) :]
+        row[here] = rows[np.arange(len(here)) // per_row]
+        full, rest = divmod(len(here), per_row)
+        leave(rows[:full], space - per_row * size)
+        leave(rows[full : full + 1], space - rest * size)
+        leave(rows[full + 1 :], space)
+        return over
+
+    def leave(rows: NDArray[np.int64], space: int) -> None:
+        if space and len(rows):
+            if space not in room:
+                bisect.insort(rooms, space)
+            room.setdefault(space, []).append(rows)
+
+    for pieces in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1) if len(order) else []:
+        size = int(sizes[pieces[0]])
+        while len(pieces) and (at := bisect.bisect_left(rooms, size)) < len(rooms):
+            space = rooms.pop(at)
+            pieces = fill(pieces, size, np.concatenate(room.pop(space)), space)
+        new = -(-len(pieces) // (capacity // size))
+        fill(pieces, size, np.arange(n_rows, n_rows + new), capacity)
+        n_rows += new
+    return row
+
+
+def _batch(ids: NDArray[Any], segments: NDArray[Any]) -> Batch:
+    return {"tokens": ids.astype(np.int32), "segments": segments.astype(np.int32)}
+
+
+# --- mixtures
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The batches of a run, over one source or a mixture of several."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]  # each source's share of the rows
+    sampling: RandomWindows
+    length: int
+    batch_size: int
+    seed: int
+
+    def at(self, step: int, rows: NDArray[np.integer] | None = None) -> Batch:
+        """The batch of a step, or some of its rows; row r of a step is the same whichever others are asked for."""
+        rows = np.arange(self.batch_size) if rows is None else rows
+        numbers = (step * self.batch_size + rows.astype(np.int64)).astype(np.uint64)
+        whose, counts = _turns(self.weights)
+        turn = (numbers % np.uint64(len(whose))).astype(np.int64)
+        parts: list[tuple[NDArray[np.bool_], Batch]] = []
+        for i, source in enumerate(self.sources):
+            here = whose[turn] == i
+            if here.any():
+                own = numbers[here] // np.uint64(len(whose)) * counts[i, -1] + counts[i, turn[here]]
+                key = _mix(_mix(np.array([self.seed], np.uint64)) + np.uint64(i))
+                parts.append((here, self.sampling.rows(source, self.length, key, own)))
+        batch = {name: np.empty((len(rows), self.length + 1), np.int32) for name in parts[0][1]}
+        for here, part in parts:
+            for name, array in part.items():
+                batch[name][here] = array
+        return batch
+
+
+@functools.lru_cache(maxsize=16)
+def _turns(weights: tuple[float, ...], period: int = 10_000) -> tuple[NDArray[np.int64], Hashes]:
+    """Whose turn each row of a period is, and how many rows each source had before each of them (and in all).
+
+    At every row each source has had its share to within one row: of those that would not overtake their share, the
+    one whose next row falls due first has its turn (proportionate progress, doi:10.1007/BF01940883).
+    """
+    if len(weights) == 1:
+        return np.zeros(1, np.int64), np.array([[0, 1]], np.uint64)
+    exact = np.array(weights) / sum(weights) * period
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: period - quota.sum()]] += 1
+    whose, counts = np.zeros(period, np.int64), np.zeros((len(weights), period + 1), np.uint64)
+    taken = np.zeros(len(weights), np.int64)
+    for n in range(period):
+        due = -(-(taken + 1) * period // np.maximum(quota, 1))
+        whose[n] = np.where(taken * period < quota * (n + 1), due, 2 * period).argmin()
+        taken[whose[n]] += 1
+        counts[:, n + 1] = taken
+    return whose, counts
+
+
+# --- hashes
+
+
+def _mix(x: Hashes) -> Hashes:
+    """SplitMix64 (doi:10.1145/2714064.2660195): one step of the generator from the state x."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _permuted(x: Hashes, n: int, keys: Hashes) -> Hashes:
+    """Where a random permutation of 0, …, n − 1 takes x; each element may have a key of its own.
+
+    A Feistel network over the next power of four, walked until it lands below n (doi:10.1007/3-540-45760-7_9).
+    """
+    half = np.uint64(max(1, (n - 1).bit_length() + 1 >> 1))
+    low = (np.uint64(1) << half) - np.uint64(1)
+
+    def scrambled(x: Hashes) -> Hashes:
+        left, right = x >> half, x & low
+        for turn in range(6):
+            left, right = right, left ^ (_mix(_mix(keys + np.uint64(turn)) + right) & low)
+        return left << half | right
+
+    x = scrambled(x)
+    while (outside := x >= np.uint64(n)).any():
+        x = np.where(outside, scrambled(x), x)
+    return x

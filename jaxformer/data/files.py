@@ -1,0 +1,164 @@
+"""Files: found, downloaded, hashed, and read as bytes, lines or text whatever their size."""
+
+import codecs
+import gzip
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxformer.spec import InputError
+
+log = logging.getLogger(__name__)
+
+
+def cache_directory() -> Path:
+    """$JAXFORMER_CACHE, or `jaxformer` in the user's cache."""
+    own = os.environ.get("JAXFORMER_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxformer"
+
+
+def write(path: Path, text: str) -> None:
+    """All of the text or, if the process or the machine dies, what was there before."""
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def fetch(name: str, url: str, sha256: str) -> Path:
+    """The path of a file in $JAXFORMER_DATA or the cache, downloaded into the cache if it is in neither.
+
+    Raises InputError if it is not to be had, or is not the file that it should be.
+    """
+    shared = os.environ.get("JAXFORMER_DATA")
+    cached = cache_directory() / name
+    for path in ([Path(shared) / name] if shared else []) + [cached]:
+        if path.is_file():
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != sha256:
+                raise InputError(f"{path} has SHA-256 {found}, not {sha256}; remove it, or put the right file there")
+            return path
+    log.info("downloading %s to %s", url, cached)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as directory:
+        part = Path(directory) / name
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+                shutil.copyfileobj(response, file)
+            found = hashlib.sha256(part.read_bytes()).hexdigest()
+            if found != sha256:
+                raise ValueError(f"it came with SHA-256 {found}, not {sha256}")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            raise InputError(f"{name} could not be downloaded from {url} ({reason}); put it at {cached}") from None
+        os.replace(part, cached)
+    return cached
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; of a large one it is kept in the cache, and used until size or time of change differ."""
+    try:
+        status = path.stat()
+        kept = cache_directory() / "sha256" / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]
+        state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
+        large = status.st_size >= 1 << 26
+        if large and kept.exists() and (line := kept.read_text()).startswith(state):
+            return line.removeprefix(state)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if large:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(state + found)
+    return found
+
+
+def visible_files(root: Path) -> list[Path]:
+    paths = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    return sorted(p for p in paths if p.is_file())
+
+
+def plain_name(path: Path) -> str:
+    """The name without the ending of a compression."""
+    return path.name.removesuffix(".gz").removesuffix(".zst")
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, decompressed if its name says so."""
+    try:
+        if path.suffix == ".zst":
+            yield from _decompressed(path)
+            return
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
+
+
+def _decompressed(path: Path) -> Iterator[bytes]:
+    """Zstandard, frame by frame; a file that breaks off is an error, which the library's own reader passes over."""
+    import zstandard
+
+    frame = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    with open(path, "rb") as file:
+        reader, begun = frame(), False
+        while data := file.read(1 << 18):
+            while data:
+                if reader.eof:
+                    reader = frame()
+                try:
+                    yield reader.decompress(data)
+                except zstandard.ZstdError as error:
+                    raise OSError(str(error)) from None
+                data, begun = reader.unused_data, True
+        if begun and not reader.eof:
+            raise EOFError("it breaks off")
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    rest = b""
+    for chunk in _chunks(path):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
+
+
+def decoded(path: Path) -> Iterator[str]:
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    for chunk in _chunks(path):
+        skipped = 3 if not read and chunk.startswith(codecs.BOM_UTF8) else 0
+        pending = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(chunk[skipped:])
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, read + skipped - pending, error) from None
+        read += len(chunk)
+    pending = len(decoder.getstate()[0])
+    try:
+        decoder.decode(b"", True)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, read - pending, error) from None
+
+
+def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> InputError:
+    byte = error.object[error.start]
+    return InputError(
+        f"{path} is not UTF-8 (byte {offset + error.start} is 0x{byte:02x}); convert it, or leave it out of the corpus"
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{path} cannot be read: {reason}; check the file and its permissions")

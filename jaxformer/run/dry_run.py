@@ -1,0 +1,51 @@
+"""What a run would be, without one step of it: its config, its size, its memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer import config as config_lib
+from jaxformer.config import Config
+from jaxformer.platform import set_flags
+from jaxformer.run.opened import abstract_state, hyper_of, planned_tokenizer, recipe_of
+from jaxformer.run.step import train_steps
+from jaxformer.spec import to_json
+
+
+def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The resolved config as JSON values, and what its compiled step needs, in bytes of one device.
+
+    The corpus is read only if the size of the vocabulary depends on it; nothing is allocated on the device.
+    """
+    config = config_lib.resolve(config, overrides)
+    set_flags()
+    recipe, hyper = recipe_of(config, planned_tokenizer(config)), hyper_of(config)
+    state = abstract_state(config, recipe)
+    n_tokens = config.data.batch_size * config.window
+    rows = (min(config.train.steps_per_call, config.train.steps), config.data.batch_size, config.window + 1)
+    names = ("tokens", "segments") if config.data.sampling.has_segments else ("tokens",)
+    batches = {name: jax.ShapeDtypeStruct(rows, jnp.int32) for name in names}
+    memory = train_steps.lower(recipe, state, batches, np.int32(1), hyper).compile().memory_analysis()
+    assert memory is not None  # only a backend without memory has none
+    passed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "config": to_json(config),
+        "n_params": sum(a.size for a in jax.tree.leaves(state.params)),
+        "vocab_size": recipe.model.vocab_size,
+        "tokens_per_step": n_tokens,
+        "tokens_in_all": n_tokens * config.train.steps,
+        "params_bytes": _bytes(state.params),
+        "optimizer_bytes": _bytes(state.opt_state),
+        "ema_bytes": _bytes(state.ema),
+        "batches_bytes": _bytes(batches),
+        "working_bytes": memory.temp_size_in_bytes,  # gradients, activations
+        "total_bytes": passed + memory.temp_size_in_bytes,
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -1,0 +1,85 @@
+"""Parameters of another run as the beginning of this one."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxformer.config import Config
+from jaxformer.data.files import write
+from jaxformer.model.models import Decoder
+from jaxformer.run.checkpoint import sha256
+from jaxformer.run.opened import Run, open_run
+from jaxformer.run.step import TrainState
+from jaxformer.spec import InputError, is_declared
+
+log = logging.getLogger(__name__)
+
+
+def source_of(config: Config) -> Run | None:
+    """The run that `init_from` names, at its newest checkpoint or, given RUN/checkpoints/STEP, at that one.
+
+    None if the config names none, or if its own run has a checkpoint already.
+    """
+    if config.init_from is None or any((Path(config.directory) / "checkpoints").glob("[0-9]*")):
+        return None
+    path = Path(config.init_from)
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return open_run(path.parent.parent, int(path.name))
+    return open_run(path)
+
+
+def compare(model: Decoder, run: Run, same_tokenizer: bool) -> dict[str, Any]:
+    """A report of which parameters of the model can be taken from the run, and which not.
+
+    Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same. Raises
+    InputError if nothing is.
+    """
+    old, new = _by_path(run.state.eval_params), _by_path(model.declared(), is_declared)
+    left: dict[str, str] = {}
+    for path, box in new.items():
+        if path not in old:
+            left[path] = "not in that run"
+        elif old[path].shape != box.value.shape:
+            left[path] = f"{list(old[path].shape)} there, {list(box.value.shape)} here"
+        elif "V" in box.letters and not same_tokenizer:
+            left[path] = "another tokenizer"
+    taken = [path for path in new if path not in left]
+    if not taken:
+        raise InputError(f"init_from={run.config.directory!r} has no parameter of this model; is it the right run?")
+    return {
+        "run": run.config.directory,
+        "step": int(run.state.step),
+        "params_sha256": sha256(run.state.eval_params),
+        "taken": taken,
+        "not_taken": left,
+        "unused": sorted(set(old) - set(new)),
+    }
+
+
+def take(state: TrainState, run: Run, report: dict[str, Any]) -> TrainState:
+    """The state with the parameters that the report lists as taken."""
+    old = _by_path(run.state.eval_params)
+    pick = lambda path, a: old[_name(path)] if _name(path) in report["taken"] else a
+    params = jax.tree_util.tree_map_with_path(pick, state.params)
+    return state.replace(params=params, ema=jax.tree.map(lambda a: a.copy(), params) if state.ema else ())
+
+
+def tell(report: dict[str, Any], directory: Path) -> None:
+    """Says what was taken, and keeps it in the run."""
+    log.info("%-10s %s, step %d: %d arrays", "taken from", report["run"], report["step"], len(report["taken"]))
+    for path, reason in report["not_taken"].items():
+        log.info("%-10s %s: %s", "not taken", path, reason)
+    for path in report["unused"]:
+        log.info("%-10s %s: not in this model", "unused", path)
+    write(directory / "init_from.json", json.dumps(report, indent=1) + "\n")
+
+
+def _by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

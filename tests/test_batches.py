@@ -1,0 +1,202 @@
+"""Batches: rows as functions of seed and number, epochs without replacement, packing, mixtures."""
+
+import numpy as np
+import pytest
+
+from jaxformer.data import batches
+from jaxformer.data.batches import Batches, PackedDocuments, RandomWindows, ShuffledWindows, pack
+from jaxformer.data.datasets import Source
+from jaxformer.spec import InputError
+
+TOKENS = np.arange(101, dtype=np.uint16)
+STARTS = np.array([0, 1, 3, 9, 10, 30, 31, 33, 60, 77, 99])
+SOURCE = Source(TOKENS, STARTS, 100)
+SAMPLINGS = [RandomWindows(), RandomWindows(True), ShuffledWindows(), ShuffledWindows(True), PackedDocuments()]
+each_sampling = pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+
+
+def drawn(sampling, batch_size=5, seed=3, sources=(SOURCE,), weights=(1.0,)):
+    return Batches(sources, weights, sampling, 7, batch_size, seed)
+
+
+def document(token):
+    return np.searchsorted(STARTS, token, "right")
+
+
+def predicted(batch):
+    """The tokens that NextToken predicts."""
+    tokens = batch["tokens"]
+    segments = batch.get("segments", np.ones_like(tokens))
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    assert (tokens[:, 1:][inside] == tokens[:, :-1][inside] + 1).all()
+    return tokens[:, 1:][inside].tolist()
+
+
+@each_sampling
+def test_a_row_depends_on_seed_step_and_row_alone(sampling):
+    many = drawn(sampling)
+    batch = many.at(2)
+    assert batch.keys() == ({"tokens", "segments"} if sampling.has_segments else {"tokens"})
+    for name, array in many.at(2, np.array([4, 1])).items():
+        assert np.array_equal(array, batch[name][[4, 1]]) and array.dtype == np.int32 and array.shape == (2, 8)
+    rows = {tuple(row) for seed in range(3) for s in range(3) for row in drawn(sampling, seed=seed).at(s)["tokens"]}
+    assert len(rows) > 10
+    twice = drawn(sampling, batch_size=10).at(1)  # the size of a batch cuts one and the same stream
+    assert np.array_equal(twice["tokens"], np.concatenate([many.at(2)["tokens"], many.at(3)["tokens"]]))
+
+
+@each_sampling
+def test_documents_are_kept_apart_where_they_should(sampling):
+    for step in range(20):
+        batch = drawn(sampling).at(step)
+        if not sampling.has_segments:
+            assert (np.diff(batch["tokens"], axis=1) == 1).all()
+            continue
+        for row, segments in zip(batch["tokens"], batch["segments"], strict=True):
+            real = segments > 0
+            assert (row[~real] == 100).all() and segments[0] == 1 and np.isin(np.diff(segments[real]), (0, 1)).all()
+            same = np.diff(segments[real]) == 0
+            assert np.array_equal(same, (np.diff(document(row[real])) == 0) & (np.diff(row[real]) == 1))
+
+
+def test_windows_begin_anywhere_with_equal_chances():
+    starts = np.concatenate([drawn(RandomWindows(), 100).at(s)["tokens"][:, 0] for s in range(200)])
+    counts = np.bincount(starts, minlength=94)
+    assert len(counts) == 94 and counts.min() > 0  # 101 − 7 beginnings, the first and the last among them
+    assert ((counts - 20_000 / 94) ** 2 / (20_000 / 94)).sum() < 150  # χ² with 93 degrees: mean 93, deviation 14
+
+
+@pytest.mark.parametrize("n", [8, 9, 14, 15, 101])
+def test_an_epoch_of_shuffled_windows_predicts_each_token_once(n):
+    source = Source(TOKENS[:n], STARTS[n > STARTS])
+    per_epoch = (n - 1) // 7
+    orders = []
+    for epoch in range(4):
+        rows = [drawn(ShuffledWindows(), 1, sources=(source,)).at(epoch * per_epoch + i) for i in range(per_epoch)]
+        tokens = sorted(token for row in rows for token in predicted(row))
+        assert len(tokens) == len(set(tokens)) == 7 * per_epoch and np.ptp(tokens) == 7 * per_epoch - 1
+        orders.append([row["tokens"][0, 0] for row in rows])
+    assert n < 101 or len({tuple(np.argsort(order)) for order in orders}) == 4
+
+
+def test_an_epoch_of_packed_documents_predicts_each_token_of_each_document_once():
+    per_epoch = len(batches._plan(SOURCE, 7).ends)
+    expected = sorted(set(range(101)) - set(STARTS.tolist()))
+    for epoch in range(3):
+        rows = [drawn(PackedDocuments(), 1).at(epoch * per_epoch + i) for i in range(per_epoch)]
+        assert sorted(token for row in rows for token in predicted(row)) == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 31, 64, 100, 1025])
+def test_permutations(n):
+    keys = np.array([7], np.uint64)
+    index = np.arange(n, dtype=np.uint64)
+    found = batches._permuted(index, n, keys)
+    assert sorted(found.tolist()) == list(range(n))
+    each = batches._permuted(np.tile(index, 2), n, np.repeat(np.array([7, 8], np.uint64), n))
+    assert np.array_equal(each[:n], found) and sorted(each[n:].tolist()) == list(range(n))
+    if n > 30:
+        assert abs(np.corrcoef(index, found)[0, 1]) < 0.5 and not np.array_equal(each[n:], found)
+        firsts = batches._permuted(np.zeros(20_000, np.uint64), n, np.arange(20_000, dtype=np.uint64))
+        counts = np.bincount(firsts.astype(int), minlength=n)
+        assert ((counts - 20_000 / n) ** 2 / (20_000 / n)).sum() < n + 6 * np.sqrt(2 * n)  # χ²
+
+
+# --- packing
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_overfills_nothing_and_wastes_little(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 1025, 3000) if seed % 2 else np.minimum(rng.geometric(1 / 200, 3000), 1025)
+    rows = pack(sizes, 1025)
+    filled = np.bincount(rows, sizes)
+    assert filled.max() <= 1025 and filled.min() > 0
+    assert len(filled) <= 1.03 * sizes.sum() / 1025 + 1
+
+
+def test_packing_is_best_fit():
+    """Ten lines that place piece by piece."""
+    sizes = np.random.default_rng(0).integers(1, 31, 400)
+    room = []
+    for size in sorted(sizes, reverse=True):
+        fits = [(r, i) for i, r in enumerate(room) if r >= size]
+        if fits:
+            room[min(fits)[1]] -= size
+        else:
+            room.append(30 - size)
+    filled = np.bincount(pack(sizes, 30), sizes)
+    assert sorted(30 - filled) == sorted(room)
+    assert pack(np.zeros(0, np.int64), 30).tolist() == []
+
+
+# --- full passes
+
+
+@pytest.mark.parametrize("n", [2, 7, 8, 9, 15, 57, 101])
+@each_sampling
+def test_a_full_pass_predicts_each_token_once(sampling, n):
+    source, seen = Source(TOKENS[:n], STARTS[n > STARTS], 100), []
+    for batch in sampling.full_pass(source, 7, 3):
+        assert batch["tokens"].shape == batch["segments"].shape == (3, 8)
+        seen += predicted(batch)
+    starts = set(source.starts.tolist()) if sampling.has_segments else {0}
+    assert sorted(seen) == sorted(set(range(n)) - starts)
+
+
+def test_sources_that_are_too_small_are_refused():
+    with pytest.raises(InputError, match="7 tokens, which must be more than the window of 7"):
+        RandomWindows().check_source(Source(TOKENS[:7], np.array([0])), 7)
+    with pytest.raises(InputError, match="7 tokens, of which no document has two"):
+        PackedDocuments().check_source(Source(TOKENS[:7], np.arange(7)), 7)
+    RandomWindows().check_source(Source(TOKENS[:8], np.array([0])), 7)
+    PackedDocuments().check_source(Source(TOKENS[:2], np.array([0])), 7)
+
+
+# --- mixtures
+
+
+def three():
+    return tuple(Source(TOKENS + np.uint16(1000 * i), np.zeros(1, np.int64)) for i in range(3))
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.9989, 0.001, 0.0001), (7.0, 2.0, 1.0)])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_shares_are_exact(weights, batch_size):
+    """Within 0.1 % in every thousand steps, and within one row from the beginning on."""
+    many = drawn(ShuffledWindows(), batch_size, sources=three(), weights=weights)
+    rows = np.concatenate([many.at(step)["tokens"][:, 0] // 1000 for step in range(4000)])
+    exact = np.array(weights) / sum(weights)
+    taken = np.cumsum(rows[:, None] == np.arange(3), 0)
+    due = np.arange(1, len(rows) + 1)[:, None] * exact
+    assert np.abs(taken - due).max() <= 1 + 1e-4 * len(rows)  # weights are rounded to a ten-thousandth
+    for first in (0, 137, 3000):
+        window = rows[first * batch_size : (first + 1000) * batch_size]
+        share = (window[:, None] == np.arange(3)).mean(0)
+        assert np.abs(share - exact).max() <= (0.001 if first == 0 else 0.002 / batch_size + 1e-4)
+
+
+def test_a_mixture_draws_each_source_without_replacement():
+    many = drawn(ShuffledWindows(), 5, sources=three(), weights=(0.5, 0.3, 0.2))
+    rows = np.concatenate([many.at(step)["tokens"][:, 0] for step in range(28)])  # 140 rows: 70, 42, 28
+    for i, count in enumerate((70, 42, 28)):
+        own = rows[rows // 1000 == i]
+        assert len(own) == count and (np.bincount(own % 1000 // 7, minlength=14)[:14] >= count // 14 - 1).all()
+        assert all(len(set(own[k : k + 14])) == 14 for k in range(0, count - 13, 14))
+    assert np.array_equal(many.at(9, np.array([3]))["tokens"][0], many.at(9)["tokens"][3])
+
+
+@pytest.mark.parametrize("sampling", [RandomWindows(), ShuffledWindows()], ids=str)
+def test_corpora_past_two_to_the_31(sampling):
+    class Huge:
+        """Each token is its own place."""
+
+        def __len__(self):
+            return 2**40
+
+        def __getitem__(self, index):
+            return index >> 10
+
+    source = Source(Huge(), np.zeros(1, np.int64))  # type: ignore[arg-type]
+    rows = Batches((source,), (1.0,), sampling, 1, 1000, 2**32 - 1).at(2**31 - 1)["tokens"]
+    assert rows.max() > 2**29 and rows.min() < 2**28 and len(set(rows[:, 0].tolist())) == 1000

@@ -1,0 +1,332 @@
+"""Corpora and files: what is read, in which order, in which pieces; and what is said of what cannot be read."""
+
+import gzip
+import hashlib
+import http.client
+import io
+import itertools
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from jaxformer.data import corpora, files
+from jaxformer.data.corpora import (
+    PIECE,
+    Corpus,
+    JSONLines,
+    Mixture,
+    Parquet,
+    PythonTopics,
+    TextFiles,
+    TokenFile,
+    cut,
+)
+from jaxformer.spec import InputError, checked
+
+TEXT = "naïve café — 数学 🦜\nzwölf Boxkämpfer\n" * 7
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFORMER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def put(folder, name, data):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+def texts(corpus):
+    return list(corpus.documents())
+
+
+# --- text files
+
+
+def test_a_folder_is_its_visible_files_in_order(tmp_path):
+    for name, text in {"b.txt": "B", "a/z.md": "Z", "a/y.md": "Y", ".hidden": "-", ".git/x": "-"}.items():
+        put(tmp_path / "folder", name, text)
+    assert texts(TextFiles(str(tmp_path / "folder"))) == ["Y", "Z", "B"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert texts(TextFiles(put(tmp_path, "a", b"\xef\xbb\xbfhi"))) == ["hi"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1 << 20])
+def test_characters_may_lie_across_chunks(monkeypatch, size):
+    data = b"\xef\xbb\xbf" + TEXT.encode()
+    starts = [0, *range(3 + size, len(data), size), len(data)]
+    chunks = [data[a:b] for a, b in itertools.pairwise(starts)]
+    monkeypatch.setattr(files, "_chunks", lambda path: iter(chunks))
+    assert "".join(files.decoded("a")) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"hi\xff", r"bad.txt is not UTF-8 \(byte 2 is 0xff\)"),
+        (b"\xef\xbb\xbfhi\xff", r"\(byte 5 is 0xff\)"),
+        (b"hi\xe2\x82", r"\(byte 2 is 0xe2\)"),
+        (b"a" * ((1 << 20) - 1) + b"\xe2\x82\xff", r"\(byte 1048575 is 0xe2\)"),
+        (b"a" * (1 << 20) + b"\xff", r"\(byte 1048576 is 0xff\)"),
+    ],
+)
+def test_what_is_not_utf8_is_named(tmp_path, data, message):
+    with pytest.raises(InputError, match=message):
+        texts(TextFiles(put(tmp_path, "bad.txt", data)))
+
+
+def test_missing_corpora_are_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for corpus, message in (
+        (TextFiles(str(tmp_path / "nowhere")), "does not exist"),
+        (TextFiles(""), "does not exist"),
+        (JSONLines(str(tmp_path / "folder")), "holds no .jsonl or .ndjson file"),
+        (TextFiles(str(tmp_path / "folder")), "holds no visible file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            texts(corpus)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_compressed_files_are_their_text(tmp_path, name):
+    data = TEXT.encode()
+    if name.endswith(".gz"):
+        data = gzip.compress(data)
+    elif name.endswith(".zst"):  # of two frames, as tools that compress in parallel write
+        compressor = zstandard.ZstdCompressor(write_checksum=True)
+        data = b"".join(compressor.compress(part) for part in (data[:100], data[100:]))
+    path = put(tmp_path, name, data)
+    assert texts(TextFiles(path)) == [TEXT]
+    if name != "a.txt":
+        for damaged, message in ((data[:-20], "cannot be read"), (data[:20] + b"junk" + data[24:], "a.txt")):
+            put(tmp_path, name, damaged)
+            with pytest.raises(InputError, match=message):
+                texts(TextFiles(path))
+
+
+# --- JSON lines and Parquet
+
+
+def test_json_lines(tmp_path):
+    lines = b'{"text": "one", "n": 1}\n\n{"text": null}\n{"body": "-", "text": "\\u00e9\\n2"}'
+    for name, data in (("b.jsonl", lines), ("a.jsonl.zst", zstandard.compress(b'{"text": "zero"}\n'))):
+        put(tmp_path / "folder", name, data)
+    put(tmp_path / "folder", "readme.txt", "no corpus")
+    assert texts(JSONLines(str(tmp_path / "folder"))) == ["zero", "one", "", "é\n2"]
+    assert texts(JSONLines(put(tmp_path, "c.jsonl", '{"body": "x"}'), field="body")) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "Expecting property name"),
+        (b'{"body": "x"}', "no field 'text'"),
+        (b'["text"]', "no field 'text'"),
+        (b"7", "no field 'text'"),
+        (b'{"text": 7}', "'text' is int, not a string"),
+        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": "\xff"}', "codec can't decode"),
+        (b"[" * 100_000, ""),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    with pytest.raises(InputError) as error:
+        texts(JSONLines(put(tmp_path, "a.jsonl", b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}')))
+    assert "a.jsonl, line 2: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parquet(tmp_path):
+    table = pyarrow.table({"text": ["one", None, TEXT] * 200, "n": list(range(600))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert texts(Parquet(str(tmp_path))) == ["one", "", TEXT] * 200
+    for corpus, message in (
+        (Parquet(str(tmp_path), column="body"), "no column 'body'; it has text, n"),
+        (Parquet(str(tmp_path), column="n"), "column 'n' holds int64; it must hold strings"),
+        (Parquet(put(tmp_path, "b.parquet", "junk")), "b.parquet cannot be read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            texts(corpus)
+
+
+# --- pieces
+
+
+def prose(rng, length):
+    """Words of 1 to 9 characters between single and repeated spaces and line breaks."""
+    marks = [" ", " ", " ", "\n", "\n\n", "  ", "\t", "\r\n"]
+    words = ("é" * int(rng.integers(1, 9)) + marks[rng.integers(len(marks))] for _ in range(length))
+    return "".join(words)
+
+
+def test_pieces_are_the_text_and_do_not_depend_on_how_it_was_read():
+    rng = np.random.default_rng(0)
+    text = prose(rng, 30_000)
+    whole = list(cut([text]))
+    assert "".join(piece.text for piece in whole) == text
+    assert [piece.ends for piece in whole] == [False] * (len(whole) - 1) + [True]
+    assert all(PIECE // 2 < len(piece.text) <= PIECE for piece in whole[:-1]) and len(whole) > 5
+    for size in (7, 1000, PIECE, PIECE + 1):
+        assert list(cut(text[i : i + size] for i in range(0, len(text), size))) == whole
+    assert all(piece.text[-1] == "\n" and not piece.text[-2].isspace() for piece in whole[:-1])
+
+
+def test_text_without_a_place_to_cut_is_cut_all_the_same():
+    for text in ("a" * (3 * PIECE + 5), " " * (2 * PIECE + 1), "a" * PIECE, ""):
+        pieces = list(cut([text]))
+        assert "".join(piece.text for piece in pieces) == text and max(len(piece.text) for piece in pieces) <= PIECE
+    assert [len(p.text) for p in cut(["ab " * PIECE])][:2] == [PIECE - 2, PIECE - 1]  # before a space
+
+
+# --- fingerprints
+
+
+def test_fingerprints_tell_apart_what_differs_and_nothing_else(tmp_path, cache):
+    a, b = tmp_path / "a", tmp_path / "b"
+    put(a, "1", "x"), put(a, "2", "yz"), put(b, "1", "xy"), put(b, "2", "z")
+    same = tmp_path / "elsewhere"
+    put(same, "1", "x"), put(same, "2", "yz")
+    lines = put(tmp_path, "c.jsonl", '{"text": "x", "body": "x"}')
+    prints = [c.fingerprint() for c in (TextFiles(str(a)), TextFiles(str(b)), TextFiles(str(a / "1")))]
+    prints += [JSONLines(lines).fingerprint(), JSONLines(lines, field="body").fingerprint()]
+    prints += [TextFiles(lines).fingerprint(), PythonTopics().fingerprint()]
+    assert len(set(prints)) == len(prints)
+    assert TextFiles(str(same)).fingerprint() == prints[0]
+
+
+class Two(Corpus):
+    first: str = ""
+    second: str = ""
+
+    def documents(self):
+        yield from (self.first, self.second)
+
+
+def test_a_strangers_corpus_has_a_fingerprint_of_its_documents():
+    assert Two("x", "yz").fingerprint() != Two("xy", "z").fingerprint() == Two("xy", "z").fingerprint()
+
+
+def test_the_hash_of_a_large_file_is_kept_until_the_file_changes(tmp_path, cache, monkeypatch):
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        file.truncate(1 << 26)
+    reads = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *a: (reads.append(a), digest(*a))[1])
+    first = files.file_sha256(path)
+    assert files.file_sha256(path) == first == hashlib.sha256(bytes(1 << 26)).hexdigest() and len(reads) == 1
+    with open(path, "r+b") as file:
+        file.write(b"x")
+    assert files.file_sha256(path) != first and len(reads) == 2
+
+
+# --- mixtures and ids
+
+
+def test_mixtures(tmp_path):
+    a, b = (TextFiles(put(tmp_path, name, name)) for name in "ab")
+    mixture = Mixture((a, b), (3, 1))
+    assert texts(mixture) == ["a", "b"] and [weight for _, weight in mixture.parts()] == [0.75, 0.25]
+    assert mixture.fingerprint() != Mixture((b, a), (3, 1)).fingerprint()
+    for wrong, message in (
+        (Mixture((a, b), (1.0,)), "must be as many as"),
+        (Mixture((), ()), "must be as many as"),
+        (Mixture((a, b), (1.0, 0.0)), "must be more than 0"),
+        (Mixture((mixture, b), (1.0, 1.0)), "must not be mixtures themselves"),
+    ):
+        with pytest.raises(InputError, match=message):
+            checked(wrong)
+
+
+def test_token_files(tmp_path):
+    ids = np.array([3, 50256, 7], np.uint16)
+    corpus = TokenFile(put(tmp_path, "train.bin", ids.tobytes()))
+    assert corpus.ids().tolist() == ids.tolist()
+    assert corpus.fingerprint() != TokenFile(corpus.path, "uint8").fingerprint()
+    for wrong, message in (
+        (TokenFile(corpus.path, "uint32"), "has 6 bytes, which are no uint32 ids"),
+        (TokenFile(put(tmp_path, "empty.bin", "")), "has 0 bytes"),
+        (TokenFile(str(tmp_path)), "is no file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            wrong.ids()
+
+
+def test_the_built_in_corpus_is_text():
+    (text,) = PythonTopics().documents()
+    assert len(text) > 400_000 and "def " in text
+
+
+# --- downloads
+
+
+class Download(io.BytesIO):
+    """Stands in for the network."""
+
+    opened = 0
+
+    def read(self, n=-1):
+        data = super().read(n)
+        if not data and getattr(self, "breaks", None):
+            raise self.breaks
+        return data
+
+
+def fetch(monkeypatch, data, expected=b"right", breaks=None):
+    def urlopen(url, timeout):
+        Download.opened += 1
+        if data is None:
+            raise urllib.error.URLError("no network")
+        download = Download(data)
+        download.breaks = breaks
+        return download
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.delenv("JAXFORMER_DATA", raising=False)
+    return corpora.fetch("a.txt", "https://example.org/a", hashlib.sha256(expected).hexdigest())
+
+
+def test_a_download_is_made_once(monkeypatch, cache):
+    Download.opened = 0
+    assert fetch(monkeypatch, b"right").read_bytes() == b"right"
+    assert fetch(monkeypatch, None) == cache / "a.txt" and Download.opened == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "breaks"),
+    [
+        (None, None),
+        (b"rig", ConnectionResetError("connection reset")),
+        (b"rig", http.client.IncompleteRead(b"rig")),
+        (b"", http.client.BadStatusLine("rubbish")),
+        (b"wrong", None),
+    ],
+)
+def test_a_download_that_fails_leaves_nothing(monkeypatch, cache, data, breaks):
+    with pytest.raises(InputError, match=r"a.txt could not be downloaded .*; put it at .*cache.a.txt"):
+        fetch(monkeypatch, data, breaks=breaks)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_wrong_file_in_the_cache_is_named(monkeypatch, cache):
+    cache.mkdir()
+    (cache / "a.txt").write_bytes(b"old")
+    with pytest.raises(InputError, match="remove it, or put the right file there"):
+        fetch(monkeypatch, b"right")
+
+
+def test_lines_are_found_across_chunks(monkeypatch):
+    for data in (b"a\nbb\n\nccc", b"a\nbb\n\nccc\n", b"", b"\n"):
+        expected = data.split(b"\n")[: None if data and not data.endswith(b"\n") else -1]
+        for size in (1, 2, 9):
+            monkeypatch.setattr(files, "_chunks", lambda _, s=size, d=data: (d[i : i + s] for i in range(0, len(d), s)))
+            assert list(files.lines("x")) == expected

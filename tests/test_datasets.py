@@ -1,0 +1,231 @@
+"""Prepared tokens: the ids of the text, kept, verified, and gone on with after a kill."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxformer.data import datasets
+from jaxformer.data.corpora import PIECE, Corpus, Mixture, TextFiles, TinyShakespeare, TokenFile
+from jaxformer.data.datasets import Source, check_ids, encode, prepare
+from jaxformer.data.tokenizers import BPE, Bytes, Characters
+from jaxformer.spec import InputError
+
+TEXT = "naïve café — 数学 🦜\nzwölf Boxkämpfer\n" * 7
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFORMER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def corpus(tmp_path, text=TEXT, name="text.txt"):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return TextFiles(str(tmp_path / name))
+
+
+class Documents(Corpus):
+    texts: tuple[str, ...]
+
+    def documents(self):
+        yield from self.texts
+
+
+def whole(prepared):
+    """All ids, of training and validation."""
+    return np.concatenate([s.tokens for pair in zip(prepared.train, prepared.valid, strict=True) for s in pair])
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), Characters(), BPE(300)])
+def test_prepared_tokens_are_the_text(tmp_path, cache, tokenizer):
+    prepared = prepare(corpus(tmp_path), tokenizer)
+    assert prepared.tokenizer.decode(whole(prepared)) == TEXT
+    (source,) = prepared.train
+    assert isinstance(source.tokens, np.memmap) and not source.tokens.flags.writeable
+    assert source.tokens.dtype == (np.uint16 if isinstance(tokenizer, BPE) else np.uint8)
+
+
+def test_documents_have_boundaries(cache):
+    texts = ("one", "", "three" * PIECE, "4")
+    prepared = prepare(Documents(texts), Bytes(end_token=True), Documents(("x",)))
+    (source,) = prepared.train
+    documents = [tokens.tolist() for tokens in np.split(source.tokens, source.starts[1:])]
+    assert documents == [[*text.encode(), 256] for text in texts if text]
+    assert source.padding == 256 and prepared.manifest["documents"] == 3
+    same = encode(Documents(texts), Bytes(end_token=True))
+    assert np.array_equal(same.tokens, source.tokens) and np.array_equal(same.starts, source.starts)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.34, 0.5, 0.99])
+def test_the_split_cuts_tokens_and_documents(fraction):
+    source = Source(np.arange(100), np.array([0, 10, 50, 66, 90]), 7)
+    train, valid = source.split(fraction)
+    at = int((1 - fraction) * 100)
+    assert np.array_equal(train.tokens, np.arange(at)) and np.array_equal(valid.tokens, np.arange(at, 100))
+    boundaries = {*train.starts.tolist(), *(valid.starts + at).tolist()}
+    assert boundaries == {0, 10, 50, 66, 90, at} and valid.starts[0] == 0 and train.padding == valid.padding == 7
+
+
+def test_a_validation_corpus_of_its_own(tmp_path, cache):
+    prepared = prepare(corpus(tmp_path), Characters(), corpus(tmp_path, TEXT[:30], "valid.txt"))
+    assert prepared.tokenizer.decode(prepared.train[0].tokens) == TEXT
+    assert prepared.tokenizer.decode(prepared.valid[0].tokens) == TEXT[:30]
+    with pytest.raises(InputError, match=r"valid.txt.*character '!'.*is not among"):
+        prepare(corpus(tmp_path), Characters(), corpus(tmp_path, "!", "valid.txt"))
+
+
+def test_the_parts_of_a_mixture_share_a_tokenizer(tmp_path, cache):
+    mixture = Mixture((corpus(tmp_path, "abab" * 9, "1"), corpus(tmp_path, "bcbc" * 5, "2")), (1.0, 3.0))
+    prepared = prepare(mixture, Characters(), valid_fraction=0.25)
+    assert prepared.tokenizer == Characters("abc") and prepared.weights == (0.25, 0.75)
+    assert [len(source.tokens) for source in prepared.train] == [27, 15]
+    assert prepared.tokenizer.decode(prepared.valid[1].tokens) == "bcbcb"[1:] + "c"
+
+
+def test_ids_that_lie_ready_are_taken_as_they_are(tmp_path, cache):
+    ids = np.array([5, 6, 256, 7, 256, 256, 8], np.uint16)
+    (tmp_path / "train.bin").write_bytes(ids.tobytes())
+    train = TokenFile(str(tmp_path / "train.bin"))
+    (source,) = prepare(train, Bytes(end_token=True), train).train
+    assert np.array_equal(source.tokens, ids) and source.starts.tolist() == [0, 3, 5, 6]
+    with pytest.raises(InputError, match=r"train.bin.*token id 256 must be at least 0 and less than vocab_size=256"):
+        prepare(TokenFile(str(tmp_path / "train.bin")), Bytes())
+    assert encode(Documents(("x",)), Bytes()).starts.tolist() == [0]
+
+
+# --- the cache
+
+
+def test_prepared_tokens_are_reused_until_the_text_changes(tmp_path, cache, monkeypatch):
+    first = prepare(corpus(tmp_path), BPE(300))
+    written = []
+    write = datasets._write
+    monkeypatch.setattr(datasets, "_write", lambda *a: (written.append(a), write(*a))[1])
+    fits = []
+    monkeypatch.setattr(BPE, "fit", lambda self, texts, fit=BPE.fit: (fits.append(self), fit(self, texts))[1])
+    assert prepare(corpus(tmp_path), BPE(300)).manifest == first.manifest and not written and not fits
+    prepare(corpus(tmp_path, TEXT + "more"), BPE(300))
+    assert len(written) == len(fits) == 1
+    prepare(corpus(tmp_path), Bytes())
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "manifest.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_tokens_are_prepared_anew(tmp_path, cache, name, damage, caplog):
+    before = np.array(whole(prepare(corpus(tmp_path), Characters())))
+    pattern = "tokenizers/*.json" if name == "tokenizer.json" else f"tokens/*/{name}"
+    (path,) = cache.glob(pattern)
+    data = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    again = prepare(corpus(tmp_path), Characters())
+    assert np.array_equal(whole(again), before)
+    assert path.read_bytes() == data and ("is damaged" in caplog.text or name == "tokenizer.json")
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path, cache):
+    with pytest.raises(InputError, match=r"data.corpus=TextFiles\(path='.*text.txt'\): character 'c'"):
+        prepare(corpus(tmp_path, "abc"), Characters("ab"))
+    assert list((cache / "tokens").iterdir()) == []
+    for tokenizer in (Characters(), BPE(300)):
+        with pytest.raises(InputError, match="the corpus is empty"):
+            prepare(corpus(tmp_path, ""), tokenizer)
+    assert len(whole(prepare(corpus(tmp_path, ""), Bytes()))) == 0
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, cache):
+    class Restless(TextFiles):
+        def pieces(self):
+            yield from super().pieces()
+            corpus(tmp_path, TEXT + "more")
+
+    corpus(tmp_path)
+    with pytest.raises(InputError, match="changed while it was read"):
+        prepare(Restless(str(tmp_path / "text.txt")), Bytes())
+    assert list((cache / "tokens").iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from jaxformer.data import datasets
+from jaxformer.data.corpora import TextFiles
+from jaxformer.data.tokenizers import BPE
+datasets.SAVE_EVERY = 40_000
+encode = datasets._encoded
+def slowly(pieces, tokenizer):
+    for found in encode(pieces, tokenizer):
+        time.sleep(float(sys.argv[2]))
+        yield found
+datasets._encoded = slowly
+datasets.prepare(TextFiles(sys.argv[1]), BPE(300))
+"""
+
+
+def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path, cache):
+    """Killed three times, in the midst of long documents and between short ones: the same files at the end."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        words = rng.integers(0, 1000, 30_000 if i % 2 else 3)
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / f"{i}.txt").write_text("".join(f"{n} ünits\n" for n in words), encoding="utf-8")
+    run = [sys.executable, "-c", KILLED, str(tmp_path / "folder")]
+    seen = []
+    for _ in range(3):
+        process = subprocess.Popen([*run, "0.02"], stderr=subprocess.PIPE, text=True)
+        while True:
+            progress = [path.read_text() for path in (cache / "tokens").glob("*.part/progress.json")]
+            if progress and progress[0] not in seen:
+                break
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        seen += [path.read_text() for path in (cache / "tokens").glob("*.part/progress.json")]
+    assert len(set(seen)) == 3
+    done = subprocess.run([*run, "0"], capture_output=True, text=True, check=True)
+    (resumed,) = (cache / "tokens").iterdir()
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in resumed.iterdir()}
+    assert files.keys() == {"tokens.bin", "documents.bin", "manifest.json"} and "Traceback" not in done.stderr
+    shutil.rmtree(cache)
+    subprocess.run([*run, "0"], capture_output=True, check=True)
+    (fresh,) = (cache / "tokens").iterdir()
+    assert fresh.name == resumed.name
+    assert files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in fresh.iterdir()}
+
+
+def test_two_processes_prepare_a_corpus_once(tmp_path, cache):
+    corpus(tmp_path, TEXT * 2000)
+    run = [sys.executable, "-c", "import logging; logging.basicConfig(level=20)\n" + KILLED, str(tmp_path / "text.txt")]
+    processes = [subprocess.Popen([*run, "0.03"], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sum("waiting for it" in error for error in errors) == 1
+    (directory,) = (cache / "tokens").iterdir()
+    assert os.path.getsize(directory / "documents.bin") == 8
+
+
+# --- ids
+
+
+@pytest.mark.parametrize("ids", [[0, 29], [-1, 3]])
+def test_ids_outside_the_vocabulary_are_refused(ids):
+    with pytest.raises(InputError, match="must be at least 0 and less than vocab_size=29"):
+        check_ids(np.array(ids), 29)
+    check_ids(np.array([0, 28]), 29)
+
+
+def test_tiny_shakespeare_is_the_published_one(data_directory, cache):
+    prepared = prepare(TinyShakespeare(), Characters())
+    (train,), (valid,) = prepared.train, prepared.valid
+    assert prepared.tokenizer.vocab_size == 65 and train.tokens.dtype == np.uint8
+    assert (len(train.tokens), len(valid.tokens)) == (1_003_854, 111_540)

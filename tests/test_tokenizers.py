@@ -1,0 +1,191 @@
+"""Tokenizers: exact round trips, special ids, stored forms."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as library
+
+from jaxformer.data.corpora import PythonTopics
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, Subwords, TokenizerFile, read_tokenizer
+from jaxformer.spec import InputError, checked, dumps
+
+TEXT = "naïve café — 数学 🦜\nzwölf Boxkämpfer\r\n\t  e\u0301 <|endoftext|>\x00'll  \n\n x" * 7
+ALL = [Bytes(), Bytes(end_token=True), Characters(), Characters(end_token=True), BPE(300)]
+
+
+@pytest.fixture(scope="module")
+def topics():
+    return BPE(1000).fit(PythonTopics())
+
+
+@pytest.mark.parametrize("tokenizer", ALL)
+def test_text_survives_a_round_trip(tokenizer):
+    tokenizer = tokenizer.fit([TEXT])
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids) == TEXT
+    assert ids.max() < tokenizer.vocab_size and tokenizer.decode([]) == "" and len(tokenizer.encode("")) == 0
+    assert tokenizer.byte_lengths()[ids].sum() == len(TEXT.encode())
+    assert len(tokenizer.byte_lengths()) == tokenizer.vocab_size
+    if tokenizer.end is None:
+        assert tokenizer.decode([tokenizer.start]) == "\n" and tokenizer.padding == 0
+    else:
+        assert tokenizer.start == tokenizer.end == tokenizer.padding and tokenizer.end not in ids
+        assert tokenizer.decode([tokenizer.end, *ids, tokenizer.end]) == TEXT
+        assert tokenizer.byte_lengths()[tokenizer.end] == 0
+
+
+@pytest.mark.parametrize("tokenizer", ALL)
+def test_a_fitted_tokenizer_is_stored_and_read_back(tokenizer, tmp_path):
+    fitted = tokenizer.fit([TEXT])
+    (tmp_path / "tokenizer.json").write_text(dumps(fitted), encoding="utf-8")
+    assert read_tokenizer(tmp_path / "tokenizer.json") == fitted == fitted.fit(["other"])
+    assert TokenizerFile(str(tmp_path / "tokenizer.json")).fit(()) == fitted
+
+
+def test_characters_are_numbered_by_code_point():
+    tokenizer = Characters().fit(["ba", "c"])
+    assert tokenizer == Characters("abc") and tokenizer.encode("cab").tolist() == [2, 0, 1] and tokenizer.start == 0
+    assert Characters("xyz").fit(["abc"]) == Characters("xyz")
+
+
+@pytest.mark.parametrize("wrong", ["é", "\x00", "\udcff", "🦜", "d"])
+def test_an_unknown_character_is_named(wrong):
+    with pytest.raises(InputError, match=rf"U\+{ord(wrong):04X}\) after 'ab' is not among the 3"):
+        Characters("abc").encode("ab" + wrong)
+
+
+def test_bytes_that_are_no_utf8_decode_to_the_replacement_character():
+    assert Bytes().decode([104, 255, 105]) == "h\ufffdi"
+
+
+# --- BPE
+
+
+def test_the_vocabulary_of_bpe_is_declared(topics):
+    assert BPE(50257).vocab_size == 50257 and topics.vocab_size == 1000
+    small = BPE(50257).fit(["abc"])
+    assert small.vocab_size == 50257 and small.encode("abc").max() < 300 and small.decode([50256]) == ""
+
+
+def test_bpe_merges_what_is_frequent(topics):
+    (text,) = PythonTopics().documents()
+    assert 2.5 < len(text) / len(topics.encode(text)) < 5
+    assert len(topics.encode(" the")) == len(topics.encode(" class")) == 1
+
+
+def test_bpe_is_learned_the_same_way_every_time(topics):
+    assert BPE(1000).fit(PythonTopics()) == topics
+
+
+def test_the_pieces_of_a_corpus_have_the_ids_of_the_whole(topics):
+    (text,) = PythonTopics().documents()
+    pieces = list(PythonTopics())
+    assert len(pieces) > 20
+    assert np.array_equal(np.concatenate([topics.encode(piece) for piece in pieces]), topics.encode(text))
+
+
+def test_bpe_learns_from_an_even_sample():
+    """Of pieces a, b, c, d, … every fourth when a quarter of the characters is allowed."""
+    pieces = [chr(97 + i) * 2 + "!" for i in range(20)]
+    merged = lambda t: {token for token in json.loads(t.definition)["model"]["vocab"] if len(token) == 2}
+    assert merged(BPE(300, sample=15).fit(pieces)) >= {"aa", "ee", "ii"}
+    assert "bb" not in merged(BPE(300, sample=15).fit(pieces)) and "bb" in merged(BPE(300).fit(pieces))
+
+
+def test_half_of_a_surrogate_pair_is_refused(topics):
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        topics.encode("a\ud800")
+
+
+# --- files of others
+
+
+def definition(model, tokens, **fields):
+    found = library.Tokenizer(model)
+    for name, value in fields.items():
+        setattr(found, name, value)
+    found.add_special_tokens(tokens)
+    return found
+
+
+def word_piece():
+    vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3, "play": 4, "##ing": 5, "é": 6}
+    found = definition(
+        library.models.WordPiece(vocabulary, unk_token="[UNK]"),
+        ["[UNK]", "[CLS]", "[SEP]", "[PAD]"],
+        pre_tokenizer=library.pre_tokenizers.Whitespace(),
+        decoder=library.decoders.WordPiece(),
+    )
+    found.post_processor = library.processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    found.enable_truncation(2)
+    found.enable_padding(length=9)
+    return found
+
+
+def metaspace():
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"<0x{i:02X}>": 3 + i for i in range(256)}}
+    vocabulary |= {"▁": 259, "h": 260, "i": 261, "▁h": 262}
+    model = library.models.BPE(vocabulary, [("▁", "h")], byte_fallback=True, unk_token="<unk>")
+    steps = [library.decoders.Replace("▁", " "), library.decoders.ByteFallback(), library.decoders.Fuse()]
+    steps.append(library.decoders.Strip(" ", 1, 0))
+    return definition(
+        model,
+        ["<s>", "</s>", "<unk>"],
+        pre_tokenizer=library.pre_tokenizers.Metaspace(),
+        decoder=library.decoders.Sequence(steps),
+    )
+
+
+def test_any_tokenizer_json(tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    word_piece().save(path)
+    bert = TokenizerFile(path).fit(())
+    assert isinstance(bert, Subwords) and TokenizerFile(path).vocab_size == bert.vocab_size == 7
+    assert (bert.start, bert.end, bert.padding, bert.prefix) == (1, 2, 3, (1,))
+    assert bert.encode("playing é play").tolist() == [4, 5, 6, 4]  # not cut, not padded, nothing added
+    assert bert.decode([1, 4, 5, 6, 2, 3]) == "playing é" and bert.byte_lengths().tolist() == [0, 0, 0, 0, 4, 3, 2]
+    metaspace().save(path)
+    llama = TokenizerFile(path).fit(())
+    assert (llama.start, llama.end, llama.padding, llama.prefix) == (0, 1, 1, (0,))
+    assert llama.encode("hi é").tolist() == [262, 261, 259, 3 + 0xC3, 3 + 0xA9]
+    assert llama.decode(llama.encode("hi é")) == "hi é"
+    assert llama.byte_lengths()[llama.encode("hi é")].sum() == len(" hi é".encode())
+    assert TokenizerFile(path, end_token="i", start_token="h").fit(()).end == 261
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no tokenizer can be read"),
+        ("{", "no tokenizer can be read"),
+        ("[]", "holds no tokenizer"),
+        ('{"model": {}}', "holds no tokenizer"),
+        ('{"class": "os:system"}', "is no spec of jaxformer"),
+        (dumps(BPE()), "was not fitted"),
+        (dumps(TokenizerFile("x")), "was not fitted"),
+        (dumps(Characters()), "was not fitted"),
+        (dumps(Subwords("{", 3, "a")), "definition is none that the library tokenizers can read"),
+        (definition(library.models.BPE(), []).to_str(), "no usual start token"),
+    ],
+)
+def test_a_file_that_holds_no_tokenizer_is_named(tmp_path, text, message):
+    path = tmp_path / "tokenizer.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError) as error:
+        TokenizerFile(str(path)).fit(())
+    assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_special_tokens_must_exist(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    word_piece().save(str(path))
+    with pytest.raises(InputError, match=r"end_token='<eos>' must be a token of the tokenizer"):
+        TokenizerFile(str(path), end_token="<eos>").fit(())
+
+
+@pytest.mark.parametrize("wrong", [BPE(256), BPE(sample=0), Characters("ba"), Characters("")])
+def test_bad_values(wrong):
+    with pytest.raises(InputError, match="must be"):
+        checked(wrong)
