@@ -57,7 +57,7 @@ def test_documents_have_boundaries(cache):
     prepared = prepare(Documents(texts), Bytes(end_token=True), Documents(("x",)))
     (source,) = prepared.train
     documents = [tokens.tolist() for tokens in np.split(source.tokens, source.starts[1:])]
-    assert documents == [[*text.encode(), 256] for text in texts if text]
+    assert documents == [[256, *b"one"], [256, *b"three" * PIECE], [256, *b"4", 256]] and source.shared == 1
     assert source.padding == 256 and prepared.manifest["documents"] == 3
     same = encode(Documents(texts), Bytes(end_token=True))
     assert np.array_equal(same.tokens, source.tokens) and np.array_equal(same.starts, source.starts)
@@ -71,6 +71,16 @@ def test_the_split_cuts_tokens_and_documents(fraction):
     assert np.array_equal(train.tokens, np.arange(at)) and np.array_equal(valid.tokens, np.arange(at, 100))
     boundaries = {*train.starts.tolist(), *(valid.starts + at).tolist()}
     assert boundaries == {0, 10, 50, 66, 90, at} and valid.starts[0] == 0 and train.padding == valid.padding == 7
+
+
+def test_starts_and_ends_of_their_own(cache):
+    class Framed(Bytes):
+        """The start is 1, the end 2."""
+
+        start, end = 1, 2
+
+    same = encode(Documents(("a", "", "bc")), Framed())
+    assert same.tokens.tolist() == [1, 97, 2, 1, 98, 99, 2] and same.starts.tolist() == [0, 3] and same.shared == 0
 
 
 def test_a_validation_corpus_of_its_own(tmp_path, cache):
@@ -94,7 +104,7 @@ def test_ids_that_lie_ready_are_taken_as_they_are(tmp_path, cache):
     (tmp_path / "train.bin").write_bytes(ids.tobytes())
     train = TokenFile(str(tmp_path / "train.bin"))
     (source,) = prepare(train, Bytes(end_token=True), train).train
-    assert np.array_equal(source.tokens, ids) and source.starts.tolist() == [0, 3, 5, 6]
+    assert np.array_equal(source.tokens, ids) and source.starts.tolist() == [0, 2, 4, 5]
     with pytest.raises(InputError, match=r"train.bin.*token id 256 must be at least 0 and less than vocab_size=256"):
         prepare(TokenFile(str(tmp_path / "train.bin")), Bytes())
     assert encode(Documents(("x",)), Bytes()).starts.tolist() == [0]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -299,7 +300,7 @@ def listing(home):
         ("sample run --prompt_file=nowhere", "prompt_file='nowhere' is no file"),
         ("sample run --prompt_file=short.txt --prompt=x", "prompt_file='short.txt' must not be given beside prompt"),
         ("sample run --min_p=2", "min_p=2.0 must be at least 0 and at most 1"),
-        ("train config.py --directory=new --data.corpus.path=short.txt", "it needs more than the window of 13"),
+        ("train config.py --directory=new --data.corpus.path=short.txt", "which must be more than the window of 13"),
         ("train config.py --directory=new --data.corpus.path=latin1.txt", "latin1.txt is not UTF-8 (byte 3 is 0xe9)"),
         ("train config.py --directory=new --model.vocab_size=5", "model.vocab_size=5 must be 17, the tokenizer's"),
         ("train config.py --directory=notes", "directory='notes' holds something that is no run"),
@@ -307,7 +308,7 @@ def listing(home):
         ("train config.py --model.d_model=28", "holds another run: model.d_model was 14 and is 28"),
         ("train config.py --train.seed=1 --train.steps=9", "holds another run: train.seed was 0 and is 1"),
         ("sample nowhere", "'nowhere' holds no run"),
-        ("sample run --prompt=é", "prompt: character 'é' (U+00E9) at place 1"),
+        ("sample run --prompt=é", "prompt: character 'é' (U+00E9) is not among the 17"),
         ("sample run --temperature=-1", "temperature=-1.0 must be at least 0"),
         ("sample run --temperature=nan", "temperature=nan must be finite"),
         ("sample run --step=" + "9" * 5000, "must be one of the checkpoints of run: "),
@@ -386,18 +387,23 @@ def test_a_part_is_swapped_by_its_import_path(home, whole, tmp_path):
     assert "class='slopes:Slope' is no spec" in err
 
 
-def test_a_warm_start(home, whole):
+def test_a_warm_start(home, whole, monkeypatch):
     """What fits is taken, the rest is drawn; the report says which; and the run goes on without its source."""
     start = ["config.py", "--directory=run-warm", "--init_from=run", "--model.d_ff=20", "--train.seed=5"]
     start += ["--train.sample_tokens=0", "--train.steps=40", "--train.save_every=20"]
     process = command(home, "train", *start, "--train.eval_every=40")
     _, err = finish(process)
-    assert "taken from run, step 700: 9 arrays" in err and "up: [2, 14, 56] there, [2, 14, 20] here" in err
+    assert "taken from run, step 700: 12 arrays" in err and "up: [2, 14, 56] there, [2, 14, 20] here" in err
     report = json.loads((home / "run-warm" / "init_from.json").read_text())
     assert report["params_sha256"] == whole["params_sha256"] and report["unused"] == []
     assert set(report["not_taken"]) == {f"decoder/layers/block0/feed_forward/{name}" for name in ("up", "down")}
-    first, cold = rows(home, "run-warm")[0]["loss"], whole["rows"][0]["loss"]
-    assert first < cold - 0.2
+    monkeypatch.chdir(home)
+    warm, _, _ = jaxformer.build("config.py", {"init_from": "run", "model.d_ff": 20})
+    cold, _, _ = jaxformer.build("config.py", {"model.d_ff": 20})
+    params = (state.params["decoder"]["layers"]["block0"] for state in (warm, cold, jaxformer.open_run("run").state))
+    new, drawn, old = ({"q": p["attention"]["project"]["q"], "up": p["feed_forward"]["up"]} for p in params)
+    assert (new["q"] == old["q"]).all() and (new["up"] == drawn["up"]).all() and (new["q"] != drawn["q"]).all()
+    assert rows(home, "run-warm")[0]["loss"] < whole["rows"][0]["loss"] - 0.05
     before = inspect(home, "run-warm")["state_sha256"]
     shutil.rmtree(home / "run-warm" / "checkpoints" / "40")
     os.rename(home / "run", home / "run-away")
@@ -481,7 +487,7 @@ def test_a_text_ends_with_its_document(home, whole):
     finish(command(home, "train", *new, "--train.eval_every=500"))
     out, _ = finish(command(home, "sample", "run-lines", "--samples=9", "--tokens=40", "--temperature=0.5"))
     texts = out.removesuffix("\n").split("\n---------------\n")
-    assert len(texts) == 9 and sum(len(text) == 7 and text[0] == text[-1] for text in texts) >= 6, texts
+    assert len(texts) == 9 and sum(bool(re.fullmatch(r"\d and \d", text)) for text in texts) >= 8, texts
 
 
 def test_a_corpus_that_changed_is_refused(home, whole, tmp_path):

@@ -28,9 +28,10 @@ def test_text_survives_a_round_trip(tokenizer):
     assert tokenizer.byte_lengths()[ids].sum() == len(TEXT.encode())
     assert len(tokenizer.byte_lengths()) == tokenizer.vocab_size
     if tokenizer.end is None:
-        assert tokenizer.decode([tokenizer.start]) == "\n" and tokenizer.padding == 0
+        assert tokenizer.decode([tokenizer.start]) == "\n" and tokenizer.padding == 0 and tokenizer.prefix == ()
     else:
         assert tokenizer.start == tokenizer.end == tokenizer.padding and tokenizer.end not in ids
+        assert tokenizer.prefix == (tokenizer.start,) and tokenizer.suffix == ()
         assert tokenizer.decode([tokenizer.end, *ids, tokenizer.end]) == TEXT
         assert tokenizer.byte_lengths()[tokenizer.end] == 0
 
@@ -142,7 +143,7 @@ def test_any_tokenizer_json(tmp_path):
     word_piece().save(path)
     bert = TokenizerFile(path).fit(())
     assert isinstance(bert, Subwords) and TokenizerFile(path).vocab_size == bert.vocab_size == 7
-    assert (bert.start, bert.end, bert.padding, bert.prefix) == (1, 2, 3, (1,))
+    assert (bert.start, bert.end, bert.padding, bert.prefix, bert.suffix) == (1, 2, 3, (1,), (2,))
     assert bert.encode("playing é play").tolist() == [4, 5, 6, 4]  # not cut, not padded, nothing added
     assert bert.decode([1, 4, 5, 6, 2, 3]) == "playing é" and bert.byte_lengths().tolist() == [0, 0, 0, 0, 4, 3, 2]
     metaspace().save(path)

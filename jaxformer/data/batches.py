@@ -19,16 +19,10 @@ Hashes = NDArray[np.uint64]
 class RandomWindows(Spec):
     """Windows that begin anywhere, each drawn for itself; also the base of all ways to draw rows.
 
-    With `separate_documents`, what lies in one row but in several documents has several segments: nothing is seen or
-    predicted across a boundary.
+    A window goes on across the boundaries of documents.
     """
 
-    separate_documents: bool = False
-
-    @property
-    def has_segments(self) -> bool:
-        """Whether batches have `segments`."""
-        return self.separate_documents
+    has_segments = False  # True: batches have `segments`
 
     def check_source(self, source: Source, length: int) -> None:
         """Raises InputError if no row of length + 1 can be drawn."""
@@ -51,14 +45,10 @@ class RandomWindows(Spec):
 
     def _windows(self, source: Source, length: int, first: NDArray[np.int64], padded: bool = False) -> Batch:
         index = first[:, None] + np.arange(length + 1)
-        if not (padded or self.separate_documents):
+        if not padded:
             return {"tokens": source.tokens[index].astype(np.int32)}
         real = index < len(source.tokens)
-        ids = np.where(real, source.tokens[np.minimum(index, len(source.tokens) - 1)], source.padding)
-        if self.separate_documents:
-            document = np.searchsorted(source.starts, index, "right")
-            return _batch(ids, (document - document[:, :1] + 1) * real)
-        return _batch(ids, real)
+        return _batch(np.where(real, source.tokens[np.minimum(index, len(source.tokens) - 1)], source.padding), real)
 
 
 class ShuffledWindows(RandomWindows):
@@ -75,16 +65,15 @@ class ShuffledWindows(RandomWindows):
 
 
 class PackedDocuments(RandomWindows):
-    """Rows of whole documents beside each other, each a segment, in another order in every epoch.
+    """Rows of whole documents beside each other, each a segment, in another order in every epoch: nothing is seen or
+    predicted across a boundary.
 
     A document longer than a row is cut into rows; the pieces are packed best fit, the longest first
     (arXiv:2404.10830), so that next to nothing is padding. Each token of a document but its first is predicted once
     per epoch.
     """
 
-    @property
-    def has_segments(self) -> bool:
-        return True
+    has_segments = True
 
     def check_source(self, source: Source, length: int) -> None:
         if not len(_plan(source, length).ends):
@@ -126,7 +115,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _plan(source: Source, length: int) -> _Plan:
-    sizes = np.diff(np.append(source.starts, len(source.tokens)))
+    sizes = np.diff(np.append(source.starts, len(source.tokens) - source.shared)) + source.shared
     starts, sizes = source.starts[sizes > 1], sizes[sizes > 1]
     n_pieces = -(-(sizes - 1) // length)  # neighbours share a token, which one of them predicts
     place = np.arange(n_pieces.sum()) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)

@@ -38,6 +38,9 @@ class Source:
     tokens: Tokens  # [N]
     starts: NDArray[np.int64]  # [documents]: where each begins
     padding: int = 0  # the id that fills rows
+    shared: int = (
+        0  # tokens of a document that are the next one's too: 1 where one token ends the one, begins the other
+    )
 
     def split(self, valid_fraction: float) -> "tuple[Source, Source]":
         """All but the last `valid_fraction` of the tokens, and those."""
@@ -46,10 +49,8 @@ class Source:
         rest = self.starts[last:] - at
         if at < len(self.tokens):
             rest = np.concatenate([np.zeros(1, np.int64), rest])  # the document that is cut goes on
-        return (
-            Source(self.tokens[:at], self.starts[:first], self.padding),
-            Source(self.tokens[at:], rest, self.padding),
-        )
+        one = dataclasses.replace(self, tokens=self.tokens[:at], starts=self.starts[:first])
+        return one, dataclasses.replace(self, tokens=self.tokens[at:], starts=rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +77,16 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, valid: Corpus | None = None, v
         trains, valids = tuple(train for train, _ in pairs), tuple(rest for _, rest in pairs)
     else:
         trains, valids = sources, tuple(_prepare(part, tokenizer) for part, _ in valid.parts())
-    manifest = {
-        "corpus_sha256": corpus.fingerprint(),
-        "valid_sha256": None if valid is None else valid.fingerprint(),
+    manifest = fingerprints(corpus, valid) | {
         "train_tokens": sum(len(source.tokens) for source in trains),
         "valid_tokens": sum(len(source.tokens) for source in valids),
         "documents": sum(len(source.starts) for source in sources),
     }
     return Prepared(trains, tuple(weight for _, weight in corpus.parts()), valids, tokenizer, manifest)
+
+
+def fingerprints(corpus: Corpus, valid: Corpus | None) -> dict[str, Any]:
+    return {"corpus_sha256": corpus.fingerprint(), "valid_sha256": None if valid is None else valid.fingerprint()}
 
 
 def fitted(tokenizer: Tokenizer, corpus: Corpus) -> Tokenizer:
@@ -111,7 +114,8 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Source:
             starts.append(count)
         ids.append(piece)
         count += len(piece)
-    return Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding)
+    ids.append(_last(tokenizer, len(starts)))
+    return Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding, _shared(tokenizer))
 
 
 def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
@@ -174,7 +178,8 @@ def _open(directory: Path, corpus: Corpus, tokenizer: Tokenizer) -> Source:
     tokens = corpus.ids()
     if tokens is None:
         tokens = _mapped(directory / "tokens.bin", np.dtype(manifest["dtype"]))
-    return Source(tokens, _mapped(directory / "documents.bin", np.dtype(np.int64)), tokenizer.padding)
+    starts = _mapped(directory / "documents.bin", np.dtype(np.int64))
+    return Source(tokens, starts, tokenizer.padding, _shared(tokenizer))
 
 
 def _mapped(path: Path, dtype: np.dtype) -> NDArray[Any]:
@@ -182,16 +187,15 @@ def _mapped(path: Path, dtype: np.dtype) -> NDArray[Any]:
 
 
 def _scan(ids: NDArray[Any], tokenizer: Tokenizer, part: Path) -> np.dtype:
-    """Writes where the documents of ids that lie ready begin."""
-    begins = True
+    """Writes where the documents of ids that lie ready begin: behind each end, or with it if it is a start, too."""
     with open(part / "documents.bin", "wb") as file:
+        file.write(np.int64(0).tobytes())
         for at in range(0, len(ids), 1 << 24):
             block = np.asarray(ids[at : at + (1 << 24)])
             check_ids(block, tokenizer.vocab_size)
-            ends = np.zeros(0, np.int64) if tokenizer.end is None else np.flatnonzero(block == tokenizer.end)
-            starts = np.concatenate([[0] if begins else [], ends + 1]) + at
-            begins = len(ends) > 0 and ends[-1] == len(block) - 1
-            file.write((starts[:-1] if begins else starts).astype(np.int64).tobytes())
+            if tokenizer.end is not None:
+                starts = np.flatnonzero(block == tokenizer.end) + at + 1 - _shared(tokenizer)
+                file.write(starts[(starts > 0) & (starts < len(ids) - _shared(tokenizer))].astype(np.int64).tobytes())
     return ids.dtype
 
 
@@ -233,6 +237,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
                     file.flush()
                     os.fsync(file.fileno())
                 write(progress, json.dumps(done))
+        tokens.write(_last(tokenizer, done["documents"]).astype(dtype).tobytes())
     progress.unlink(missing_ok=True)
     return dtype
 
@@ -255,11 +260,19 @@ def _framed(
     encoded: Iterable[tuple[Piece, Ids]], tokenizer: Tokenizer, inside: bool
 ) -> Iterator[tuple[Ids, bool, bool]]:
     """Ids between those that stand before and after a document; whether one begins with them; whether it goes on."""
-    before = np.array(tokenizer.prefix, np.uint32)
-    after = np.array([] if tokenizer.end is None else [tokenizer.end], np.uint32)
+    before, after = np.array(tokenizer.prefix, np.uint32), np.array(tokenizer.suffix, np.uint32)
     for piece, ids in encoded:
         begins = not inside and len(ids) > 0
         inside = inside or begins
         ends = inside and piece.ends
         inside = inside and not piece.ends
         yield np.concatenate([before if begins else before[:0], ids, after if ends else after[:0]]), begins, inside
+
+
+def _shared(tokenizer: Tokenizer) -> int:
+    return int(tokenizer.end is not None and tokenizer.end == tokenizer.start)
+
+
+def _last(tokenizer: Tokenizer, documents: int) -> Ids:
+    """The end of the last document, where ends are shared."""
+    return np.array(tokenizer.prefix if _shared(tokenizer) and documents else (), np.uint32)

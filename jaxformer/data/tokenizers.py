@@ -44,8 +44,13 @@ class Tokenizer(Spec):
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """The ids that stand before each document, and before a prompt."""
-        return ()
+        """The ids that stand before each document, and before a prompt: the start, if documents have an end."""
+        return () if self.end is None else (self.start,)
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """The ids that stand after each document; none where the start of the next is the end."""
+        return () if self.end is None or self.end == self.start else (self.end,)
 
     def fit(self, texts: Iterable[str]) -> "Tokenizer":
         """The tokenizer with whatever it learns from text, which may be read twice."""
@@ -65,7 +70,7 @@ class Tokenizer(Spec):
 
 
 class Bytes(Tokenizer):
-    """The bytes of UTF-8, 256 ids. `end_token` adds an id that ends each document."""
+    """The bytes of UTF-8, 256 ids. `end_token` adds an id that begins and ends each document."""
 
     end_token: bool = False
 
@@ -96,7 +101,7 @@ class Bytes(Tokenizer):
 class Characters(Tokenizer):
     """One id for each character of the corpus, in the order of their code points.
 
-    `end_token` adds an id, the last, that ends each document.
+    `end_token` adds an id, the last, that begins and ends each document.
     """
 
     alphabet: str | None = None  # None: found in the corpus
@@ -218,11 +223,6 @@ class Subwords(Tokenizer):
             super().padding if self.padding_token is None else _library(self.definition).token_to_id(self.padding_token)
         )
 
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The start token, unless the end of the document before is the same."""
-        return () if self.start_token == self.end_token or self.end_token is None else (self.start,)
-
     def encode(self, text: str) -> Ids:
         try:
             (found,) = _library(self.definition).encode_batch_fast([text], add_special_tokens=False)
@@ -254,7 +254,7 @@ class BPE(Tokenizer):
     """Byte-pair encoding of the bytes of UTF-8 (arXiv:1508.07909), words split as in GPT-2; learned from the corpus.
 
     The vocabulary is declared, so that a model can be planned before the corpus is read; a small corpus may leave ids
-    unused. Id 0 ends each document.
+    unused. Id 0 begins and ends each document.
     """
 
     vocab_size: int = 8192  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]

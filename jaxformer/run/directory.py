@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def _check_directory(directory: Path, config: Config, prepared: Prepared) -> boo
         raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
     if (directory / "config.json").exists():
         _check_same(config, config_lib.read(directory / "config.json"))
-        verify_data(directory, prepared)
+        verify_data(directory, prepared.manifest)
         if read_tokenizer(directory / "tokenizer.json") != prepared.tokenizer:
             raise InputError(f"{directory / 'tokenizer.json'} is not the tokenizer of this corpus; restore the file")
         return True
@@ -70,8 +70,8 @@ def noticed(config: Config) -> dict[str, tuple[Any, Any]]:
     return {path: change for path, change in sorted(changed.items()) if path in config_lib.NOTICE}
 
 
-def verify_data(directory: Path, prepared: Prepared) -> None:
-    """Raises InputError if the corpus is not the one that the run began with."""
+def verify_data(directory: Path, found: Mapping[str, Any]) -> None:
+    """Raises InputError if fingerprints of the corpora are not those that the run began with."""
     path = directory / "data.json"
     try:
         stored = json.loads(path.read_text())
@@ -79,8 +79,8 @@ def verify_data(directory: Path, prepared: Prepared) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no fingerprint of the corpus can be read ({error}); restore the file") from None
     for field, name in FINGERPRINTS.items():
-        if old[field] != prepared.manifest[name]:
+        if old[field] != found[name]:
             raise InputError(
-                f"{field} has SHA-256 {prepared.manifest[name]}, but the run in {directory} began with {old[field]}; "
+                f"{field} has SHA-256 {found[name]}, but the run in {directory} began with {old[field]}; "
                 "restore that text, or give another directory"
             )

@@ -25,7 +25,7 @@ from jaxformer.run.directory import claimed, noticed
 from jaxformer.run.metrics import Profile, Reports, record_start
 from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, prepare_data, recipe_of
 from jaxformer.run.step import Hyper, Recipe, TrainState, init_state, train_steps
-from jaxformer.run.warm_start import compare, source_of, take, tell
+from jaxformer.run.warm_start import compare, open_source, take, tell
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ def train(
     trace = Profile(config, profile)
     with logging_redirect_tqdm():
         prepared = _checked(config, prepare_data(config))
-        begin = _beginning(config, prepared)
+        saved = any((Path(config.directory) / "checkpoints").glob("[0-9]*"))  # else what it began with is not needed
+        begin = _beginning(dataclasses.replace(config, init_from=None) if saved else config, prepared)
         with claimed(config, prepared):
             return _train(config, prepared, begin, trace)
 
@@ -154,12 +155,14 @@ def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profil
 
 
 def _beginning(config: Config, prepared: Prepared) -> Beginning:
-    """Makes the state before the first step, and the report of a warm start. The run to start from is opened now, so
-    that a wrong one is refused before anything is written."""
+    """Makes the state before the first step, and the report of a warm start.
+
+    The run to start from is opened now, so that a wrong one is refused before anything is written.
+    """
     recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
-    source = source_of(config)
-    if source is None:
+    if config.init_from is None:
         return lambda: (init_state(recipe, hyper), None)
+    source = open_source(config.init_from)
     report = compare(recipe.model, source, source.tokenizer == prepared.tokenizer)
     return lambda: (take(init_state(recipe, hyper), source, report), report)
 

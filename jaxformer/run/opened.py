@@ -12,7 +12,7 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.corpora import TextFiles
-from jaxformer.data.datasets import Prepared, Source, check_ids, encode, fitted, prepare
+from jaxformer.data.datasets import Prepared, Source, check_ids, encode, fingerprints, fitted, prepare
 from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP, Unchanged
@@ -101,9 +101,9 @@ class Run:
 
     def evaluate_valid(self) -> dict[str, Any]:
         """`evaluate` on the validation split of the run's corpus, which must be what it was."""
-        prepared = prepare_data(self.config, self.tokenizer)
-        verify_data(Path(self.config.directory), prepared)
-        return self.evaluate(*prepared.valid)
+        data = self.config.data
+        verify_data(Path(self.config.directory), fingerprints(data.corpus, data.valid))
+        return self.evaluate(*prepare_data(self.config, self.tokenizer).valid)
 
     def inspect(self) -> dict[str, Any]:
         """What is in the run, as JSON values."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from jaxformer.config import Config
 from jaxformer.data.files import write
 from jaxformer.model.models import Decoder
 from jaxformer.run.checkpoint import sha256
@@ -18,14 +17,9 @@ from jaxformer.spec import InputError, is_declared
 log = logging.getLogger(__name__)
 
 
-def source_of(config: Config) -> Run | None:
-    """The run that `init_from` names, at its newest checkpoint or, given RUN/checkpoints/STEP, at that one.
-
-    None if the config names none, or if its own run has a checkpoint already.
-    """
-    if config.init_from is None or any((Path(config.directory) / "checkpoints").glob("[0-9]*")):
-        return None
-    path = Path(config.init_from)
+def open_source(init_from: str) -> Run:
+    """The run at its newest checkpoint or, given RUN/checkpoints/STEP, at that one."""
+    path = Path(init_from)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return open_run(path.parent.parent, int(path.name))
     return open_run(path)
