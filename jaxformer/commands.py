@@ -1,16 +1,18 @@
 """The commands: each reads its arguments, calls one function of the library and prints the answer."""
 
+import argparse
 import errno
 import importlib
+import inspect as inspect_module
 import json
 import logging
-import math
 import os
 import signal
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Nothing heavy is imported up here, so that a signal during JAX's import is met by `main` already.
 
@@ -18,7 +20,7 @@ from typing import Any
 def train(arguments: Sequence[str]) -> None:
     """train CONFIG [--field.path=value ...]: trains a run, or goes on with it. CONFIG --help lists the fields."""
     from jaxformer import config as config_lib
-    from jaxformer.spec import InputError
+    from jaxformer.spec import InputError, listing
 
     if not arguments or arguments[0].startswith("-"):
         usage = (
@@ -28,11 +30,17 @@ def train(arguments: Sequence[str]) -> None:
         if arguments and arguments[0] in ("-h", "--help"):
             return print(usage + "\ntrain CONFIG --help lists every field and its value in that config")
         raise InputError(usage)
+    _find_modules_here()
     config = config_lib.load(arguments[0])
-    if {"-h", "--help"} & set(arguments[1:]):
-        _parse(type(config), ["--help"], f"train {arguments[0]}", default=config)
-    overrides = _overrides([a for a in arguments[1:] if a != "--dry_run"])
+    flags = {"-h", "--help", "--dry_run"}
+    overrides = _overrides([a for a in arguments[1:] if a not in flags])
     profile = _span(overrides.pop("profile", None))
+    if {"-h", "--help"} & set(arguments):
+        fields = list(listing(config_lib.resolve(config, overrides)))
+        wide = max(len(path) + len(value) for path, value, _ in fields if len(path) + len(value) < 60)
+        for path, value, meaning in fields:
+            print(f"{f'--{path}={value}':{wide + 5}} {meaning}".rstrip())
+        return None
     if "--dry_run" in arguments:
         from jaxformer.run.dry_run import dry_run
 
@@ -162,7 +170,7 @@ def _run(name: str | None, arguments: list[str]) -> int:
         if name == "train":
             train(arguments)
         else:
-            _parse(COMMANDS[name], arguments, name)
+            _call(COMMANDS[name], arguments, name)
     except InputError as error:
         return _fail(str(error), 2)
     except PATH_ERRORS as error:
@@ -175,32 +183,60 @@ def _run(name: str | None, arguments: list[str]) -> int:
     return 0
 
 
-def _parse(function: Callable[..., Any], arguments: Sequence[str], program: str, **default: Any) -> None:
+def _call(function: Callable[..., None], arguments: Sequence[str], program: str) -> None:
     """Calls the function with the arguments: required ones by position, others as --name=value."""
-    import tyro
+    from jaxformer.spec import InputError
 
-    conf = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
-    tyro.cli(function, args=arguments, prog=program, use_underscores=True, config=conf, **default)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"{message}; {program} --help lists what there is")
+
+    head, _, tail = inspect_module.getdoc(function).partition("\n\nArgs:\n")  # pyright: ignore
+    meanings = dict(line.strip().split(": ", 1) for line in tail.splitlines())
+    more = "--import=MODULE imports a module of your own first, for parts that the run was made of."
+    parser = Parser(prog=program, description=head, epilog=more, allow_abbrev=False)
+    hints = typing.get_type_hints(function)
+    for name, parameter in inspect_module.signature(function).parameters.items():
+        kind = (typing.get_args(hints[name]) or (hints[name],))[0]
+        if parameter.default is parameter.empty:
+            parser.add_argument(name, help=meanings[name])
+        elif kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=meanings[name])
+        else:
+            default = {"type": kind, "default": parameter.default, "metavar": kind.__name__.upper()}
+            parser.add_argument(f"--{name}", help=meanings[name], **default)
+    function(**vars(parser.parse_args(arguments)))
 
 
 def _imported(arguments: Sequence[str]) -> list[str]:
     """Imports the modules that --import=MODULE names, looked for in the working directory too; returns the rest."""
     from jaxformer.spec import InputError
 
-    sys.path.insert(0, os.getcwd())
-    modules = [a.removeprefix("--import=") for a in arguments if a.startswith("--import=")]
-    for module in modules:
+    rest, waiting = [], list(arguments)
+    while waiting:
+        name, equals, module = waiting.pop(0).partition("=")
+        if name != "--import":
+            rest.append(name + equals + module)
+            continue
+        module = module if equals or not waiting else waiting.pop(0)
+        _find_modules_here()
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever the user's module raises, it is the user's to mend
-            raise InputError(
-                f"--import={module}: {type(error).__name__}: {error}; mend the module, or its name"
-            ) from error
-    return [a for a in arguments if not a.startswith("--import=")]
+        except (Exception, SystemExit) as error:  # whatever the user's module raises, it is the user's to mend
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"--import={module}: {reason}; mend the module, or its name") from error
+    return rest
+
+
+def _find_modules_here() -> None:
+    """Lets imports find the user's modules, behind all others: a run holds files, and none may pass for a package."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _fail(message: str, status: int) -> int:
-    print("jaxformer:", " ".join(message.split()), file=sys.stderr)
+    sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    print("jaxformer:", sentence, file=sys.stderr)
     return status
 
 
@@ -235,9 +271,10 @@ def _step(text: str | None) -> int | str | None:
 
 
 def _print(row: dict[str, Any], as_json: bool) -> None:
+    from jaxformer.run.metrics import finite
+
     if as_json:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        print(json.dumps(finite, ensure_ascii=False))
+        print(json.dumps(finite(row), ensure_ascii=False))
     else:
         for name, value in row.items():
             form = ",.4f" if isinstance(value, float) else "," if type(value) is int and value >= 10_000 else ""

@@ -111,7 +111,8 @@ class Config(Spec):
 FREE = {"directory", "writers"} | {
     f"train.{n}" for n in ("log_every", "eval_every", "save_every", "keep", "sample_tokens")
 }
-NOTICE = {"train.steps", "train.steps_per_call", "train.grad_norms", "model.unroll", "model.remat"}
+MOVED = {"data.corpus.path", "data.valid.path", "data.tokenizer.path"}  # what they hold must be the same
+NOTICE = MOVED | {"train.steps", "train.steps_per_call", "train.grad_norms", "model.unroll", "model.remat"}
 
 
 def load(path: str | Path) -> Config:
@@ -175,6 +176,9 @@ def read(path: Path) -> Config:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no config can be read ({error}); restore the file, or give another run") from None
+    if isinstance(value, dict) and isinstance(value.get("writers"), list):  # they do not make the run: unknown ones go
+        known = {f"{c.__module__}:{c.__qualname__}" for c in known_specs(Writer)}
+        value["writers"] = [w for w in value["writers"] if not isinstance(w, dict) or w.get("class") in known]
     return from_json(value, Config, str(path))
 
 

@@ -1,14 +1,17 @@
 """Specs, frozen dataclasses whose fields are hyperparameters; and the declarations of the arrays that they own."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import json
+import re
 import sys
 import types
 import typing
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -94,7 +97,37 @@ def _override_inside(old: Any, path: str, value: Any, at: str) -> Any:
     if isinstance(old, tuple) and rest and place.isdecimal() and int(place) < len(old):
         i = int(place)
         return (*old[:i], _override_inside(old[i], rest, value, f"{at}.{i}"), *old[i + 1 :])
+    if isinstance(old, tuple) and any(isinstance(part, Spec) for part in old):
+        raise InputError(f"{at}.{path}: {at} has {len(old)} parts; give {at}.0.FIELD to {at}.{len(old) - 1}.FIELD")
     raise InputError(f"{at}.{path}: {at}={old!r} has no fields; set {at} itself")
+
+
+def listing(spec: Spec, at: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every field by its path, its value as the command line takes it, and what it means."""
+    hints, comments = typing.get_type_hints(type(spec)), _comments(type(spec))
+    for name in (field.name for field in dataclasses.fields(spec)):
+        value = getattr(spec, name)
+        parts = value if isinstance(value, tuple) else (value,)
+        kinds = [k for o in _options(hints[name]) for k in (o, *typing.get_args(o)) if isinstance(k, type)]
+        kinds = [kind for kind in kinds if issubclass(kind, Spec)]
+        comment = comments.get(name, "")
+        if kinds:
+            choices = sorted({c.__name__ for kind in kinds for c in (kind, *known_specs(kind))})
+            comment = "; ".join(filter(None, [comment, f"of {', '.join(choices)}"]))
+        is_part = lambda part: isinstance(part, Spec)
+        yield at + name, ",".join(type(p).__name__ if is_part(p) else str(p) for p in parts), comment
+        for i, part in enumerate(parts):
+            if is_part(part):
+                yield from listing(part, f"{at}{name}.{i}." if isinstance(value, tuple) else f"{at}{name}.")
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """What stands behind # beside the fields of a class and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        with contextlib.suppress(OSError, TypeError):  # no source
+            found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base), re.MULTILINE))
+    return found
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -119,10 +152,10 @@ def _cast(value: Any, annotation: Any, path: str) -> Any:
     if number and float in options:
         if abs(value) < 3.4e38:  # NaN is not
             return float(value)
-        raise InputError(f"{path}={value!r} must be finite in float32; give a smaller number")
+        raise InputError(f"{path}={value!r} must be a finite number in float32")
     names = " or ".join("None" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
     if value is None:
-        raise InputError(f"{path} must be given: {names}")
+        raise InputError(f"{path} must be given, as --{path}=VALUE on the command line or in the config: {names}")
     raise InputError(f"{path}={value!r} must be {names}, but it is {type(value).__name__}")
 
 
@@ -154,11 +187,14 @@ def _part(text: str, kinds: tuple[type[Spec], ...], path: str) -> Spec:
     if colon:
         try:
             found = [getattr(importlib.import_module(module), name)]
-        except Exception as error:  # whatever the user's module raises, it is the user's to mend
+        except (Exception, SystemExit) as error:  # whatever the user's module raises, it is the user's to mend
             raise InputError(f"{path}={text}: {type(error).__name__}: {error}; mend the module, or its name") from error
     else:
         found = [c for kind in kinds for c in {kind, *known_specs(kind)} if c.__name__ == name]
-    if len(found) != 1 or not isinstance(found[0], type) or not issubclass(found[0], kinds):
+    if len(found) > 1:
+        modules = " or ".join(sorted(f"{c.__module__}:{name}" for c in found))
+        raise InputError(f"{path}={text!r} has several classes of that name; give {modules}")
+    if not found or not isinstance(found[0], type) or not issubclass(found[0], kinds):
         raise InputError(f"{path}={text!r} must be one of {', '.join(known)}, or module:Class of such a part")
     missing = dataclasses.MISSING
     return found[0](
@@ -315,6 +351,11 @@ def is_declared(x: Any) -> bool:
 def map_declared(function: Callable[[Declared], Any], declared: Any) -> Any:
     """Maps over the boxes of a tree of declarations."""
     return jax.tree.map(function, declared, is_leaf=is_declared)
+
+
+def path_name(path: Any) -> str:
+    """How an array is called: "decoder/layers/block0/attention/project/q"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def draw(declared: Any, key: jax.Array, initializer: Callable[[Declared], Initializer]) -> Any:

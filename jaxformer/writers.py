@@ -28,6 +28,10 @@ class Writer(Spec):
     A killed process may take rows of its last 15 seconds with it; metrics.jsonl has them.
     """
 
+    def check(self, at: str = "") -> None:
+        if type(self) is Writer:
+            raise ValueError(f"{at.removesuffix('.')}=Writer is the base of all; give one such as TensorBoard")
+
     package = ""  # what `open` imports; jaxformer's extra bears the name in lower case, less a trailing "x"
 
     def require(self) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import io
 import itertools
+import os
 import urllib.error
 import urllib.request
 
@@ -130,9 +131,9 @@ def test_json_lines(tmp_path):
     ("line", "message"),
     [
         (b"{", "Expecting property name"),
-        (b'{"body": "x"}', "no field 'text'"),
-        (b'["text"]', "no field 'text'"),
-        (b"7", "no field 'text'"),
+        (b'{"body": "x"}', "no object with a 'text'"),
+        (b'["text"]', "no object with a 'text'"),
+        (b"7", "no object with a 'text'"),
         (b'{"text": 7}', "'text' is int, not a string"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": "\xff"}', "codec can't decode"),
@@ -149,10 +150,14 @@ def test_parquet(tmp_path):
     table = pyarrow.table({"text": ["one", None, TEXT] * 200, "n": list(range(600))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert texts(Parquet(str(tmp_path))) == ["one", "", TEXT] * 200
+    bad = pyarrow.StringArray.from_buffers(1, *pyarrow.array([b"\xff\xfe"]).buffers()[1:])
+    (tmp_path / "bad").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "bad" / "c.parquet")
     for corpus, message in (
         (Parquet(str(tmp_path), column="body"), "no column 'body'; it has text, n"),
         (Parquet(str(tmp_path), column="n"), "column 'n' holds int64; it must hold strings"),
         (Parquet(put(tmp_path, "b.parquet", "junk")), "b.parquet cannot be read"),
+        (Parquet(str(tmp_path / "bad")), "c.parquet cannot be read"),
     ):
         with pytest.raises(InputError, match=message):
             texts(corpus)
@@ -201,6 +206,8 @@ def test_fingerprints_tell_apart_what_differs_and_nothing_else(tmp_path, cache):
     prints += [TextFiles(lines).fingerprint(), PythonTopics().fingerprint()]
     assert len(set(prints)) == len(prints)
     assert TextFiles(str(same)).fingerprint() == prints[0]
+    plain, packed = put(tmp_path, "same.txt", "x"), put(tmp_path, "same.txt.gz", "x")
+    assert TextFiles(plain).fingerprint() == TextFiles(str(a / "1")).fingerprint() != TextFiles(packed).fingerprint()
 
 
 class Two(Corpus):
@@ -239,8 +246,9 @@ def test_mixtures(tmp_path):
     assert mixture.fingerprint() != Mixture((b, a), (3, 1)).fingerprint()
     for wrong, message in (
         (Mixture((a, b), (1.0,)), "must be as many as"),
-        (Mixture((), ()), "must be as many as"),
-        (Mixture((a, b), (1.0, 0.0)), "must be more than 0"),
+        (Mixture((), ()), "corpora must not be empty"),
+        (Mixture((a, b), (1.0, 0.00009)), "must each be at least 1/10,000"),
+        (Mixture((a, b), (1.0, 0.0)), "must each be at least"),
         (Mixture((mixture, b), (1.0, 1.0)), "must not be mixtures themselves"),
     ):
         with pytest.raises(InputError, match=message):
@@ -259,6 +267,14 @@ def test_token_files(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             wrong.ids()
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no regular file"):
+        texts(TextFiles(str(tmp_path / "pipe")))
+    with pytest.raises(InputError, match="holds ids, no text to learn from"):
+        list(TokenFile("train.bin"))
 
 
 def test_the_built_in_corpus_is_text():

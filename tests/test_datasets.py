@@ -1,6 +1,8 @@
 """Prepared tokens: the ids of the text, kept, verified, and gone on with after a kill."""
 
 import hashlib
+import importlib
+import linecache
 import os
 import shutil
 import signal
@@ -10,11 +12,12 @@ import time
 
 import numpy as np
 import pytest
+import test_tokenizers
 
 from jaxformer.data import datasets
 from jaxformer.data.corpora import PIECE, Corpus, Mixture, TextFiles, TinyShakespeare, TokenFile
 from jaxformer.data.datasets import Source, check_ids, encode, prepare
-from jaxformer.data.tokenizers import BPE, Bytes, Characters
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
 from jaxformer.spec import InputError
 
 TEXT = "naïve café — 数学 🦜\nzwölf Boxkämpfer\n" * 7
@@ -87,7 +90,7 @@ def test_a_validation_corpus_of_its_own(tmp_path, cache):
     prepared = prepare(corpus(tmp_path), Characters(), corpus(tmp_path, TEXT[:30], "valid.txt"))
     assert prepared.tokenizer.decode(prepared.train[0].tokens) == TEXT
     assert prepared.tokenizer.decode(prepared.valid[0].tokens) == TEXT[:30]
-    with pytest.raises(InputError, match=r"valid.txt.*character '!'.*is not among"):
+    with pytest.raises(InputError, match=r"data.valid=.*valid.txt.*character '!'.*is not among"):
         prepare(corpus(tmp_path), Characters(), corpus(tmp_path, "!", "valid.txt"))
 
 
@@ -151,6 +154,45 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, cache):
         with pytest.raises(InputError, match="the corpus is empty"):
             prepare(corpus(tmp_path, ""), tokenizer)
     assert len(whole(prepare(corpus(tmp_path, ""), Bytes()))) == 0
+
+
+def test_a_tokenizer_that_is_not_piecewise_is_given_whole_documents(tmp_path, cache):
+    test_tokenizers.metaspace().save(str(tmp_path / "tokenizer.json"))
+    texts = ("hi hi\n" * PIECE, "hi")
+    same = encode(Documents(texts), TokenizerFile(str(tmp_path / "tokenizer.json")).fit(()))
+    documents = [tokens.tolist() for tokens in np.split(same.tokens, same.starts[1:])]
+    tokenizer = TokenizerFile(str(tmp_path / "tokenizer.json")).fit(())
+    assert documents == [[0, *tokenizer.encode(text), 1] for text in texts]
+    prepared = prepare(Documents(texts), tokenizer, Documents(("x",)))
+    assert np.array_equal(prepared.train[0].tokens, same.tokens)
+
+
+@pytest.mark.parametrize("progress", ["", "{", "5", '{"pieces": 3}', None])
+def test_progress_that_the_files_do_not_hold_is_no_progress(tmp_path, cache, progress):
+    """Junk, or more than there is: the preparation starts anew."""
+    first = prepare(corpus(tmp_path), Bytes())
+    ids, (directory,) = np.array(whole(first)), (cache / "tokens").iterdir()
+    part = directory.with_suffix(".part")
+    shutil.rmtree(directory)
+    part.mkdir()
+    (part / "tokens.bin").write_bytes(b"abc")
+    (part / "documents.bin").write_bytes(bytes(8))
+    done = '{"pieces": 1, "tokens": 4, "documents": 1, "inside": true, "itemsize": 1}'
+    (part / "progress.json").write_text(done if progress is None else progress)
+    assert np.array_equal(whole(prepare(corpus(tmp_path), Bytes())), ids)
+
+
+def test_ids_are_made_anew_when_code_of_the_users_changes(tmp_path, cache, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from jaxformer.data.corpora import Corpus\n\n\nclass Mine(Corpus):\n    def fingerprint(self):\n"
+    code += "        return 'x'\n\n    def documents(self):\n        yield 'TEXT'\n"
+    found = []
+    for text in ("one", "other", "one"):
+        (tmp_path / "my_corpus.py").write_text(code.replace("TEXT", text))
+        linecache.clearcache()
+        module = importlib.reload(importlib.import_module("my_corpus"))
+        found.append(Bytes().decode(whole(prepare(module.Mine(), Bytes()))))
+    assert found == ["one", "other", "one"] and len(list((cache / "tokens").iterdir())) == 2
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, cache):

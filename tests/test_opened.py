@@ -3,14 +3,33 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_tokenizers import word_piece
 from tiny import decoder, hidden, ids, loud
 
 from jaxformer.config import Config, Data
 from jaxformer.data.datasets import Source
-from jaxformer.data.tokenizers import Characters
+from jaxformer.data.tokenizers import Characters, TokenizerFile
+from jaxformer.generation.decode import generate
+from jaxformer.generation.logits_processors import Temperature
 from jaxformer.model.masks import one_document
 from jaxformer.run.opened import Run
 from jaxformer.run.step import TrainState
+
+
+def test_samples_are_the_text_of_prompt_and_continuation_together(tmp_path):
+    """A tokenizer that sets spaces between its tokens sets one after the prompt; and texts end with their end."""
+    word_piece().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TokenizerFile(str(tmp_path / "tokenizer.json")).fit(())
+    model = decoder(n_layers=2, vocab_size=7)
+    run = Run(Config("run", model, Data()), tokenizer, TrainState(jnp.int32(5), loud(model), ()))
+    ids = [1, *tokenizer.encode("play é").tolist()]
+    new = generate(model, run.state.params, [ids] * 9, 8, (Temperature(1.0),), 3, end=2)
+    expected = []
+    for row in new.tolist():
+        row = row[: row.index(2)] if 2 in row else row
+        expected.append(tokenizer.decode([*ids, *row]))
+    assert run.samples("play é", 8, 9, 3) == expected
+    assert {len(text) for text in expected} != {len(expected[0])} and any("é play" in text for text in expected)
 
 
 @pytest.mark.parametrize("length", [2, 7, 50, 99])

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import sys
 
 import jax
@@ -13,6 +14,7 @@ from jaxformer.config import Config, read, resolve
 from jaxformer.data.corpora import Mixture, PythonTopics, TinyShakespeare
 from jaxformer.learning.optimizers import AdamW, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
+from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Causal, Window
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import Learned, Rotary
@@ -24,6 +26,7 @@ from jaxformer.spec import (
     dumps,
     from_json,
     is_declared,
+    listing,
     map_declared,
     override,
     to_json,
@@ -31,6 +34,13 @@ from jaxformer.spec import (
 from jaxformer.writers import TensorBoard, WandB
 
 HOSTILE = ["os:system", "subprocess:Popen", "antigravity:x", "builtins:eval", "this:s", "jaxformer.commands:main"]
+
+
+class Twice(Softmax):
+    pass
+
+
+Other = type("Twice", (Softmax,), {"__module__": "elsewhere"})
 
 
 class EmbedsPerLayer(Learned):
@@ -67,12 +77,21 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("model.n_heads", 0, "model.n_heads=0 must be at least 1"),
         ("model.n_kv_heads", 2, "model.n_kv_heads=2 must divide model.n_heads=3"),
         ("model.dropout", 1, "model.dropout=1.0 must be at least 0 and less than 1"),
-        ("model.dropout", float("nan"), "model.dropout=nan must be finite in float32"),
+        ("model.dropout", float("nan"), "model.dropout=nan must be a finite number in float32"),
         ("model.position", Learned, "model.position="),
         ("model.norm.eps", "-1", "model.norm.eps=-1.0 must be more than 0"),
         ("model.initializer.std", "-1", "model.initializer.std=-1.0 must be at least 0"),
-        ("optimizer.learning_rate.peak", "1e300", "must be finite in float32"),
+        ("optimizer.learning_rate.peak", "1e300", "must be a finite number in float32"),
         ("model.unroll", 2, "model.unroll=2 must divide 1"),
+        ("data.tokenizer", "Tokenizer", "data.tokenizer=Tokenizer is the base of all; give one such as Characters"),
+        ("data.corpus", "Corpus", "data.corpus=Corpus has no text of its own"),
+        ("writers", "Writer", "writers.0=Writer is the base of all; give one such as TensorBoard"),
+        (
+            "model.mask.2.size",
+            "5",
+            "model.mask.2.size: model.mask has 2 parts; give model.mask.0.FIELD to model.mask.1",
+        ),
+        ("model.kernel", "Twice", "model.kernel='Twice' has several classes of that name; give elsewhere:Twice or"),
         ("model.mask", (), "model.mask has 0 kinds"),
         ("model.mask", (Window(0), Causal()), "model.mask.0.size=0 must be at least 1"),
         ("model.mask", (Window(2),) * 3, "model.mask has 3 kinds, which must divide model.n_layers=2"),
@@ -131,6 +150,32 @@ def test_fields_may_be_given_before_the_part_that_has_them():
     config = resolve(CONFIG, fields)
     assert config.model.position == Rotary(500.0)
     assert config.data.corpus == Mixture((PythonTopics(), TinyShakespeare()), (0.7, 0.3))
+
+
+def test_the_listing_says_what_the_command_line_takes():
+    """Every field, by its path; set to the value that stands there, nothing changes."""
+    config = resolve(
+        CONFIG,
+        {
+            "data.corpus": "Mixture",
+            "data.corpus.corpora": "PythonTopics,TinyShakespeare",
+            "data.corpus.weights": "0.7,0.3",
+        },
+    )
+    rows = {path: (value, meaning) for path, value, meaning in listing(config)}
+    assert rows["model.mask.0.size"][0] == "5" and rows["data.corpus.weights"][0] == "0.7,0.3"
+    assert rows["model.norm"] == ("LayerNorm", "of LayerNorm, NoNorm, RMSNorm")
+    assert rows["model.tied_head"] == ("True", "logits from the embedding table (arXiv:1608.05859)")
+    assert {path.split(".")[0] for path in rows} == {field.name for field in dataclasses.fields(Config)}
+    for path, (value, meaning) in rows.items():
+        if not re.search(r"\bof [A-Z]", meaning):  # a part begins with its defaults
+            assert checked(override(config, path, value)) == config, path
+
+
+def test_a_longer_remat_needs_a_scan():
+    model = Decoder(4, 3, 12, 7, unroll=4, remat="dots_saveable")
+    with pytest.raises(InputError, match=r"remat='dots_saveable' needs a scan: model.unroll=4 must be less; 1"):
+        checked(dataclasses.replace(CONFIG, model=model))
 
 
 def test_numpy_numbers_are_numbers():

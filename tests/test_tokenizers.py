@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, special ids, stored forms."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -145,14 +146,21 @@ def test_any_tokenizer_json(tmp_path):
     assert isinstance(bert, Subwords) and TokenizerFile(path).vocab_size == bert.vocab_size == 7
     assert (bert.start, bert.end, bert.padding, bert.prefix, bert.suffix) == (1, 2, 3, (1,), (2,))
     assert bert.encode("playing é play").tolist() == [4, 5, 6, 4]  # not cut, not padded, nothing added
-    assert bert.decode([1, 4, 5, 6, 2, 3]) == "playing é" and bert.byte_lengths().tolist() == [0, 0, 0, 0, 4, 3, 2]
+    assert bert.decode([1, 4, 5, 6, 2, 3]) == "playing é"
+    assert bert.byte_lengths() is None and not bert.piecewise  # an unknown word may have any length
     metaspace().save(path)
     llama = TokenizerFile(path).fit(())
     assert (llama.start, llama.end, llama.padding, llama.prefix) == (0, 1, 1, (0,))
     assert llama.encode("hi é").tolist() == [262, 261, 259, 3 + 0xC3, 3 + 0xA9]
     assert llama.decode(llama.encode("hi é")) == "hi é"
     assert llama.byte_lengths()[llama.encode("hi é")].sum() == len(" hi é".encode())
-    assert TokenizerFile(path, end_token="i", start_token="h").fit(()).end == 261
+    assert not llama.piecewise
+    chat = metaspace()
+    chat.add_tokens(["<|im_end|>"])  # no special one, as some models have it
+    chat.save(path)
+    own = TokenizerFile(path, end_token="<|im_end|>").fit(())
+    assert (own.start, own.end, own.size) == (0, 263, 264)
+    assert 263 not in own.encode("<|im_end|>") and own.decode([262, 263]) == "h"  # no text, from now on
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def test_any_tokenizer_json(tmp_path):
     [
         (None, "no tokenizer can be read"),
         ("{", "no tokenizer can be read"),
-        ("[]", "holds no tokenizer"),
+        ("[]", "holds no tokenizer (no JSON object)"),
         ('{"model": {}}', "holds no tokenizer"),
         ('{"class": "os:system"}', "is no spec of jaxformer"),
         (dumps(BPE()), "was not fitted"),
@@ -182,8 +190,29 @@ def test_a_file_that_holds_no_tokenizer_is_named(tmp_path, text, message):
 def test_special_tokens_must_exist(tmp_path):
     path = tmp_path / "tokenizer.json"
     word_piece().save(str(path))
-    with pytest.raises(InputError, match=r"end_token='<eos>' must be a token of the tokenizer"):
+    with pytest.raises(InputError, match=r"end_token='<eos>' must be a token of .*; None if it has none"):
         TokenizerFile(str(path), end_token="<eos>").fit(())
+    path.write_text(dumps(Characters("abc")))
+    with pytest.raises(InputError, match=r"end_token='a' must be None: .* is a run's, with its own"):
+        TokenizerFile(str(path), end_token="a").fit(())
+
+
+def test_what_a_library_cannot_encode_is_refused(tmp_path):
+    model = library.models.WordLevel({"a": 0, "<s>": 1}, unk_token="<unk>")
+    definition(model, ["<s>"], pre_tokenizer=library.pre_tokenizers.Whitespace()).save(str(tmp_path / "a.json"))
+    tokenizer = TokenizerFile(str(tmp_path / "a.json")).fit(())
+    assert tokenizer.encode("a a").tolist() == [0, 0] and tokenizer.end is None and tokenizer.prefix == ()
+    with pytest.raises(InputError, match="the tokenizer cannot encode the text"):
+        tokenizer.encode("a b")
+
+
+def test_added_tokens_count_their_bytes():
+    found = BPE(300).fit(["abc"])
+    added = library.Tokenizer.from_str(found.definition)
+    added.add_tokens(["日本語"])
+    more = dataclasses.replace(found, definition=added.to_str(), size=301)
+    ids = more.encode("a日本語")
+    assert len(ids) == 2 and more.byte_lengths()[ids].tolist() == [1, 9]
 
 
 @pytest.mark.parametrize("wrong", [BPE(256), BPE(sample=0), Characters("ba"), Characters("")])

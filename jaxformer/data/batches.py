@@ -182,7 +182,7 @@ class Batches:
     def at(self, step: int, rows: NDArray[np.integer] | None = None) -> Batch:
         """The batch of a step, or some of its rows; row r of a step is the same whichever others are asked for."""
         rows = np.arange(self.batch_size) if rows is None else rows
-        numbers = (step * self.batch_size + rows.astype(np.int64)).astype(np.uint64)
+        numbers = (int(step) * self.batch_size + rows.astype(np.int64)).astype(np.uint64)
         whose, counts = _turns(self.weights)
         turn = (numbers % np.uint64(len(whose))).astype(np.int64)
         parts: list[tuple[NDArray[np.bool_], Batch]] = []
@@ -209,7 +209,7 @@ def _turns(weights: tuple[float, ...], period: int = 10_000) -> tuple[NDArray[np
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.array([[0, 1]], np.uint64)
     exact = np.array(weights) / sum(weights) * period
-    quota = np.floor(exact).astype(np.int64)
+    quota = np.floor(exact + 1e-9).astype(np.int64)
     quota[np.argsort(quota - exact, kind="stable")[: period - quota.sum()]] += 1
     whose, counts = np.zeros(period, np.int64), np.zeros((len(weights), period + 1), np.uint64)
     taken = np.zeros(len(weights), np.int64)

@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxformer.data.files import decoded, fetch, file_sha256, lines, plain_name, visible_files
+from jaxformer.data.files import decoded, fetch, file_sha256, lines, located, plain_name, visible_files
 from jaxformer.spec import InputError, Spec
 
 PIECE = 16_384  # characters that are encoded at once
@@ -25,6 +24,10 @@ class Piece(NamedTuple):
 
 class Corpus(Spec):
     """Text. A subclass yields its documents, in the same order every time, or their pieces if they may be long."""
+
+    def check(self, at: str = "") -> None:
+        if type(self) is Corpus:
+            raise ValueError(f"{at.removesuffix('.')}=Corpus has no text of its own; give one such as TextFiles")
 
     def documents(self) -> Iterator[str]:
         """Raises InputError for text that is missing or cannot be read."""
@@ -75,12 +78,7 @@ class TextFiles(Corpus):
     suffixes = ("",)  # of files that are taken from a folder, before .gz and .zst
 
     def documents(self) -> Iterator[str]:
-        document: list[str] = []
-        for piece in self.pieces():
-            document.append(piece.text)
-            if piece.ends:
-                yield "".join(document)
-                document = []
+        return (piece.text for piece in joined(self.pieces()))
 
     def pieces(self) -> Iterator[Piece]:
         for path in self.files():
@@ -91,11 +89,14 @@ class TextFiles(Corpus):
         return cut(decoded(path))
 
     def files(self) -> list[Path]:
-        root = Path(os.path.expanduser(self.path))
+        root = located(self.path)
         if not self.path or not root.exists():
-            raise InputError(f"corpus {self.path!r} does not exist; give the path of a file or folder")
-        if not root.is_dir():
+            where = "" if root.is_absolute() else f" in {Path.cwd()}"
+            raise InputError(f"corpus {self.path!r} does not exist{where}; give the path of a file or folder")
+        if root.is_file():
             return [root]
+        if not root.is_dir():
+            raise InputError(f"corpus {self.path!r} is no regular file, which could be read again; copy it to one")
         found = [path for path in visible_files(root) if plain_name(path).endswith(self.suffixes)]
         if not found:
             kinds = " or ".join(self.suffixes) if any(self.suffixes) else "visible"
@@ -104,10 +105,9 @@ class TextFiles(Corpus):
 
     def fingerprint(self) -> str:
         """SHA-256 over class, fields, and the names and contents of the files, wherever their folder lies."""
-        root = Path(os.path.expanduser(self.path))
-        files = [
-            (path.relative_to(root).as_posix() if path != root else "", file_sha256(path)) for path in self.files()
-        ]
+        root = located(self.path)
+        name = lambda path: path.relative_to(root).as_posix() if path != root else path.name[len(plain_name(path)) :]
+        files = [(name(path), file_sha256(path)) for path in self.files()]
         fields = f"{type(self).__module__}.{dataclasses.replace(self, path='')!r}"
         return hashlib.sha256(json.dumps([fields, files]).encode()).hexdigest()
 
@@ -132,7 +132,7 @@ class JSONLines(TextFiles):
             except UnicodeEncodeError:
                 raise InputError(f"{path}, line {number}: half of a surrogate pair; mend the line") from None
             except (ValueError, TypeError, KeyError, RecursionError) as error:
-                reason = f"no field {self.field!r}" if isinstance(error, KeyError | TypeError) else error
+                reason = f"no object with a {self.field!r}" if isinstance(error, KeyError | TypeError) else error
                 raise InputError(f"{path}, line {number}: {reason}; mend the line, or leave it out") from None
             yield from cut([text or ""])
 
@@ -160,7 +160,7 @@ class Parquet(TextFiles):
                 for rows in file.iter_batches(256, columns=[self.column]):
                     for text in rows.column(0).to_pylist():
                         yield from cut([text or ""])
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read ({error}); restore the file") from None
 
 
@@ -174,12 +174,15 @@ class TokenFile(Corpus):
         if self.dtype not in ("uint8", "uint16", "uint32"):
             raise ValueError(f"{at}dtype={self.dtype!r} must be uint8, uint16 or uint32")
 
+    def documents(self) -> Iterator[str]:
+        raise InputError(f"corpus {self.path!r} holds ids, no text to learn from; give the data.tokenizer of its ids")
+
     def fingerprint(self) -> str:
         self.ids()
-        return hashlib.sha256(f"{self.dtype} {file_sha256(Path(os.path.expanduser(self.path)))}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.dtype} {file_sha256(located(self.path))}".encode()).hexdigest()
 
     def ids(self) -> np.memmap:
-        path, dtype = Path(os.path.expanduser(self.path)), np.dtype(self.dtype)
+        path, dtype = located(self.path), np.dtype(self.dtype)
         if not path.is_file():
             raise InputError(f"corpus {self.path!r} is no file; give the path of a file of ids")
         size = path.stat().st_size
@@ -195,12 +198,14 @@ class Mixture(Corpus):
     weights: tuple[float, ...]
 
     def check(self, at: str = "") -> None:
-        if not self.corpora or len(self.corpora) != len(self.weights):
+        if not self.corpora:
+            raise ValueError(f"{at}corpora must not be empty; give two or more")
+        if len(self.corpora) != len(self.weights):
             raise ValueError(
                 f"{at}weights={self.weights} must be as many as {at}corpora, which are {len(self.corpora)}"
             )
-        if min(self.weights) <= 0:
-            raise ValueError(f"{at}weights={self.weights} must be more than 0; leave a corpus out instead")
+        if min(self.weights) < 1e-4 * sum(self.weights) or min(self.weights) <= 0:
+            raise ValueError(f"{at}weights={self.weights} must each be at least 1/10,000 of all; leave a corpus out")
         if any(len(corpus.parts()) > 1 for corpus in self.corpora):
             raise ValueError(f"{at}corpora must not be mixtures themselves; give all corpora in one")
 
@@ -236,7 +241,8 @@ def cut(chunks: Iterable[str]) -> Iterator[Piece]:
     """The pieces of one document that comes in chunks of any size.
 
     They end at a line break, or else before a space, that stands alone between two other characters: where byte-level
-    tokenizers split in any case, so that the ids are those of the whole document.
+    tokenizers split in any case, so that the ids are those of the whole document. Text that has none within a piece,
+    as some languages, is cut all the same, at the cost of a token at the seam.
     """
     rest = ""
     for chunk in chunks:
@@ -247,6 +253,16 @@ def cut(chunks: Iterable[str]) -> Iterator[Piece]:
             at = end
         rest = text[at:]
     yield Piece(rest, True)
+
+
+def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Whole documents, of their pieces."""
+    document: list[str] = []
+    for piece in pieces:
+        document.append(piece.text)
+        if piece.ends:
+            yield Piece("".join(document), True)
+            document = []
 
 
 def _boundary(text: str, start: int) -> int:

@@ -5,13 +5,16 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import inspect
 import itertools
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from jaxformer.data.corpora import Corpus, Piece
+from jaxformer.data.corpora import Corpus, Piece, joined
 from jaxformer.data.files import cache_directory, file_sha256, write
 from jaxformer.data.tokenizers import Ids, Tokenizer, read_tokenizer
 from jaxformer.spec import InputError, dumps
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Tokens = NDArray[np.unsignedinteger]
 
+FORMAT = 1  # to be raised by a change that makes other ids of the same text
 SAVE_EVERY = 1 << 26  # characters after which a killed preparation need not start anew
 
 
@@ -38,9 +42,8 @@ class Source:
     tokens: Tokens  # [N]
     starts: NDArray[np.int64]  # [documents]: where each begins
     padding: int = 0  # the id that fills rows
-    shared: int = (
-        0  # tokens of a document that are the next one's too: 1 where one token ends the one, begins the other
-    )
+    shared: int = 0  # tokens of a document that are the next one's as well: 1 where its end is the other's start
+    sha256: str = ""  # of the ids, before any split
 
     def split(self, valid_fraction: float) -> "tuple[Source, Source]":
         """All but the last `valid_fraction` of the tokens, and those."""
@@ -65,19 +68,21 @@ class Prepared:
 
 
 def prepare(corpus: Corpus, tokenizer: Tokenizer, valid: Corpus | None = None, valid_fraction: float = 0.1) -> Prepared:
-    """The ids of a corpus and, unless `valid` is one of its own, the last `valid_fraction` of each part apart from it.
+    """A corpus as ids, and what it is validated on: `valid` or, if None, the last `valid_fraction` of each part.
 
-    Taken from the cache if they are there and whole, else made and put there. Raises InputError for a corpus that is
-    missing, empty or not to be read.
+    Ids are taken from the cache if they are there and whole, else made and put there. Raises InputError for a corpus
+    that is missing, empty or not to be read.
     """
-    tokenizer = fitted(tokenizer, corpus)
-    sources = tuple(_prepare(part, tokenizer) for part, _ in corpus.parts())
+    prints = fingerprints(corpus, valid)
+    tokenizer = fitted(tokenizer, corpus, prints["corpus_sha256"])
+    sources = tuple(_prepare(part, tokenizer, "data.corpus") for part, _ in corpus.parts())
     if valid is None:
         pairs = [source.split(valid_fraction) for source in sources]
         trains, valids = tuple(train for train, _ in pairs), tuple(rest for _, rest in pairs)
     else:
-        trains, valids = sources, tuple(_prepare(part, tokenizer) for part, _ in valid.parts())
-    manifest = fingerprints(corpus, valid) | {
+        trains, valids = sources, tuple(_prepare(part, tokenizer, "data.valid") for part, _ in valid.parts())
+    manifest = prints | {
+        "ids_sha256": [source.sha256 for source in (trains if valid is None else trains + valids)],
         "train_tokens": sum(len(source.tokens) for source in trains),
         "valid_tokens": sum(len(source.tokens) for source in valids),
         "documents": sum(len(source.starts) for source in sources),
@@ -89,27 +94,29 @@ def fingerprints(corpus: Corpus, valid: Corpus | None) -> dict[str, Any]:
     return {"corpus_sha256": corpus.fingerprint(), "valid_sha256": None if valid is None else valid.fingerprint()}
 
 
-def fitted(tokenizer: Tokenizer, corpus: Corpus) -> Tokenizer:
+def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None) -> Tokenizer:
     """The tokenizer as `fit` makes it from the corpus, or as the cache kept it."""
     if not tokenizer.learns:
         return tokenizer.fit(())
-    name = hashlib.sha256((corpus.fingerprint() + dumps(tokenizer)).encode()).hexdigest()[:32]
+    name = _name(corpus, fingerprint or corpus.fingerprint(), tokenizer)
     path = cache_directory() / "tokenizers" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):
-        if file_sha256(path) == path.with_suffix(".sha256").read_text():
-            return read_tokenizer(path)
-    log.info("fitting %s to the corpus", type(tokenizer).__name__)
-    found = tokenizer.fit(corpus)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, dumps(found))
-    write(path.with_suffix(".sha256"), file_sha256(path))
+    with _alone(name):
+        with contextlib.suppress(OSError, ValueError):
+            if file_sha256(path) == path.with_suffix(".sha256").read_text():
+                return read_tokenizer(path)
+        log.info("fitting %s to the corpus", type(tokenizer).__name__)
+        found = tokenizer.fit(corpus)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, dumps(found))
+        write(path.with_suffix(".sha256"), file_sha256(path))
     return found
 
 
 def encode(corpus: Corpus, tokenizer: Tokenizer) -> Source:
     """The ids of a corpus in memory."""
     ids, starts, count = [np.empty(0, np.uint32)], [], 0
-    for piece, begins, _ in _framed(_encoded(corpus.pieces(), tokenizer), tokenizer, False):
+    pieces = corpus.pieces() if tokenizer.piecewise else joined(corpus.pieces())
+    for piece, begins, _ in _framed(_encoded(pieces, tokenizer), tokenizer, False):
         if begins:
             starts.append(count)
         ids.append(piece)
@@ -128,28 +135,30 @@ def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
 # --- on disk
 
 
-def _prepare(corpus: Corpus, tokenizer: Tokenizer) -> Source:
+def _prepare(corpus: Corpus, tokenizer: Tokenizer, field: str) -> Source:
     """The ids of one corpus, memory-mapped. What a killed process left unfinished is gone on with."""
     fingerprint = corpus.fingerprint()
-    name = hashlib.sha256((fingerprint + dumps(tokenizer)).encode()).hexdigest()[:32]
+    name = _name(corpus, fingerprint, tokenizer)
     directory = cache_directory() / "tokens" / name
     part = directory.with_suffix(".part")
-    with _alone(cache_directory() / "locks" / name):
-        if directory.is_dir():
+    with _alone(name):
+        if directory.exists():
             try:
                 return _open(directory, corpus, tokenizer)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("%s is damaged (%s); preparing the corpus again", directory, error)
-                shutil.rmtree(directory)
+                shutil.rmtree(directory) if directory.is_dir() else directory.unlink()
         part.mkdir(parents=True, exist_ok=True)
         try:
             ids = corpus.ids()
             dtype = _write(corpus, tokenizer, part) if ids is None else _scan(ids, tokenizer, part)
             if corpus.fingerprint() != fingerprint:
-                raise InputError(f"data.corpus={corpus}: changed while it was read; start again")
+                raise InputError("changed while it was read; start again")
         except InputError as error:
             shutil.rmtree(part)
-            raise InputError(f"data.corpus={corpus}: {str(error).removeprefix(f'data.corpus={corpus}: ')}") from None
+            raise InputError(f"{field}={corpus}: {error}") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(error.filename or part)) from error
         files = [path for path in (part / "tokens.bin", part / "documents.bin") if path.exists()]
         manifest = {"dtype": dtype.name, "sha256": {path.name: file_sha256(path) for path in files}}
         write(part / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -157,9 +166,21 @@ def _prepare(corpus: Corpus, tokenizer: Tokenizer) -> Source:
         return _open(directory, corpus, tokenizer)
 
 
+def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
+    """What decides about ids: the text, the tokenizer, and the code of both."""
+    code = [FORMAT, metadata.version("tokenizers")]
+    for cls in (type(corpus), type(tokenizer)):
+        module = sys.modules.get(cls.__module__)
+        if not cls.__module__.startswith("jaxformer.") and module is not None:
+            with contextlib.suppress(OSError, TypeError):
+                code.append(inspect.getsource(module))
+    return hashlib.sha256(json.dumps([fingerprint, dumps(tokenizer), code]).encode()).hexdigest()[:32]
+
+
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(name: str) -> Iterator[None]:
     """While another process prepares the same, this one waits."""
+    path = cache_directory() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
         try:
@@ -175,11 +196,12 @@ def _open(directory: Path, corpus: Corpus, tokenizer: Tokenizer) -> Source:
     for name, digest in manifest["sha256"].items():
         if file_sha256(directory / name) != digest:
             raise InputError(f"{name} is not what manifest.json says")
-    tokens = corpus.ids()
+    tokens, digest = corpus.ids(), corpus.fingerprint()
     if tokens is None:
+        digest = manifest["sha256"]["tokens.bin"]
         tokens = _mapped(directory / "tokens.bin", np.dtype(manifest["dtype"]))
     starts = _mapped(directory / "documents.bin", np.dtype(np.int64))
-    return Source(tokens, starts, tokenizer.padding, _shared(tokenizer))
+    return Source(tokens, starts, tokenizer.padding, _shared(tokenizer), digest)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> NDArray[Any]:
@@ -202,10 +224,8 @@ def _scan(ids: NDArray[Any], tokenizer: Tokenizer, part: Path) -> np.dtype:
 def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
     """Encodes the corpus into tokens.bin and documents.bin, from where progress.json says."""
     assert tokenizer.vocab_size is not None
-    dtype, progress = np.min_scalar_type(tokenizer.vocab_size - 1), part / "progress.json"
-    done = {"pieces": 0, "tokens": 0, "documents": 0, "inside": False}
-    if progress.exists():
-        done = json.loads(progress.read_text())
+    dtype, done = np.min_scalar_type(tokenizer.vocab_size - 1), _progress(part)
+    if done["pieces"]:
         log.info("going on with the preparation of the corpus after %s tokens", f"{done['tokens']:,}")
     bar = tqdm(desc="tokenizing", unit="char", unit_scale=True, disable=None)
     with open(part / "tokens.bin", "ab") as tokens, open(part / "documents.bin", "ab") as documents, bar:
@@ -215,7 +235,8 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
 
         def counted() -> Iterator[Piece]:
             nonlocal unsaved
-            for piece in itertools.islice(corpus.pieces(), done["pieces"], None):
+            pieces = corpus.pieces() if tokenizer.piecewise else joined(corpus.pieces())
+            for piece in itertools.islice(pieces, done["pieces"], None):
                 unsaved += len(piece.text)
                 yield piece
 
@@ -236,10 +257,20 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
                 for file in (tokens, documents):
                     file.flush()
                     os.fsync(file.fileno())
-                write(progress, json.dumps(done))
+                write(part / "progress.json", json.dumps(done | {"itemsize": dtype.itemsize}))
         tokens.write(_last(tokenizer, done["documents"]).astype(dtype).tobytes())
-    progress.unlink(missing_ok=True)
+    (part / "progress.json").unlink(missing_ok=True)
     return dtype
+
+
+def _progress(part: Path) -> dict[str, Any]:
+    """What a killed process says that it had done, or nothing if the files do not hold it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        done = json.loads((part / "progress.json").read_text())
+        sizes = {"tokens.bin": done["tokens"] * done["itemsize"], "documents.bin": done["documents"] * 8}
+        if all((part / name).stat().st_size >= size for name, size in sizes.items()):
+            return {name: done[name] for name in ("pieces", "tokens", "documents", "inside")}
+    return {"pieces": 0, "tokens": 0, "documents": 0, "inside": False}
 
 
 def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, Ids]]:

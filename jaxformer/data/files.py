@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 def cache_directory() -> Path:
     """$JAXFORMER_CACHE, or `jaxformer` in the user's cache."""
     own = os.environ.get("JAXFORMER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxformer"
+    return located(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxformer"
 
 
 def write(path: Path, text: str) -> None:
     """All of the text or, if the process or the machine dies, what was there before."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -69,9 +69,10 @@ def file_sha256(path: Path) -> str:
     try:
         status = path.stat()
         kept = cache_directory() / "sha256" / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]
-        state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
+        state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} "
         large = status.st_size >= 1 << 26
-        if large and kept.exists() and (line := kept.read_text()).startswith(state):
+        line = kept.read_text(errors="replace") if large and kept.exists() else ""
+        if line.startswith(state) and len(line) == len(state) + 64:
             return line.removeprefix(state)
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -79,8 +80,13 @@ def file_sha256(path: Path) -> str:
         raise _unreadable(path, error) from None
     if large:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(state + found)
+        write(kept, state + found)
     return found
+
+
+def located(path: str) -> Path:
+    """The path, with ~ for the user's home."""
+    return Path(os.path.expanduser(path))
 
 
 def visible_files(root: Path) -> list[Path]:
@@ -127,12 +133,16 @@ def _decompressed(path: Path) -> Iterator[bytes]:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    rest = b""
+    begun: list[bytes] = []  # of a line that goes on in the next chunk
     for chunk in _chunks(path):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        if others:
+            yield b"".join(begun)
+            yield from others[:-1]
+            begun = others[-1:]
+    if any(begun):
+        yield b"".join(begun)
 
 
 def decoded(path: Path) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Tokenizers: text to ids and back. A fitted tokenizer is a spec like any other, stored as tokenizer.json of a run."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxformer.data.files import located
 from jaxformer.spec import InputError, Spec, from_json
 
 Ids = NDArray[np.uint32]
@@ -16,6 +18,12 @@ Ids = NDArray[np.uint32]
 
 class Tokenizer(Spec):
     """The base of all tokenizers."""
+
+    piecewise = True  # the ids of a document are those of its pieces, one after another
+
+    def check(self, at: str = "") -> None:
+        if type(self) is Tokenizer:
+            raise ValueError(f"{at.removesuffix('.')}=Tokenizer is the base of all; give one such as Characters")
 
     @property
     def learns(self) -> bool:
@@ -64,8 +72,11 @@ class Tokenizer(Spec):
         """Text of the ids; special ones have none, and bytes that are no UTF-8 become U+FFFD."""
         raise NotImplementedError
 
-    def byte_lengths(self) -> NDArray[np.int64]:
-        """How many bytes of UTF-8 each id stands for: [V]. Bits per byte compare tokenizers, nats per token do not."""
+    def byte_lengths(self) -> NDArray[np.int64] | None:
+        """How many bytes of UTF-8 each id stands for, [V]; None if ids do not say, as that of an unknown word.
+
+        Bits per byte compare tokenizers, nats per token do not.
+        """
         raise NotImplementedError
 
 
@@ -140,7 +151,7 @@ class Characters(Tokenizer):
         found = np.flatnonzero(seen).astype(np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
         if not found:
             raise InputError("data.tokenizer=Characters: the corpus is empty; give one with text in it")
-        return Characters(found, self.end_token)
+        return dataclasses.replace(self, alphabet=found)
 
     def encode(self, text: str) -> Ids:
         known, points = _id_of_each_code_point(self._fitted()), _code_points(text)
@@ -200,10 +211,18 @@ class Subwords(Tokenizer):
             raise ValueError(f"{at}definition is none that the library tokenizers can read ({error})") from None
         if self.size < library.get_vocab_size():
             raise ValueError(f"{at}size={self.size} must be at least {library.get_vocab_size()}, the tokens defined")
+        special = _special(library)
         for name in ("start_token", "end_token", "padding_token"):
             token = getattr(self, name)
-            if token is not None and library.token_to_id(token) is None:
-                raise ValueError(f"{at}{name}={token!r} must be a token of the tokenizer; None if it has none")
+            if token is not None and library.token_to_id(token) not in special:
+                raise ValueError(f"{at}{name}={token!r} must be a special token of the tokenizer; None if it has none")
+
+    @property
+    def piecewise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether words are split as in GPT-2, with nothing before the text and no normal form."""
+        parts = json.loads(self.definition)
+        splits = parts.get("pre_tokenizer") or {}
+        return splits.get("type") == "ByteLevel" and not splits.get("add_prefix_space") and not parts.get("normalizer")
 
     @property
     def vocab_size(self) -> int:
@@ -228,25 +247,30 @@ class Subwords(Tokenizer):
             (found,) = _library(self.definition).encode_batch_fast([text], add_special_tokens=False)
         except TypeError:
             raise InputError("the text holds half of a surrogate pair, which is no character; remove it") from None
+        except Exception as error:  # as for an unknown word where no token stands for those
+            raise InputError(f"the tokenizer cannot encode the text ({error}); give another one") from None
         return np.array(found.ids, np.uint32)
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
         return _library(self.definition).decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
 
-    def byte_lengths(self) -> NDArray[np.int64]:
-        """Exact where tokens are bytes, as in GPT-2; else by the characters of the token, of which ▁ is a space."""
+    def byte_lengths(self) -> NDArray[np.int64] | None:
+        """Exact for bytes as in GPT-2, and to the space before a text where unknown characters fall back to bytes."""
+        parts = json.loads(self.definition)
+        of_bytes = '"ByteLevel"' in json.dumps(parts.get("decoder"))
+        if not (of_bytes or parts["model"].get("byte_fallback")):
+            return None
         library, lengths = _library(self.definition), np.zeros(self.size, np.int64)
-        special = {i for i, token in library.get_added_tokens_decoder().items() if token.special}
-        of_bytes = '"ByteLevel"' in json.dumps(json.loads(self.definition)["decoder"])
+        special, added = _special(library), library.get_added_tokens_decoder()
         for token, i in library.get_vocab().items():
             if i in special:
                 continue
-            if of_bytes:
+            if of_bytes and i not in added:
                 lengths[i] = len(token)
             elif token.startswith("<0x") and token.endswith(">"):
                 lengths[i] = 1
             else:
-                lengths[i] = len(token.replace("▁", " ").removeprefix("##").encode())
+                lengths[i] = len(token.replace("▁", " ").encode())
         return lengths
 
 
@@ -307,30 +331,33 @@ class TokenizerFile(Tokenizer):
         return self.fit(()).vocab_size
 
     def fit(self, texts: Iterable[str]) -> Tokenizer:
-        path = Path(self.path).expanduser()
+        path = located(self.path)
         value = _read_json(path)
+        given = {name: getattr(self, name) for name in ("start_token", "end_token", "padding_token")}
         if isinstance(value, dict) and "class" in value:
+            for name, token in given.items():
+                if token is not None:
+                    raise InputError(f"data.tokenizer.{name}={token!r} must be None: {path} is a run's, with its own")
             return read_tokenizer(path)
         try:
-            definition = _canonical(json.dumps(value))
-            library = _library(definition)
+            import tokenizers
+
+            library = tokenizers.Tokenizer.from_str(_canonical(json.dumps(value)))
         except Exception as error:  # the library raises nothing narrower
             raise InputError(f"{path}: holds no tokenizer ({error}); give another file") from None
-        special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+        for name, token in given.items():
+            if token is not None and library.token_to_id(token) is None:
+                raise InputError(f"data.tokenizer.{name}={token!r} must be a token of {path}; None if it has none")
+        library.add_special_tokens([token for token in given.values() if token is not None])  # they keep their ids
+        special = {library.id_to_token(i) for i in _special(library)}
         usual = lambda names: next((name for name in names if name in special), None)
         end = self.end_token or usual(ENDS)
         start = self.start_token or usual(STARTS) or end
         if start is None:
-            raise InputError(
-                f"{path}: no usual start token is among {sorted(special)}; give data.tokenizer.start_token"
-            )
+            names = ", ".join(sorted(map(str, special))) or "none"
+            raise InputError(f"{path}: no usual start token is among {names}; give data.tokenizer.start_token")
         size = max(library.get_vocab(with_added_tokens=True).values()) + 1
-        found = Subwords(definition, size, start, end, self.padding_token or usual(PADDINGS))
-        try:
-            found.check("data.tokenizer.")
-        except ValueError as error:
-            raise InputError(f"{path}: {error}") from None
-        return found
+        return Subwords(_canonical(library.to_str()), size, start, end, self.padding_token or usual(PADDINGS))
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -351,12 +378,18 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no tokenizer can be read ({error}); restore the file") from None
+        raise InputError(f"{path}: no tokenizer can be read ({error}); restore the file, or give another") from None
 
 
 def _canonical(definition: str) -> str:
     """The same JSON in one form, without what would cut or pad texts."""
+    if not isinstance(json.loads(definition), dict):
+        raise ValueError("no JSON object")
     return json.dumps(json.loads(definition) | {"truncation": None, "padding": None}, ensure_ascii=False)
+
+
+def _special(library: Any) -> set[int]:
+    return {i for i, token in library.get_added_tokens_decoder().items() if token.special}
 
 
 @functools.lru_cache(maxsize=4)

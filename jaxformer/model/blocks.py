@@ -129,9 +129,8 @@ class Stack(nn.Module):
         shared = {} if s.position.per_layer else declare(self, "position", s.position.params(), self.dims)
         x = dropout(fold(key, self.n_layers, EMBED), s.position.embed(shared, x, at), s.dropout)
         group: Any = Group
-        if self.remat:  # laid out in full, XLA would merge what is computed anew with what was computed at first
-            policy = getattr(jax.checkpoint_policies, self.remat)
-            group = nn.remat(Group, policy=policy, prevent_cse=self.unroll == turns)
+        if self.remat:  # the scan keeps XLA from merging what is computed anew with what was computed at first
+            group = nn.remat(Group, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False)
         layers = nn.scan(
             group,
             variable_axes={"params": 0},

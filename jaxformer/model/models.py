@@ -69,6 +69,8 @@ class Decoder(Spec):
             raise ValueError(f"{at}mask has {kinds} kinds, which must divide {at}n_layers={self.n_layers}")
         if self.n_layers // kinds % self.unroll:
             raise ValueError(f"{at}unroll={self.unroll} must divide {self.n_layers // kinds}, the groups of layers")
+        if self.remat and self.unroll == self.n_layers // kinds > 1:
+            raise ValueError(f"{at}remat={self.remat!r} needs a scan: {at}unroll={self.unroll} must be less; 1 does")
         if self.position.per_layer and type(self.position).embed is not NoPosition.embed:
             name = type(self.position).__name__
             raise ValueError(f"{at}position={name} embeds above the layers; it cannot have per_layer = True")

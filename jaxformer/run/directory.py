@@ -40,20 +40,39 @@ def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
 
 def _check_directory(directory: Path, config: Config, prepared: Prepared) -> bool:
     """Whether the directory holds this run already; raises InputError if it holds anything else."""
+    if not check_begun(config):
+        return False
+    verify_data(directory, prepared.manifest)
+    if read_tokenizer(directory / "tokenizer.json") != prepared.tokenizer:
+        raise InputError(
+            f"{directory / 'tokenizer.json'} is not what data.tokenizer={config.data.tokenizer} gives now; "
+            "restore what it was, or give another directory"
+        )
+    return True
+
+
+def check_begun(config: Config) -> bool:
+    """Whether the directory holds a run of this config that has begun; raises InputError if it holds anything else.
+
+    One that failed before its first step, in a part of the user's perhaps, has not begun.
+    """
+    directory = Path(config.directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
-    if (directory / "config.json").exists():
+    if (directory / "config.json").exists() and ((directory / "metrics.jsonl").exists() or has_checkpoint(directory)):
         _check_same(config, config_lib.read(directory / "config.json"))
-        verify_data(directory, prepared.manifest)
-        if read_tokenizer(directory / "tokenizer.json") != prepared.tokenizer:
-            raise InputError(f"{directory / 'tokenizer.json'} is not the tokenizer of this corpus; restore the file")
         return True
-    ours = {"lock", "data.json", "tokenizer.json", "data.part", "tokenizer.part", "config.part"}  # of a killed start
-    if directory.exists() and {path.name for path in directory.iterdir()} - ours:
+    ours = {"lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints"}
+    names = {path.name for path in directory.iterdir() if path.suffix != ".part"} if directory.exists() else set()
+    if names - ours:
         raise InputError(
             f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
         )
     return False
+
+
+def has_checkpoint(directory: Path) -> bool:
+    return any(path.name.isdecimal() for path in (directory / "checkpoints").glob("*"))
 
 
 def _check_same(config: Config, stored: Config) -> None:
@@ -84,3 +103,8 @@ def verify_data(directory: Path, found: Mapping[str, Any]) -> None:
                 f"{field} has SHA-256 {found[name]}, but the run in {directory} began with {old[field]}; "
                 "restore that text, or give another directory"
             )
+    if found.get("ids_sha256", stored.get("ids_sha256")) != stored.get("ids_sha256"):
+        raise InputError(
+            f"data: other ids come out of the same text than when the run in {directory} began; restore the versions "
+            "and parts of then (starts.jsonl), or give another directory"
+        )

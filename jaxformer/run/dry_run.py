@@ -11,19 +11,28 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.platform import set_flags
+from jaxformer.run.directory import check_begun
 from jaxformer.run.opened import abstract_state, hyper_of, planned_tokenizer, recipe_of
 from jaxformer.run.step import train_steps
+from jaxformer.run.warm_start import compare, open_source
 from jaxformer.spec import to_json
 
 
 def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The resolved config as JSON values, and what its compiled step needs, in bytes of one device.
 
-    The corpus is read only if the size of the vocabulary depends on it; nothing is allocated on the device.
+    The corpus is read only if the size of the vocabulary depends on it; nothing is allocated on the device. Raises
+    InputError as `train` would, but for what the corpus itself may bring.
     """
     config = config_lib.resolve(config, overrides)
+    for writer in config.writers:
+        writer.require()
     set_flags()
-    recipe, hyper = recipe_of(config, planned_tokenizer(config)), hyper_of(config)
+    tokenizer = planned_tokenizer(config)
+    recipe, hyper = recipe_of(config, tokenizer), hyper_of(config)
+    if not check_begun(config) and config.init_from is not None:
+        source = open_source(config.init_from)
+        compare(recipe.model, source, source.tokenizer == tokenizer)
     state = abstract_state(config, recipe)
     n_tokens = config.data.batch_size * config.window
     rows = (min(config.train.steps_per_call, config.train.steps), config.data.batch_size, config.window + 1)

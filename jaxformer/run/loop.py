@@ -21,7 +21,7 @@ from jaxformer.data.batches import Batch, Batches
 from jaxformer.data.datasets import Prepared, check_ids
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints
-from jaxformer.run.directory import claimed, noticed
+from jaxformer.run.directory import claimed, has_checkpoint, noticed
 from jaxformer.run.metrics import Profile, Reports, record_start
 from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, prepare_data, recipe_of
 from jaxformer.run.step import Hyper, Recipe, TrainState, init_state, train_steps
@@ -64,7 +64,7 @@ def train(
     trace = Profile(config, profile)
     with logging_redirect_tqdm():
         prepared = _checked(config, prepare_data(config))
-        saved = any((Path(config.directory) / "checkpoints").glob("[0-9]*"))  # else what it began with is not needed
+        saved = has_checkpoint(Path(config.directory))  # then what it began with is not needed
         begin = _beginning(dataclasses.replace(config, init_from=None) if saved else config, prepared)
         with claimed(config, prepared):
             return _train(config, prepared, begin, trace)
@@ -87,7 +87,7 @@ def build(
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
         check_ids(np.asarray(batch["tokens"]), recipe.model.vocab_size)
         state, metrics = train_steps(recipe, state, jax.tree.map(lambda a: a[None], batch), np.int32(1), hyper)
-        return state, {name: values[0] for name, values in metrics.items()}
+        return state, jax.tree.map(lambda a: a[0], metrics)
 
     state, _ = _beginning(config, prepared)()
     return state, step, _batches(config, prepared).at
@@ -140,7 +140,8 @@ def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profil
                     found = evaluate(recipe, state.eval_params, prepared.valid, config, prepared.tokenizer)
                     reports.write(step=step, split="valid", **found)
                     loss, bits = found["loss"], found["bits_per_byte"]
-                    log.info("step %d: validation loss %.4f, %.4f bits per byte", step, loss, bits)
+                    more = "" if bits is None else f", {bits:.4f} bits per byte"
+                    log.info("step %d: validation loss %.4f%s", step, loss, more)
                     if math.isfinite(loss) and (best is None or loss < best[1]):
                         best, saves = (step, loss), True
                 if saves:
@@ -189,7 +190,10 @@ def _checked(config: Config, prepared: Prepared) -> Prepared:
             raise InputError(f"data.corpus={corpus}: has for training {error}; {more}") from None
     passes = (sampling.full_pass(source, config.window, 1) for source in prepared.valid)
     if not any(next(batches, None) for batches in passes):
-        raise InputError(f"data.corpus={config.data.corpus}: has fewer than 2 tokens for validation; {more}")
+        data = config.data
+        which = f"data.corpus={data.corpus}" if data.valid is None else f"data.valid={data.valid}"
+        remedy = "give more text" + (", or a larger data.valid_fraction" if data.valid is None else "")
+        raise InputError(f"{which}: has for validation no 2 tokens, one of which predicts the other; {remedy}")
     return prepared
 
 

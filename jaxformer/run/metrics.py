@@ -1,6 +1,7 @@
 """What a run reports: rows of metrics.jsonl, a progress bar, and a record of each start."""
 
 import collections
+import contextlib
 import json
 import logging
 import math
@@ -8,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from jaxformer.config import Config
 from jaxformer.data.files import write
 from jaxformer.spec import InputError, to_json
+from jaxformer.writers import Sink
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,10 @@ class Reports:
         path = Path(config.directory) / "metrics.jsonl"
         _drop_rows_after(path, step)
         self._file = open(path, "a")  # noqa: SIM115 (closed by `close`)
-        self._sinks = [writer.open(path.parent, to_json(config), step) for writer in config.writers]
+        self._sinks: dict[str, Sink] = {}
+        for writer in config.writers:
+            with self._surviving(type(writer).__name__):
+                self._sinks[type(writer).__name__] = writer.open(path.parent, to_json(config), step)
         self._bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self._log_every, self._tokens_per_step = config.train.log_every, config.data.batch_size * config.window
         self._in_flight: collections.deque[tuple[int, int, Mapping[str, Any]]] = collections.deque()
@@ -59,17 +64,28 @@ class Reports:
 
     def write(self, **row: Any) -> None:
         """Numbers that are not finite are written as null: JSON has no others."""
-        row = _finite(row)
+        row = finite(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for sink in self._sinks:
-            sink.write(row)
+        for name, sink in list(self._sinks.items()):
+            with self._surviving(name):
+                sink.write(row)
 
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        for name, sink in list(self._sinks.items()):
+            with self._surviving(name):
+                sink.close()
+
+    @contextlib.contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """A writer that fails does not end the run: metrics.jsonl has all rows."""
+        try:
+            yield
+        except Exception as error:  # whatever a service or its package raises
+            self._sinks.pop(name, None)
+            log.warning("writers: %s failed (%s: %s); the run goes on without it", name, type(error).__name__, error)
 
     def _report(self) -> None:
         last, count, arrays = self._in_flight.popleft()
@@ -98,28 +114,31 @@ class Profile:
 
     def reach(self, step: int, state: Any) -> None:
         """To be called when the state after `step` was dispatched; begins the trace there, or ends it."""
-        if not self._span:
+        if not self._span or step < self._span[0] or (self._running and step < self._span[1]):
             return
-        if self._running and step >= self._span[1]:
-            jax.block_until_ready(state)
+        jax.block_until_ready(state)
+        if self._running:
             self.close()
-        elif self._span[0] <= step < self._span[1] and not self._running:
+        elif step >= self._span[1]:
+            log.warning("profile=%d:%d lies before step %d, at which the run goes on: no trace", *self._span, step)
+            self._span = None
+        else:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
     def close(self) -> None:
         if self._running:
-            self._running = False
+            self._running, self._span = False, None
             jax.profiler.stop_trace()
             log.info("trace of the device in %s", self._directory)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with None where a number is not finite."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -140,7 +159,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 def record_start(path: Path, step: int) -> None:
     """Appends to starts.jsonl what the numbers of a run may depend on besides its config."""
-    packages = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    packages = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,

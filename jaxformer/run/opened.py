@@ -21,7 +21,7 @@ from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints, sha256
 from jaxformer.run.directory import verify_data
 from jaxformer.run.step import Hyper, Recipe, TrainState, evaluate_batch, init_state
-from jaxformer.spec import InputError, checked, is_declared, to_json
+from jaxformer.spec import InputError, checked, is_declared, path_name, to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,9 @@ class Run:
             context=self.config.window,  # longer texts were never seen in training
             end=self.tokenizer.end,
         )
-        return [(prompt or "") + self.tokenizer.decode(row) for row in new]
+        head = self.tokenizer.decode(ids)
+        texts = [self.tokenizer.decode([*ids, *_until(row, self.tokenizer.end)]) for row in new.tolist()]
+        return [(prompt or "") + text.removeprefix(head) for text in texts]
 
     def evaluate(self, *sources: Source, split: str = "valid") -> dict[str, Any]:
         """Loss in nats per token, each predicted once; perplexity; bits per byte; the number of tokens."""
@@ -96,7 +98,7 @@ class Run:
         try:
             source = encode(TextFiles(path), self.tokenizer)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"file={path!r}: {error}") from None
         return self.evaluate(source, split=str(path))
 
     def evaluate_valid(self) -> dict[str, Any]:
@@ -111,6 +113,10 @@ class Run:
         return {"step": int(self.state.step), **describe(self.config, self.model), **hashes}
 
 
+def _until(ids: list[int], end: int | None) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
 def read_prompt(path: str) -> str:
     """The whole text of a file."""
     if not Path(path).is_file():
@@ -123,7 +129,7 @@ def describe(config: Config, model: Decoder) -> dict[str, Any]:
     boxes = jax.tree_util.tree_flatten_with_path(model.declared(), is_leaf=is_declared)[0]
     table = [
         {
-            "name": jax.tree_util.keystr(path, simple=True, separator="/"),
+            "name": path_name(path),
             "letters": box.letters,
             "shape": list(box.value.shape),
             "count": math.prod(box.value.shape),
@@ -179,16 +185,18 @@ def abstract_state(config: Config, recipe: Recipe) -> Any:
 def evaluate(
     recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Nats per token over a full pass of the sources, bits per byte, and the number of tokens predicted."""
-    lengths = tokenizer.byte_lengths().astype(np.float32)
+    """Nats per token over a full pass of the sources; bits per byte, None if the tokenizer cannot tell; tokens."""
+    lengths = tokenizer.byte_lengths()
+    known = np.zeros(recipe.model.vocab_size or 0, np.float32) if lengths is None else lengths.astype(np.float32)
     total, last = np.zeros(3), np.zeros(3)
     for source in sources:
         for batch in config.data.sampling.full_pass(source, config.window, config.data.batch_size):
-            sums = evaluate_batch(recipe, params, batch, lengths)
+            sums = evaluate_batch(recipe, params, batch, known)
             total, last = total + np.asarray(last, np.float64), sums  # one call behind: two in flight
     nats, weight, n_bytes = total + np.asarray(last, np.float64)
-    with np.errstate(all="ignore"):
-        return {"loss": float(nats / weight), "bits_per_byte": float(nats / n_bytes / np.log(2)), "tokens": int(weight)}
+    loss = float(nats / weight) if weight else math.nan
+    bits = float(nats / n_bytes / np.log(2)) if n_bytes else None
+    return {"loss": loss, "bits_per_byte": bits, "tokens": int(weight)}
 
 
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:

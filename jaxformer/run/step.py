@@ -12,7 +12,7 @@ from jaxformer.keys import key_for
 from jaxformer.learning.objectives import Batch, Example, NextToken
 from jaxformer.learning.optimizers import SGD
 from jaxformer.model.models import Decoder
-from jaxformer.spec import Declared, Spec, is_declared
+from jaxformer.spec import Declared, Spec, is_declared, path_name
 
 
 class Recipe(Spec):
@@ -88,7 +88,7 @@ def _norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
 
     norms = jax.tree.map(norm, declared, grads, is_leaf=is_declared)
     paths = jax.tree_util.tree_flatten_with_path(norms)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in paths}
+    return {path_name(path): value for path, value in paths}
 
 
 def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:

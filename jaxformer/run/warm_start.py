@@ -1,5 +1,6 @@
 """Parameters of another run as the beginning of this one."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -12,17 +13,20 @@ from jaxformer.model.models import Decoder
 from jaxformer.run.checkpoint import sha256
 from jaxformer.run.opened import Run, open_run
 from jaxformer.run.step import TrainState
-from jaxformer.spec import InputError, is_declared
+from jaxformer.spec import InputError, is_declared, path_name
 
 log = logging.getLogger(__name__)
 
 
 def open_source(init_from: str) -> Run:
-    """The run at its newest checkpoint or, given RUN/checkpoints/STEP, at that one."""
+    """The run at its newest checkpoint or, given RUN/checkpoints/STEP, at that one; of its state the parameters."""
     path = Path(init_from)
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return open_run(path.parent.parent, int(path.name))
-    return open_run(path)
+    at_step = path.parent.name == "checkpoints" and path.name.isdecimal()
+    try:
+        run = open_run(path.parent.parent, int(path.name)) if at_step else open_run(path)
+    except InputError as error:
+        raise InputError(f"init_from={init_from!r}: {error}") from None
+    return dataclasses.replace(run, state=TrainState(run.state.step, run.state.eval_params, opt_state=()))
 
 
 def compare(model: Decoder, run: Run, same_tokenizer: bool) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def compare(model: Decoder, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same. Raises
     InputError if nothing is.
     """
-    old, new = _by_path(run.state.eval_params), _by_path(model.declared(), is_declared)
+    old, new = _by_path(run.state.params), _by_path(model.declared(), is_declared)
     left: dict[str, str] = {}
     for path, box in new.items():
         if path not in old:
@@ -46,7 +50,7 @@ def compare(model: Decoder, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     return {
         "run": run.config.directory,
         "step": int(run.state.step),
-        "params_sha256": sha256(run.state.eval_params),
+        "taken_sha256": sha256({path: old[path] for path in taken}),
         "taken": taken,
         "not_taken": left,
         "unused": sorted(set(old) - set(new)),
@@ -55,8 +59,8 @@ def compare(model: Decoder, run: Run, same_tokenizer: bool) -> dict[str, Any]:
 
 def take(state: TrainState, run: Run, report: dict[str, Any]) -> TrainState:
     """The state with the parameters that the report lists as taken."""
-    old = _by_path(run.state.eval_params)
-    pick = lambda path, a: old[_name(path)] if _name(path) in report["taken"] else a
+    old = _by_path(run.state.params)
+    pick = lambda path, a: old[path_name(path)] if path_name(path) in report["taken"] else a
     params = jax.tree_util.tree_map_with_path(pick, state.params)
     return state.replace(params=params, ema=jax.tree.map(lambda a: a.copy(), params) if state.ema else ())
 
@@ -72,8 +76,4 @@ def tell(report: dict[str, Any], directory: Path) -> None:
 
 
 def _by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
