@@ -248,7 +248,7 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--") or not (equals or rest):
+        if not name.startswith("--") or not (equals or (rest and not rest[0].startswith("--"))):
             raise InputError(f"{name!r} must be --field.path=value, such as --train.steps=500")
         found[name[2:]] = value if equals else rest.pop(0)
     return found

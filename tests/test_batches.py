@@ -194,6 +194,8 @@ def test_a_mixture_draws_each_source_without_replacement():
         own = rows[rows // 1000 == i]
         assert len(own) == count and (np.bincount(own % 1000 // 7, minlength=14)[:14] >= count // 14 - 1).all()
         assert all(len(set(own[k : k + 14])) == 14 for k in range(0, count - 13, 14))
+    orders = [rows[rows // 1000 == i] % 1000 for i in range(3)]
+    assert not np.array_equal(orders[0][:28], orders[2])  # of equal size, and in orders of their own
     assert np.array_equal(many.at(9, np.array([3]))["tokens"][0], many.at(9)["tokens"][3])
 
 

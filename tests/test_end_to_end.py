@@ -275,6 +275,7 @@ def listing(home):
         ("train config.py --directory=new --model.n_layers=x", "model.n_layers='x' must be int"),
         ("train config.py --directory=new --model.n_heads=4", "model.n_heads=4 must divide model.d_model=14; 2 does"),
         ("train config.py --directory=new --steps=4", "steps: Config has no such field"),
+        ("train config.py --directory=new --model.bias --train.steps=5", "'--model.bias' must be --field.path=value"),
         ("train config.py --directory=new stray", "'stray' must be --field.path=value"),
         ("train config.py --directory=new --data.window=18", "data.window=18 must be at most model.context_length=17"),
         ("train config.py --directory=new --data.corpus.path=nowhere.txt", "corpus 'nowhere.txt' does not exist"),

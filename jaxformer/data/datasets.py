@@ -168,7 +168,9 @@ def _prepare(corpus: Corpus, tokenizer: Tokenizer, field: str) -> Source:
 
 def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
     """What decides about ids: the text, the tokenizer, and the code of both."""
-    code = [FORMAT, metadata.version("tokenizers")]
+    code: list[Any] = [FORMAT]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        code.append(metadata.version("tokenizers"))
     for cls in (type(corpus), type(tokenizer)):
         module = sys.modules.get(cls.__module__)
         if not cls.__module__.startswith("jaxformer.") and module is not None:

@@ -103,7 +103,7 @@ def verify_data(directory: Path, found: Mapping[str, Any]) -> None:
                 f"{field} has SHA-256 {found[name]}, but the run in {directory} began with {old[field]}; "
                 "restore that text, or give another directory"
             )
-    if found.get("ids_sha256", stored.get("ids_sha256")) != stored.get("ids_sha256"):
+    if {"ids_sha256"} <= stored.keys() & found.keys() and found["ids_sha256"] != stored["ids_sha256"]:
         raise InputError(
             f"data: other ids come out of the same text than when the run in {directory} began; restore the versions "
             "and parts of then (starts.jsonl), or give another directory"
