@@ -156,7 +156,7 @@ def test_post_norm_by_hand():
 @pytest.mark.parametrize("residual", [PreNorm(), PostNorm()], ids=["pre", "post"])
 @pytest.mark.parametrize("feed_forward", [FeedForward(ReLU()), GatedFeedForward()], ids=["relu", "gated"])
 def test_every_wiring_is_causal_and_trains(residual, feed_forward):
-    model = decoder(residual=residual, feed_forward=feed_forward, position=Sinusoidal())
+    model = decoder(residual=residual, feed_forward=feed_forward, position=Sinusoidal(), n_layers=2)
     params, text = loud(model), ids(1, T)
 
     @jax.jit
@@ -187,21 +187,24 @@ def loss_of(model, text):
     return lambda params: (model.hidden(params, text, one_document(T), jax.random.key(0))[0] ** 2).sum()
 
 
-@pytest.mark.parametrize("unroll", [1, 3])
-def test_recomputation_changes_memory_and_no_gradient(unroll):
+@pytest.mark.parametrize(
+    ("unroll", "policies"),
+    [(1, ["everything_saveable", "dots_saveable", "nothing_saveable"]), (2, ["nothing_saveable"])],
+)
+def test_recomputation_changes_memory_and_no_gradient(unroll, policies):
     """What is kept for the backward pass, by policy; with the same dropout masks in both passes."""
     text, saved, gradients, working = ids(B, T), {}, {}, {}
-    for remat in (None, "everything_saveable", "dots_saveable", "nothing_saveable"):
-        model = decoder(remat=remat, dropout=0.3, unroll=unroll, n_layers=6)
+    for remat in (None, *policies):
+        model = decoder(remat=remat, dropout=0.3, unroll=unroll, n_layers=4)
         params = loud(model)
         compiled = jax.jit(jax.grad(loss_of(model, text))).lower(params).compile()
         gradients[remat], working[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
         residuals = jax.eval_shape(lambda p, m=model: jax.vjp(loss_of(m, text), p)[1], params)
         saved[remat] = sum(a.size for a in jax.tree.leaves(residuals))
         jax.tree.map(lambda a, b: close(a, b, 1e-3), gradients[remat], gradients[None])
-    assert saved["nothing_saveable"] < saved["dots_saveable"] < saved["everything_saveable"]
-    assert saved["nothing_saveable"] < 0.5 * saved[None]
-    assert working["nothing_saveable"] < 0.8 * working[None]
+    assert [saved[remat] for remat in policies] == sorted((saved[remat] for remat in policies), reverse=True)
+    assert len({saved[remat] for remat in policies}) == len(policies)
+    assert saved["nothing_saveable"] < 0.6 * saved[None] and working["nothing_saveable"] < 0.9 * working[None]
 
 
 def test_one_more_dropout_upstream_leaves_the_others_masks():
