@@ -139,6 +139,8 @@ def test_damaged_tokens_are_prepared_anew(tmp_path, cache, name, damage, caplog)
     data = path.read_bytes()
     if damage == "remove":
         path.unlink()
+    elif damage == "flip" and name == "tokenizer.json":
+        path.write_bytes(data.replace(b"\\u6570", b"\\u6571"))  # still a tokenizer, but another
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
     again = prepare(corpus(tmp_path), Characters())
