@@ -154,9 +154,8 @@ def _reason(error: BaseException) -> str:
 def resolve(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config, or that of a file, with fields replaced by their paths ("model.n_layers": 6), and checked."""
     found = config if isinstance(config, Config) else load(config)
-    for path, value in sorted(
-        (overrides or {}).items(), key=lambda item: item[0].count(".")
-    ):  # parts, then their fields
+    parts_first = sorted((overrides or {}).items(), key=lambda item: item[0].count("."))  # before their fields
+    for path, value in parts_first:
         found = override(found, path, value)
     return checked(found)
 
