@@ -437,6 +437,7 @@ def test_a_warm_start(home, whole, monkeypatch):
     assert "init_from was 'run' and is None" in err
 
 
+@pytest.mark.slow
 def test_a_warm_start_with_another_tokenizer_leaves_the_vocabulary(home, whole):
     (home / "letters.txt").write_text("".join(chr(65 + i) for i in range(17)) * 99)
     other = [
@@ -594,6 +595,7 @@ def test_prompts(home, whole):
     assert by_file == by_hand and len(by_file) == 27
 
 
+@pytest.mark.slow
 def test_a_text_ends_with_its_document(home, whole):
     """Documents of a line each: the model learns to end them, and samples stop there."""
     lines = "".join(json.dumps({"text": f"{i % 7} and {i % 7}"}) + "\n" for i in range(600))
@@ -617,6 +619,7 @@ def test_a_corpus_that_changed_is_refused(home, whole, tmp_path):
         assert "data.corpus has SHA-256" in err and "restore that text" in err
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_moment_ends_with_its_status(home, whole):
     """During imports, compilation and training; nothing but a sentence is said."""
     for seconds, signum in ((1.0, signal.SIGINT), (2.0, signal.SIGTERM), (3.5, signal.SIGINT)):
@@ -663,6 +666,7 @@ def test_two_processes_do_not_train_the_same_run(home, whole):
     finish(first, 143)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_sentence(home, whole):
     """No file may grow past 24 KB, as if the disk were full; what was saved before stays."""
     small = ["--directory=run-full", "--model.d_model=98", "--train.save_every=700"]
