@@ -17,7 +17,7 @@ from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.model.models import Decoder
-from jaxformer.spec import InputError, Spec, checked, dumps, from_json, known_specs, nearest, override
+from jaxformer.spec import InputError, Spec, checked, class_name, dumps, from_json, known_specs, nearest, override
 from jaxformer.writers import Writer
 
 
@@ -176,7 +176,7 @@ def read(path: Path) -> Config:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no config can be read ({error}); restore the file, or give another run") from None
     if isinstance(value, dict) and isinstance(value.get("writers"), list):  # they do not make the run: unknown ones go
-        known = {f"{c.__module__}:{c.__qualname__}" for c in known_specs(Writer)}
+        known = {class_name(c) for c in known_specs(Writer)}
         value["writers"] = [w for w in value["writers"] if not isinstance(w, dict) or w.get("class") in known]
     return from_json(value, Config, str(path))
 

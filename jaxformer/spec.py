@@ -224,14 +224,14 @@ def to_json(spec: Spec) -> Any:
                 f"{cls.__qualname__} cannot be stored: another process would not find it in {cls.__module__!r}; "
                 "define it at the top level of a module of its own and import that"
             )
-        return {"class": _name(cls)} | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": class_name(cls)} | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
 
     return encode(spec)
 
 
 def from_json(value: Any, cls: type[S], source: str) -> S:
     """The inverse of `to_json`, checked; `source` names the file in errors."""
-    known = {_name(c): c for c in known_specs()}
+    known = {class_name(c): c for c in known_specs()}
 
     def decode(value: Any, depth: int) -> Any:
         if depth > 50:
@@ -269,7 +269,8 @@ def dumps(spec: Spec) -> str:
     return json.dumps(to_json(spec), indent=1) + "\n"
 
 
-def _name(cls: type) -> str:
+def class_name(cls: type) -> str:
+    """How a class is stored: "module:Class"."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 

@@ -75,12 +75,12 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, valid: Corpus | None = None, v
     """
     prints = fingerprints(corpus, valid)
     tokenizer = fitted(tokenizer, corpus, prints["corpus_sha256"])
-    sources = tuple(_prepare(part, tokenizer, "data.corpus") for part, _ in corpus.parts())
+    sources = _prepare_parts(corpus, prints["corpus_sha256"], tokenizer, "data.corpus")
     if valid is None:
         pairs = [source.split(valid_fraction) for source in sources]
         trains, valids = tuple(train for train, _ in pairs), tuple(rest for _, rest in pairs)
     else:
-        trains, valids = sources, tuple(_prepare(part, tokenizer, "data.valid") for part, _ in valid.parts())
+        trains, valids = sources, _prepare_parts(valid, prints["valid_sha256"], tokenizer, "data.valid")
     manifest = prints | {
         "ids_sha256": [source.sha256 for source in (trains if valid is None else trains + valids)],
         "train_tokens": sum(len(source.tokens) for source in trains),
@@ -115,12 +115,11 @@ def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None)
 def encode(corpus: Corpus, tokenizer: Tokenizer) -> Source:
     """The ids of a corpus in memory."""
     ids, starts, count = [np.empty(0, np.uint32)], [], 0
-    pieces = corpus.pieces() if tokenizer.piecewise else joined(corpus.pieces())
-    for piece, begins, _ in _framed(_encoded(pieces, tokenizer), tokenizer, False):
+    for found, begins, _ in _framed(_encoded(_pieces(corpus, tokenizer), tokenizer), tokenizer, False):
         if begins:
             starts.append(count)
-        ids.append(piece)
-        count += len(piece)
+        ids.append(found)
+        count += len(found)
     ids.append(_last(tokenizer, len(starts)))
     return Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding, _shared(tokenizer))
 
@@ -135,16 +134,21 @@ def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
 # --- on disk
 
 
-def _prepare(corpus: Corpus, tokenizer: Tokenizer, field: str) -> Source:
+def _prepare_parts(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str) -> tuple[Source, ...]:
+    parts = [part for part, _ in corpus.parts()]
+    prints = [fingerprint if part is corpus else part.fingerprint() for part in parts]
+    return tuple(_prepare(part, own, tokenizer, field) for part, own in zip(parts, prints, strict=True))
+
+
+def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str) -> Source:
     """The ids of one corpus, memory-mapped. What a killed process left unfinished is gone on with."""
-    fingerprint = corpus.fingerprint()
     name = _name(corpus, fingerprint, tokenizer)
     directory = cache_directory() / "tokens" / name
     part = directory.with_suffix(".part")
     with _alone(name):
         if directory.exists():
             try:
-                return _open(directory, corpus, tokenizer)
+                return _open(directory, corpus, fingerprint, tokenizer)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("%s is damaged (%s); preparing the corpus again", directory, error)
                 shutil.rmtree(directory) if directory.is_dir() else directory.unlink()
@@ -163,7 +167,7 @@ def _prepare(corpus: Corpus, tokenizer: Tokenizer, field: str) -> Source:
         manifest = {"dtype": dtype.name, "sha256": {path.name: file_sha256(path) for path in files}}
         write(part / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         os.rename(part, directory)
-        return _open(directory, corpus, tokenizer)
+        return _open(directory, corpus, fingerprint, tokenizer)
 
 
 def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
@@ -193,12 +197,12 @@ def _alone(name: str) -> Iterator[None]:
         yield
 
 
-def _open(directory: Path, corpus: Corpus, tokenizer: Tokenizer) -> Source:
+def _open(directory: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> Source:
     manifest = json.loads((directory / "manifest.json").read_text())
     for name, digest in manifest["sha256"].items():
         if file_sha256(directory / name) != digest:
             raise InputError(f"{name} is not what manifest.json says")
-    tokens, digest = corpus.ids(), corpus.fingerprint()
+    tokens, digest = corpus.ids(), fingerprint
     if tokens is None:
         digest = manifest["sha256"]["tokens.bin"]
         tokens = _mapped(directory / "tokens.bin", np.dtype(manifest["dtype"]))
@@ -237,8 +241,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
 
         def counted() -> Iterator[Piece]:
             nonlocal unsaved
-            pieces = corpus.pieces() if tokenizer.piecewise else joined(corpus.pieces())
-            for piece in itertools.islice(pieces, done["pieces"], None):
+            for piece in itertools.islice(_pieces(corpus, tokenizer), done["pieces"], None):
                 unsaved += len(piece.text)
                 yield piece
 
@@ -273,6 +276,10 @@ def _progress(part: Path) -> dict[str, Any]:
         if all((part / name).stat().st_size >= size for name, size in sizes.items()):
             return {name: done[name] for name in ("pieces", "tokens", "documents", "inside")}
     return {"pieces": 0, "tokens": 0, "documents": 0, "inside": False}
+
+
+def _pieces(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Piece]:
+    return corpus.pieces() if tokenizer.piecewise else joined(corpus.pieces())
 
 
 def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, Ids]]:

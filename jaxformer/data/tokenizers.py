@@ -80,6 +80,9 @@ class Tokenizer(Spec):
         raise NotImplementedError
 
 
+# --- bytes and characters
+
+
 class Bytes(Tokenizer):
     """The bytes of UTF-8, 256 ids. `end_token` adds an id that begins and ends each document."""
 
@@ -191,6 +194,9 @@ def _id_of_each_code_point(alphabet: str) -> Ids:
     table = np.full(int(points[-1]) + 2, int(points[-1]) + 2, np.uint32)
     table[points] = np.arange(len(points), dtype=np.uint32)
     return table
+
+
+# --- of the library `tokenizers`
 
 
 class Subwords(Tokenizer):
@@ -364,6 +370,9 @@ END_OF_TEXT = "<|endoftext|>"
 STARTS = ("<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>", END_OF_TEXT)
 ENDS = ("</s>", "[SEP]", "<eos>", "<|end_of_text|>", END_OF_TEXT)
 PADDINGS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+
+
+# --- stored tokenizers
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
