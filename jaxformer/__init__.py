@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from jaxformer.config import Data as Data
     from jaxformer.config import Train as Train
     from jaxformer.model.models import Decoder as Decoder
+    from jaxformer.model.models import Encoder as Encoder
+    from jaxformer.model.models import EncoderDecoder as EncoderDecoder
     from jaxformer.run.loop import build as build
     from jaxformer.run.loop import train as train
     from jaxformer.run.opened import open_run as open_run
@@ -17,6 +19,8 @@ _HOMES = {
     "Config": "config",
     "Data": "config",
     "Decoder": "model.models",
+    "Encoder": "model.models",
+    "EncoderDecoder": "model.models",
     "Spec": "spec",
     "Train": "config",
     "build": "run.loop",

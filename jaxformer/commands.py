@@ -109,32 +109,59 @@ def evaluate(run: str, file: str | None = None, step: str | None = None, json: b
     _print(row, json)
 
 
+def predict(
+    run: str,
+    text: str | None = None,
+    second: str | None = None,
+    file: str | None = None,
+    step: str | None = None,
+    json: bool = False,
+) -> None:
+    """Prints what a trained run says of a text: its class, its vector, or the text that answers it.
+
+    Args:
+        run: The run's directory.
+        text: The text.
+        second: The second text, of a run that was trained on pairs as one row.
+        file: A UTF-8 file with a text in each line, instead of one text; each is answered by a JSON object.
+        step: A checkpoint's step, or "best"; by default the newest.
+        json: Print one JSON object.
+    """
+    from jaxformer.data.corpora import TextLines
+    from jaxformer.run.opened import open_run
+    from jaxformer.spec import InputError
+
+    if (text is None) == (file is None) or (file and second is not None):
+        raise InputError("predict needs --text TEXT, and --second TEXT for a pair, or --file FILE alone")
+    texts = [text] if text is not None else list(TextLines(str(file)).documents())
+    rows = open_run(run, _step(step)).predict(texts, None if second is None else [second])
+    for row in rows:
+        if not json and text is not None and set(row) == {"text"}:
+            print(row["text"])
+        else:
+            _print(row, json or text is None)
+
+
 def inspect(run: str, json: bool = False) -> None:
-    """Prints what is in a run, or what a config would make: parameters, shapes, hashes.
+    """Prints what is in a run, or what a config would make: parameters, activations, operations, bytes, hashes.
 
     Args:
         run: The run's directory, or a config file.
         json: Print one JSON object.
     """
+    from jaxformer.run.inspection import render
     from jaxformer.run.opened import inspect_config, open_run
 
     found = inspect_config(run) if Path(run).suffix == ".py" and not Path(run).is_dir() else open_run(run).inspect()
     if json:
         return _print(found, True)
-    table = found.pop("table")
     found.pop("config")
-    _print(found, False)
-    wide = max(len(row["name"]) for row in table)
-    print(f"\n{'parameter':{wide}}  {'letters':8} {'shape':20} {'count':>14}  decay")
-    for row in table:
-        shape = "×".join(map(str, row["shape"]))
-        print(
-            f"{row['name']:{wide}}  {row['letters']:8} {shape:20} {row['count']:>14,}  {'yes' if row['decay'] else ''}"
-        )
+    _print({name: value for name, value in found.items() if not isinstance(value, list)}, False)
+    print("\n" + render(found))
 
 
 PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (train, sample, evaluate, inspect)}
+COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (train, sample, evaluate, predict, inspect)}
 
 
 def main(name: str | None = None) -> None:
@@ -278,4 +305,4 @@ def _print(row: dict[str, Any], as_json: bool) -> None:
     else:
         for name, value in row.items():
             form = ",.4f" if isinstance(value, float) else "," if type(value) is int and value >= 10_000 else ""
-            print(f"{name:15} {value:{form}}")
+            print(f"{name:15} {value if isinstance(value, dict | list) else format(value, form)}")

@@ -10,15 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxformer.data.batches import RandomWindows
+from jaxformer.data import tables, tasks
+from jaxformer.data.batches import Examples, RandomWindows
 from jaxformer.data.corpora import Corpus, PythonTopics
 from jaxformer.data.files import write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import SGD, AdamW
-from jaxformer.model.models import Decoder
+from jaxformer.model import baselines
+from jaxformer.model.models import Model
 from jaxformer.spec import InputError, Spec, checked, class_name, dumps, from_json, known_specs, nearest, override
 from jaxformer.writers import Writer
+
+PARTS = (
+    tables,
+    tasks,
+    baselines,
+)  # imported here so that their specs are known by name, in overrides and in stored configs
 
 
 class Data(Spec):
@@ -27,6 +35,7 @@ class Data(Spec):
     corpus: Corpus = PythonTopics()
     valid: Corpus | None = None  # None: the end of the corpus, or of each of a mixture
     valid_fraction: float = 0.1  # how much of it
+    split_seed: int | None = None  # draws the documents to validate on, of each class its share; None: the last ones
     tokenizer: Tokenizer = Characters()
     sampling: RandomWindows = RandomWindows()
     batch_size: int = 16
@@ -37,8 +46,30 @@ class Data(Spec):
             raise ValueError(f"{at}batch_size={self.batch_size} must be at least 1")
         if self.window is not None and self.window < 1:
             raise ValueError(f"{at}window={self.window} must be at least 1; None takes model.context_length")
+        if self.split_seed is not None and not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"{at}split_seed={self.split_seed} must be at least 0 and less than 2**32, or None")
+        if (self.split_seed is not None and self.valid is None) and not self.sampling.whole_documents:
+            name = type(self.sampling).__name__
+            raise ValueError(
+                f"{at}split_seed={self.split_seed} draws documents, but {at}sampling={name} has rows of several; "
+                "Examples and PackedDocuments do not"
+            )
+        if isinstance(self.sampling, Examples):
+            self._check_examples(at, self.sampling)
+        elif self.corpus.texts > 1:
+            raise ValueError(
+                f"{at}corpus={type(self.corpus).__name__} has examples of two texts; {at}sampling must be Examples"
+            )
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"{at}valid_fraction={self.valid_fraction} must lie between 0 and 1; 0.1 is usual")
+
+    def _check_examples(self, at: str, sampling: Examples) -> None:
+        if len(self.corpus.parts()) > 1:
+            raise ValueError(f"{at}sampling=Examples draws from one corpus; {at}corpus={type(self.corpus).__name__}")
+        if self.valid is not None and self.valid.texts != self.corpus.texts:
+            raise ValueError(f"{at}valid must have as many texts in an example as {at}corpus: {self.corpus.texts}")
+        if sampling.joined and self.corpus.texts == 1:
+            raise ValueError(f"{at}sampling.joined=True joins two texts; {at}corpus has one, False leaves it alone")
 
 
 class Train(Spec):
@@ -54,7 +85,8 @@ class Train(Spec):
     grad_norms: bool = False  # in each logged row the gradient's norm for every parameter and layer
     eval_every: int = 250
     save_every: int = 250
-    keep: int = 2  # newest checkpoints; the one of the best validation loss is kept besides
+    keep: int = 2  # newest checkpoints; the best one is kept besides
+    best_by: str = "loss"  # which number of an evaluation tells the best: "loss", least; any other, as "accuracy", most
     sample_tokens: int = 200  # of text shown at each evaluation
 
     def check(self, at: str = "") -> None:
@@ -79,7 +111,7 @@ class Config(Spec):
     """A run."""
 
     directory: str
-    model: Decoder
+    model: Model
     data: Data = Data()
     objective: NextToken = NextToken()
     optimizer: SGD = AdamW()
@@ -95,6 +127,9 @@ class Config(Spec):
                 f"{at}data.window={self.window} must be at most {at}model.context_length={self.model.context_length}; "
                 "None takes that"
             )
+        if self.row_length < 1:
+            raise ValueError(f"{at}data.window={self.window} must be at least 2 for {type(self.objective).__name__}")
+        self.objective.check_model(self.model)
         if self.data.batch_size % self.train.accumulation:
             raise ValueError(
                 f"{at}train.accumulation={self.train.accumulation} must divide "
@@ -103,8 +138,13 @@ class Config(Spec):
 
     @property
     def window(self) -> int:
-        """Tokens in a row of a batch."""
+        """Tokens that the model sees at once."""
         return self.data.window or self.model.context_length
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a row of a batch, less one."""
+        return self.window - 1 + self.objective.lookahead
 
 
 # What may differ when a run goes on. Nothing else may: the result would be that of neither config.

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import re
 import sys
 import types
@@ -294,6 +295,7 @@ class Param:
     init: Initializer | None = None  # None: the model's initializer decides, by the letters
     decay: bool | None = None  # None: matrices decay, everything else does not
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    fan_in: str = ""  # of a bias: the letters that the matrix before it sums over; a matrix says so itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,6 +315,7 @@ class Declared(struct.PyTreeNode, nn.meta.AxisMetadata):
     letters: str = struct.field(pytree_node=False)
     decay: bool = struct.field(pytree_node=False)
     init: Initializer | None = struct.field(pytree_node=False)
+    fan_in: int = struct.field(pytree_node=False)  # numbers that go into each number of a product; 0 of a table, a gain
 
     def sizes(self) -> dict[str, int]:
         """Letter → size."""
@@ -337,9 +340,12 @@ def declare(module: nn.Module, name: str, params: Mapping[str, Param], dims: Map
     def create(key: jax.Array) -> dict[str, Any]:
         group = {}
         for label, p in params.items():
-            shape = tuple({**dims, **p.sizes}[letter] for letter in p.letters.replace("->", ""))
+            sizes = {**dims, **p.sizes}
+            shape = tuple(sizes[letter] for letter in p.letters.replace("->", ""))
             decay = "->" in p.letters if p.decay is None else p.decay
-            group[label] = Declared(jnp.zeros(shape), p.letters, decay, p.init)
+            summed = p.letters.partition("->")[0] if "->" in p.letters else p.fan_in
+            fan_in = math.prod(sizes[letter] for letter in summed) if summed else 0
+            group[label] = Declared(jnp.zeros(shape), p.letters, decay, p.init, fan_in)
         return group
 
     return module.param(name, create) if params else {}

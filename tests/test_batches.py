@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jaxformer.data import batches
-from jaxformer.data.batches import Batches, PackedDocuments, RandomWindows, ShuffledWindows, pack
+from jaxformer.data.batches import Batches, Examples, PackedDocuments, RandomWindows, ShuffledWindows, pack
 from jaxformer.data.datasets import Source
+from jaxformer.data.hashes import permuted
 from jaxformer.spec import InputError
 
 TOKENS = np.arange(101, dtype=np.uint16)
@@ -36,7 +37,7 @@ def predicted(batch):
 def test_a_row_depends_on_seed_step_and_row_alone(sampling):
     many = drawn(sampling)
     batch = many.at(2)
-    assert batch.keys() == ({"tokens", "segments"} if sampling.has_segments else {"tokens"})
+    assert batch.keys() == ({"tokens", "segments"} if sampling.whole_documents else {"tokens"})
     for name, array in many.at(2, np.array([4, 1])).items():
         assert np.array_equal(array, batch[name][[4, 1]]) and array.dtype == np.int32 and array.shape == (2, 8)
     rows = {tuple(row) for seed in range(3) for s in range(3) for row in drawn(sampling, seed=seed).at(s)["tokens"]}
@@ -49,7 +50,7 @@ def test_a_row_depends_on_seed_step_and_row_alone(sampling):
 def test_documents_are_kept_apart_where_they_should(sampling):
     for step in range(20):
         batch = drawn(sampling).at(step)
-        if not sampling.has_segments:
+        if not sampling.whole_documents:
             assert (np.diff(batch["tokens"], axis=1) == 1).all()
             continue
         for row, segments in zip(batch["tokens"], batch["segments"], strict=True):
@@ -102,13 +103,13 @@ def test_an_epoch_of_packed_documents_predicts_each_token_of_each_document_once(
 def test_permutations(n):
     keys = np.array([7], np.uint64)
     index = np.arange(n, dtype=np.uint64)
-    found = batches._permuted(index, n, keys)
+    found = permuted(index, n, keys)
     assert sorted(found.tolist()) == list(range(n))
-    each = batches._permuted(np.tile(index, 2), n, np.repeat(np.array([7, 8], np.uint64), n))
+    each = permuted(np.tile(index, 2), n, np.repeat(np.array([7, 8], np.uint64), n))
     assert np.array_equal(each[:n], found) and sorted(each[n:].tolist()) == list(range(n))
     if n > 30:
         assert abs(np.corrcoef(index, found)[0, 1]) < 0.5 and not np.array_equal(each[n:], found)
-        firsts = batches._permuted(np.zeros(20_000, np.uint64), n, np.arange(20_000, dtype=np.uint64))
+        firsts = permuted(np.zeros(20_000, np.uint64), n, np.arange(20_000, dtype=np.uint64))
         counts = np.bincount(firsts.astype(int), minlength=n)
         assert ((counts - 20_000 / n) ** 2 / (20_000 / n)).sum() < n + 6 * np.sqrt(2 * n)  # χ²
 
@@ -151,7 +152,7 @@ def test_a_full_pass_predicts_each_token_once(sampling, n):
     for batch in sampling.full_pass(source, 7, 3):
         assert batch["tokens"].shape == batch["segments"].shape == (3, 8)
         seen += predicted(batch)
-    starts = set(source.starts.tolist()) if sampling.has_segments else {0}
+    starts = set(source.starts.tolist()) if sampling.whole_documents else {0}
     assert sorted(seen) == sorted(set(range(n)) - starts)
 
 
@@ -213,3 +214,84 @@ def test_corpora_past_two_to_the_31(sampling):
     source = Source(Huge(), np.zeros(1, np.int64))  # type: ignore[arg-type]
     rows = Batches((source,), (1.0,), sampling, 1, 1000, 2**32 - 1).at(2**31 - 1)["tokens"]
     assert rows.max() > 2**29 and rows.min() < 2**28 and len(set(rows[:, 0].tolist())) == 1000
+
+
+# --- examples
+
+SIZES = [3, 9, 4, 17, 2, 30, 5, 6, 11, 3]  # of ten texts; each token tells its text and its place
+
+
+def texts(per_example=1):
+    tokens = np.concatenate([100 * i + np.arange(size) for i, size in enumerate(SIZES)])
+    labels = {"x": np.arange(10 // per_example, dtype=np.int32)}
+    starts = np.cumsum([0, *SIZES[:-1]])
+    return Source(tokens, starts, 7, texts=per_example, labels=labels, prefix=1)
+
+
+def rows_of(batch, name="tokens"):
+    segments = batch["segments" if name == "tokens" else f"{name}_segments"]
+    assert (batch[name][segments == 0] == 7).all()
+    assert (np.diff((segments > 0).astype(int), axis=1) <= 0).all()  # padding is on the right
+    return [row[real > 0] for row, real in zip(batch[name], segments, strict=True)]
+
+
+@pytest.mark.parametrize("n_buckets", [1, 3])
+def test_each_example_once_in_an_epoch(n_buckets):
+    sampling = Examples(n_buckets=n_buckets, bucket_steps=1)
+    many = Batches((texts(),), (1.0,), sampling, 40, 1, 3)
+    seen = [row for step in range(3000) for row in rows_of(many.at(step))]
+    counts = np.bincount([row[0] // 100 for row in seen], minlength=10)
+    assert (counts == 300).all() if n_buckets == 1 else abs(counts - 300).max() < 26  # buckets of 4, 3 and 3 examples
+    for step in range(40):
+        batch = many.at(step)
+        (row,) = rows_of(batch)
+        assert len(row) == SIZES[row[0] // 100] and batch["labels_x"].tolist() == [row[0] // 100]
+    assert [r.tolist() for s in range(10) for r in rows_of(many.at(s))] != [r.tolist() for r in seen[10:20]]
+
+
+def test_a_buckets_width_is_that_of_its_longest():
+    many = Batches((texts(),), (1.0,), Examples(n_buckets=3, bucket_steps=4), 40, 5, 3)
+    widths = [many.at(step)["tokens"].shape[1] for step in range(48)]
+    assert set(widths) == {8, 32} or set(widths) == {8, 16, 32}
+    for first in range(0, 48, 4):
+        assert len(set(widths[first : first + 4])) == 1 and [many.same_shapes(first + i) for i in range(4)] == [
+            4,
+            3,
+            2,
+            1,
+        ]
+    assert Batches((texts(),), (1.0,), Examples(), 40, 5, 3).same_shapes(5) > 10**9
+    batch = many.at(9)
+    for name, array in many.at(9, np.array([4, 1])).items():
+        assert np.array_equal(array, batch[name][[4, 1]])
+
+
+@pytest.mark.parametrize("sampling", [Examples(), Examples(n_buckets=3)], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_full_pass_has_each_example_once(sampling, batch_size):
+    rows, labels = [], []
+    for batch in sampling.full_pass(texts(), 40, batch_size):
+        assert len(batch["tokens"]) == batch_size
+        found = rows_of(batch)
+        rows += [row.tolist() for row in found if len(row)]
+        labels += [label for label, row in zip(batch["labels_x"].tolist(), found, strict=True) if len(row)]
+    assert sorted(rows) == [(100 * i + np.arange(size)).tolist() for i, size in enumerate(SIZES)]
+    assert labels == [row[0] // 100 for row in rows]
+
+
+def test_pairs_apart_and_joined():
+    apart = next(Examples().full_pass(texts(2), 20, 5))
+    assert apart.keys() == {"tokens", "segments", "source", "source_segments", "labels_x"}
+    assert [len(row) for row in rows_of(apart)] == [9, 17, 21, 6, 3]  # the third is cut to the window and one
+    assert [len(row) for row in rows_of(apart, "source")] == [3, 4, 2, 5, 11]
+    assert [row[0] for row in rows_of(apart, "source")] == [0, 200, 400, 600, 800]
+    joined = next(Examples(joined=True).full_pass(texts(2), 20, 5))
+    assert joined.keys() == {"tokens", "segments", "parts", "labels_x"}
+    rows = rows_of(joined)
+    assert rows[0].tolist() == [0, 1, 2, *range(101, 109)]  # without what stands before the second text
+    assert joined["parts"][0, :11].tolist() == [0] * 3 + [1] * 8 and len(rows[2]) == 21
+
+
+def test_examples_refuse_an_empty_source():
+    with pytest.raises(InputError, match="no example"):
+        Examples().check_source(Source(np.empty(0, np.uint8), np.empty(0, np.int64)), 7)

@@ -151,7 +151,7 @@ def test_saving_does_not_race_with_the_donated_state(tmp_path):
     for step, digest in digests.items():
         assert sha256(checkpoints.restore(abstract, step)) == digest
         info = json.loads((tmp_path / "c" / str(step) / "info" / "metadata").read_text())
-        assert info["state_sha256"] == digest and info["valid_loss"] is None
+        assert info["state_sha256"] == digest and info["rank"] is None
 
 
 def test_half_precision_is_saved_too(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 
 import jaxformer
 from jaxformer.config import resolve
-from jaxformer.data.tokenizers import Characters
-from jaxformer.run.opened import abstract_state, recipe_of
+from jaxformer.data.tokenizers import BPE, Characters, TokenizerFile
+from jaxformer.run.plan import abstract_state, recipe_of
 from jaxformer.spec import dumps, from_json
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -20,8 +20,12 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config(path):
     config = resolve(path)
-    tokenizer = Characters("".join(map(chr, range(65, 130)))) if config.data.tokenizer.vocab_size is None else None
-    recipe = recipe_of(config, tokenizer or config.data.tokenizer)
+    tokenizer = config.data.tokenizer
+    if isinstance(tokenizer, TokenizerFile):  # that of another run
+        tokenizer = BPE(4096, mask_token=True, sentinels=32).fit(["a"])
+    elif tokenizer.vocab_size is None:
+        tokenizer = Characters("".join(map(chr, range(65, 130))))
+    recipe = recipe_of(config, tokenizer, {"target": ("0", "1")})
     state = abstract_state(config, recipe)
     count = sum(a.size for a in jax.tree.leaves(state.params))
     text = ast.get_docstring(ast.parse(path.read_text()))

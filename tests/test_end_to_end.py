@@ -239,7 +239,8 @@ def test_the_installed_command_is_the_same(home, whole):
     for arguments in ([], ["--help"], ["nonsense"]):
         done = subprocess.run([program, *arguments], capture_output=True, text=True)
         assert (
-            done.returncode == (2 if arguments != ["--help"] else 0) and "train|sample|evaluate|inspect" in done.stderr
+            done.returncode == (2 if arguments != ["--help"] else 0)
+            and "train|sample|evaluate|predict|inspect" in done.stderr
         )
 
 
@@ -302,7 +303,7 @@ def listing(home):
         ("train config.py --directory=new --profile=5:701", "profile=5:701 must be START:STOP with"),
         ("train config.py --directory=new --dry_run --model.n_layers=0", "model.n_layers=0 must be at least 1"),
         ("train config.py --directory=new --model.remat=all", "model.remat='all' must be None or one of"),
-        ("train config.py --directory=new --model.logit_cap=0", "model.logit_cap=0.0 must be more than 0"),
+        ("train config.py --directory=new --model.head.cap=0", "model.head.cap=0.0 must be more than 0"),
         ("train config.py --directory=new --train.ema_decay=1", "train.ema_decay=1.0 must lie between 0 and 1"),
         ("train config.py --directory=new --writers=WandB --writers.0.mode=off", "writers.0.mode='off' must be online"),
         ("sample run --prompt_file=nowhere", "prompt_file='nowhere' is no file"),
@@ -565,7 +566,7 @@ def test_a_corpus_may_move_with_a_notice(home, whole):
 
 def test_help(home, whole):
     out, _ = finish(command(home, "train", "config.py", "--help", "--model.position=Sinusoidal"))
-    assert "--model.position=Sinusoidal " in out and "of Learned, NoPosition, Rotary" in out
+    assert "--model.position=Sinusoidal " in out and "of ALiBi, Learned, NoPosition" in out
     assert "--model.position.base=10000.0\n" in out and "--data.batch_size=3\n" in out
     out, _ = finish(command(home, "sample", "--help"))
     assert "--prompt_file" in out and "A UTF-8 file that holds the prompt." in out and "--import=MODULE" in out

@@ -10,6 +10,7 @@ from tiny import decoder, hidden, ids, loud
 from jaxformer.generation import decode
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP
+from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.positions import Rotary
 
@@ -114,9 +115,12 @@ def test_processors():
 
 def test_draws_follow_the_distribution():
     """The frequencies of 4,000 tokens of a model that says the same everywhere."""
-    model = decoder(n_layers=1, vocab_size=5, tied_head=False, position=Rotary())
+    model = decoder(n_layers=1, vocab_size=5, head=LanguageHead(tied=False), position=Rotary())
     params = loud(model)
-    params = {**params, "head": {"kernel": jnp.zeros((84, 5)).at[0].set(jnp.log(jnp.array([1, 2, 3, 4, 6.0])))}}
+    params = {
+        **params,
+        "head_language": {"kernel": jnp.zeros((84, 5)).at[0].set(jnp.log(jnp.array([1, 2, 3, 4, 6.0])))},
+    }
     params["decoder"] = {**params["decoder"], "norm": {"scale": jnp.zeros(84), "bias": jnp.zeros(84).at[0].set(1)}}
     out = generate(model, params, [[0]] * 100, 40, (), 1)
     share = np.bincount(out.ravel(), minlength=5) / out.size

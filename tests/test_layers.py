@@ -145,7 +145,7 @@ def test_softmax_kernel(rule):
     if isinstance(rule, Window):
         mask &= p[:, None] > p[:, :, None] - 3
     (seen,) = j({"k": k, "v": v})
-    out = Softmax()({}, jnp.asarray(q), seen, seen, View(at, at, rule), 0.0, None, 0.0)
+    out = Softmax()({}, jnp.asarray(q), seen, seen, View(at, at, rule, 1), 0.0, None, 0.0)
     real = (segment > 0)[:, None, :, None]
     close(out * real, softmax_attention(q, k, v, mask) * real)
 
@@ -161,14 +161,14 @@ def test_a_query_that_sees_nothing_gets_zero():
     q = jnp.asarray(draws(1, 1, 2, 3))
     query, key = one_document(2), Places(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32))
     seen = {"k": q, "v": q}
-    out, pull = jax.vjp(lambda q: Softmax()({}, q, seen, seen, View(query, key, Causal()), 0.0, None, 0.0), q)
+    out, pull = jax.vjp(lambda q: Softmax()({}, q, seen, seen, View(query, key, Causal(), 1), 0.0, None, 0.0), q)
     assert (out == 0).all() and jnp.isfinite(pull(out + 1)[0]).all()
 
 
 def test_dropout_of_attention_weights_keeps_their_mean():
     q, v = jnp.zeros((1, 1, 31, 2)), jnp.ones((1, 1, 31, 2))
     at, seen = one_document(31), {"k": q, "v": v}
-    out = Softmax()({}, q, seen, seen, View(at, at, Causal()), 0.0, jax.random.key(0), 0.5)
+    out = Softmax()({}, q, seen, seen, View(at, at, Causal(), 1), 0.0, jax.random.key(0), 0.5)
     assert float(out.std()) > 0.05 and float(out[0, 0, 15:].mean()) == pytest.approx(1, abs=0.1)
 
 

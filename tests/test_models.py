@@ -1,4 +1,4 @@
-"""Properties of the decoder, for each of its positions, masks and kernels, a stranger's among them."""
+"""The decoder: its layers by hand, wirings, recomputation, dtypes (what each part may see: test_families.py)."""
 
 import dataclasses
 
@@ -6,101 +6,21 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import outside
 import pytest
 from tiny import B, T, decoder, hidden, ids, loud
 
 from jaxformer.keys import fold
 from jaxformer.model import blocks, cache
-from jaxformer.model.attention import Attention
 from jaxformer.model.blocks import PostNorm, PreNorm
+from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import FeedForward, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
-from jaxformer.model.masks import Causal, Places, Window, one_document, places
-from jaxformer.model.positions import Learned, NoPosition, Rotary, Sinusoidal
+from jaxformer.model.masks import Causal, Window, one_document
+from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
 from jaxformer.spec import Slot
-
-POSITIONS = [NoPosition(), Learned(), Sinusoidal(), Rotary(), outside.LearnedPace(), outside.TurnPerLayer()]
-MASKS = {"causal": Causal(), "window": Window(5)}
-KERNELS = {"softmax": {}, "outside": {"kernel": outside.SinkWithStatistic()}}
-each_position = pytest.mark.parametrize("position", POSITIONS, ids=lambda p: type(p).__name__)
-each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 
 
 def close(a, b, atol=1e-5):
     np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
-
-
-def cut(at, *where):
-    return Places(*(jnp.broadcast_to(a, (B, a.shape[1]))[:, slice(*where)] for a in at))
-
-
-@each_position
-@each_mask
-@each_kernel
-def test_nothing_sees_the_future(position, mask, kernel):
-    """By gradient, through the whole model, on weights that hide nothing."""
-    model = decoder(position=position, mask=mask, **kernel)
-    params = loud(model)
-
-    @jax.jit
-    def gradient(table):
-        # the ids are all different, so that a row of the table is a place of the text
-        out = lambda table: model.hidden(
-            params | {"embedding": {"table": table}}, jnp.arange(T)[None], one_document(T)
-        )[0][0, 6].sum()
-        return jax.grad(out)(table)
-
-    size = jnp.abs(gradient(params["embedding"]["table"])).sum(-1)
-    assert (size[7:] == 0).all() and (size[3:7] > 1e-6).all()
-
-
-@each_position
-@each_kernel
-def test_packed_documents_are_as_each_alone(position, kernel):
-    model = decoder(position=position, **kernel)
-    params, text = loud(model), ids(B, T)
-    segment = np.ones((B, T), np.int32)
-    segment[:, 5:] = 2
-    packed, _ = hidden(model, params, text, places(jnp.asarray(segment)))
-    first, _ = hidden(model, params, text[:, :5], one_document(5))
-    second, _ = hidden(model, params, text[:, 5:], one_document(T - 5))
-    close(packed[:, :5], first)
-    close(packed[:, 5:], second, 2e-5)
-
-
-@each_position
-@each_mask
-def test_padding_on_either_side_changes_nothing(position, mask):
-    model = decoder(position=position, mask=mask, kernel=outside.SinkWithStatistic())
-    params, text = loud(model), ids(B, T)
-    alone, _ = hidden(model, params, text[:, 4:9], one_document(5))
-    segment = np.zeros((B, T), np.int32)
-    segment[:, 4:9] = 1
-    padded, _ = hidden(model, params, text, places(jnp.asarray(segment)))
-    close(padded[:, 4:9], alone, 2e-5)
-
-
-@each_position
-@each_mask
-@each_kernel
-def test_cached_decoding_equals_the_full_pass(position, mask, kernel):
-    """A ragged prefill longer than the window, then token by token, then several at once; short rows with gaps."""
-    model = decoder(position=position, mask=mask, **kernel)
-    params, text = loud(model), ids(B, T)
-    segment = (np.arange(T) < np.array([9, 13, 6])[:, None]).astype(np.int32)
-    segment[2, 9:] = 1  # a short prompt, padding beside the longer ones, then its continuation
-    at = Places(jnp.where(segment > 0, jnp.cumsum(segment, 1) - 1, -1), jnp.asarray(segment))
-    full, none = hidden(model, params, text, at)
-    assert none is None
-    cache, outs, start = model.cache(B, T), [], 0
-    assert cache["block0"]["k"].shape == (5, B, 2, 5 if isinstance(mask, Window) else T, 14)
-    for size in (9, 1, 1, 2):
-        piece = slice(start, start + size)
-        h, cache = hidden(model, params, text[:, piece], cut(at, start, start + size), None, cache)
-        outs.append(h)
-        start += size
-    close(jnp.concatenate(outs, 1) * segment[..., None], full * segment[..., None])
 
 
 def test_kinds_of_layers_alternate():
@@ -119,7 +39,7 @@ def test_kinds_of_layers_alternate():
 def test_scanned_and_unrolled_layers_agree_with_dropout_on(mask):
     model = decoder(n_layers=6, mask=mask, dropout=0.3)
     params, text, key = loud(model), ids(B, T), jax.random.key(2)
-    groups = model.n_layers // len(model.kinds)
+    groups = model.n_layers // len(model.kinds("decoder"))
     outs = [hidden(dataclasses.replace(model, unroll=n), params, text, one_document(T), key)[0] for n in (1, groups)]
     close(*outs)
     assert jnp.abs(outs[0] - hidden(model, params, text, one_document(T))[0]).max() > 0.1  # dropout is on
@@ -133,7 +53,7 @@ def test_scanned_layers_equal_blocks_applied_by_hand():
     x = dropout(fold(key, model.n_layers, blocks.EMBED), x, 0.3)
     for i in range(model.n_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], decoder_params["layers"]["block0"])
-        x, _ = blocks.Block(model.kinds[0], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
+        x, _ = blocks.Block(model.kinds("decoder")[0], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
     close(model.norm(decoder_params["norm"], x), hidden(model, params, text, at, key)[0], 2e-5)
 
 
@@ -145,8 +65,7 @@ def test_post_norm_by_hand():
     x = params["embedding"]["table"][text]
     for i in range(model.n_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], params["decoder"]["layers"]["block0"])
-        kind = model.kinds[0]
-        attention = Attention(model.dims, kind.kernel, kind.position, kind.mask, kind.bias, kind.dropout)
+        attention = model.kinds("decoder")[0].attention(model.dims)
         h, _ = attention.apply({"params": layer["attention"]}, x, at, {}, None)
         x = model.norm(layer["norm_attention"], x + h)
         x = model.norm(layer["norm_feed_forward"], x + model.feed_forward(layer["feed_forward"], x))
@@ -175,7 +94,7 @@ def test_every_wiring_is_causal_and_trains(residual, feed_forward):
 
 
 def test_logits_are_capped():
-    plain, capped = decoder(), decoder(logit_cap=5.0)
+    plain, capped = decoder(), decoder(head=LanguageHead(cap=5.0))
     params = loud(plain)
     h = 9 * hidden(plain, params, ids(B, T), one_document(T))[0]
     logits = np.asarray(plain.logits(params, h))
@@ -216,12 +135,12 @@ def test_one_more_dropout_upstream_leaves_the_others_masks():
 
 def test_logits_tied_and_not():
     text, at = ids(B, T), one_document(T)
-    tied, own = decoder(), decoder(tied_head=False)
+    tied, own = decoder(), decoder(head=LanguageHead(tied=False))
     params = loud(own)
     h, _ = hidden(own, params, text, at)
-    close(own.logits(params, h), np.asarray(h) @ np.asarray(params["head"]["kernel"]))
+    close(own.logits(params, h), np.asarray(h) @ np.asarray(params["head_language"]["kernel"]))
     close(tied.logits(params, h), np.asarray(h) @ np.asarray(params["embedding"]["table"]).T)
-    assert "head" not in loud(tied)
+    assert "head_language" not in loud(tied)
     assert (
         tied.logits(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), h.astype(jnp.bfloat16)).dtype == "float32"
     )
@@ -249,7 +168,7 @@ def test_biases_count():
         assert jnp.abs(hidden(model, changed, text, at)[0] - plain).max() > 1e-3, name
 
 
-@pytest.mark.parametrize("fields", [{}, {"bias": True, "tied_head": False, "position": Rotary()}])
+@pytest.mark.parametrize("fields", [{}, {"bias": True, "head": LanguageHead(tied=False), "position": Rotary()}])
 def test_parameters_of_gpt2(fields):
     """124,439,808 as published, with biases; without a compile, by shapes alone."""
     model = decoder(

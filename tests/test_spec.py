@@ -47,7 +47,9 @@ class EmbedsPerLayer(Learned):
     per_layer = True
 
 
-CONFIG = Config("runs/a", Decoder(2, 3, 12, 7, mask=(Window(5), Causal()), position=outside.LearnedPace()))
+CONFIG = Config(
+    "runs/a", Decoder(12, 7, n_layers=2, n_heads=3, mask=(Window(5), Causal()), position=outside.LearnedPace())
+)
 
 
 def test_numbers_are_leaves_and_the_rest_is_structure():
@@ -92,9 +94,9 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
             "model.mask.2.size: model.mask has 2 parts; give model.mask.0.FIELD to model.mask.1",
         ),
         ("model.kernel", "Twice", "model.kernel='Twice' has several classes of that name; give elsewhere:Twice or"),
-        ("model.mask", (), "model.mask has 0 kinds"),
+        ("model.mask", (), "make 0 kinds of layers"),
         ("model.mask", (Window(0), Causal()), "model.mask.0.size=0 must be at least 1"),
-        ("model.mask", (Window(2),) * 3, "model.mask has 3 kinds, which must divide model.n_layers=2"),
+        ("model.mask", (Window(2),) * 3, "model.feed_forward make 3 kinds of layers, which must divide the 2 layers"),
         ("optimizer.b2", "1", "optimizer.b2=1.0 must be at least 0 and less than 1"),
         ("optimizer.clip", "0", "optimizer.clip=0.0 must be more than 0; None turns it off"),
         ("optimizer.learning_rate.final", "1", "optimizer.learning_rate.final=1.0 must lie between 0 and"),
@@ -118,8 +120,11 @@ def test_a_bad_value_gets_one_sentence(path, value, message):
 
 
 def test_an_odd_width_cannot_be_rotated():
-    with pytest.raises(InputError, match=r"model.d_model / model.n_heads = 3 must be even for model.position=Rotary"):
-        checked(Config("runs/a", Decoder(2, 4, 12, 7, position=Rotary())))
+    with pytest.raises(
+        InputError,
+        match=r"model.position turns 3 of the 3 numbers of a head, which must be even",
+    ):
+        checked(Config("runs/a", Decoder(12, 7, n_layers=2, n_heads=4, position=Rotary())))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_the_listing_says_what_the_command_line_takes():
     rows = {path: (value, meaning) for path, value, meaning in listing(config)}
     assert rows["model.mask.0.size"][0] == "5" and rows["data.corpus.weights"][0] == "0.7,0.3"
     assert rows["model.norm"] == ("LayerNorm", "of LayerNorm, NoNorm, RMSNorm")
-    assert rows["model.tied_head"] == ("True", "logits from the embedding table (arXiv:1608.05859)")
+    assert rows["model.head.tied"] == ("True", "")
     assert {path.split(".")[0] for path in rows} == {field.name for field in dataclasses.fields(Config)}
     for path, (value, meaning) in rows.items():
         if not re.search(r"\bof [A-Z]", meaning):  # a part begins with its defaults
@@ -173,7 +178,7 @@ def test_the_listing_says_what_the_command_line_takes():
 
 
 def test_a_longer_remat_needs_a_scan():
-    model = Decoder(4, 3, 12, 7, unroll=4, remat="dots_saveable")
+    model = Decoder(12, 7, n_layers=4, n_heads=3, unroll=4, remat="dots_saveable")
     with pytest.raises(InputError, match=r"remat='dots_saveable' needs a scan: model.unroll=4 must be less; 1"):
         checked(dataclasses.replace(CONFIG, model=model))
 
@@ -184,10 +189,10 @@ def test_numpy_numbers_are_numbers():
 
 def test_strings_are_read_as_the_type_of_the_field():
     config = CONFIG
-    for path, text in {"model.d_ff": "none", "optimizer.clip": "1e-3", "model.tied_head": "False"}.items():
+    for path, text in {"model.d_ff": "none", "optimizer.clip": "1e-3", "model.head.tied": "False"}.items():
         config = override(config, path, text)
     config = override(override(config, "train.steps", "12"), "directory", "12")
-    assert (config.model.d_ff, config.optimizer.clip, config.model.tied_head) == (None, 1e-3, False)
+    assert (config.model.d_ff, config.optimizer.clip, config.model.head.tied) == (None, 1e-3, False)
     assert (config.train.steps, config.directory) == (12, "12")
     checked(config)
 
@@ -210,7 +215,7 @@ def broken(change):
         (lambda c: c["model"].update({"class": ["x"]}), "is no spec"),
         (lambda c: c["model"].pop("class") and None, "class=None is no spec"),
         (lambda c: c["model"].update(n_layer=3), "Decoder.n_layer: no such field; did you mean n_layers?"),
-        (lambda c: c["model"].pop("n_layers") and None, "n_layers"),
+        (lambda c: c["model"].pop("d_model") and None, "d_model"),
         (lambda c: c["model"].update(n_layers="3"), "model.n_layers='3' must be int"),
         (lambda c: c["model"].update(position=c["optimizer"]), "model.position="),
         (lambda c: c["model"], "holds Decoder, not a Config"),
@@ -294,7 +299,7 @@ def test_a_strangers_declarations_are_known_everywhere():
     assert not decay["kernel_params"]["sink"] and all(decay["project"].values())
     assert map_declared(lambda box: box.decay, declared)["embedding"]["table"] is True
     for box in jax.tree.leaves(declared, is_leaf=is_declared):
-        assert all(model.dims[letter] == size for letter, size in box.sizes().items())
+        assert all((model.dims | {"L": 5})[letter] == size for letter, size in box.sizes().items())
 
 
 def test_initial_values_depend_on_path_and_layer_alone():

@@ -93,8 +93,9 @@ def test_one_batch_is_memorised():
     state, first = train_steps(recipe, init_state(recipe, fast), buffer, np.int32(100), fast)
     state, last = train_steps(recipe, state, buffer, np.int32(100), fast)
     assert 3 < float(first["loss"][0]) < 4 and float(last["loss"][-1]) < 0.02
-    nats, weight, n_bytes = evaluate_batch(recipe, state.params, at(0, buffer), np.full(29, 2.0, np.float32))
-    assert float(nats / weight) < 0.02 and float(weight) == float(n_bytes) / 2 == 12 + 8 + 13
+    sums = evaluate_batch(recipe, state.params, at(0, buffer), np.int32(0), np.full(29, 2.0, np.float32))
+    assert float(sums["nats"] / sums["weight"]) < 0.02
+    assert float(sums["weight"]) == float(sums["bytes"]) / 2 == 12 + 8 + 13
 
 
 def test_metrics():
@@ -105,8 +106,8 @@ def test_metrics():
     state = init_state(recipe, hyper())
 
     def loss(params):
-        nats, weight, _ = evaluate_batch(recipe, params, at(0, batches(2)), np.ones(29, np.float32))
-        return nats / weight
+        sums = evaluate_batch(recipe, params, at(0, batches(2)), np.int32(0), np.ones(29, np.float32))
+        return sums["nats"] / sums["weight"]
 
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(jax.grad(loss)(state.params))))
     assert float(row["grad_norm"][0]) == pytest.approx(norm, rel=1e-4)
@@ -123,8 +124,8 @@ def test_the_gradients_norm_of_every_parameter_and_layer():
     assert np.sqrt(sum((a**2).sum() for a in norms.values())) == pytest.approx(float(row["grad_norm"][0]), rel=1e-5)
 
     def loss(params):
-        nats, weight, _ = evaluate_batch(recipe, params, at(0, batches(2)), np.ones(29, np.float32))
-        return nats / weight
+        sums = evaluate_batch(recipe, params, at(0, batches(2)), np.int32(0), np.ones(29, np.float32))
+        return sums["nats"] / sums["weight"]
 
     up = jax.grad(loss)(init_state(plain, hyper()).params)["decoder"]["layers"]["block0"]["feed_forward"]["up"]
     expected = np.sqrt((np.asarray(up) ** 2).sum((1, 2)))
@@ -181,8 +182,8 @@ def test_gradients_in_half_precision_are_those_of_full():
     found = []
     for dtype in ("float32", "bfloat16"):
         recipe = Recipe(model, compute_dtype=dtype)
-        sums = lambda p, recipe=recipe: evaluate_batch(recipe, p, {"tokens": tokens}, np.ones(29, np.float32))
-        loss = lambda p, sums=sums: sums(p)[0] / tokens.size
+        sums = functools.partial(evaluate_batch, recipe)
+        loss = lambda p, sums=sums: sums(p, {"tokens": tokens}, 0, np.ones(29, np.float32))["nats"] / tokens.size
         found.append(jax.grad(loss)(params))
     paths = jax.tree_util.tree_flatten_with_path(found[0])[0]
     for (path, full), half in zip(paths, jax.tree.leaves(found[1]), strict=True):

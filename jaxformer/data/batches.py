@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxformer.data.corpora import Corpus
 from jaxformer.data.datasets import Source
+from jaxformer.data.hashes import Hashes, mix, permuted
 from jaxformer.spec import InputError, Spec
 
 Batch = dict[str, NDArray[np.int32]]
-Hashes = NDArray[np.uint64]
 
 
 class RandomWindows(Spec):
@@ -22,7 +23,17 @@ class RandomWindows(Spec):
     A window goes on across the boundaries of documents.
     """
 
-    has_segments = False  # True: batches have `segments`
+    whole_documents = False  # True: rows are made of documents, so that a source may be split between any two
+    bucket_steps = 1  # steps after which another bucket may have its turn
+
+    def buckets(self, source: Source, length: int) -> tuple[Source, ...]:
+        """Parts of the source whose rows have a width of their own: a batch has rows of one of them."""
+        return (source,)
+
+    def shapes(self, corpus: Corpus, length: int) -> dict[str, tuple[int, ...]]:
+        """The largest shape that a row of each array of a batch may have; labels are left out."""
+        names = ("tokens", "segments") if self.whole_documents else ("tokens",)
+        return dict.fromkeys(names, (length + 1,))
 
     def check_source(self, source: Source, length: int) -> None:
         """Raises InputError if no row of length + 1 can be drawn."""
@@ -34,7 +45,7 @@ class RandomWindows(Spec):
 
         `numbers` count all rows ever drawn of this source; `key`, uint64[1], is made of the seed and the source.
         """
-        first = _mix(_mix(key) + numbers) % np.uint64(len(source.tokens) - length)
+        first = mix(mix(key) + numbers) % np.uint64(len(source.tokens) - length)
         return self._windows(source, length, first.astype(np.int64))
 
     def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
@@ -58,10 +69,96 @@ class ShuffledWindows(RandomWindows):
     def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
         n_windows, spare = divmod(len(source.tokens) - 1, length)
         epoch, place = numbers // np.uint64(n_windows), numbers % np.uint64(n_windows)
-        keys = _mix(_mix(key) + epoch)
-        offset = _mix(keys) % np.uint64(spare + 1)
-        first = _permuted(place, n_windows, keys) * np.uint64(length) + offset
+        keys = mix(mix(key) + epoch)
+        offset = mix(keys) % np.uint64(spare + 1)
+        first = permuted(place, n_windows, keys) * np.uint64(length) + offset
         return self._windows(source, length, first.astype(np.int64))
+
+
+class Examples(RandomWindows):
+    """Rows of one example each, padded on the right, in another order in every epoch.
+
+    With several buckets, examples of about the same length come together, so that less is padding: buckets are as
+    large as one another, each as wide as its longest example, to a multiple of 8, and a bucket has its turn for
+    `bucket_steps` steps. Texts longer than the window are cut.
+
+    A row of two texts has `source`, `source_segments` int32[rows, S] besides; where they are `joined`, as for a
+    decoder or for a classifier of pairs, the second text follows the first, and `parts` tells them apart. Labels are
+    `labels_COLUMN`.
+    """
+
+    joined: bool = False
+    n_buckets: int = 1
+    bucket_steps: int = 10  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    whole_documents = True
+
+    def check(self, at: str = "") -> None:
+        for name in ("n_buckets", "bucket_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1")
+
+    def shapes(self, corpus: Corpus, length: int) -> dict[str, tuple[int, ...]]:
+        found = super().shapes(corpus, length) | ({"parts": (length + 1,)} if self.joined else {})
+        if corpus.texts == 2 and not self.joined:
+            found |= {"source": (length,), "source_segments": (length,)}
+        return found
+
+    def buckets(self, source: Source, length: int) -> tuple[Source, ...]:
+        return _buckets(source, min(self.n_buckets, source.n_examples))
+
+    def check_source(self, source: Source, length: int) -> None:
+        if not source.n_examples:
+            raise InputError("no example")
+
+    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
+        count = np.uint64(source.n_examples)
+        keys = mix(mix(key) + numbers // count)
+        return self._examples(source, length, permuted(numbers % count, int(count), keys).astype(np.int64))
+
+    def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
+        for bucket in self.buckets(source, length):
+            for first in range(0, bucket.n_examples, batch_size):
+                yield self._examples(bucket, length, np.arange(first, first + batch_size))
+
+    def _examples(self, source: Source, length: int, numbers: NDArray[np.int64]) -> Batch:
+        """The examples of these numbers; those past the last are padding."""
+        batch: Batch = {}
+        for name, width in self._widths(source, length).items():
+            batch[name] = np.full((len(numbers), width), source.padding, np.int32)
+            batch["segments" if name == "tokens" else f"{name}_segments"] = np.zeros_like(batch[name])
+        if self.joined:
+            batch["parts"] = np.zeros_like(batch["tokens"])
+        inside = numbers < source.n_examples
+        for row, number in zip(np.flatnonzero(inside), numbers[inside], strict=True):
+            texts = source.example(int(number))
+            if self.joined and len(texts) == 2:
+                batch["parts"][row, len(texts[0]) :] = 1
+                texts = [np.concatenate([texts[0], texts[1][source.prefix :]])]
+            for name, text in zip(("tokens", "source"), reversed(texts), strict=False):
+                text = text[: batch[name].shape[1]]
+                batch[name][row, : len(text)] = text
+                batch["segments" if name == "tokens" else f"{name}_segments"][row, : len(text)] = 1
+        for name, labels in source.labels.items():
+            batch[f"labels_{name}"] = np.zeros((len(numbers), *labels.shape[1:]), np.int32)
+            batch[f"labels_{name}"][inside] = labels[numbers[inside]]
+        return batch
+
+    def _widths(self, source: Source, length: int) -> dict[str, int]:
+        longest = source.longest
+        if len(longest) == 1 or self.joined:
+            return {"tokens": _rounded(sum(longest), length + 1)}
+        return {"source": _rounded(longest[0], length), "tokens": _rounded(longest[1], length + 1)}
+
+
+def _rounded(size: int, most: int) -> int:
+    return max(2, min(-(-size // 8) * 8, most))
+
+
+@functools.lru_cache(maxsize=16)
+def _buckets(source: Source, count: int) -> tuple[Source, ...]:
+    order = np.argsort(source.sizes.sum(1), kind="stable")
+    return tuple(source.pick(np.sort(part)) for part in np.array_split(order, count))
 
 
 class PackedDocuments(RandomWindows):
@@ -73,7 +170,7 @@ class PackedDocuments(RandomWindows):
     per epoch.
     """
 
-    has_segments = True
+    whole_documents = True
 
     def check_source(self, source: Source, length: int) -> None:
         if not len(_plan(source, length).ends):
@@ -82,8 +179,8 @@ class PackedDocuments(RandomWindows):
     def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
         plan = _plan(source, length)
         n_rows = np.uint64(len(plan.ends))
-        keys = _mix(_mix(key) + numbers // n_rows)
-        return plan.batch(source, length, _permuted(numbers % n_rows, int(n_rows), keys).astype(np.int64))
+        keys = mix(mix(key) + numbers // n_rows)
+        return plan.batch(source, length, permuted(numbers % n_rows, int(n_rows), keys).astype(np.int64))
 
     def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
         plan = _plan(source, length)
@@ -115,7 +212,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _plan(source: Source, length: int) -> _Plan:
-    sizes = np.diff(np.append(source.starts, len(source.tokens) - source.shared)) + source.shared
+    sizes = source.ends - source.starts
     starts, sizes = source.starts[sizes > 1], sizes[sizes > 1]
     n_pieces = -(-(sizes - 1) // length)  # neighbours share a token, which one of them predicts
     place = np.arange(n_pieces.sum()) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
@@ -182,6 +279,9 @@ class Batches:
     def at(self, step: int, rows: NDArray[np.integer] | None = None) -> Batch:
         """The batch of a step, or some of its rows; row r of a step is the same whichever others are asked for."""
         rows = np.arange(self.batch_size) if rows is None else rows
+        buckets = self._buckets
+        if len(buckets) > 1:
+            return self._of_bucket(buckets, step, rows)
         numbers = (int(step) * self.batch_size + rows.astype(np.int64)).astype(np.uint64)
         whose, counts = _turns(self.weights)
         turn = (numbers % np.uint64(len(whose))).astype(np.int64)
@@ -190,13 +290,33 @@ class Batches:
             here = whose[turn] == i
             if here.any():
                 own = numbers[here] // np.uint64(len(whose)) * counts[i, -1] + counts[i, turn[here]]
-                key = _mix(_mix(np.array([self.seed], np.uint64)) + np.uint64(i))
+                key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
                 parts.append((here, self.sampling.rows(source, self.length, key, own)))
-        batch = {name: np.empty((len(rows), self.length + 1), np.int32) for name in parts[0][1]}
+        batch = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in parts[0][1].items()}
         for here, part in parts:
             for name, array in part.items():
                 batch[name][here] = array
         return batch
+
+    def same_shapes(self, step: int) -> int:
+        """How many batches from this step on have the same shapes."""
+        every = self.sampling.bucket_steps
+        return every - step % every if len(self._buckets) > 1 else 1 << 31
+
+    @property
+    def _buckets(self) -> tuple[Source, ...]:
+        return self.sampling.buckets(self.sources[0], self.length)
+
+    def _of_bucket(self, buckets: tuple[Source, ...], step: int, rows: NDArray[np.integer]) -> Batch:
+        """A batch of the bucket whose turn it is; each has as many as its share of the examples."""
+        turn, place = divmod(int(step), self.sampling.bucket_steps)
+        whose, counts = _turns(tuple(bucket.n_examples for bucket in buckets))
+        round_, turn = divmod(turn, len(whose))
+        i = int(whose[turn])
+        own = (round_ * int(counts[i, -1]) + int(counts[i, turn])) * self.sampling.bucket_steps + place
+        key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
+        numbers = (own * self.batch_size + rows.astype(np.int64)).astype(np.uint64)
+        return self.sampling.rows(buckets[i], self.length, key, numbers)
 
 
 @functools.lru_cache(maxsize=16)
@@ -219,34 +339,3 @@ def _turns(weights: tuple[float, ...], period: int = 10_000) -> tuple[NDArray[np
         taken[whose[n]] += 1
         counts[:, n + 1] = taken
     return whose, counts
-
-
-# --- hashes
-
-
-def _mix(x: Hashes) -> Hashes:
-    """SplitMix64 (doi:10.1145/2714064.2660195): one step of the generator from the state x."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _permuted(x: Hashes, n: int, keys: Hashes) -> Hashes:
-    """Where a random permutation of 0, …, n − 1 takes x; each element may have a key of its own.
-
-    A Feistel network over the next power of four, walked until it lands below n (doi:10.1007/3-540-45760-7_9).
-    """
-    half = np.uint64(max(1, (n - 1).bit_length() + 1 >> 1))
-    low = (np.uint64(1) << half) - np.uint64(1)
-
-    def scrambled(x: Hashes) -> Hashes:
-        left, right = x >> half, x & low
-        for turn in range(6):
-            left, right = right, left ^ (_mix(_mix(keys + np.uint64(turn)) + right) & low)
-        return left << half | right
-
-    x = scrambled(x)
-    while (outside := x >= np.uint64(n)).any():
-        x = np.where(outside, scrambled(x), x)
-    return x

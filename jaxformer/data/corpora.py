@@ -23,7 +23,13 @@ class Piece(NamedTuple):
 
 
 class Corpus(Spec):
-    """Text. A subclass yields its documents, in the same order every time, or their pieces if they may be long."""
+    """Text. A subclass yields its documents, in the same order every time, or their pieces if they may be long.
+
+    Where rows are examples, each is as many documents, one behind the other, as it has `texts`, and may have labels.
+    """
+
+    texts = 1  # of an example
+    aligned = False  # True: each document is a text of an example, even one without an id
 
     def check(self, at: str = "") -> None:
         if type(self) is Corpus:
@@ -52,6 +58,10 @@ class Corpus(Spec):
     def ids(self) -> np.ndarray | None:
         """The ids themselves, where a file holds them already."""
         return None
+
+    def label_values(self) -> "dict[str, list[str | tuple[str, ...]]]":
+        """Column → the class of each example, or all of its classes."""
+        return {}
 
     def parts(self) -> tuple[tuple["Corpus", float], ...]:
         """The corpora that this one mixes, and their shares of the rows: itself alone, unless it is a mixture."""
@@ -110,6 +120,19 @@ class TextFiles(Corpus):
         files = [(name(path), file_sha256(path)) for path in self.files()]
         fields = f"{type(self).__module__}.{dataclasses.replace(self, path='')!r}"
         return hashlib.sha256(json.dumps([fields, files]).encode()).hexdigest()
+
+
+class TextLines(TextFiles):
+    """Files of which each line is a document; empty ones are none."""
+
+    def read(self, path: Path) -> Iterator[Piece]:
+        for number, line in enumerate(lines(path), 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}, line {number} is not UTF-8 ({error.reason}); convert the file") from None
+            if text.strip():
+                yield from cut([text])
 
 
 class JSONLines(TextFiles):

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import inspect
 import itertools
@@ -12,7 +13,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from jaxformer.data.corpora import Corpus, Piece, joined
 from jaxformer.data.files import cache_directory, file_sha256, write
+from jaxformer.data.hashes import mix
 from jaxformer.data.tokenizers import Ids, Tokenizer, read_tokenizer
 from jaxformer.spec import InputError, dumps
 
@@ -44,9 +46,58 @@ class Source:
     padding: int = 0  # the id that fills rows
     shared: int = 0  # tokens of a document that are the next one's as well: 1 where its end is the other's start
     sha256: str = ""  # of the ids, before any split
+    prefix: int = 0  # ids before each document
+    texts: int = 1  # documents that make an example
+    labels: Mapping[str, NDArray[np.int32]] = dataclasses.field(default_factory=dict)  # column -> [examples, ...]
+    picked: NDArray[np.int64] | None = None  # where documents end, if not all of them are there
 
-    def split(self, valid_fraction: float) -> "tuple[Source, Source]":
-        """All but the last `valid_fraction` of the tokens, and those."""
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """[documents]: where each ends."""
+        if self.picked is not None:
+            return self.picked
+        return np.append(self.starts[1:], len(self.tokens) - self.shared)[: len(self.starts)] + self.shared
+
+    @functools.cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """[examples, texts]: how many tokens each has."""
+        return (self.ends - self.starts).reshape(-1, self.texts)
+
+    @functools.cached_property
+    def longest(self) -> tuple[int, ...]:
+        """The size of the longest of each of an example's texts."""
+        return tuple(self.sizes.max(0, initial=0).tolist())
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.starts) // self.texts
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens) if self.picked is None else int(self.sizes.sum())
+
+    def example(self, number: int) -> list[Tokens]:
+        """The texts of an example."""
+        first = number * self.texts
+        starts, sizes = self.starts[first : first + self.texts], self.sizes[number]
+        return [self.tokens[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+    def pick(self, numbers: NDArray[np.int64]) -> "Source":
+        """The examples of these numbers alone."""
+        documents = (numbers[:, None] * self.texts + np.arange(self.texts)).ravel()
+        labels = {name: values[numbers] for name, values in self.labels.items()}
+        return dataclasses.replace(
+            self, starts=np.asarray(self.starts)[documents], picked=self.ends[documents], labels=labels
+        )
+
+    def split(self, valid_fraction: float, seed: int | None = None) -> "tuple[Source, Source]":
+        """Two parts, the second of which is `valid_fraction` of the whole: of the tokens, from the end.
+
+        Of examples, the last ones or, with a seed, some that are drawn, of each class of the first column as many as
+        are its share.
+        """
+        if seed is not None or self.texts > 1 or self.labels:
+            return self._split_examples(valid_fraction, seed)
         at = int((1 - valid_fraction) * len(self.tokens))
         first, last = (int(np.searchsorted(self.starts, at, side)) for side in ("left", "right"))
         rest = self.starts[last:] - at
@@ -54,6 +105,20 @@ class Source:
             rest = np.concatenate([np.zeros(1, np.int64), rest])  # the document that is cut goes on
         one = dataclasses.replace(self, tokens=self.tokens[:at], starts=self.starts[:first])
         return one, dataclasses.replace(self, tokens=self.tokens[at:], starts=rest)
+
+    def _split_examples(self, valid_fraction: float, seed: int | None) -> "tuple[Source, Source]":
+        numbers = np.arange(self.n_examples)
+        order = (
+            numbers if seed is None else np.argsort(mix(mix(np.array([seed], np.uint64)) + numbers.astype(np.uint64)))
+        )
+        strata = np.zeros(self.n_examples, np.int64)
+        if seed is not None and self.labels:
+            first = next(iter(self.labels.values()))
+            _, strata = np.unique(first, axis=0, return_inverse=True)
+        valid = np.zeros(self.n_examples, bool)
+        for members in (order[strata[order] == stratum] for stratum in np.unique(strata)):
+            valid[members[len(members) - round(valid_fraction * len(members)) :]] = True
+        return self.pick(numbers[~valid]), self.pick(numbers[valid])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,30 +129,73 @@ class Prepared:
     weights: tuple[float, ...]  # each source's share of the rows
     valid: tuple[Source, ...]
     tokenizer: Tokenizer  # fitted
+    classes: Mapping[str, tuple[str, ...]]  # column of a table -> the names of its classes
     manifest: dict[str, Any]  # fingerprints and counts
 
 
-def prepare(corpus: Corpus, tokenizer: Tokenizer, valid: Corpus | None = None, valid_fraction: float = 0.1) -> Prepared:
-    """A corpus as ids, and what it is validated on: `valid` or, if None, the last `valid_fraction` of each part.
+def prepare(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    valid: Corpus | None = None,
+    valid_fraction: float = 0.1,
+    split_seed: int | None = None,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
+) -> Prepared:
+    """A corpus as ids, and what it is validated on: `valid` or, if None, a part of each corpus (`Source.split`).
 
-    Ids are taken from the cache if they are there and whole, else made and put there. Raises InputError for a corpus
-    that is missing, empty or not to be read.
+    Ids are taken from the cache if they are there and whole, else made and put there. `classes` are those of columns
+    that are known already. Raises InputError for a corpus that is missing, empty or not to be read.
     """
     prints = fingerprints(corpus, valid)
     tokenizer = fitted(tokenizer, corpus, prints["corpus_sha256"])
-    sources = _prepare_parts(corpus, prints["corpus_sha256"], tokenizer, "data.corpus")
+    known = classes_of(corpus) | dict(classes or {})
+    sources = _prepare_parts(corpus, prints["corpus_sha256"], tokenizer, "data.corpus", known)
     if valid is None:
-        pairs = [source.split(valid_fraction) for source in sources]
+        pairs = [source.split(valid_fraction, split_seed) for source in sources]
         trains, valids = tuple(train for train, _ in pairs), tuple(rest for _, rest in pairs)
     else:
-        trains, valids = sources, _prepare_parts(valid, prints["valid_sha256"], tokenizer, "data.valid")
+        trains, valids = sources, _prepare_parts(valid, prints["valid_sha256"], tokenizer, "data.valid", known)
     manifest = prints | {
         "ids_sha256": [source.sha256 for source in (trains if valid is None else trains + valids)],
-        "train_tokens": sum(len(source.tokens) for source in trains),
-        "valid_tokens": sum(len(source.tokens) for source in valids),
+        "train_tokens": sum(source.n_tokens for source in trains),
+        "valid_tokens": sum(source.n_tokens for source in valids),
         "documents": sum(len(source.starts) for source in sources),
+        "classes": known,
     }
-    return Prepared(trains, tuple(weight for _, weight in corpus.parts()), valids, tokenizer, manifest)
+    return Prepared(trains, tuple(weight for _, weight in corpus.parts()), valids, tokenizer, known, manifest)
+
+
+def classes_of(corpus: Corpus) -> dict[str, tuple[str, ...]]:
+    """The classes that the columns of a table hold, in their order as text."""
+    found: dict[str, set[str]] = {}
+    for part, _ in corpus.parts():
+        for name, values in part.label_values().items():
+            of_column = found.setdefault(name, set())
+            for value in values:
+                of_column.update((value,) if isinstance(value, str) else value)
+    return {name: tuple(sorted(values)) for name, values in found.items()}
+
+
+def _labels(corpus: Corpus, classes: Mapping[str, tuple[str, ...]], field: str) -> dict[str, NDArray[np.int32]]:
+    """The number of each example's class, [examples], or for each class whether it has it, [examples, classes]."""
+    found: dict[str, NDArray[np.int32]] = {}
+    for name, values in corpus.label_values().items():
+        index = {value: i for i, value in enumerate(classes[name])}
+        several = any(isinstance(value, tuple) for value in values)
+        labels = np.zeros((len(values), len(index)) if several else len(values), np.int32)
+        for i, value in enumerate(values):
+            each = (value,) if isinstance(value, str) else value
+            if unknown := [v for v in each if v not in index]:
+                raise InputError(
+                    f"{field}={corpus}: example {i + 1} has {name}={unknown[0]!r}, which must be one of "
+                    f"{', '.join(classes[name])}; mend the row, or give it to the data to train on"
+                )
+            if several:
+                labels[i, [index[v] for v in each]] = 1
+            else:
+                labels[i] = index[each[0]]
+        found[name] = labels
+    return found
 
 
 def fingerprints(corpus: Corpus, valid: Corpus | None) -> dict[str, Any]:
@@ -112,16 +220,17 @@ def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None)
     return found
 
 
-def encode(corpus: Corpus, tokenizer: Tokenizer) -> Source:
+def encode(corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]] | None = None) -> Source:
     """The ids of a corpus in memory."""
     ids, starts, count = [np.empty(0, np.uint32)], [], 0
-    for found, begins, _ in _framed(_encoded(_pieces(corpus, tokenizer), tokenizer), tokenizer, False):
+    for found, begins, _ in _framed(_encoded(_pieces(corpus, tokenizer), tokenizer), tokenizer, False, corpus.aligned):
         if begins:
             starts.append(count)
         ids.append(found)
         count += len(found)
     ids.append(_last(tokenizer, len(starts)))
-    return Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding, _shared(tokenizer))
+    source = Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding, _shared(tokenizer))
+    return _as_examples(source, corpus, tokenizer, classes or {}, "corpus")
 
 
 def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
@@ -134,10 +243,21 @@ def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
 # --- on disk
 
 
-def _prepare_parts(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str) -> tuple[Source, ...]:
-    parts = [part for part, _ in corpus.parts()]
-    prints = [fingerprint if part is corpus else part.fingerprint() for part in parts]
-    return tuple(_prepare(part, own, tokenizer, field) for part, own in zip(parts, prints, strict=True))
+def _prepare_parts(
+    corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str, classes: Mapping[str, tuple[str, ...]]
+) -> tuple[Source, ...]:
+    found = []
+    for part, _ in corpus.parts():
+        own = fingerprint if part is corpus else part.fingerprint()
+        found.append(_as_examples(_prepare(part, own, tokenizer, field), part, tokenizer, classes, field))
+    return tuple(found)
+
+
+def _as_examples(
+    source: Source, corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]], field: str
+) -> Source:
+    labels = _labels(corpus, classes, field)
+    return dataclasses.replace(source, texts=corpus.texts, labels=labels, prefix=len(tokenizer.prefix))
 
 
 def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str) -> Source:
@@ -245,7 +365,8 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
                 unsaved += len(piece.text)
                 yield piece
 
-        for ids, begins, inside in _framed(_encoded(counted(), tokenizer), tokenizer, done["inside"]):
+        encoded = _encoded(counted(), tokenizer)
+        for ids, begins, inside in _framed(encoded, tokenizer, done["inside"], corpus.aligned):
             check_ids(ids, tokenizer.vocab_size)
             if begins:
                 documents.write(np.int64(done["tokens"]).tobytes())
@@ -297,12 +418,15 @@ def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Pi
 
 
 def _framed(
-    encoded: Iterable[tuple[Piece, Ids]], tokenizer: Tokenizer, inside: bool
+    encoded: Iterable[tuple[Piece, Ids]], tokenizer: Tokenizer, inside: bool, empty: bool
 ) -> Iterator[tuple[Ids, bool, bool]]:
-    """Ids between those that stand before and after a document; whether one begins with them; whether it goes on."""
+    """Ids between those that stand before and after a document; whether one begins with them; whether it goes on.
+
+    A document without an id is none, unless `empty` says so.
+    """
     before, after = np.array(tokenizer.prefix, np.uint32), np.array(tokenizer.suffix, np.uint32)
     for piece, ids in encoded:
-        begins = not inside and len(ids) > 0
+        begins = not inside and (empty or len(ids) > 0)
         inside = inside or begins
         ends = inside and piece.ends
         inside = inside and not piece.ends

@@ -85,8 +85,8 @@ def file_sha256(path: Path) -> str:
 
 
 def located(path: str) -> Path:
-    """The path, with ~ for the user's home."""
-    return Path(os.path.expanduser(path))
+    """The path, with ~ for the user's home and $NAME for an environment variable."""
+    return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def visible_files(root: Path) -> list[Path]:

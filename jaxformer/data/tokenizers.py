@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,12 @@ class Tokenizer(Spec):
         return 0 if self.end is None else self.end
 
     @property
+    def special(self) -> dict[str, tuple[int, ...]]:
+        """The ids that stand for no text, by what they are for; none where there is no such id."""
+        end = () if self.end is None else (self.end,)
+        return {"start": end and (self.start,), "end": end, "padding": (), "mask": (), "sentinels": ()}
+
+    @property
     def prefix(self) -> tuple[int, ...]:
         """The ids that stand before each document, and before a prompt: the start, if documents have an end."""
         return () if self.end is None else (self.start,)
@@ -63,6 +70,10 @@ class Tokenizer(Spec):
     def fit(self, texts: Iterable[str]) -> "Tokenizer":
         """The tokenizer with whatever it learns from text, which may be read twice."""
         return self
+
+    def document(self, text: str) -> list[int]:
+        """The ids of a text by itself, from its start to its end, if it has these."""
+        return [*self.prefix, *self.encode(text).tolist(), *(() if self.end is None else (self.end,))]
 
     def encode(self, text: str) -> Ids:
         """Ids of the text, special ones never. Raises InputError for text that the tokenizer cannot encode."""
@@ -83,23 +94,55 @@ class Tokenizer(Spec):
 # --- bytes and characters
 
 
-class Bytes(Tokenizer):
-    """The bytes of UTF-8, 256 ids. `end_token` adds an id that begins and ends each document."""
+class Plain(Tokenizer):
+    """Ids of bytes or characters, and behind them special ones: the base of both."""
 
-    end_token: bool = False
+    end_token: bool = dataclasses.field(default=False, kw_only=True)  # an id that begins and ends each document
+    mask_token: bool = dataclasses.field(default=False, kw_only=True)  # one that hides a token (objective Masked)
+    sentinels: int = dataclasses.field(default=0, kw_only=True)  # ids of missing spans (objective SpanCorruption)
+
+    def check(self, at: str = "") -> None:
+        if type(self) is Plain:
+            raise ValueError(f"{at.removesuffix('.')}=Plain is the base of others; give one such as Characters")
+        if self.sentinels < 0:
+            raise ValueError(f"{at}sentinels={self.sentinels} must be at least 0; 100 is usual")
 
     @property
-    def vocab_size(self) -> int:
-        return 256 + self.end_token
+    def n_ordinary(self) -> int:
+        """How many ids stand for text."""
+        raise NotImplementedError
+
+    @property
+    def n_special(self) -> int:
+        return self.end_token + self.mask_token + self.sentinels
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.n_ordinary + self.n_special
+
+    @property
+    def end(self) -> int | None:
+        return self.n_ordinary if self.end_token else None
+
+    @property
+    def special(self) -> dict[str, tuple[int, ...]]:
+        first = self.n_ordinary + self.end_token
+        mask = (first,) if self.mask_token else ()
+        first += len(mask)
+        return super().special | {"mask": mask, "sentinels": tuple(range(first, first + self.sentinels))}
+
+
+class Bytes(Plain):
+    """The bytes of UTF-8, 256 ids."""
+
+    @property
+    def n_ordinary(self) -> int:
+        return 256
 
     @property
     def start(self) -> int:
         """The end token or, without one, a line break."""
         return ord("\n") if self.end is None else self.end
-
-    @property
-    def end(self) -> int | None:
-        return 256 if self.end_token else None
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint32)
@@ -109,19 +152,16 @@ class Bytes(Tokenizer):
         return found[found < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def byte_lengths(self) -> NDArray[np.int64]:
-        return np.array([1] * 256 + [0] * self.end_token, np.int64)
+        return np.array([1] * 256 + [0] * self.n_special, np.int64)
 
 
-class Characters(Tokenizer):
-    """One id for each character of the corpus, in the order of their code points.
-
-    `end_token` adds an id, the last, that begins and ends each document.
-    """
+class Characters(Plain):
+    """One id for each character of the corpus, in the order of their code points."""
 
     alphabet: str | None = None  # None: found in the corpus
-    end_token: bool = False
 
     def check(self, at: str = "") -> None:
+        super().check(at)
         if self.alphabet is not None and (not self.alphabet or list(self.alphabet) != sorted(set(self.alphabet))):
             raise ValueError(
                 f"{at}alphabet={self.alphabet[:40]!r} must be distinct characters in the order of their code points; "
@@ -134,16 +174,16 @@ class Characters(Tokenizer):
 
     @property
     def vocab_size(self) -> int | None:
-        return None if self.alphabet is None else len(self.alphabet) + self.end_token
+        return None if self.alphabet is None else super().vocab_size
+
+    @property
+    def n_ordinary(self) -> int:
+        return len(self._fitted())
 
     @property
     def start(self) -> int:
         """The end token or, without one, a line break, or the first character if the corpus has none."""
         return max(0, self._fitted().find("\n")) if self.end is None else self.end
-
-    @property
-    def end(self) -> int | None:
-        return len(self._fitted()) if self.end_token else None
 
     def fit(self, texts: Iterable[str]) -> "Characters":
         if not self.learns:
@@ -175,7 +215,7 @@ class Characters(Tokenizer):
 
     def byte_lengths(self) -> NDArray[np.int64]:
         lengths = [len(c.encode("utf-8", "surrogatepass")) for c in self._fitted()]
-        return np.array(lengths + [0] * self.end_token, np.int64)
+        return np.array(lengths + [0] * self.n_special, np.int64)
 
     def _fitted(self) -> str:
         if self.alphabet is None:
@@ -207,6 +247,8 @@ class Subwords(Tokenizer):
     start_token: str
     end_token: str | None = None
     padding_token: str | None = None
+    mask_token: str | None = None
+    sentinel_tokens: tuple[str, ...] = ()
 
     def check(self, at: str = "") -> None:
         try:
@@ -218,10 +260,13 @@ class Subwords(Tokenizer):
         if self.size < library.get_vocab_size():
             raise ValueError(f"{at}size={self.size} must be at least {library.get_vocab_size()}, the tokens defined")
         special = _special(library)
-        for name in ("start_token", "end_token", "padding_token"):
+        for name in ("start_token", "end_token", "padding_token", "mask_token", "sentinel_tokens"):
             token = getattr(self, name)
-            if token is not None and library.token_to_id(token) not in special:
-                raise ValueError(f"{at}{name}={token!r} must be a special token of the tokenizer; None if it has none")
+            for one in token if isinstance(token, tuple) else (token,):
+                if one is not None and library.token_to_id(one) not in special:
+                    raise ValueError(
+                        f"{at}{name}={one!r} must be a special token of the tokenizer; None if it has none"
+                    )
 
     @property
     def piecewise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -247,6 +292,16 @@ class Subwords(Tokenizer):
         return (
             super().padding if self.padding_token is None else _library(self.definition).token_to_id(self.padding_token)
         )
+
+    @property
+    def special(self) -> dict[str, tuple[int, ...]]:
+        named = {"start": self.start_token, "end": self.end_token, "padding": self.padding_token}
+        names = {name: () if token is None else (token,) for name, token in named.items()}
+        names |= {"mask": () if self.mask_token is None else (self.mask_token,), "sentinels": self.sentinel_tokens}
+        library = _library(self.definition)
+        found = {name: tuple(library.token_to_id(token) for token in tokens) for name, tokens in names.items()}
+        rest = _special(library) - {i for ids in found.values() for i in ids}
+        return found | {"others": tuple(sorted(rest))}
 
     def encode(self, text: str) -> Ids:
         try:
@@ -289,16 +344,38 @@ class BPE(Tokenizer):
 
     vocab_size: int = 8192  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     sample: int = 100_000_000  # characters to learn from, spread evenly over the corpus; they bound the memory
+    mask_token: bool = False  # whether an id hides a token (objective Masked)
+    sentinels: int = 0  # so many ids stand for missing spans (objective SpanCorruption)
+    lowercase: bool = False  # all text is read in lower case
 
     def check(self, at: str = "") -> None:
-        if not 257 <= self.vocab_size <= 1 << 20:
-            raise ValueError(f"{at}vocab_size={self.vocab_size} must be at least 257 (bytes, end), at most {1 << 20}")
+        if self.sentinels < 0:
+            raise ValueError(f"{at}sentinels={self.sentinels} must be at least 0; 100 is usual")
+        least = 257 + self.mask_token + self.sentinels
+        if not least <= self.vocab_size <= 1 << 20:
+            raise ValueError(
+                f"{at}vocab_size={self.vocab_size} must be at least {least} (bytes and special ids), at most {1 << 20}"
+            )
         if self.sample < 1:
             raise ValueError(f"{at}sample={self.sample} must be at least 1 character")
 
     @property
     def learns(self) -> bool:
         return True
+
+    @property
+    def start(self) -> int:
+        return 0
+
+    @property
+    def end(self) -> int:
+        return 0
+
+    @property
+    def special(self) -> dict[str, tuple[int, ...]]:
+        mask = (1,) if self.mask_token else ()
+        first = 1 + len(mask)
+        return super().special | {"mask": mask, "sentinels": tuple(range(first, first + self.sentinels))}
 
     def fit(self, texts: Iterable[str]) -> Subwords:
         import tokenizers
@@ -311,14 +388,18 @@ class BPE(Tokenizer):
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
         library.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
+        if self.lowercase:
+            library.normalizer = tokenizers.normalizers.Lowercase()  # pyright: ignore
+        mask, sentinels = MASK if self.mask_token else None, tuple(f"<extra_id_{i}>" for i in range(self.sentinels))
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=self.vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=[END_OF_TEXT, *filter(None, [mask]), *sentinels],
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
         library.train_from_iterator(sample, trainer)
-        return Subwords(_canonical(library.to_str()), self.vocab_size, END_OF_TEXT, END_OF_TEXT)
+        special = END_OF_TEXT, END_OF_TEXT, None, mask, sentinels
+        return Subwords(_canonical(library.to_str()), self.vocab_size, *special)
 
 
 class TokenizerFile(Tokenizer):
@@ -331,6 +412,7 @@ class TokenizerFile(Tokenizer):
     start_token: str | None = None
     end_token: str | None = None
     padding_token: str | None = None
+    mask_token: str | None = None
 
     @property
     def vocab_size(self) -> int | None:
@@ -339,7 +421,7 @@ class TokenizerFile(Tokenizer):
     def fit(self, texts: Iterable[str]) -> Tokenizer:
         path = located(self.path)
         value = _read_json(path)
-        given = {name: getattr(self, name) for name in ("start_token", "end_token", "padding_token")}
+        given = {name: getattr(self, name) for name in SPECIAL}
         if isinstance(value, dict) and "class" in value:
             for name, token in given.items():
                 if token is not None:
@@ -363,12 +445,17 @@ class TokenizerFile(Tokenizer):
             names = ", ".join(sorted(map(str, special))) or "none"
             raise InputError(f"{path}: no usual start token is among {names}; give data.tokenizer.start_token")
         size = max(library.get_vocab(with_added_tokens=True).values()) + 1
-        return Subwords(_canonical(library.to_str()), size, start, end, self.padding_token or usual(PADDINGS))
+        others = self.padding_token or usual(PADDINGS), self.mask_token or usual(MASKS)
+        sentinels = tuple(itertools.takewhile(special.__contains__, (f"<extra_id_{i}>" for i in itertools.count())))
+        return Subwords(_canonical(library.to_str()), size, start, end, *others, sentinels)
 
 
+SPECIAL = ("start_token", "end_token", "padding_token", "mask_token")
 END_OF_TEXT = "<|endoftext|>"
 STARTS = ("<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>", END_OF_TEXT)
 ENDS = ("</s>", "[SEP]", "<eos>", "<|end_of_text|>", END_OF_TEXT)
+MASK = "<mask>"
+MASKS = (MASK, "[MASK]")
 PADDINGS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxformer.generation.logits_processors import Unchanged
 from jaxformer.model.masks import Places, places
-from jaxformer.model.models import Decoder
+from jaxformer.model.models import Model
 
 Processors = tuple[Unchanged, ...]
 
@@ -23,7 +23,7 @@ class Stop(NamedTuple):
 
 
 def generate(
-    model: Decoder,
+    model: Model,
     params: Any,
     prompts: Sequence[Sequence[int]],
     tokens: int,
@@ -31,6 +31,7 @@ def generate(
     seed: int = 0,
     context: int | None = None,
     end: int | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> np.ndarray:
     """int32[B, tokens] that follow the prompts, none of which may be empty.
 
@@ -38,24 +39,26 @@ def generate(
 
     Sample i, token t is drawn with the key fold_in(fold_in(key(seed), i), t), so that asking for more samples of a
     prompt, or for more tokens, leaves the first ones as they were. A text that fills the context goes on from its last
-    half; rows do so together, when the longest is full. `context` is the model's context_length, or less. Ids are not
-    checked here.
+    half; rows do so together, when the longest is full. `context` is the model's context_length, or less. A prefix
+    mask sees the whole prompt, or the half. `sources` are what the encoder of a model that has one reads, a row each.
+    Ids are not checked here.
     """
     context = context or model.context_length
+    memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
     texts = [list(prompt)[-context:] for prompt in prompts]
     made: list[np.ndarray] = []
     done, ended = 0, np.zeros(len(texts), bool)
     while done < tokens and not ended.all():
         longest = max(map(len, texts))
         count = min(tokens - done, context - longest + 1)
-        padded = np.zeros((len(texts), _bucket(longest, context)), np.int32)
-        for row, text in zip(padded, texts, strict=True):
-            row[: len(text)] = text
-        lengths = np.array([len(text) for text in texts], np.int32)
-        h, cache = _prefill(model, context, params, padded, lengths)
+        prompt, segment = padded(texts, context)
+        lengths = segment.sum(1)
+        h, cache = _prefill(model, context, params, prompt, segment, memory)
         stop = Stop(ended, np.int32(-1 if end is None else end))
         numbers = np.int32(done), np.int32(count), np.uint32(seed)
-        ids, ended = jax.device_get(_decode(model, context, params, h, cache, lengths, *numbers, processors, stop))
+        ids, ended = jax.device_get(
+            _decode(model, context, params, h, cache, lengths, *numbers, processors, stop, memory)
+        )
         made.append(ids[:, :count])
         done += count
         half = max(1, context // 2)
@@ -64,23 +67,35 @@ def generate(
     return np.concatenate([*made, rest], 1)
 
 
-def _bucket(length: int, limit: int) -> int:
-    """The next power of two: prompts of many lengths share one program."""
-    return min(limit, 1 << (length - 1).bit_length())
+def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and segments, int32[B, T], padded on the right to a power of two: many lengths share one program."""
+    longest = max(1, *map(len, texts))
+    ids = np.zeros((len(texts), min(limit, 1 << (longest - 1).bit_length())), np.int32)
+    segments = np.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, : len(text)], segments[i, : len(text)] = text, 1
+    return ids, segments
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: Model, params: Any, ids: jax.Array, segment: jax.Array) -> Any:
+    return model.encode(params, ids, places(segment))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(model: Decoder, context: int, params: Any, prompt: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
+def _prefill(
+    model: Model, context: int, params: Any, prompt: jax.Array, segment: jax.Array, memory: Any
+) -> tuple[jax.Array, Any]:
     """The hidden state [B, D] of the last token of each prompt [B, T], padded on the right, and the filled cache."""
-    at = places((jnp.arange(prompt.shape[1])[None] < lengths[:, None]).astype(jnp.int32))
+    at = places(segment, jnp.zeros_like(segment))
     cache = model.cache(len(prompt), context, jax.tree.leaves(params)[0].dtype)
-    h, cache = model.hidden(params, prompt, at, cache=cache)
-    return jnp.take_along_axis(h, lengths[:, None, None] - 1, axis=1)[:, 0], cache
+    h, cache = model.hidden(params, prompt, at, cache=cache, memory=memory)
+    return jnp.take_along_axis(h, segment.sum(1)[:, None, None] - 1, axis=1)[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(
-    model: Decoder,
+    model: Model,
     context: int,
     params: Any,
     h: jax.Array,
@@ -91,6 +106,7 @@ def _decode(
     seed: jax.Array,
     processors: Processors,
     stop: Stop,
+    memory: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """`count` tokens, numbered from `first` for their keys: the leading columns of int32[B, context]; who has ended."""
     rows = jnp.arange(len(h))
@@ -110,9 +126,10 @@ def _decode(
 
     def body(carry: Any) -> Any:
         i, ids, cache, ended = carry
-        at = Places((lengths + i - 1)[:, None], jnp.ones((len(h), 1), jnp.int32))
+        one = jnp.ones((len(h), 1), jnp.int32)
+        at = Places((lengths + i - 1)[:, None], one, one)
         last = jax.lax.dynamic_slice_in_dim(ids, i - 1, 1, axis=1)
-        new, cache = model.hidden(params, last, at, cache=cache)
+        new, cache = model.hidden(params, last, at, cache=cache, memory=memory)
         new, ended = draw(new[:, 0], first + i, ended)
         return i + 1, ids.at[:, i].set(new), cache, ended
 

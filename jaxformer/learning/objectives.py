@@ -1,17 +1,29 @@
 """Objectives: from a batch of tokens to inputs, targets and weights, and to a sum of nats and a sum of weights."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxformer.keys import fold
+from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, MultiLabelHead, cross_entropy
 from jaxformer.model.masks import Places, one_document, places
-from jaxformer.model.models import Decoder
+from jaxformer.model.models import HEAD, Model
 from jaxformer.spec import Spec
 
 Batch = Mapping[str, Any]
+Key = jax.Array | None
+
+
+class Text(NamedTuple):
+    """Ids and where they stand."""
+
+    ids: Int[Array, "B T"]
+    at: Places
 
 
 class Example(NamedTuple):
@@ -19,32 +31,457 @@ class Example(NamedTuple):
 
     ids: Int[Array, "B T"]
     at: Places
-    targets: Int[Array, "B T"]
-    weights: Float[Array, "B T"]
+    targets: Any  # int32[B, T], or labels by column
+    weights: Float[Array, "B ..."]
+    source: Text | None = None  # what an encoder reads
 
 
 class NextToken(Spec):
-    """Predict each token from those before it.
+    """Predict each token from those before it; also the base of all objectives.
 
     A batch holds `tokens` int32[B, T + 1] and, where rows have padding or several documents, `segments` of that shape:
     0 is padding, and nothing is predicted across a change of segment.
     """
+
+    label_smoothing: float = 0.0  # of the target's weight, what is spread over the vocabulary (arXiv:1512.00567)
+    z_loss: float = 0.0  # times the square of the logarithm of the softmax's sum: keeps logits small (arXiv:2204.02311)
+
+    lookahead = 1  # how many tokens more a row has than the model sees
+    needs = ("tokens",)  # of a batch
+
+    def check(self, at: str = "") -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"{at}label_smoothing={self.label_smoothing} must be at least 0 and less than 1; 0.1 is usual"
+            )
+        if self.z_loss < 0:
+            raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
+
+    def check_model(self, model: Model) -> None:
+        """Raises ValueError if the model cannot learn this."""
+        model.head_of(LanguageHead)
+        if model.encodes or not model.generates or model.sees_ahead:
+            self._refuse(model, "a decoder whose masks are causal: the answer must not be seen")
+
+    def _refuse(self, model: Model, what: str) -> None:
+        raise ValueError(f"objective={type(self).__name__} must have {what}; model={type(model).__name__} is none")
+
+    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int) -> Self:
+        """The objective with the tokenizer's special ids, by name. Raises ValueError if one is missing."""
+        return self
+
+    def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
+        """Column → the shape of an example's labels."""
+        return {}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
         tokens = batch["tokens"]
         if "segments" not in batch:
             length = tokens.shape[1] - 1
             return Example(tokens[:, :-1], one_document(length), tokens[:, 1:], jnp.ones((1, length)))
-        segments = batch["segments"]
+        segments, parts = batch["segments"], batch.get("parts")
         inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        return Example(tokens[:, :-1], places(segments[:, :-1]), tokens[:, 1:], inside.astype(jnp.float32))
+        at = places(segments[:, :-1], None if parts is None else parts[:, :-1])
+        return Example(tokens[:, :-1], at, tokens[:, 1:], inside.astype(jnp.float32))
 
-    def loss(
-        self, model: Decoder, params: Any, example: Example, key: jax.Array | None
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The sum of weighted nats, and the sum of weights; a key of None means evaluation."""
+        logits = self._logits(model, params, example, key)
+        nats = cross_entropy(logits, example.targets, self.label_smoothing)
+        if self.z_loss:
+            nats = nats + self.z_loss * jax.nn.logsumexp(logits, -1) ** 2
+        weights = jnp.broadcast_to(example.weights, nats.shape)
+        return (nats * weights).sum(), weights.sum()
+
+    def sums(
+        self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
+    ) -> dict[str, Float[Array, ""]]:
+        """Sums over a batch, without dropout, smoothing and z-loss, from which `summary` makes what is reported."""
+        logits = self._logits(model, params, example, None)
+        nats = cross_entropy(logits, example.targets)
+        weights = jnp.broadcast_to(example.weights, nats.shape)
+        right = logits.argmax(-1) == example.targets
+        more = self._more_sums(right, weights)
+        n_bytes = (byte_lengths[example.targets] * weights).sum()
+        return {"nats": (nats * weights).sum(), "weight": weights.sum(), "bytes": n_bytes} | more
+
+    def _more_sums(self, right: Bool[Array, "B T"], weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
+        return {}
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """`loss` in nats per token, `tokens`, and what else the objective is judged by."""
+        bits = sums["nats"] / sums["bytes"] / math.log(2) if sums["bytes"] else None
+        return {"loss": _ratio(sums, "nats"), "bits_per_byte": bits, "tokens": int(sums["weight"])}
+
+    def _logits(self, model: Model, params: Any, example: Example, key: Key) -> Float[Array, "B T V"]:
+        memory = None if example.source is None else model.encode(params, *example.source, key=key)
+        h, _ = model.hidden(params, example.ids, example.at, key, memory=memory)
+        return model.logits(params, h)
+
+
+class PrefixLM(NextToken):
+    """Predict each token of a document's second part; its first is seen whole (arXiv:1910.10683, section 3.2.1).
+
+    Where a batch has `parts`, they say which is which (0, 1); else each document is divided anywhere, by chance.
+    """
+
+    def check_model(self, model: Model) -> None:
+        model.head_of(LanguageHead)
+        if model.encodes or not model.generates or model.sees_answers:
+            self._refuse(model, "a decoder with the mask Prefix, or a causal one")
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+        segments = batch.get("segments", jnp.ones_like(batch["tokens"]))
+        parts = batch["parts"] if "parts" in batch else _second_parts(key, segments)
+        example = super().prepare({"tokens": batch["tokens"], "segments": segments, "parts": parts}, key)
+        return example._replace(weights=example.weights * parts[:, 1:])
+
+
+class Masked(NextToken):
+    """Predict a share of the tokens, of which 80 % are replaced by the mask, 10 % by any token, 10 % stay (BERT,
+    arXiv:1810.04805, section 3.1).
+
+    A batch holds `tokens` and `segments` int32[B, T].
+    """
+
+    share: float = 0.15
+    mask: int | None = None  # id; None: the tokenizer's
+    special: tuple[int, ...] | None = None  # ids that are never predicted, nor put in; None: the tokenizer's
+    vocab_size: int | None = None  # None: the tokenizer's
+
+    lookahead = 0
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if not 0 < self.share < 1:
+            raise ValueError(f"{at}share={self.share} must lie between 0 and 1; 0.15 is usual")
+
+    def check_model(self, model: Model) -> None:
+        model.head_of(LanguageHead)
+        if model.encodes or not model.sees_ahead:
+            self._refuse(model, "an Encoder, which sees what comes after a token")
+
+    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int) -> "Masked":
+        if self.mask is None and not special["mask"]:
+            raise ValueError("objective=Masked needs a mask token: data.tokenizer.mask_token=true, or objective.mask")
+        mask = special["mask"][0] if self.mask is None else self.mask
+        every = tuple(sorted({mask, *(i for ids in special.values() for i in ids)}))
+        size = self.vocab_size or vocab_size
+        return dataclasses.replace(
+            self, mask=mask, special=every if self.special is None else self.special, vocab_size=size
+        )
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+        tokens = batch["tokens"]
+        segments = batch.get("segments", jnp.ones_like(tokens))
+        assert self.mask is not None and self.special is not None and self.vocab_size is not None
+        of_choice, of_token = jax.random.split(key)
+        ordinary = (tokens[..., None] != jnp.asarray(self.special)[None, None]).all(-1)
+        u = jax.random.uniform(of_choice, tokens.shape)
+        chosen = (u < self.share) & (segments > 0) & ordinary
+        other = jax.random.randint(of_token, tokens.shape, 0, self.vocab_size - len(self.special))
+        for i in sorted(set(self.special)):  # in rising order: ids from each special one on move up by one
+            other += other >= i
+        ids = jnp.where(u < 0.8 * self.share, self.mask, jnp.where(u < 0.9 * self.share, other, tokens))
+        at = places(segments, batch.get("parts"))
+        return Example(jnp.where(chosen, ids, tokens), at, tokens, chosen.astype(jnp.float32))
+
+    def _more_sums(self, right: Bool[Array, "B T"], weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
+        return {"right": (right * weights).sum()}
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "tokens": int(sums["weight"])}
+
+
+class SequenceToSequence(NextToken):
+    """Predict a text from another, each token from those before it: teacher forcing (arXiv:1409.3215).
+
+    A batch holds `source`, `source_segments` int32[B, S] for the encoder, `tokens`, `segments` int32[B, T + 1] for the
+    decoder. `exact` is the share of texts of which each token is the likeliest after the true ones before it: just
+    those, by induction, that greedy decoding writes without a fault.
+    """
+
+    needs = ("source", "source_segments", "tokens", "segments")
+
+    def check_model(self, model: Model) -> None:
+        model.head_of(LanguageHead)
+        if not model.encodes or model.sees_ahead:
+            self._refuse(model, "an EncoderDecoder whose decoder's masks are causal")
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+        source = Text(batch["source"], places(batch["source_segments"]))
+        return super().prepare({n: batch[n] for n in ("tokens", "segments")}, key)._replace(source=source)
+
+    def _more_sums(self, right: Bool[Array, "B T"], weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
+        real = (weights > 0).any(1)
+        exact = (right | (weights == 0)).all(1) & real
+        return {"exact": exact.sum().astype(jnp.float32), "texts": real.sum().astype(jnp.float32)}
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        exact = sums["exact"] / sums["texts"] if sums["texts"] else math.nan
+        return super().summary(sums) | {"exact": exact}
+
+
+class SpanCorruption(NextToken):
+    """Predict spans that are missing from a text, each marked by a sentinel (T5, arXiv:1910.10683, section 3.1.4).
+
+    A batch holds `tokens` and `segments` int32[B, T]. A text `a b c d e f` becomes the source `a X d e Y` and the
+    target `X b c Y f`, between the ids that begin and end a text. Spans do not cross documents of a packed row, and
+    the sentinels of each document begin anew.
+    """
+
+    density: float = 0.15  # the share of tokens that is missing
+    mean_span: float = 3.0  # tokens
+    sentinels: tuple[int, ...] | None = None  # ids; None: the tokenizer's
+    start: int | None = None  # id that a target begins with; None: the tokenizer's
+    end: int | None = None
+
+    lookahead = 0
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if not 0 < self.density < 1:
+            raise ValueError(f"{at}density={self.density} must lie between 0 and 1; 0.15 is usual")
+        if self.mean_span < 1:
+            raise ValueError(f"{at}mean_span={self.mean_span} must be at least 1; 3 is usual")
+
+    def check_model(self, model: Model) -> None:
+        SequenceToSequence.check_model(self, model)  # pyright: ignore[reportArgumentType]
+
+    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int) -> "SpanCorruption":
+        fields: dict[str, Any] = {"sentinels": self.sentinels or special["sentinels"]}
+        for name in ("start", "end"):
+            given = getattr(self, name)
+            fields[name] = given if given is not None else next(iter(special[name]), None)
+        if not fields["sentinels"] or fields["end"] is None:
+            raise ValueError(
+                "objective=SpanCorruption needs sentinels and an end: "
+                "data.tokenizer.sentinels=100 and data.tokenizer.end_token=true"
+            )
+        return dataclasses.replace(self, **fields)
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+        tokens = batch["tokens"]
+        segments = batch.get("segments", jnp.ones_like(tokens))
+        assert self.sentinels and self.start is not None and self.end is not None
+        T, sentinels = tokens.shape[1], jnp.asarray(self.sentinels)
+        special = jnp.asarray((self.start, self.end, *self.sentinels))
+        free = (segments > 0) & (tokens[..., None] != special[None, None]).all(-1)
+        missing = jax.vmap(self.spans)(jax.random.split(key, len(tokens)), free)
+        at, width = places(segments), min(T, self.target_width(T))
+        alike = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))  # with the token before
+        begins, ends = (segments > 0) & ~alike, (segments > 0) & ~jnp.pad(alike[:, 1:], ((0, 0), (0, 1)))
+        some = _any_of_document(missing, at, segments)
+        first = missing & ~(jnp.pad(missing[:, :-1], ((0, 0), (1, 0))) & alike)  # of a span
+        size = jnp.cumsum(jnp.stack([missing, first, begins & some, ends & some]).sum(0), 1)  # of the target so far
+        fits = jnp.take_along_axis(size, _ends(at, segments), 1) <= width + 1  # else the document stays whole
+        missing, first, some = missing & fits, first & fits, some & fits
+        count = jnp.cumsum(first, 1)
+        before = jnp.take_along_axis(count - first, jnp.arange(T)[None] - at.position, 1)  # spans of documents before
+        number = jnp.minimum(count - before, len(self.sentinels)) - 1
+        marks = sentinels[jnp.maximum(number, 0)]
+        source, source_segments = _compact(
+            jnp.where(first, marks, tokens), segments, (segments > 0) & (~missing | first), T
+        )
+        # what each token adds to the target: a start, a sentinel, itself, an end
+        parts = [(jnp.full_like(tokens, self.start), begins & some), (marks, first), (tokens, missing)]
+        parts.append((jnp.full_like(tokens, self.end), ends & some))
+        ids, kept = (jnp.stack(arrays, -1).reshape(len(tokens), 4 * T) for arrays in zip(*parts, strict=True))
+        target, target_segments = _compact(ids, jnp.repeat(segments, 4, axis=1), kept, width + 1)
+        text = NextToken.prepare(self, {"tokens": target, "segments": target_segments}, key)
+        return text._replace(source=Text(source, places(source_segments)))
+
+    def target_width(self, length: int) -> int:
+        """Enough for what is missing of one text, its sentinels and end; a document that finds no room stays whole."""
+        missing = max(1, round(length * self.density))
+        return missing + max(1, round(missing / self.mean_span)) + 2
+
+    def spans(self, key: jax.Array, free: Bool[Array, "T"]) -> Bool[Array, "T"]:
+        """Which tokens of a text are missing: as many as `density` says, in as many spans as `mean_span` says.
+
+        Spans and what lies between them have lengths drawn evenly from all that add up. The first token stays.
+        """
+        T, n = free.shape[0], free.sum()
+        n_missing = jnp.clip(jnp.round(n * self.density), 1, jnp.maximum(n - 1, 1)).astype(jnp.int32)
+        n_spans = jnp.clip(jnp.round(n_missing / self.mean_span), 1, jnp.maximum(n - n_missing, 1)).astype(jnp.int32)
+        keys = jax.random.split(key)
+        kept = _composition(keys[0], n - n_missing, n_spans, T)
+        lost = _composition(keys[1], n_missing, n_spans, T)
+        edges = jnp.cumsum(jnp.stack([kept, lost], 1).ravel())
+        place = jnp.cumsum(free) - 1  # among the free tokens
+        turn = jnp.searchsorted(edges, place, side="right")
+        return free & (turn % 2 == 1) & (turn < 2 * n_spans) & (n > 1)
+
+
+class Classification(NextToken):
+    """Predict a class for each text, by every classification head of the model: its distribution is that of the head.
+
+    A batch holds `tokens` and `segments` int32[B, T], and for each head `labels_COLUMN`.
+    """
+
+    lookahead = 0
+
+    def check_model(self, model: Model) -> None:
+        model.head_of(ClassificationHead)
+        if model.encodes:
+            self._refuse(model, "an Encoder or a Decoder")
+
+    def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
+        heads = [head for head in model.heads if isinstance(head, ClassificationHead)]
+        return {h.column: (h.n_logits,) if isinstance(h, MultiLabelHead) else () for h in heads}
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+        tokens = batch["tokens"]
+        segments = batch.get("segments", jnp.ones_like(tokens))
+        labels = {n.removeprefix("labels_"): labels for n, labels in batch.items() if n.startswith("labels_")}
+        real = (segments > 0).any(1).astype(jnp.float32)
+        return Example(tokens, places(segments, batch.get("parts")), labels, real)
+
+    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        nats = jnp.float32(0)
+        for head, logits, labels, weights in self._heads(model, params, example, key):
+            weights = weights / jnp.maximum(weights.sum(), 1) * example.weights.sum()
+            nats += (head.nats(logits, jnp.maximum(labels, 0), self.label_smoothing) * weights).sum()
+        return nats, example.weights.sum()
+
+    def sums(
+        self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
+    ) -> dict[str, Float[Array, ""]]:
+        found = {"weight": example.weights.sum()}
+        for head, logits, labels, weights in self._heads(model, params, example, None):
+            labels = jnp.maximum(labels, 0)
+            found[f"nats of {head.column}"] = (head.nats(logits, labels, 0.0) * weights).sum()
+            found[f"right of {head.column}"] = (head.right(logits, labels) * weights).sum()
+            found[f"weight of {head.column}"] = weights.sum()
+        return found
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        columns = [name.removeprefix("nats of ") for name in sums if name.startswith("nats of ")]
+        loss = {c: _ratio(sums, f"nats of {c}", f"weight of {c}") for c in columns}
+        right = {c: _ratio(sums, f"right of {c}", f"weight of {c}") for c in columns}
+        mean = {"loss": sum(loss.values()), "accuracy": sum(right.values()) / len(right)}
+        each = {f"accuracy_{c}": value for c, value in right.items()} if len(columns) > 1 else {}
+        return mean | each | {"examples": int(sums["weight"])}
+
+    def _heads(self, model: Model, params: Any, example: Example, key: Key) -> list[Any]:
+        """Head, logits, labels, weights of each classification head; a label of −1 is none."""
         h, _ = model.hidden(params, example.ids, example.at, key)
-        logits = model.logits(params, h)
-        chosen = jnp.take_along_axis(logits, example.targets[..., None], -1)[..., 0]
-        weights = jnp.broadcast_to(example.weights, chosen.shape)
-        return ((jax.nn.logsumexp(logits, -1) - chosen) * weights).sum(), weights.sum()
+        real, found = example.at.segment > 0, []
+        for head in model.heads:
+            if isinstance(head, ClassificationHead):
+                labels = example.targets[head.column]
+                logits = model.read(params, head, h, real, fold(key, HEAD))
+                shape = head.right(logits, labels).shape
+                known = (labels >= 0).reshape(*shape, -1).all(-1) & (real.any(1) if len(shape) == 1 else real)
+                found.append((head, logits, labels, known.astype(jnp.float32)))
+        return found
+
+
+class Contrastive(NextToken):
+    """Of all second texts of a batch, tell the one that belongs to a first text, and the reverse (InfoNCE,
+    arXiv:1807.03748; both directions as in arXiv:2103.00020).
+
+    A batch holds `source`, `source_segments` int32[B, S] and `tokens`, `segments` int32[B, T], the pairs' two texts.
+    """
+
+    temperature: float = 0.05
+
+    lookahead = 0
+    needs = ("source", "source_segments", "tokens", "segments")
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.temperature <= 0:
+            raise ValueError(f"{at}temperature={self.temperature} must be more than 0; 0.05 is usual")
+
+    def check_model(self, model: Model) -> None:
+        model.head_of(EmbeddingHead)
+        if model.encodes:
+            self._refuse(model, "an Encoder or a Decoder")
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+        source = Text(batch["source"], places(batch["source_segments"]))
+        real = (batch["segments"] > 0).any(1).astype(jnp.float32)
+        return Example(batch["tokens"], places(batch["segments"]), (), real, source)
+
+    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        scores, own = self._scores(model, params, example, key), jnp.arange(len(example.ids))
+        nats = sum(cross_entropy(s, own) for s in (scores, scores.T)) / 2
+        if self.label_smoothing:  # spread over the real texts
+            real, n = example.weights > 0, jnp.maximum(example.weights.sum(), 1)
+            even = [jnp.where(real[None], s, 0).sum(1) / n for s in (scores, scores.T)]
+            nats += self.label_smoothing * (jnp.diagonal(scores) - sum(even) / 2)
+        return (nats * example.weights).sum(), example.weights.sum()
+
+    def sums(
+        self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
+    ) -> dict[str, Float[Array, ""]]:
+        scores, own = self._scores(model, params, example, None), jnp.arange(len(example.ids))
+        nats = sum(cross_entropy(s, own) for s in (scores, scores.T)) / 2
+        right = (scores.argmax(1) == own) * example.weights
+        return {"nats": (nats * example.weights).sum(), "right": right.sum(), "weight": example.weights.sum()}
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "examples": int(sums["weight"])}
+
+    def _scores(self, model: Model, params: Any, example: Example, key: Key) -> Float[Array, "B B"]:
+        """Cosines over the temperature; padding rows score against themselves alone."""
+        assert example.source is not None
+        head = model.head_of(EmbeddingHead)
+        vectors = []
+        for i, (ids, at) in enumerate((example.source, Text(example.ids, example.at))):
+            own = None if key is None else jax.random.fold_in(key, i)
+            h, _ = model.hidden(params, ids, at, own)
+            vectors.append(model.read(params, head, h, at.segment > 0))
+        scores = jnp.einsum("BM,CM->BC", *vectors) / self.temperature
+        real = example.weights > 0
+        return jnp.where((real[:, None] & real[None]) | jnp.eye(len(real), dtype=bool), scores, -1e30)
+
+
+def _ratio(sums: Mapping[str, float], name: str, weight: str = "weight") -> float:
+    return float(sums[name] / sums[weight]) if sums[weight] else math.nan
+
+
+def _ends(at: Places, segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The index of the last token of each token's document."""
+    T = segments.shape[1]
+    last = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    return jax.lax.cummin(jnp.where(last, jnp.arange(T)[None], T), axis=1, reverse=True)
+
+
+def _second_parts(key: jax.Array, segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """1 from a place in each document on that is drawn evenly from all behind its first token."""
+    at, T = places(segments), segments.shape[1]
+    start = jnp.arange(T)[None] - at.position
+    length = _ends(at, segments) - start + 1
+    u = jnp.take_along_axis(jax.random.uniform(key, segments.shape), start, 1)  # one number for each document
+    split = 1 + jnp.floor(u * jnp.maximum(length - 1, 1)).astype(jnp.int32)
+    return (at.position >= split).astype(jnp.int32)
+
+
+def _any_of_document(chosen: Bool[Array, "B T"], at: Places, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether any token of each token's document is chosen."""
+    count = jnp.pad(jnp.cumsum(chosen, 1), ((0, 0), (1, 0)))
+    start = jnp.arange(segments.shape[1])[None] - at.position
+    return jnp.take_along_axis(count, _ends(at, segments) + 1, 1) > jnp.take_along_axis(count, start, 1)
+
+
+def _composition(key: jax.Array, total: jax.Array, parts: jax.Array, size: int) -> Int[Array, "T"]:
+    """`parts` lengths of at least 1 that add up to `total`, all ways equally likely; then zeros: int32[size]."""
+    place = jnp.arange(1, size + 1)  # a part may end behind each token but the last
+    rank = jnp.argsort(jnp.argsort(jnp.where(place < total, jax.random.uniform(key, (size,)), 2.0)))
+    ends = jnp.where((rank < parts - 1) | (place == total), place, 0)
+    edges = jnp.sort(jnp.where(ends > 0, ends, size + 1))
+    edges = jnp.where(jnp.arange(size) < parts, edges, 0)
+    lengths = jnp.diff(edges, prepend=0)
+    return jnp.where(jnp.arange(size) < parts, lengths, 0)
+
+
+def _compact(
+    ids: Int[Array, "B N"], segments: Int[Array, "B N"], kept: Bool[Array, "B N"], width: int
+) -> tuple[Int[Array, "B W"], Int[Array, "B W"]]:
+    """What is kept, moved to the left of rows of `width`; the rest is padding."""
+    place = jnp.where(kept, jnp.cumsum(kept, 1) - 1, width)
+    row = jnp.arange(len(ids))[:, None]
+    empty = jnp.zeros((len(ids), width), jnp.int32)
+    return tuple(empty.at[row, place].set(a, mode="drop") for a in (ids, segments))  # pyright: ignore

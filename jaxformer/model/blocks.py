@@ -1,6 +1,7 @@
 """The block, and a stack of blocks that is scanned or unrolled over the same stacked parameters."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,29 +10,39 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxformer.keys import fold
-from jaxformer.model.attention import Attention
+from jaxformer.model.attention import Attention, record
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import FeedForward, LayerNorm, NoNorm, dropout
-from jaxformer.model.masks import Causal, Places
+from jaxformer.model.masks import Bidirectional, Causal, Places
 from jaxformer.model.positions import NoPosition
 from jaxformer.spec import Arrays, Spec, declare
 
-EMBED, WEIGHTS, ATTENTION, FEED = range(4)  # sites of dropout
+EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS = range(6)  # sites of dropout
+
+Norm = Callable[[jax.Array], jax.Array]
 
 
 class PreNorm(Spec):
-    """x + f(norm(x)) (arXiv:2002.04745); also the base of all ways in which a branch f joins the residual stream x."""
+    """x + f(norm(x)) (arXiv:2002.04745); also the base of all ways in which a branch f joins the residual stream x.
 
+    Where a sum is off, the stream goes through the branch alone.
+    """
+
+    attention: bool = True  # whether x is added to what attention gives
+    cross_attention: bool = True
+    feed_forward: bool = True
+
+    n_norms = 1  # of each branch
     last_norm = True  # the stream is normed once more after the last block
 
-    def before(self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def before(self, norms: tuple[Norm, ...], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What the branch is given."""
-        return norm(params, x)
+        return norms[0](x)
 
     def after(
-        self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"], h: Float[Array, "B T D"]
+        self, norms: tuple[Norm, ...], x: Float[Array, "B T D"], h: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        """The stream after the branch has given h."""
+        """The stream after the branch has given h; x is 0 where the sum is off."""
         return x + h
 
 
@@ -40,13 +51,24 @@ class PostNorm(PreNorm):
 
     last_norm = False
 
-    def before(self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def before(self, norms: tuple[Norm, ...], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x
 
     def after(
-        self, norm: NoNorm, params: Arrays, x: Float[Array, "B T D"], h: Float[Array, "B T D"]
+        self, norms: tuple[Norm, ...], x: Float[Array, "B T D"], h: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        return norm(params, x + h)
+        return norms[0](x + h)
+
+
+class SandwichNorm(PreNorm):
+    """x + norm(f(norm(x))), a norm before the branch and one behind it (arXiv:2105.13290)."""
+
+    n_norms = 2
+
+    def after(
+        self, norms: tuple[Norm, ...], x: Float[Array, "B T D"], h: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        return x + norms[1](h)
 
 
 class BlockSpec(Spec):
@@ -54,27 +76,33 @@ class BlockSpec(Spec):
 
     position: NoPosition
     kernel: Softmax = Softmax()
-    mask: Causal = Causal()
+    mask: Bidirectional = Causal()
     feed_forward: FeedForward = FeedForward()
     norm: NoNorm = LayerNorm()
     residual: PreNorm = PreNorm()
+    qk_norm: NoNorm = NoNorm()
     bias: bool = False  # of attention's projections
     dropout: float = 0.0
+    cross_kernel: Softmax | None = None  # of attention to another text; None: there is none
+
+    def attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
+        """Attention of a text to itself."""
+        return Attention(dims, self.kernel, self.position, self.mask, self.bias, self.qk_norm, self.dropout, name=name)
+
+    def cross_attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
+        """The same attention, to all of another text."""
+        assert self.cross_kernel is not None
+        everything = NoPosition(), Bidirectional()
+        return Attention(dims, self.cross_kernel, *everything, self.bias, self.qk_norm, self.dropout, name=name)
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each a branch of the residual stream."""
+    """Attention, attention to another text if there is one, then feed-forward, each a branch of the residual stream."""
 
     spec: BlockSpec
     dims: Mapping[str, int]
 
-    def setup(self) -> None:
-        s = self.spec
-        self.attention = Attention(self.dims, s.kernel, s.position, s.mask, s.bias, s.dropout)
-        self.norm_attention = declare(self, "norm_attention", s.norm.params(), self.dims)
-        self.norm_feed_forward = declare(self, "norm_feed_forward", s.norm.params(), self.dims)
-        self.feed_forward = declare(self, "feed_forward", s.feed_forward.params(), self.dims)
-
+    @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -82,13 +110,48 @@ class Block(nn.Module):
         shared: Arrays,
         key: jax.Array | None,
         cache: Arrays | None = None,
+        memory: Arrays | None = None,
     ) -> tuple[Float[Array, "B T D"], Arrays | None]:
-        s, norm = self.spec, self.norm_attention
-        h, cache = self.attention(s.residual.before(s.norm, norm, x), at, shared, fold(key, WEIGHTS), cache)
-        x = s.residual.after(s.norm, norm, x, dropout(fold(key, ATTENTION), h, s.dropout))
-        norm = self.norm_feed_forward
-        h = s.feed_forward(self.feed_forward, s.residual.before(s.norm, norm, x))
-        return s.residual.after(s.norm, norm, x, dropout(fold(key, FEED), h, s.dropout)), cache
+        s, written = self.spec, cache
+
+        def attend(h: jax.Array) -> jax.Array:
+            nonlocal written
+            h, written = s.attention(self.dims, "attention")(h, at, shared, fold(key, WEIGHTS), cache)
+            return h
+
+        def cross(h: jax.Array) -> jax.Array:
+            attention, seen = s.cross_attention(self.dims, "cross_attention"), memory
+            if seen is None:
+                if not self.is_initializing():
+                    raise ValueError("an encoder–decoder's hidden states need the memory that `encode` returns")
+                seen = attention.remember(h, at, {})
+            return attention(h, at, {}, fold(key, CROSS_WEIGHTS), memory=seen)[0]
+
+        own = declare(self, "feed_forward", s.feed_forward.params(), self.dims)
+
+        def feed_forward(h: jax.Array) -> jax.Array:
+            with jax.named_scope("feed_forward"):
+                out = s.feed_forward(own, h)
+            inner = type(s.feed_forward).__call__ is FeedForward.__call__  # else there may be none
+            if self.is_mutable_collection("activations"):
+                record(self, feed_forward={"out": out} | ({"inner": s.feed_forward.inner(own, h)} if inner else {}))
+            return out
+
+        x = self._branch("attention", attend, x, fold(key, ATTENTION))
+        if s.cross_kernel is not None:
+            x = self._branch("cross_attention", cross, x, fold(key, CROSS))
+        return self._branch("feed_forward", feed_forward, x, fold(key, FEED)), written
+
+    def _branch(self, name: str, f: Norm, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The stream after branch f."""
+        s = self.spec
+        labels = [f"norm_{name}", f"norm_{name}_out"][: s.residual.n_norms]
+        norms = tuple(functools.partial(s.norm, declare(self, label, s.norm.params(), self.dims)) for label in labels)
+        h = f(s.residual.before(norms, x))
+        stream = x if getattr(s.residual, name) else jnp.zeros_like(x)
+        x = s.residual.after(norms, stream, dropout(key, h, s.dropout))
+        record(self, **{f"after_{name}": x})
+        return x
 
 
 class Group(nn.Module):
@@ -99,41 +162,47 @@ class Group(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, scanned: Any, at: Places, shared: Arrays, key: jax.Array | None) -> Any:
-        first, caches = scanned
+        first, caches, memories = scanned
         written = {}
         for i, kind in enumerate(self.kinds):
             block, name = Block(kind, self.dims, name=f"block{i}"), f"block{i}"
-            x, written[name] = block(x, at, shared, fold(key, first + i), caches and caches[name])
+            own = caches and caches[name], memories and memories[name]
+            x, written[name] = block(x, at, shared, fold(key, first + i), *own)
         return x, written
 
 
 class Stack(nn.Module):
     """`n_layers` blocks that repeat a group of kinds, then a last norm if they are pre-norm.
 
-    Parameters and cache of each kind lie stacked along a leading axis L; `unroll` groups are laid out in each turn of
-    the scan, over the same parameters and with the same result. With `remat`, the name of one of
+    Parameters, cache and memory of each kind lie stacked along a leading axis L; `unroll` groups are laid out in each
+    turn of the scan, over the same parameters and with the same result. With `remat`, the name of one of
     jax.checkpoint_policies, a group keeps for the backward pass only what that policy says, and computes the rest anew.
     """
 
     kinds: tuple[BlockSpec, ...]
     n_layers: int
     dims: Mapping[str, int]
+    embedding_norm: bool = False
     unroll: int = 1
     remat: str | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], at: Places, key: jax.Array | None, cache: Any = None
+        self, x: Float[Array, "B T D"], at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
         s, turns = self.kinds[0], self.n_layers // len(self.kinds)  # position, norm, residual are those of all kinds
         shared = {} if s.position.per_layer else declare(self, "position", s.position.params(), self.dims)
-        x = dropout(fold(key, self.n_layers, EMBED), s.position.embed(shared, x, at), s.dropout)
+        x = s.position.embed(shared, x, at)
+        if self.embedding_norm:
+            x = s.norm(declare(self, "norm_embedding", s.norm.params(), self.dims), x)
+        x = dropout(fold(key, self.n_layers, EMBED), x, s.dropout)
+        record(self, embedded=x)
         group: Any = Group
         if self.remat:  # the scan keeps XLA from merging what is computed anew with what was computed at first
             group = nn.remat(Group, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False)
         layers = nn.scan(
             group,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "activations": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=turns,
@@ -141,7 +210,8 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "L"},
         )(self.kinds, self.dims, name="layers")
         first = jnp.arange(0, self.n_layers, len(self.kinds))
-        x, cache = layers(x, (first, cache), at, shared, key)
+        x, cache = layers(x, (first, cache, memory), at, shared, key)
         if s.residual.last_norm:
             x = s.norm(declare(self, "norm", s.norm.params(), self.dims), x)
+        record(self, out=x)
         return x, cache

@@ -30,7 +30,8 @@ def update(cache: Arrays | None, new: Arrays, slots: Mapping[str, Slot]) -> tupl
     if cache is None:
         return new, None
     rows = len(cache["position"])
-    new = {**new} | {name: jnp.broadcast_to(new[name], (rows, new[name].shape[1])) for name in PLACE}
+    alike = [name for name, slot in slots.items() if slot.letters == "BS"]  # may be given once for all rows
+    new = {**new} | {name: jnp.broadcast_to(new[name], (rows, new[name].shape[1])) for name in alike}
     written = _write(cache, new, slots)
     if new["position"].shape[1] == 1:
         return written, written

@@ -10,7 +10,12 @@ from jaxformer.spec import Arrays, Param, Slot, Spec
 
 
 class Softmax(Spec):
-    """Softmax attention (arXiv:1706.03762). A subclass overrides the step in which its idea differs."""
+    """Softmax attention (arXiv:1706.03762). A subclass overrides the step in which its idea differs.
+
+    `projections` are those that the kernel looks at, of queries, keys and values.
+    """
+
+    projections = ("q", "k", "v")
 
     def params(self) -> dict[str, Param]:
         return {}
@@ -42,6 +47,18 @@ class Softmax(Spec):
         powers = jnp.exp(scores - jax.lax.stop_gradient(top))
         return powers, powers.sum(-1, keepdims=True)
 
+    def masked_scores(
+        self,
+        params: Arrays,
+        q: Float[Array, "B H T K"],
+        new: Arrays,
+        seen: Arrays,
+        view: View,
+        bias: Float[Array, "..."] | float,
+    ) -> Float[Array, "B H T S"]:
+        """What `weights` is given: scores with the position's bias, −inf where a query does not see a key."""
+        return jnp.where(view.mask(), self.scores(params, q, new, seen) + bias, -jnp.inf)
+
     def __call__(
         self,
         params: Arrays,
@@ -54,11 +71,40 @@ class Softmax(Spec):
         rate: float,
     ) -> Float[Array, "B H T K"]:
         """`key` and `rate` are those of the dropout of weights."""
-        scores = jnp.where(view.mask(), self.scores(params, q, new, seen) + bias, -jnp.inf)
-        weights, total = self.weights(params, scores)
+        weights, total = self.weights(params, self.masked_scores(params, q, new, seen, view, bias))
         weights = _grouped(dropout(key, weights, rate).astype(q.dtype), seen["v"].shape[1])
         values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, seen["v"], preferred_element_type=jnp.float32)
         return (values.reshape(q.shape) / jnp.maximum(total, 1e-30)).astype(q.dtype)
+
+
+class SoftCapped(Softmax):
+    """Softmax attention whose scores are kept within ± `cap` by tanh (arXiv:2408.00118)."""
+
+    cap: float = 50.0
+
+    def check(self, at: str = "") -> None:
+        if self.cap <= 0:
+            raise ValueError(f"{at}cap={self.cap} must be more than 0; 50 is usual")
+
+    def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
+        return self.cap * jnp.tanh(super().scores(params, q, new, seen) / self.cap)
+
+
+class Uniform(Softmax):
+    """The plain mean of what a token sees: attention before it looks at anything."""
+
+    projections = ("v",)
+
+    def slots(self) -> dict[str, Slot]:
+        return {"v": Slot("BGSK")}
+
+    def remember(
+        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], at: Places, cache: Arrays | None
+    ) -> Arrays:
+        return {"v": v}
+
+    def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
+        return jnp.zeros((*q.shape[:3], seen["v"].shape[2]), jnp.float32)
 
 
 def _grouped(x: jax.Array, groups: int) -> jax.Array:

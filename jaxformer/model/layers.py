@@ -1,5 +1,7 @@
 """Initializers, norms, activations, feed-forward layers and dropout."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,8 +22,7 @@ class Normal(Spec):
 
     def __call__(self, box: Declared, n_residuals: int) -> Initializer:
         """How to draw one declared array, in a model that adds to its residual stream `n_residuals` times."""
-        matrix_or_table = "->" in box.letters or set(box.letters) & set("VC")
-        return normal(self.std) if matrix_or_table else zeros
+        return normal(self.std) if "->" in box.letters or is_embedding(box) else zeros
 
 
 class GPT2Normal(Normal):
@@ -31,8 +32,61 @@ class GPT2Normal(Normal):
     """
 
     def __call__(self, box: Declared, n_residuals: int) -> Initializer:
-        writes = box.letters.endswith("->D")
+        writes = box.letters.startswith("L") and box.letters.endswith("->D")  # of a layer; a head writes elsewhere
         return normal(self.std / n_residuals**0.5) if writes else super().__call__(box, n_residuals)
+
+
+class TruncatedNormal(Normal):
+    """Normal, redrawn outside ± 2 standard deviations, as BERT (arXiv:1810.04805)."""
+
+    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
+        # cut off at ± 2, its standard deviation is 0.8796 · std, here as in the paper's code
+        drawn = jax.nn.initializers.truncated_normal(self.std)
+        return drawn if "->" in box.letters or is_embedding(box) else zeros
+
+
+class XavierUniform(Normal):
+    """Matrices uniform in ± √(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), as the first transformer; zero biases.
+
+    Embeddings are normal with `std`.
+    """
+
+    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
+        if "->" not in box.letters:
+            return super().__call__(box, n_residuals)
+        sizes = box.sizes()
+        fan_out = math.prod(sizes[letter] for letter in box.letters.partition("->")[2])
+        return _uniform((6 / (box.fan_in + fan_out)) ** 0.5)
+
+
+class LeCunNormal(Normal):
+    """Matrices normal with variance 1 / fan_in, cut off at ± 2 deviations, as Flax's own layers; zero biases.
+
+    Embeddings are normal with `std`.
+    """
+
+    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
+        if "->" not in box.letters:
+            return super().__call__(box, n_residuals)
+        return jax.nn.initializers.truncated_normal(box.fan_in**-0.5 / 0.87962566103423978)
+
+
+class TorchUniform(Normal):
+    """PyTorch's default: matrices and biases uniform in ± 1/√fan_in, embeddings normal."""
+
+    std: float = 1.0  # of embeddings
+
+    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
+        return _uniform(box.fan_in**-0.5) if box.fan_in else super().__call__(box, n_residuals)
+
+
+def is_embedding(box: Declared) -> bool:
+    """Whether the array is a table with a row for each id or place."""
+    return "->" not in box.letters and not box.fan_in and bool(set(box.letters) & set("VCP"))
+
+
+def _uniform(limit: float) -> Initializer:
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def linear(x: Float[Array, "*B D"], w: Float[Array, "D *N"]) -> Float[Array, "..."]:
@@ -66,7 +120,8 @@ class NoNorm(Spec):
         if getattr(self, "eps", 1) <= 0:
             raise ValueError(f"{at}eps={getattr(self, 'eps', 1)} must be more than 0; 1e-5 is usual")
 
-    def params(self) -> dict[str, Param]:
+    def params(self, letter: str = "D") -> dict[str, Param]:
+        """`letter` is that of the normed axis."""
         return {}
 
     def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -79,8 +134,8 @@ class LayerNorm(NoNorm):
     bias: bool = True
     eps: float = 1e-5
 
-    def params(self) -> dict[str, Param]:
-        return {"scale": Param("D", ones)} | ({"bias": Param("D", zeros)} if self.bias else {})
+    def params(self, letter: str = "D") -> dict[str, Param]:
+        return {"scale": Param(letter, ones)} | ({"bias": Param(letter, zeros)} if self.bias else {})
 
     def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(jnp.float32)
@@ -94,8 +149,8 @@ class RMSNorm(NoNorm):
 
     eps: float = 1e-6
 
-    def params(self) -> dict[str, Param]:
-        return {"scale": Param("D", ones)}
+    def params(self, letter: str = "D") -> dict[str, Param]:
+        return {"scale": Param(letter, ones)}
 
     def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(jnp.float32)
@@ -126,6 +181,27 @@ class ReLU(Identity):
         return jax.nn.relu(x)
 
 
+class SquaredReLU(Identity):
+    """max(x, 0)² (arXiv:2109.08668)."""
+
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return jax.nn.relu(x) ** 2
+
+
+class Tanh(Identity):
+    """tanh x."""
+
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return jnp.tanh(x)
+
+
+class Sigmoid(Identity):
+    """σ(x) = 1 / (1 + e⁻ˣ)."""
+
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return jax.nn.sigmoid(x)
+
+
 class SiLU(Identity):
     """x·σ(x) (arXiv:1702.03118)."""
 
@@ -141,11 +217,17 @@ class FeedForward(Spec):
 
     def params(self) -> dict[str, Param]:
         matrices = {"up": Param("D->F"), "down": Param("F->D")}
-        return matrices | ({"up_bias": Param("F"), "down_bias": Param("D")} if self.bias else {})
+        return matrices | (
+            {"up_bias": Param("F", fan_in="D"), "down_bias": Param("D", fan_in="F")} if self.bias else {}
+        )
+
+    def inner(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """What the last matrix is given."""
+        h = linear(x, params["up"])
+        return self.activation(add(h, along(params["up_bias"], h)) if self.bias else h)
 
     def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        h = linear(x, params["up"])  # [B, T, F]
-        h = linear(self.activation(add(h, along(params["up_bias"], h)) if self.bias else h), params["down"])
+        h = linear(self.inner(params, x), params["down"])
         return add(h, along(params["down_bias"], h)) if self.bias else h
 
 
@@ -155,14 +237,13 @@ class GatedFeedForward(FeedForward):
     activation: Identity = SiLU()
 
     def params(self) -> dict[str, Param]:
-        return super().params() | {"gate": Param("D->F")} | ({"gate_bias": Param("F")} if self.bias else {})
+        return super().params() | {"gate": Param("D->F")} | ({"gate_bias": Param("F", fan_in="D")} if self.bias else {})
 
-    def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, h = linear(x, params["gate"]), linear(x, params["up"])  # [B, T, F]
+    def inner(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        gate, h = linear(x, params["gate"]), linear(x, params["up"])
         if self.bias:
             gate, h = add(gate, along(params["gate_bias"], gate)), add(h, along(params["up_bias"], h))
-        h = linear(self.activation(gate) * h, params["down"])
-        return add(h, along(params["down_bias"], h)) if self.bias else h
+        return self.activation(gate) * h
 
 
 def dropout(key: jax.Array | None, x: Float[Array, "*B"], rate: float) -> Float[Array, "*B"]:

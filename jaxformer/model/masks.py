@@ -1,31 +1,35 @@
-"""Who may look at whom: a rule over positions and segments, from which masks and distances are made on demand."""
+"""Who may look at whom: a rule over the places of tokens, from which masks and distances are made on demand."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxformer.spec import Spec
+from jaxformer.spec import Slot, Spec
 
 
 class Places(NamedTuple):
     """Where each token stands. Rows that are all alike may be given once, as a batch of one.
 
     `position` counts from 0 within a document, `segment` tells documents of a packed row apart; segment 0 marks
-    padding and empty cache slots.
+    padding and empty cache slots. Where a document has two texts, as a prefix and what follows it, `part` is 0 in the
+    first and 1 in the second.
     """
 
     position: Int[Array, "B T"]
     segment: Int[Array, "B T"]
+    part: Int[Array, "B T"] | None = None
 
 
-def places(segment: Int[Array, "B T"]) -> Places:
+def places(segment: Int[Array, "B T"], part: Int[Array, "B T"] | None = None) -> Places:
     """Positions counted from 0 within each segment."""
     index = jnp.arange(segment.shape[1])[None]
     new = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     start = jax.lax.cummax(jnp.where(new, index, 0), axis=1)
-    return Places(index - start, segment)
+    return Places(index - start, segment, part)
 
 
 def one_document(length: int) -> Places:
@@ -33,20 +37,55 @@ def one_document(length: int) -> Places:
     return Places(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
 
 
-class Causal(Spec):
-    """A token sees itself and the past of its document."""
+class Bidirectional(Spec):
+    """A token sees all of its document; also the base of all rules."""
 
-    def sees(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
-        """Positions of query and key, broadcast against each other, of the same document."""
-        return key <= query
+    causal = False  # True: nothing later is ever seen
+
+    @property
+    def sees_answers(self) -> bool:
+        """Whether a token may see later ones that are not of the first part."""
+        return not self.causal
+
+    def slots(self) -> dict[str, Slot]:
+        """What the rule needs to know of a cached token besides its position and segment."""
+        return {}
+
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        """Places of a query and a key of the same document, whose arrays broadcast against each other."""
+        return True
 
     def span(self, length: int) -> int:
         """How many cache slots a text of `length` tokens needs, so that nothing visible is overwritten."""
         return length
 
 
-class Window(Causal):
-    """Causal, and at most `size` tokens back, the token itself counted (arXiv:2004.05150)."""
+class Causal(Bidirectional):
+    """A token sees itself and the past of its document."""
+
+    causal = True
+
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        return key.position <= query.position
+
+
+class Prefix(Bidirectional):
+    """Causal, but the first part of a document is seen by all of its tokens (arXiv:1910.10683, section 3.2.1)."""
+
+    @property
+    def sees_answers(self) -> bool:
+        return False
+
+    def slots(self) -> dict[str, Slot]:
+        return {"part": Slot("BS", 1, jnp.int32)}
+
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        past = key.position <= query.position
+        return past if key.part is None else past | (key.part == 0)
+
+
+class Local(Bidirectional):
+    """A token sees those less than `size` away, on either side (arXiv:2004.05150)."""
 
     size: int = 128
 
@@ -54,11 +93,65 @@ class Window(Causal):
         if self.size < 1:
             raise ValueError(f"{at}size={self.size} must be at least 1; 1 sees the token itself alone")
 
-    def sees(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
-        return (key <= query) & (key > query - self.size)
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        return jnp.abs(query.position - key.position) < self.size
 
     def span(self, length: int) -> int:
         return min(self.size, length)
+
+
+class Window(Local):
+    """Causal, and at most `size` tokens back, the token itself counted (arXiv:2004.05150)."""
+
+    causal = True
+
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        return (key.position <= query.position) & (key.position > query.position - self.size)
+
+
+class Both(Bidirectional):
+    """What every one of several rules allows, as Both((Prefix(), Local(64)))."""
+
+    rules: tuple[Bidirectional, ...]
+
+    def check(self, at: str = "") -> None:
+        if not self.rules:
+            raise ValueError(f"{at}rules must not be empty; give two or more")
+
+    @property
+    def causal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(rule.causal for rule in self.rules)
+
+    @property
+    def sees_answers(self) -> bool:
+        return all(rule.sees_answers for rule in self.rules)
+
+    def slots(self) -> dict[str, Slot]:
+        return {name: slot for rule in self.rules for name, slot in rule.slots().items()}
+
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        return functools.reduce(operator.and_, (rule.sees(query, key) for rule in self.rules))
+
+    def span(self, length: int) -> int:
+        return min(rule.span(length) for rule in self.rules)
+
+
+class Either(Both):
+    """What at least one of several rules allows, as Either((Window(64), Prefix()))."""
+
+    @property
+    def causal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(rule.causal for rule in self.rules)
+
+    @property
+    def sees_answers(self) -> bool:
+        return any(rule.sees_answers for rule in self.rules)
+
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        return functools.reduce(operator.or_, (rule.sees(query, key) for rule in self.rules))
+
+    def span(self, length: int) -> int:
+        return max(rule.span(length) for rule in self.rules)
 
 
 class View(NamedTuple):
@@ -66,7 +159,8 @@ class View(NamedTuple):
 
     query: Places
     key: Places
-    rule: Causal
+    rule: Bidirectional
+    n_heads: int  # of the queries
 
     def distance(self) -> Int[Array, "B 1 T S"]:
         """How many tokens the key lies back."""
@@ -74,6 +168,6 @@ class View(NamedTuple):
 
     def mask(self) -> Bool[Array, "B 1 T S"]:
         """True where the query sees the key. Padding sees padding only."""
-        query = Places(*(a[:, None, :, None] for a in self.query))
-        key = Places(*(a[:, None, None, :] for a in self.key))
-        return (query.segment == key.segment) & self.rule.sees(query.position, key.position)
+        query = jax.tree.map(lambda a: a[:, None, :, None], self.query)
+        key = jax.tree.map(lambda a: a[:, None, None, :], self.key)
+        return (query.segment == key.segment) & self.rule.sees(query, key)

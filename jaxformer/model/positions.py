@@ -1,8 +1,10 @@
 """Positional schemes: three hooks (embed, rotate, bias) and parameters shared by all layers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxformer.model.layers import add, lookup
 from jaxformer.model.masks import Places, View
@@ -69,22 +71,81 @@ class Rotary(NoPosition):
     """Rotary positions, halves of a head paired (arXiv:2104.09864)."""
 
     base: float = 10_000.0
+    fraction: float = 1.0  # of each head's width that is turned, from its beginning (arXiv:2204.06745)
+    scaling: float = 1.0  # positions are divided by it, to stretch a trained context (arXiv:2306.15595)
 
     def check(self, at: str = "") -> None:
         if self.base <= 1:
             raise ValueError(f"{at}base={self.base} must be more than 1; 10000 is usual")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"{at}fraction={self.fraction} must be more than 0 and at most 1; 1 turns whole heads")
+        if self.scaling <= 0:
+            raise ValueError(f"{at}scaling={self.scaling} must be more than 0; 1 leaves positions as they are")
 
     def check_width(self, width: int, at: str) -> None:
-        if width % 2:
+        turned = round(self.fraction * width)
+        if turned % 2 or abs(turned - self.fraction * width) > 1e-6:
             raise ValueError(
-                f"{at}d_model / {at}n_heads = {width} must be even for {at}position=Rotary; choose another {at}n_heads"
+                f"{at}position turns {self.fraction * width:g} of the {width} numbers of a head, which must be even; "
+                f"choose another {at}n_heads, {at}head_width or {at}position.fraction"
             )
 
     def rotate(self, params: Arrays, qk: Float[Array, "B H T K"], at: Places) -> Float[Array, "B H T K"]:
-        angle = at.position[:, None, :, None] * _frequencies(qk.shape[-1], self.base)[None, None, None]
-        sin, cos = jnp.sin(angle), jnp.cos(angle)  # [B, 1, T, K/2]
-        a, b = jnp.split(qk.astype(jnp.float32), 2, -1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(qk.dtype)
+        turned = round(self.fraction * qk.shape[-1])
+        position = at.position[:, None, :, None] / self.scaling
+        angle = position * _frequencies(turned, self.base)[None, None, None]
+        sin, cos = jnp.sin(angle), jnp.cos(angle)  # [B, 1, T, turned / 2]
+        a, b = jnp.split(qk[..., :turned].astype(jnp.float32), 2, -1)
+        turned_qk = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(qk.dtype)
+        return jnp.concatenate([turned_qk, qk[..., turned:]], -1)
+
+
+class ALiBi(NoPosition):
+    """Scores fall with distance, in each head with another slope (arXiv:2108.12409)."""
+
+    def bias(self, params: Arrays, view: View, new: Arrays, seen: Arrays) -> Float[Array, "..."] | float:
+        slopes = jnp.asarray(_slopes(view.n_heads), jnp.float32)[None, :, None, None]
+        return -slopes * jnp.abs(view.distance())
+
+
+class RelativeBias(NoPosition):
+    """A learned number for each head and bucket of distance, the same in all layers (T5, arXiv:1910.10683).
+
+    Near distances have a bucket each, far ones share buckets that widen up to `max_distance`. Where tokens see what
+    comes after them, half of the buckets are for that.
+    """
+
+    buckets: int = 32
+    max_distance: int = 128
+
+    def check(self, at: str = "") -> None:
+        if self.buckets < 4 or self.buckets % 4:
+            raise ValueError(f"{at}buckets={self.buckets} must be a multiple of 4; 32 is usual")
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(f"{at}max_distance={self.max_distance} must be more than {at}buckets / 2; 128 is usual")
+
+    def params(self) -> dict[str, Param]:
+        return {"table": Param("RH", sizes={"R": self.buckets})}
+
+    def bias(self, params: Arrays, view: View, new: Arrays, seen: Arrays) -> Float[Array, "..."] | float:
+        bucket = self.bucket(view.distance(), view.rule.causal)[:, 0]  # [B, T, S]
+        return jnp.moveaxis(lookup(params["table"], bucket), -1, 1).astype(jnp.float32)  # [B, H, T, S]
+
+    def bucket(self, distance: Int[Array, "..."], causal: bool) -> Int[Array, "..."]:
+        """The bucket of each distance, which is negative for what comes later."""
+        count = self.buckets if causal else self.buckets // 2
+        first = jnp.where(distance < 0, 0 if causal else count, 0)
+        size = jnp.maximum(distance, 0) if causal else jnp.abs(distance)
+        near = count // 2
+        far = jnp.log(jnp.maximum(size, 1) / near) / math.log(self.max_distance / near) * (count - near)
+        return first + jnp.where(size < near, size, jnp.minimum(near + far.astype(jnp.int32), count - 1))
+
+
+def _slopes(n_heads: int) -> list[float]:
+    """2^(−8/n), 2^(−16/n), …; where n is no power of two, the gaps are filled from the next one's."""
+    power = 1 << (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes if power == n_heads else slopes + _slopes(2 * power)[0::2][: n_heads - power]
 
 
 def _frequencies(width: int, base: float) -> jax.Array:  # float32[⌈width / 2⌉]

@@ -52,23 +52,23 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def valid_loss(self, step: int) -> float:
-        """Infinite if the step was not evaluated, or its loss is not finite."""
-        loss = self._infos.get(step, {}).get("valid_loss")
-        return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
+    def rank(self, step: int) -> float:
+        """The least is best; infinite if the step was not evaluated, or what was found is not finite."""
+        rank = self._infos.get(step, {}).get("rank")
+        return rank if isinstance(rank, float) and math.isfinite(rank) else math.inf
 
     def best(self) -> tuple[int, float] | None:
-        """Step and validation loss of the best checkpoint that was evaluated."""
-        step = min(self.steps(), key=self.valid_loss, default=None)
-        return None if step is None or math.isinf(self.valid_loss(step)) else (step, self.valid_loss(step))
+        """Step and rank of the best checkpoint that was evaluated."""
+        step = min(self.steps(), key=self.rank, default=None)
+        return None if step is None or math.isinf(self.rank(step)) else (step, self.rank(step))
 
-    def save(self, state: Any, step: int, valid_loss: float | None) -> None:
+    def save(self, state: Any, step: int, rank: float | None) -> None:
         """Begins to save; raises OSError if there is no room, or if an earlier save has failed."""
         if step in self._manager.all_steps():
             return
         _reserve(self._directory, sum(a.nbytes for a in jax.tree.leaves(state)))
-        finite = valid_loss is not None and math.isfinite(valid_loss)
-        info = {"state_sha256": sha256(state), "layout": _layout(state), "valid_loss": valid_loss if finite else None}
+        finite = rank is not None and math.isfinite(rank)
+        info = {"state_sha256": sha256(state), "layout": _layout(state), "rank": rank if finite else None}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
         self._infos[step] = info
         with self._as_os_error():
@@ -162,14 +162,14 @@ def _layout(tree: Any) -> str:
 
 
 class _NewestAndBest:
-    """Orbax's question which checkpoints to keep, answered from our own record of losses."""
+    """Orbax's question which checkpoints to keep, answered from our own record of ranks."""
 
     def __init__(self, checkpoints: Checkpoints, keep: int):
         self._checkpoints, self._keep = checkpoints, keep
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = min(steps, key=self._checkpoints.valid_loss, default=None)
-        evaluated = best is not None and math.isfinite(self._checkpoints.valid_loss(best))
+        best = min(steps, key=self._checkpoints.rank, default=None)
+        evaluated = best is not None and math.isfinite(self._checkpoints.rank(best))
         kept = {*sorted(steps)[-self._keep :], *([best] if evaluated else [])}
         return [step in kept for step in steps]

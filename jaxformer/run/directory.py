@@ -89,6 +89,15 @@ def noticed(config: Config) -> dict[str, tuple[Any, Any]]:
     return {path: change for path, change in sorted(changed.items()) if path in config_lib.NOTICE}
 
 
+def read_classes(directory: Path) -> dict[str, tuple[str, ...]]:
+    """The classes of the table's columns that the run was trained on."""
+    try:
+        found = json.loads((directory / "data.json").read_text()).get("classes", {})
+        return {str(name): tuple(str(value) for value in values) for name, values in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory / 'data.json'}: no classes can be read ({error}); restore the file") from None
+
+
 def verify_data(directory: Path, found: Mapping[str, Any]) -> None:
     """Raises InputError if fingerprints of the corpora are not those that the run began with."""
     path = directory / "data.json"

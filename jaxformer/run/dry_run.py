@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.platform import set_flags
 from jaxformer.run.directory import check_begun
-from jaxformer.run.opened import abstract_state, hyper_of, planned_tokenizer, recipe_of
+from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of, planned_recipe, planned_tokenizer
 from jaxformer.run.step import train_steps
 from jaxformer.run.warm_start import compare, open_source
 from jaxformer.spec import to_json
@@ -29,15 +28,13 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
         writer.require()
     set_flags()
     tokenizer = planned_tokenizer(config)
-    recipe, hyper = recipe_of(config, tokenizer), hyper_of(config)
+    recipe, hyper = planned_recipe(config), hyper_of(config)
     if not check_begun(config) and config.init_from is not None:
         source = open_source(config.init_from)
         compare(recipe.model, source, source.tokenizer == tokenizer)
     state = abstract_state(config, recipe)
     n_tokens = config.data.batch_size * config.window
-    rows = (min(config.train.steps_per_call, config.train.steps), config.data.batch_size, config.window + 1)
-    names = ("tokens", "segments") if config.data.sampling.has_segments else ("tokens",)
-    batches = {name: jax.ShapeDtypeStruct(rows, jnp.int32) for name in names}
+    batches = abstract_batches(config, recipe, min(config.train.steps_per_call, config.train.steps))
     memory = train_steps.lower(recipe, state, batches, np.int32(1), hyper).compile().memory_analysis()
     assert memory is not None  # only a backend without memory has none
     passed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import signal
@@ -23,8 +24,9 @@ from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import claimed, has_checkpoint, noticed
 from jaxformer.run.metrics import Profile, Reports, record_start
-from jaxformer.run.opened import Run, abstract_state, evaluate, hyper_of, prepare_data, recipe_of
-from jaxformer.run.step import Hyper, Recipe, TrainState, init_state, train_steps
+from jaxformer.run.opened import Run
+from jaxformer.run.plan import abstract_state, evaluate, hyper_of, prepare_data, recipe_of
+from jaxformer.run.step import Hyper, Recipe, TrainState, evaluate_batch, init_state, train_steps
 from jaxformer.run.warm_start import compare, open_source, take, tell
 from jaxformer.spec import InputError
 
@@ -82,7 +84,7 @@ def build(
     set_flags()
     check_numerics()
     prepared = _checked(config, prepare_data(config))
-    recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
+    recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
         check_ids(np.asarray(batch["tokens"]), recipe.model.vocab_size)
@@ -95,7 +97,7 @@ def build(
 
 def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profile) -> Run:
     directory, knobs = Path(config.directory), config.train
-    recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
+    recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
     with _signals() as received, contextlib.closing(Checkpoints(directory / "checkpoints", knobs.keep)) as checkpoints:
         state = checkpoints.restore_newest(abstract_state(config, recipe))
         if state is None and (directory / "metrics.jsonl").exists():
@@ -103,7 +105,7 @@ def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profil
         report = None
         if state is None:
             state, report = begin()
-        run = Run(config, prepared.tokenizer, state)
+        run = Run(config, prepared.tokenizer, state, prepared.classes)
         step, best = int(run.state.step), checkpoints.best()
         if step >= knobs.steps:
             log.info("%s is finished: it has made %d of %d steps", directory, step, knobs.steps)
@@ -117,14 +119,15 @@ def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profil
             tell(report, directory)
         batches = _batches(config, prepared)
         buffer = _buffer(config, batches, step)
-        call = _compile(recipe, state, buffer, hyper)
+        call = functools.partial(_call, recipe, hyper, {})
+        call(state, buffer, 0)  # compiles, so that no row counts that as training
 
         with contextlib.closing(Reports(config, step)) as reports, contextlib.closing(profile):
             stop = False
             profile.reach(step, state)
             while step < knobs.steps and not stop:
-                count = profile.until_pause(step, _until_pause(config, step))
-                state, rows = call(state, buffer, np.int32(count), hyper)
+                count = profile.until_pause(step, min(_until_pause(config, step), batches.same_shapes(step)))
+                state, rows = call(state, buffer, count)
                 step += count
                 buffer = _buffer(config, batches, step)  # while the device works
                 reports.add(step, count, rows)
@@ -135,19 +138,18 @@ def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profil
                 if not (evaluates or saves):
                     continue
                 reports.drain()
-                loss = None
+                rank = None
                 if evaluates:
                     found = evaluate(recipe, state.eval_params, prepared.valid, config, prepared.tokenizer)
                     reports.write(step=step, split="valid", **found)
-                    loss, bits = found["loss"], found["bits_per_byte"]
-                    more = "" if bits is None else f", {bits:.4f} bits per byte"
-                    log.info("step %d: validation loss %.4f%s", step, loss, more)
-                    if math.isfinite(loss) and (best is None or loss < best[1]):
-                        best, saves = (step, loss), True
+                    rank = _rank(config, found)
+                    log.info("step %d: validation %s", step, _sentence(found))
+                    if math.isfinite(rank) and (best is None or rank < best[1]):
+                        best, saves = (step, rank), True
                 if saves:
-                    checkpoints.save(state, step, loss)
+                    checkpoints.save(state, step, rank)
                 if evaluates:
-                    _show_sample(dataclasses.replace(run, state=state))
+                    _show_sample(dataclasses.replace(run, state=state), prepared)
                 reports.resume()
     if stop and step < knobs.steps:
         raise Interrupted(received[0], step)
@@ -160,7 +162,7 @@ def _beginning(config: Config, prepared: Prepared) -> Beginning:
 
     The run to start from is opened now, so that a wrong one is refused before anything is written.
     """
-    recipe, hyper = recipe_of(config, prepared.tokenizer), hyper_of(config)
+    recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
     if config.init_from is None:
         return lambda: (init_state(recipe, hyper), None)
     source = open_source(config.init_from)
@@ -168,12 +170,16 @@ def _beginning(config: Config, prepared: Prepared) -> Beginning:
     return lambda: (take(init_state(recipe, hyper), source, report), report)
 
 
-def _compile(recipe: Recipe, state: TrainState, buffer: Batch, hyper: Hyper) -> Callable[..., tuple[TrainState, Any]]:
-    """`train_steps` ahead of time, so that no row counts compilation as training."""
-    started = time.perf_counter()
-    compiled = train_steps.lower(recipe, state, buffer, np.int32(1), hyper).compile()
-    log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
-    return compiled
+def _call(
+    recipe: Recipe, hyper: Hyper, compiled: dict[Any, Any], state: TrainState, buffer: Batch, count: int
+) -> tuple[TrainState, Any]:
+    """`train_steps`, `compiled` ahead of time for each set of shapes; with a count of 0 it is compiled and no more."""
+    shapes = tuple((name, array.shape) for name, array in buffer.items())
+    if shapes not in compiled:
+        started = time.perf_counter()
+        compiled[shapes] = train_steps.lower(recipe, state, buffer, np.int32(1), hyper).compile()
+        log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
+    return compiled[shapes](state, buffer, np.int32(count), hyper) if count else (state, None)
 
 
 # --- data of a step
@@ -181,31 +187,65 @@ def _compile(recipe: Recipe, state: TrainState, buffer: Batch, hyper: Hyper) -> 
 
 def _checked(config: Config, prepared: Prepared) -> Prepared:
     """Raises InputError for data of which no row can be drawn, or nothing validated; and for a wrong vocabulary."""
-    recipe_of(config, prepared.tokenizer)
+    recipe = recipe_of(config, prepared.tokenizer, prepared.classes)
     sampling, more = config.data.sampling, "give more text, or a smaller data.window"
     for (corpus, _), source in zip(config.data.corpus.parts(), prepared.train, strict=True):
         try:
-            sampling.check_source(source, config.window)
+            sampling.check_source(source, config.row_length)
         except InputError as error:
             raise InputError(f"data.corpus={corpus}: has for training {error}; {more}") from None
-    passes = (sampling.full_pass(source, config.window, 1) for source in prepared.valid)
-    if not any(next(batches, None) for batches in passes):
+    passes = (sampling.full_pass(source, config.row_length, 1) for source in prepared.valid)
+    found = next(filter(None, (next(batches, None) for batches in passes)), None)
+    if found is None:
         data = config.data
         which = f"data.corpus={data.corpus}" if data.valid is None else f"data.valid={data.valid}"
         remedy = "give more text" + (", or a larger data.valid_fraction" if data.valid is None else "")
         raise InputError(f"{which}: has for validation no 2 tokens, one of which predicts the other; {remedy}")
+    _check_batch(config, recipe, found)
     return prepared
+
+
+def _check_batch(config: Config, recipe: Recipe, batch: Batch) -> None:
+    """Raises InputError for batches without what the objective needs, or with labels that are not of its kind; and if
+    no evaluation tells what the best checkpoint is."""
+    name = type(recipe.objective).__name__
+    for array in recipe.objective.needs:
+        if array not in batch:
+            raise InputError(
+                f"objective={name} needs two texts in each example: a data.corpus with a target, as Table(target=...), "
+                "and data.sampling=Examples, not joined"
+            )
+    for column, shape in recipe.objective.label_shapes(recipe.model).items():
+        labels = batch.get(f"labels_{column}")
+        if labels is None:
+            raise InputError(
+                f"objective={name} needs labels of the column {column!r}: name it in data.corpus.labels, and take "
+                "data.sampling=Examples"
+            )
+        if labels.shape[1:] != shape:
+            several = "any number of classes" if labels.ndim > 1 else "one class"
+            raise InputError(
+                f"model.head: a row of data.corpus has {several} of {column!r}, which is not what the head says; "
+                "MultiLabelHead and data.corpus.separator go together"
+            )
+    if config.train.best_by != "loss":
+        params = jax.eval_shape(lambda: init_state(recipe, hyper_of(config))).params
+        lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
+        sums = jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
+        _rank(config, recipe.objective.summary(dict.fromkeys(sums, 1.0)))
 
 
 def _batches(config: Config, prepared: Prepared) -> Batches:
     data = config.data
-    return Batches(prepared.train, prepared.weights, data.sampling, config.window, data.batch_size, config.train.seed)
+    more = data.sampling, config.row_length, data.batch_size, config.train.seed
+    return Batches(prepared.train, prepared.weights, *more)
 
 
 def _buffer(config: Config, batches: Batches, step: int) -> Batch:
     """The batches of the next call, stacked: [K, B, ...]."""
     size = min(config.train.steps_per_call, config.train.steps)
-    found = [batches.at(step + i) for i in range(size)]
+    alike = batches.same_shapes(step)  # what comes after those waits for the next call; its room is filled anyhow
+    found = [batches.at(step + min(i, alike - 1)) for i in range(size)]
     return {name: np.stack([batch[name] for batch in found]) for name in found[0]}
 
 
@@ -223,11 +263,12 @@ def _summarize(run: Run, prepared: Prepared) -> None:
     config, model, device = run.config, run.model, jax.devices()[0]
     n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
     counts = prepared.manifest
+    kernels = {type(kind.kernel).__name__ for name in getattr(model, "stacks", ()) for kind in model.kinds(name)}
     rows = {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
         "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
-        "attention": f"{type(model.kernel).__name__}, in XLA",
+        "attention": f"{', '.join(sorted(kernels)) or 'none'}, in XLA",
         "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
         "data": f"{counts['train_tokens']:,} tokens for training, {counts['valid_tokens']:,} for validation",
         "step": f"{config.data.batch_size * config.window:,} tokens; {config.train.steps_per_call} steps per call",
@@ -236,8 +277,27 @@ def _summarize(run: Run, prepared: Prepared) -> None:
         log.info("%-10s %s", name, text)
 
 
-def _show_sample(run: Run) -> None:
-    if tokens := run.config.train.sample_tokens:
+def _rank(config: Config, found: Mapping[str, Any]) -> float:
+    """What is least for the best evaluation."""
+    value = found.get(config.train.best_by)
+    if not isinstance(value, float):
+        names = ", ".join(name for name, value in found.items() if isinstance(value, float))
+        raise InputError(f"train.best_by={config.train.best_by!r} must be a number of the evaluation: {names}")
+    return value if config.train.best_by == "loss" else -value
+
+
+def _sentence(found: Mapping[str, Any]) -> str:
+    values = {name.replace("_", " "): value for name, value in found.items() if isinstance(value, float)}
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def _show_sample(run: Run, prepared: Prepared) -> None:
+    tokens = run.config.train.sample_tokens
+    if not tokens or not run.writes:
+        return
+    if run.model.encodes and prepared.valid[0].texts == 2:
+        log.info("%s", run.show(prepared.valid[0]))
+    elif not run.model.encodes:
         log.info("%s", run.sample(tokens=tokens, temperature=0.8, seed=run.config.train.seed))
 
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,16 +12,36 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.corpora import TextFiles
-from jaxformer.data.datasets import Prepared, Source, check_ids, encode, fingerprints, fitted, prepare
+from jaxformer.data.datasets import Source, check_ids, encode, fingerprints
+from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP, Unchanged
-from jaxformer.model.models import Decoder
+from jaxformer.generation.predict import predict
+from jaxformer.model.heads import (
+    ClassificationHead,
+    LanguageHead,
+    MultiLabelHead,
+    TokenClassificationHead,
+)
+from jaxformer.model.models import Model
 from jaxformer.platform import check_numerics, set_flags
+from jaxformer.run import inspection
 from jaxformer.run.checkpoint import Checkpoints, sha256
-from jaxformer.run.directory import verify_data
-from jaxformer.run.step import Hyper, Recipe, TrainState, evaluate_batch, init_state
-from jaxformer.spec import InputError, checked, is_declared, path_name, to_json
+from jaxformer.run.directory import read_classes, verify_data
+from jaxformer.run.plan import (
+    Classes,
+    abstract_batches,
+    abstract_state,
+    evaluate,
+    planned_recipe,
+    prepare_data,
+    recipe_of,
+)
+from jaxformer.run.step import Recipe, TrainState
+from jaxformer.spec import InputError, checked, to_json
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +51,15 @@ class Run:
     config: Config
     tokenizer: Tokenizer
     state: TrainState
+    classes: Classes = dataclasses.field(default_factory=dict)
 
     @property
-    def model(self) -> Decoder:
-        return recipe_of(self.config, self.tokenizer).model
+    def recipe(self) -> Recipe:
+        return recipe_of(self.config, self.tokenizer, self.classes)
+
+    @property
+    def model(self) -> Model:
+        return self.recipe.model
 
     def sample(self, prompt: str | None = None, tokens: int = 200, seed: int = 0, **how: Any) -> str:
         """The first of `samples`."""
@@ -70,33 +95,109 @@ class Run:
             ids = self.tokenizer.encode(prompt or "").tolist()
         except InputError as error:
             raise InputError(f"prompt: {error}") from None
-        new = generate(
-            *(self.model, self.state.eval_params),
-            [[*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]] * samples,
-            *(tokens, tuple(processors), seed),
-            context=self.config.window,  # longer texts were never seen in training
-            end=self.tokenizer.end,
-        )
+        context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
+        how = self.model, self.state.eval_params
+        if not self.writes:
+            raise InputError(
+                f"{self.config.directory}: its model writes no text; see what it says of one by predict.py"
+            )
+        if self.model.encodes:
+            sources = [self.tokenizer.document(prompt or "")] * samples
+            starts = [[self.tokenizer.start]] * samples
+            new = generate(*how, starts, tokens, tuple(processors), seed, context, end, sources)
+            return [self.tokenizer.decode(_until(row, end)) for row in new.tolist()]
+        start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
+        new = generate(*how, [start] * samples, tokens, tuple(processors), seed, context, end)
         head = self.tokenizer.decode(ids)
         texts = [self.tokenizer.decode([*ids, *_until(row, self.tokenizer.end)]) for row in new.tolist()]
         return [(prompt or "") + text.removeprefix(head) for text in texts]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes text."""
+        return self.model.generates and any(isinstance(head, LanguageHead) for head in self.model.heads)
+
+    def answers(self, texts: Sequence[str], tokens: int | None = None) -> list[str]:
+        """What an encoder–decoder writes for each text, always the likeliest token, up to its end token."""
+        tokenizer, found = self.tokenizer, list[str]()
+        tokens = self.config.window if tokens is None else tokens
+        for some in _batched(texts, self.config.data.batch_size):
+            sources = [tokenizer.document(text) for text in some]
+            more = self.config.window, tokenizer.end, sources
+            starts = [[tokenizer.start]] * len(some)
+            greedy = (Temperature(0.0),)
+            new = generate(self.model, self.state.eval_params, starts, tokens, greedy, 0, *more)
+            found += [tokenizer.decode(_until(row, tokenizer.end)) for row in new.tolist()]
+        return found
+
+    def predict(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """What the model says of each text, or pair of texts: "text" of an encoder–decoder; of each column the class
+        and all probabilities; the "embedding".
+
+        Raises InputError for a model of another kind, and for text that the tokenizer does not know.
+        """
+        try:
+            if self.model.encodes:
+                return [{"text": text} for text in self.answers(texts)]
+            pairs = [self._pair(*pair) for pair in zip(texts, seconds or [None] * len(texts), strict=True)]
+        except InputError as error:
+            raise InputError(f"text: {error}") from None
+        found: list[dict[str, Any]] = []
+        for some in _batched(pairs, self.config.data.batch_size):
+            ids, places = zip(*some, strict=True)
+            said = predict(self.model, self.state.eval_params, ids, places, self.config.window)
+            if not said:
+                raise InputError(
+                    f"{self.config.directory}: its model has no head that says something of a text; sample"
+                )
+            found += [self._named({name: rows[i] for name, rows in said.items()}) for i in range(len(some))]
+        return found
+
+    def _pair(self, text: str, second: str | None) -> tuple[list[int], int]:
+        """Ids of one text or two, and where the second begins."""
+        first = self.tokenizer.document(text)
+        rest = [] if second is None else self.tokenizer.document(second)[len(self.tokenizer.prefix) :]
+        return first + rest, len(first)
+
+    def _named(self, said: dict[str, np.ndarray]) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        for head in self.model.heads:
+            values = said.get(head.name)
+            if isinstance(head, TokenClassificationHead) and values is not None:
+                row[head.column] = [head.classes[i] for i in values.argmax(-1)] if head.classes else []
+            elif isinstance(head, ClassificationHead) and values is not None:
+                chances = dict(zip(head.classes or (), values.tolist(), strict=True))
+                several = [name for name, chance in chances.items() if chance > 0.5]
+                row[head.column] = (
+                    several if isinstance(head, MultiLabelHead) else max(chances, key=chances.__getitem__)
+                )
+                row[f"{head.column} probabilities"] = chances
+            elif values is not None:
+                row["embedding"] = values.tolist()
+        return row
+
+    def show(self, source: Source) -> str:
+        """The first pair of texts, and what the model answers to the first of them."""
+        first, second = (self.tokenizer.decode(ids) for ids in source.example(0))
+        return f"{first} → {self.answers([first], self.config.train.sample_tokens)[0]} (right: {second})"
 
     def evaluate(self, *sources: Source, split: str = "valid") -> dict[str, Any]:
         """Loss in nats per token, each predicted once; perplexity; bits per byte; the number of tokens."""
         for source in sources:
             check_ids(source.tokens, self.tokenizer.vocab_size)
-        recipe = recipe_of(self.config, self.tokenizer)
-        found = evaluate(recipe, self.state.eval_params, sources, self.config, self.tokenizer)
-        if not found["tokens"]:
-            count = sum(len(source.tokens) for source in sources)
+        found = evaluate(self.recipe, self.state.eval_params, sources, self.config, self.tokenizer)
+        if math.isnan(found["loss"]) and not found.get("tokens", found.get("examples")):
+            count = sum(source.n_tokens for source in sources)
             raise InputError(f"{split}: {count} tokens cannot be predicted from one another; give at least 2")
-        perplexity = {"perplexity": math.exp(min(found["loss"], 700))}
+        perplexity = {"perplexity": math.exp(min(found["loss"], 700))} if "tokens" in found else {}
         return {"step": int(self.state.step), "split": split, "loss": found["loss"]} | perplexity | found
 
     def evaluate_file(self, path: str) -> dict[str, Any]:
-        """`evaluate` on the text of a file or folder."""
+        """`evaluate` on the text of a file or folder; on the rows of a table, if the run was trained on one."""
+        table = self.config.data.corpus
+        corpus = dataclasses.replace(table, path=path) if isinstance(table, Table) else TextFiles(path)
         try:
-            source = encode(TextFiles(path), self.tokenizer)
+            source = encode(corpus, self.tokenizer, self.classes)
         except InputError as error:
             raise InputError(f"file={path!r}: {error}") from None
         return self.evaluate(source, split=str(path))
@@ -105,12 +206,16 @@ class Run:
         """`evaluate` on the validation split of the run's corpus, which must be what it was."""
         data = self.config.data
         verify_data(Path(self.config.directory), fingerprints(data.corpus, data.valid))
-        return self.evaluate(*prepare_data(self.config, self.tokenizer).valid)
+        return self.evaluate(*prepare_data(self.config, self.tokenizer, self.classes).valid)
 
     def inspect(self) -> dict[str, Any]:
         """What is in the run, as JSON values."""
         hashes = {"params_sha256": sha256(self.state.params), "state_sha256": sha256(self.state)}
-        return {"step": int(self.state.step), **describe(self.config, self.model), **hashes}
+        return {"step": int(self.state.step), **describe(self.config, self.recipe), **hashes}
+
+
+def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _until(ids: list[int], end: int | None) -> list[int]:
@@ -124,79 +229,18 @@ def read_prompt(path: str) -> str:
     return "".join(TextFiles(path).documents())
 
 
-def describe(config: Config, model: Decoder) -> dict[str, Any]:
-    """Number of parameters, config, and a row of the table for each group of parameters."""
-    boxes = jax.tree_util.tree_flatten_with_path(model.declared(), is_leaf=is_declared)[0]
-    table = [
-        {
-            "name": path_name(path),
-            "letters": box.letters,
-            "shape": list(box.value.shape),
-            "count": math.prod(box.value.shape),
-            "decay": box.decay,
-        }
-        for path, box in boxes
-    ]
-    return {"n_params": sum(row["count"] for row in table), "config": to_json(config), "table": table}
+def describe(config: Config, recipe: Recipe) -> dict[str, Any]:
+    """The config, and what its model is made of and costs for one of its batches."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), abstract_batches(config, recipe, 1))
+    found = inspection.inspect(recipe.objective, recipe.model, shapes, recipe.compute_dtype)
+    return found | {"config": to_json(config)}
 
 
 def inspect_config(path: str) -> dict[str, Any]:
     """`Run.inspect` for a config file, without a state; reads the corpus only if its tokenizer learns from it."""
     config = config_lib.resolve(path)
     hashes = {"params_sha256": None, "state_sha256": None}
-    return {"step": None, **describe(config, recipe_of(config, planned_tokenizer(config)).model), **hashes}
-
-
-def planned_tokenizer(config: Config) -> Tokenizer:
-    """A tokenizer whose vocabulary has a size; reads the corpus only if the size depends on it."""
-    tokenizer = config.data.tokenizer
-    return fitted(tokenizer, config.data.corpus) if tokenizer.vocab_size is None else tokenizer
-
-
-def prepare_data(config: Config, tokenizer: Tokenizer | None = None) -> Prepared:
-    """The ids that a config asks for; `tokenizer` is a fitted one, where there is one already."""
-    data = config.data
-    return prepare(data.corpus, tokenizer or data.tokenizer, data.valid, data.valid_fraction)
-
-
-def recipe_of(config: Config, tokenizer: Tokenizer) -> Recipe:
-    """The static part of the step; the vocabulary is the tokenizer's."""
-    size = tokenizer.vocab_size
-    if config.model.vocab_size not in (None, size):
-        raise InputError(f"model.vocab_size={config.model.vocab_size} must be {size}, the tokenizer's; None takes that")
-    model = dataclasses.replace(config.model, vocab_size=size)
-    train = config.train
-    return Recipe(model, config.objective, train.compute_dtype, train.accumulation, train.grad_norms)
-
-
-def hyper_of(config: Config) -> Hyper:
-    train = config.train
-    ema_decay = None if train.ema_decay is None else np.float32(train.ema_decay)
-    return Hyper(np.uint32(train.seed), np.int32(train.steps), config.optimizer, ema_decay)
-
-
-def abstract_state(config: Config, recipe: Recipe) -> Any:
-    """Shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: init_state(recipe, hyper_of(config)))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
-
-
-def evaluate(
-    recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Nats per token over a full pass of the sources; bits per byte, None if the tokenizer cannot tell; tokens."""
-    lengths = tokenizer.byte_lengths()
-    known = np.zeros(recipe.model.vocab_size or 0, np.float32) if lengths is None else lengths.astype(np.float32)
-    total, last = np.zeros(3), np.zeros(3)
-    for source in sources:
-        for batch in config.data.sampling.full_pass(source, config.window, config.data.batch_size):
-            sums = evaluate_batch(recipe, params, batch, known)
-            total, last = total + np.asarray(last, np.float64), sums  # one call behind: two in flight
-    nats, weight, n_bytes = total + np.asarray(last, np.float64)
-    loss = float(nats / weight) if weight else math.nan
-    bits = float(nats / n_bytes / np.log(2)) if n_bytes else None
-    return {"loss": loss, "bits_per_byte": bits, "tokens": int(weight)}
+    return {"step": None, **describe(config, planned_recipe(config)), **hashes}
 
 
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:
@@ -208,7 +252,8 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
         raise InputError(f"{str(directory)!r} holds no run (no config.json); give a directory that train.py wrote")
     config = dataclasses.replace(config_lib.read(directory / "config.json"), directory=str(directory))
     tokenizer = read_tokenizer(directory / "tokenizer.json")
-    abstract = abstract_state(config, recipe_of(config, tokenizer))
+    classes = read_classes(directory)
+    abstract = abstract_state(config, recipe_of(config, tokenizer, classes))
     if not (directory / "checkpoints").is_dir():
         raise InputError(f"{directory} holds no checkpoint yet; train it until it saves one")
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
@@ -226,7 +271,7 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
         state = checkpoints.restore(abstract, step)
     else:
         raise InputError(f"step={step!r} must be one of the checkpoints of {directory}: {_list(steps)} or 'best'")
-    return Run(config, tokenizer, state)
+    return Run(config, tokenizer, state, classes)
 
 
 def _list(steps: Sequence[int]) -> str:

@@ -11,14 +11,14 @@ from flax import struct
 from jaxformer.keys import key_for
 from jaxformer.learning.objectives import Batch, Example, NextToken
 from jaxformer.learning.optimizers import SGD
-from jaxformer.model.models import Decoder
+from jaxformer.model.models import Model
 from jaxformer.spec import Declared, Spec, is_declared, path_name
 
 
 class Recipe(Spec):
     """The static part of a step."""
 
-    model: Decoder
+    model: Model
     objective: NextToken = NextToken()
     compute_dtype: str = "float32"
     slices: int = 1  # of a batch, whose gradients are accumulated
@@ -137,11 +137,12 @@ def train_steps(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def evaluate_batch(recipe: Recipe, params: Any, batch: Batch, byte_lengths: jax.Array) -> jax.Array:
-    """float32[3]: sums over a batch, without dropout, of nats, of weights, and of the bytes of the targets.
+def evaluate_batch(
+    recipe: Recipe, params: Any, batch: Batch, number: jax.Array, byte_lengths: jax.Array
+) -> dict[str, jax.Array]:
+    """The objective's sums over a batch, without dropout. Batch `number` has the same draws at every evaluation.
 
     `byte_lengths` is that of the tokenizer, [V].
     """
-    example = recipe.objective.prepare(batch, jax.random.key(0))
-    nats, weight = recipe.objective.loss(recipe.model, _cast(recipe, params), example, None)
-    return jnp.stack([nats, weight, (byte_lengths[example.targets] * example.weights).sum()])
+    example = recipe.objective.prepare(batch, jax.random.fold_in(jax.random.key(0), number))
+    return recipe.objective.sums(recipe.model, _cast(recipe, params), example, byte_lengths)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxformer.data.files import write
-from jaxformer.model.models import Decoder
+from jaxformer.model.models import Model
 from jaxformer.run.checkpoint import sha256
 from jaxformer.run.opened import Run, open_run
 from jaxformer.run.step import TrainState
@@ -29,7 +29,7 @@ def open_source(init_from: str) -> Run:
     return dataclasses.replace(run, state=TrainState(run.state.step, run.state.eval_params, opt_state=()))
 
 
-def compare(model: Decoder, run: Run, same_tokenizer: bool) -> dict[str, Any]:
+def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     """A report of which parameters of the model can be taken from the run, and which not.
 
     Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same. Raises

@@ -1,0 +1,179 @@
+"""Tables: files whose rows are examples, with texts and labels in named columns."""
+
+import contextlib
+import csv
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxformer.data.corpora import Piece, TextFiles, cut
+from jaxformer.data.files import lines, plain_name
+from jaxformer.spec import InputError
+
+log = logging.getLogger(__name__)
+
+Labels = str | tuple[str, ...]
+
+
+class Row(NamedTuple):
+    """One example."""
+
+    texts: tuple[str, ...]
+    labels: tuple[Labels, ...]  # one for each column of labels
+
+
+class Malformed(ValueError):
+    """Why a row cannot be used."""
+
+
+class Table(TextFiles):
+    """CSV, TSV or JSON-lines files, or a folder of them, told apart by their names; each row an example.
+
+    CSV may quote its cells (RFC 4180), TSV may not. Read as plain text, each text of a row is a document.
+    """
+
+    text: str = "text"  # the column of the text
+    target: str | None = None  # the column of a second text, as an answer or a translation; None: there is none
+    labels: tuple[str, ...] = ()  # the columns of classes
+    separator: str | None = None  # between the classes of a cell, where it may hold any number of them
+    columns: tuple[str, ...] | None = None  # their names, where files have no first line of them
+    malformed: str = "stop"  # at a row that cannot be used; "skip": leave it out, count and tell
+
+    suffixes = (".csv", ".tsv", ".jsonl", ".ndjson")
+    aligned = True
+
+    def check(self, at: str = "") -> None:
+        if self.malformed not in ("stop", "skip"):
+            raise ValueError(f"{at}malformed={self.malformed!r} must be 'stop' or 'skip'")
+        if self.columns is not None:
+            for name in self._columns():
+                if name not in self.columns:
+                    raise ValueError(f"{at}columns={self.columns} must name the column {name!r}")
+        if self.separator == "":
+            raise ValueError(f"{at}separator='' must hold a character; None if a cell holds one class")
+
+    @property
+    def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 1 if self.target is None else 2
+
+    def label_values(self) -> dict[str, list[Labels]]:
+        found: dict[str, list[Labels]] = {name: [] for name in self.labels}
+        for row in self.rows(quiet=True):
+            for name, value in zip(self.labels, row.labels, strict=True):
+                found[name].append(value)
+        return found
+
+    def read(self, path: Path) -> Iterator[Piece]:
+        for row in self._rows_of(path):
+            for text in row.texts:
+                yield from cut([text])
+
+    def rows(self, quiet: bool = False) -> Iterator[Row]:
+        """The examples of all files, in order."""
+        for path in self.files():
+            yield from self._rows_of(path, quiet)
+
+    def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
+        name, skipped, first = plain_name(path), 0, ""
+        if not name.endswith(self.suffixes):
+            raise InputError(f"{path} must end in {', '.join(self.suffixes)}, which tell how to read it; rename it")
+        cells = self._json(path) if name.endswith((".jsonl", ".ndjson")) else self._csv(path, name.endswith(".tsv"))
+        for line, found in cells:
+            try:
+                if isinstance(found, Malformed):
+                    raise found
+                yield self._row(found)
+            except Malformed as error:
+                if self.malformed == "stop":
+                    raise InputError(
+                        f"{path}, line {line}: {error}; mend the row, or set malformed='skip' to leave such rows out"
+                    ) from None
+                skipped, first = skipped + 1, first or f"line {line}: {error}"
+        if skipped and not quiet:
+            log.warning("%s: %d malformed rows left out, the first in %s", path, skipped, first)
+
+    def _row(self, cells: Mapping[str, Any]) -> Row:
+        texts = tuple(_text(cells, name) for name in ([self.text] if self.target is None else [self.text, self.target]))
+        labels: list[Labels] = []
+        for name in self.labels:
+            value = cells.get(name)
+            if isinstance(value, list) and self.separator is not None:
+                labels.append(tuple(sorted({_label(item, name) for item in value})))
+            elif self.separator is not None and isinstance(value, str):
+                labels.append(tuple(sorted({part.strip() for part in value.split(self.separator) if part.strip()})))
+            else:
+                labels.append(_label(value, name))
+        return Row(texts, tuple(labels))
+
+    def _columns(self) -> list[str]:
+        return [self.text, *([] if self.target is None else [self.target]), *self.labels]
+
+    def _csv(self, path: Path, tabs: bool) -> Iterator[tuple[int, Mapping[str, str] | Malformed]]:
+        """Line and cells by column, or what is wrong with the row that begins there."""
+        how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+        text = (line.decode("utf-8", "surrogateescape") + "\n" for line in lines(path))
+        first = next(text, "")
+        reader = csv.reader(itertools.chain([first.removeprefix("\ufeff")] if first else [], text), **how)
+        names = self.columns
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                if names is None:
+                    raise InputError(f"{path}, line {line}: {error}; mend the line of the columns' names") from None
+                yield line, Malformed(str(error))
+                continue
+            if names is None:
+                names = tuple(name.strip() for name in row)
+                self._check_names(path, names)
+            elif len(row) == len(names):
+                yield line, dict(zip(names, row, strict=True))
+            elif row:  # an empty line is no row
+                yield line, Malformed(f"{len(row)} cells, but there are {len(names)} columns")
+
+    def _check_names(self, path: Path, names: tuple[str, ...]) -> None:
+        for name in self._columns():
+            if names.count(name) != 1:
+                reason = "no column" if name not in names else "more than one column"
+                raise InputError(
+                    f"{path}: {reason} {name!r} among {', '.join(map(repr, names))}; give text, target and labels the "
+                    "names of columns, or the names as columns=(...) if the first line does not hold them"
+                )
+
+    def _json(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Malformed]]:
+        for number, line in enumerate(lines(path), 1):
+            if not line.strip():
+                continue
+            value: Any = None
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line)
+            yield number, value if isinstance(value, dict) else Malformed("no JSON object")
+
+
+def _text(cells: Mapping[str, Any], name: str) -> str:
+    text = cells.get(name)
+    if not isinstance(text, str):
+        raise Malformed(f"{name!r} is {'missing' if text is None else type(text).__name__}; it must be a text")
+    if not text.strip():
+        raise Malformed(f"{name!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"{name!r} is not UTF-8") from None
+    return text
+
+
+def _label(value: Any, name: str) -> str:
+    if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
+        value = str(int(value))
+    if not isinstance(value, str):
+        raise Malformed(f"{name!r} is {'missing' if value is None else type(value).__name__}; it must be a class")
+    if not value.strip():
+        raise Malformed(f"{name!r} is empty")
+    return value.strip()

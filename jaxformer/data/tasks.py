@@ -1,0 +1,105 @@
+"""Synthetic tasks: pairs of texts that follow a rule, for a model that should find it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxformer.data.corpora import Corpus
+from jaxformer.data.hashes import mix
+
+SYMBOLS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+class Copy(Corpus):
+    """Symbols, and the same again; also the base of all tasks.
+
+    Example i depends on `seed` and i alone, so that more examples leave the first ones as they were.
+    """
+
+    length: int = 10  # symbols of the first text
+    shortest: int | None = None  # lengths are drawn evenly from here on; None: all have `length`
+    symbols: int = 10  # how many there are: 0 to 9, then a to z
+    examples: int = 10_000
+    seed: int = 0
+
+    texts = 2
+    aligned = True
+
+    def check(self, at: str = "") -> None:
+        least = self.length if self.shortest is None else self.shortest
+        if not 1 <= least <= self.length:
+            raise ValueError(f"{at}shortest={self.shortest} must lie between 1 and {at}length={self.length}")
+        if not 1 <= self.symbols <= len(SYMBOLS):
+            raise ValueError(f"{at}symbols={self.symbols} must lie between 1 and {len(SYMBOLS)}")
+        if self.examples < 2:
+            raise ValueError(f"{at}examples={self.examples} must be at least 2, one to train on and one to validate")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"{at}seed={self.seed} must be at least 0 and less than 2**32")
+
+    def documents(self) -> Iterator[str]:
+        for source, target in self.pairs():
+            yield source
+            yield target
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """First and second text of each example."""
+        seed = mix(mix(np.array([self.seed], np.uint64)))
+        for first in range(0, self.examples, 4096):  # in blocks, to hash them together
+            number = np.arange(first, min(first + 4096, self.examples), dtype=np.uint64)
+            draws = mix(mix(seed + number)[:, None] + np.arange(self.length + 1, dtype=np.uint64))
+            shortest = self.length if self.shortest is None else self.shortest
+            lengths = shortest + (draws[:, 0] % np.uint64(self.length + 1 - shortest)).astype(int)
+            for row, length in zip(draws[:, 1:] % np.uint64(self.symbols), lengths, strict=True):
+                text = "".join(SYMBOLS[i] for i in row[:length])
+                yield text, self.answer(text)
+
+    def answer(self, text: str) -> str:
+        return text
+
+
+class Reverse(Copy):
+    """Symbols, and the same from the last to the first."""
+
+    def answer(self, text: str) -> str:
+        return text[::-1]
+
+
+class Sort(Copy):
+    """Symbols, and the same in their order."""
+
+    def answer(self, text: str) -> str:
+        return "".join(sorted(text))
+
+
+class Alternating(Copy):
+    """1 0 1 0 … or 0 1 0 1 …, and what each symbol is followed by: the same shifted by one."""
+
+    symbols: int = 2
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        shortest = self.length if self.shortest is None else self.shortest
+        for i in range(self.examples):
+            text = "".join(SYMBOLS[(i + j + 1) % 2] for j in range(self.length + 1))
+            length = shortest + i // 2 % (self.length + 1 - shortest)
+            yield text[:length], text[1 : length + 1]
+
+
+class Addition(Copy):
+    """Two numbers of `length` digits at most, as "12+345", and their sum."""
+
+    length: int = 3
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.symbols != 10:
+            raise ValueError(f"{at}symbols={self.symbols} must be 10, the digits")
+        if self.length > 18:
+            raise ValueError(f"{at}length={self.length} must be at most 18 digits")
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        seed = mix(mix(np.array([self.seed], np.uint64)))
+        least = 0 if self.shortest in (None, 1) else 10 ** (int(self.shortest or 1) - 1)
+        for i in range(self.examples):
+            drawn = mix(mix(seed + np.uint64(i)) + np.arange(2, dtype=np.uint64)) % np.uint64(10**self.length - least)
+            a, b = (int(number) + least for number in drawn)
+            yield f"{a}+{b}", str(a + b)

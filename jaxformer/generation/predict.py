@@ -1,0 +1,38 @@
+"""From a trained model to classes and vectors of texts."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformer.generation.decode import padded
+from jaxformer.model.heads import ClassificationHead, EmbeddingHead
+from jaxformer.model.masks import places
+from jaxformer.model.models import Model
+
+
+def predict(
+    model: Model, params: Any, texts: Sequence[Sequence[int]], seconds: Sequence[int], context: int
+) -> dict[str, np.ndarray]:
+    """Head name → what it says of each text: probabilities [B, N] of its classes, [B, T, N] of each token, or vectors.
+
+    `seconds` tells where in each text the second of a pair begins; texts longer than `context` are cut.
+    """
+    ids, segments = padded([text[:context] for text in texts], context)
+    parts = (np.arange(ids.shape[1])[None] >= np.asarray(seconds)[:, None]).astype(np.int32)
+    return jax.device_get(_predict(model, params, ids, segments, parts))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(model: Model, params: Any, ids: jax.Array, segments: jax.Array, parts: jax.Array) -> dict[str, jax.Array]:
+    at = places(segments, parts)
+    h, _ = model.hidden(params, ids, at)
+    found: dict[str, jax.Array] = {}
+    for head in model.heads:
+        if isinstance(head, ClassificationHead):
+            found[head.name] = head.probabilities(model.read(params, head, h, at.segment > 0))
+        elif isinstance(head, EmbeddingHead):
+            found[head.name] = model.read(params, head, h, at.segment > 0)
+    return found

@@ -1,0 +1,292 @@
+"""Heads: from hidden states to what a task asks for. A part of their own, so that a loss may work in chunks."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformer.model.layers import GELU, Identity, LayerNorm, NoNorm, Tanh, add, along, dropout, linear
+from jaxformer.spec import Arrays, Param, Spec
+
+
+class Head(Spec):
+    """Hidden states as they are; also the base of all heads."""
+
+    @property
+    def name(self) -> str:
+        """Under which a model keeps the head's parameters; no two heads of a model share it."""
+        return "hidden"
+
+    def params(self) -> dict[str, Param]:
+        return {}
+
+
+# --- a distribution over the vocabulary
+
+
+class LanguageHead(Head):
+    """Logits over the vocabulary, by default from the embedding table (arXiv:1608.05859)."""
+
+    tied: bool = True
+    bias: bool = False
+    scaled: bool = False  # hidden states by 1/√D, as T5 before its tied table
+    cap: float | None = None  # logits are kept within ± this by tanh (arXiv:2408.00118)
+
+    @property
+    def name(self) -> str:
+        return "language"
+
+    def check(self, at: str = "") -> None:
+        if self.cap is not None and self.cap <= 0:
+            raise ValueError(f"{at}cap={self.cap} must be more than 0; 30 is usual, None turns it off")
+
+    def params(self) -> dict[str, Param]:
+        kernel = {} if self.tied else {"kernel": Param("D->V")}
+        return kernel | ({"bias": Param("V", fan_in="D")} if self.bias else {})
+
+    def __call__(self, params: Arrays, h: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+        """float32 logits; `table` is that of the embedding."""
+        if self.scaled:
+            h = h * h.shape[-1] ** -0.5
+        if self.tied:
+            logits = jnp.einsum("...D,VD->...V", h, table, preferred_element_type=jnp.float32)
+        else:
+            logits = jnp.einsum("...D,DV->...V", h, params["kernel"], preferred_element_type=jnp.float32)
+        if self.bias:
+            logits = logits + along(params["bias"], logits)
+        return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
+
+
+class MaskedLanguageHead(LanguageHead):
+    """A layer with activation and norm, then logits over the vocabulary, as BERT (arXiv:1810.04805)."""
+
+    bias: bool = True
+    activation: Identity = GELU(approximate=False)
+    norm: NoNorm = LayerNorm(eps=1e-12)
+
+    def params(self) -> dict[str, Param]:
+        norm = {f"norm_{name}": param for name, param in self.norm.params().items()}
+        return super().params() | {"between": Param("D->D"), "between_bias": Param("D", fan_in="D")} | norm
+
+    def __call__(self, params: Arrays, h: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+        h = linear(h, params["between"])
+        h = self.activation(add(h, along(params["between_bias"], h)))
+        norm = {name.removeprefix("norm_"): array for name, array in params.items() if name.startswith("norm_")}
+        return super().__call__(params, self.norm(norm, h), table)
+
+
+# --- one vector for a text
+
+
+class Pooling(Spec):
+    """The mean of a text's hidden states; also the base of all ways to make one vector of them."""
+
+    def params(self) -> dict[str, Param]:
+        return {}
+
+    def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+        """`real` tells tokens from padding."""
+        weights = real.astype(jnp.float32)
+        weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
+        return jnp.einsum("BTD,BT->BD", h, weights, preferred_element_type=jnp.float32).astype(h.dtype)
+
+
+class FirstToken(Pooling):
+    """The hidden state of the first token, as of BERT's [CLS]."""
+
+    def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+        return jnp.take_along_axis(h, real.argmax(1)[:, None, None], 1)[:, 0]
+
+
+class LastToken(Pooling):
+    """The hidden state of the last token, which in a decoder is the only one that has seen the whole text."""
+
+    def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+        last = real.shape[1] - 1 - real[:, ::-1].argmax(1)
+        return jnp.take_along_axis(h, last[:, None, None], 1)[:, 0]
+
+
+class MaxPooling(Pooling):
+    """The largest number in each place of D."""
+
+    def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+        least = jnp.finfo(h.dtype).min
+        top = jnp.where(real[..., None], h, least).max(1)
+        return jnp.where(real.any(1, keepdims=True), top, 0)
+
+
+class AttentionPooling(Pooling):
+    """A mean weighted by a softmax over scores that a learned query gives (arXiv:1703.03130, section 2.1)."""
+
+    def params(self) -> dict[str, Param]:
+        return {"query": Param("D->")}
+
+    def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+        scores = jnp.einsum("BTD,D->BT", h, params["query"], preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(real, scores, -1e30), axis=1)
+        return jnp.einsum("BTD,BT->BD", h, weights, preferred_element_type=jnp.float32).astype(h.dtype)
+
+
+class EmbeddingHead(Head):
+    """A unit vector for each text: pooled and, if there is a width, projected (arXiv:1908.10084)."""
+
+    pooling: Pooling = Pooling()
+    width: int | None = None  # None: no projection
+    activation: Identity = Identity()  # of the projection
+    unit: bool = True  # the vector is divided by its length
+
+    @property
+    def name(self) -> str:
+        return "embedding"
+
+    def check(self, at: str = "") -> None:
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"{at}width={self.width} must be at least 1; None leaves the pooled vector as it is")
+
+    def params(self) -> dict[str, Param]:
+        if self.width is None:
+            return self.pooling.params()
+        sizes = {"M": self.width}
+        more = {"kernel": Param("D->M", sizes=sizes), "bias": Param("M", sizes=sizes, fan_in="D")}
+        return self.pooling.params() | more
+
+    def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B M"]:
+        x = self.pooling(params, h, real)
+        if self.width is not None:
+            x = linear(x, params["kernel"])
+            x = self.activation(add(x, along(params["bias"], x)))
+        x = x.astype(jnp.float32)
+        square = jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24)  # the root of 0 has no gradient
+        return x * jax.lax.rsqrt(square) if self.unit else x
+
+
+# --- classes
+
+
+class ClassificationHead(Head):
+    """One class of a column for each text: softmax over a linear layer or, with `hidden`, over two."""
+
+    column: str = "label"  # of the table
+    classes: tuple[str, ...] | None = None  # None: those that the table's column holds
+    pooling: Pooling = Pooling()
+    hidden: int | None = None  # width of a layer before; None: there is none
+    activation: Identity = Tanh()  # of that layer
+    dropout: float = 0.0  # of what the last layer is given
+
+    @property
+    def name(self) -> str:
+        return f"classes_of_{self.column}"
+
+    @property
+    def n_logits(self) -> int:
+        if self.classes is None:
+            raise ValueError(
+                f"model.head: the classes of the column {self.column!r} are not known; data.corpus must have it among "
+                "its labels, or model.head.classes name them"
+            )
+        return len(self.classes)
+
+    def check(self, at: str = "") -> None:
+        if not self.column or "/" in self.column:
+            raise ValueError(f"{at}column={self.column!r} must be the name of a column, without a slash")
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"{at}classes={self.classes} must differ; leave out what comes twice")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"{at}hidden={self.hidden} must be at least 1; None leaves that layer out")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
+
+    def params(self) -> dict[str, Param]:
+        sizes = {"N": self.n_logits} | ({} if self.hidden is None else {"M": self.hidden})
+        last = "D" if self.hidden is None else "M"
+        between = {} if self.hidden is None else {"between": "D->M", "between_bias": "M"}
+        fan_in = {"between_bias": "D", "bias": last}
+        letters = between | {"kernel": f"{last}->N", "bias": "N"}
+        own = {name: Param(value, sizes=sizes, fan_in=fan_in.get(name, "")) for name, value in letters.items()}
+        return self.pooling.params() | own
+
+    def __call__(
+        self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None
+    ) -> Float[Array, "B N"]:
+        """float32 logits; `key` is that of dropout."""
+        return self.last(params, self.pooling(params, h, real), key)
+
+    def last(self, params: Arrays, x: Float[Array, "*B D"], key: jax.Array | None) -> Float[Array, "*B N"]:
+        """The layers behind the pooling."""
+        if self.hidden is not None:
+            x = linear(x, params["between"])
+            x = self.activation(add(x, along(params["between_bias"], x)))
+        logits = linear(dropout(key, x, self.dropout), params["kernel"]).astype(jnp.float32)
+        return logits + along(params["bias"], logits)
+
+    def nats(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."], smoothing: float) -> Float[Array, "*B"]:
+        """−log of the probability of the label, its target spread by label smoothing (arXiv:1512.00567)."""
+        return cross_entropy(logits, labels, smoothing)
+
+    def right(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."]) -> Bool[Array, "*B"]:
+        """Whether the likeliest class is the label."""
+        return logits.argmax(-1) == labels
+
+    def probabilities(self, logits: Float[Array, "*B N"]) -> Float[Array, "..."]:
+        """Of each class."""
+        return jax.nn.softmax(logits, -1)
+
+
+class BinaryHead(ClassificationHead):
+    """Which of two classes: one logit, that of the second class, through a sigmoid."""
+
+    @property
+    def n_logits(self) -> int:
+        if super().n_logits != 2:
+            raise ValueError(f"model.head: {self.classes} must be two classes; take ClassificationHead for more")
+        return 1
+
+    def nats(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."], smoothing: float) -> Float[Array, "*B"]:
+        return binary_cross_entropy(logits[..., 0], labels, smoothing)
+
+    def right(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."]) -> Bool[Array, "*B"]:
+        return (logits[..., 0] > 0) == (labels > 0)
+
+    def probabilities(self, logits: Float[Array, "*B N"]) -> Float[Array, "..."]:
+        second = jax.nn.sigmoid(logits)
+        return jnp.concatenate([1 - second, second], -1)
+
+
+class MultiLabelHead(ClassificationHead):
+    """Any number of classes for each text: a sigmoid for each. Right is what has all of them and no other."""
+
+    def nats(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."], smoothing: float) -> Float[Array, "*B"]:
+        return binary_cross_entropy(logits, labels, smoothing).sum(-1)
+
+    def right(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."]) -> Bool[Array, "*B"]:
+        return ((logits > 0) == (labels > 0)).all(-1)
+
+    def probabilities(self, logits: Float[Array, "*B N"]) -> Float[Array, "..."]:
+        return jax.nn.sigmoid(logits)
+
+
+class TokenClassificationHead(ClassificationHead):
+    """One class for each token, as for named entities. Labels are int32[B, T], −1 where a token has none."""
+
+    def __call__(
+        self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None
+    ) -> Float[Array, "B T N"]:
+        return self.last(params, h, key)
+
+
+def cross_entropy(
+    logits: Float[Array, "*B N"], labels: Int[Array, "..."], smoothing: float = 0.0
+) -> Float[Array, "*B"]:
+    """Nats; of the target's weight, `smoothing` is spread evenly over all classes (arXiv:1512.00567, section 7)."""
+    total = jax.nn.logsumexp(logits, -1)
+    chosen = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
+    return total - chosen
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "*B"], labels: Int[Array, "..."], smoothing: float = 0.0
+) -> Float[Array, "*B"]:
+    """Nats of labels 0 and 1; of the target's weight, `smoothing` is spread evenly over both."""
+    target = (1 - smoothing) * (labels > 0) + smoothing / 2
+    return jax.nn.softplus(logits) - target * logits

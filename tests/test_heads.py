@@ -1,0 +1,233 @@
+"""Heads against NumPy; a text's vector and its logits do not depend on the padding beside it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import decoder, loud
+
+from jaxformer.model import heads
+from jaxformer.model.layers import GELU, Identity, LayerNorm, ReLU, Tanh
+
+rng = np.random.default_rng(0)
+B, T, D, V, M, N = 3, 13, 7, 29, 11, 5
+CLASSES = tuple("abcde")
+REAL = np.zeros((B, T), bool)
+REAL[0, 4:9], REAL[1, :6], REAL[2, 8:] = True, True, True
+
+
+def close(a, b, atol=1e-5):
+    np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
+
+
+def draws(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def filled(spec, **sizes):
+    """Parameters of a head or pooling, by its letters."""
+    sizes = {"D": D, "V": V} | sizes
+    return {
+        name: draws(*(({**sizes, **p.sizes})[letter] for letter in p.letters.replace("->", "")))
+        for name, p in spec.params().items()
+    }
+
+
+def j(*tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def softmax(x):
+    powers = np.exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# --- over the vocabulary
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_language_head(tied, bias, scaled, cap):
+    head = heads.LanguageHead(tied, bias, scaled, cap)
+    p, h, table = filled(head), draws(B, T, D), draws(V, D)
+    assert p.keys() == ({"bias"} if bias else set()) | (set() if tied else {"kernel"})
+    logits = h * (D**-0.5 if scaled else 1) @ (table.T if tied else p["kernel"]) + (p["bias"] if bias else 0)
+    close(head(*j(p, h, table)), logits if cap is None else cap * np.tanh(logits / cap))
+
+
+def test_masked_language_head():
+    """As BERT: a layer, GELU, a norm, the tied table and a bias."""
+    head = heads.MaskedLanguageHead()
+    p, h, table = filled(head), draws(B, T, D), draws(V, D)
+    assert {n: a.shape for n, a in p.items()} == {
+        **{"between": (D, D), "between_bias": (D,), "norm_scale": (D,), "norm_bias": (D,), "bias": (V,)}
+    }
+    x = gelu(h @ p["between"] + p["between_bias"])
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12) * p["norm_scale"] + p["norm_bias"]
+    close(head(*j(p, h, table)), x @ table.T + p["bias"], 1e-4)
+    assert head.activation == GELU(approximate=False) and head.norm == LayerNorm(eps=1e-12)
+
+
+def test_a_models_head_is_its_own():
+    """The parameters lie under the head's name, and `logits` finds them."""
+    model = decoder(head=(heads.LanguageHead(tied=False, bias=True, cap=3.0), heads.EmbeddingHead(width=M)), n_layers=1)
+    params, h = loud(model), draws(B, T, 84)
+    assert params["head_embedding"]["kernel"].shape == (84, M)
+    own = jax.tree.map(np.asarray, params["head_language"])
+    close(model.logits(params, jnp.asarray(h)), 3 * np.tanh((h @ own["kernel"] + own["bias"]) / 3), 1e-4)
+
+
+# --- one vector
+
+
+def attended(h, p):
+    return softmax(h @ p["query"]) @ h
+
+
+POOLINGS = [
+    (heads.Pooling(), lambda h, p: h.mean(0)),
+    (heads.FirstToken(), lambda h, p: h[0]),
+    (heads.LastToken(), lambda h, p: h[-1]),
+    (heads.MaxPooling(), lambda h, p: h.max(0)),
+    (heads.AttentionPooling(), attended),
+]
+each_pooling = pytest.mark.parametrize(("pooling", "f"), POOLINGS, ids=lambda x: type(x).__name__)
+
+
+@each_pooling
+def test_poolings(pooling, f):
+    """Each row is as its own tokens alone, with padding on either side or both; a row without any gives numbers."""
+    p, h = filled(pooling), draws(B, T, D) - 3
+    out = pooling(*j(p, h, REAL))
+    close(out, np.stack([f(h[b, REAL[b]], p) for b in range(B)]))
+    assert jnp.isfinite(pooling(*j(p, h, 0 * REAL > 0))).all()
+
+
+@each_pooling
+def test_poolings_in_half_precision(pooling, f):
+    p, h = filled(pooling), draws(B, T, D)
+    out = pooling(*jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (p, h)), jnp.asarray(REAL))
+    assert out.dtype == jnp.bfloat16
+    close(np.asarray(out, np.float32), np.stack([f(h[b, REAL[b]], p) for b in range(B)]), 0.1)
+
+
+@pytest.mark.parametrize("activation", [Identity(), Tanh()], ids=["linear", "tanh"])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("width", [None, M])
+def test_embedding_head(activation, unit, width):
+    head = heads.EmbeddingHead(heads.AttentionPooling(), width, activation, unit)
+    p, h = filled(head), draws(B, T, D)
+    x = np.stack([attended(h[b, REAL[b]], p) for b in range(B)])
+    if width is not None:
+        x = x @ p["kernel"] + p["bias"]
+        x = np.tanh(x) if activation == Tanh() else x
+    out = np.asarray(head(*j(p, h, REAL)))
+    close(out, x / np.linalg.norm(x, axis=1, keepdims=True) if unit else x)
+    assert out.shape == (B, width or D)
+
+
+def test_the_vector_of_no_token_has_a_gradient():
+    """Of a row of padding the mean is 0, which has no direction."""
+    head, h = heads.EmbeddingHead(), draws(B, T, D)
+    real = jnp.asarray(REAL).at[1].set(False)
+    gradient = jax.grad(lambda h: (head({}, h, real)[0] ** 3).sum())(jnp.asarray(h))
+    assert jnp.isfinite(gradient).all() and jnp.abs(gradient[0]).max() > 0
+
+
+# --- classes
+
+
+def cross_entropy(logits, labels, smoothing):
+    target = (1 - smoothing) * np.eye(logits.shape[-1])[labels] + smoothing / logits.shape[-1]
+    return -(target * np.log(softmax(logits))).sum(-1)
+
+
+def binary(logits, labels, smoothing):
+    target = (1 - smoothing) * labels + smoothing / 2
+    return -(target * np.log(sigmoid(logits)) + (1 - target) * np.log(1 - sigmoid(logits)))
+
+
+CLASSIFIERS = [  # head, shape of logits, of labels, number of labels, nats, probabilities, right
+    (heads.ClassificationHead, (B, N), (B,), N, cross_entropy, softmax, lambda z, y: z.argmax(-1) == y),
+    (
+        *(heads.BinaryHead, (B, 1), (B,), 2, lambda z, y, s: binary(z[..., 0], y, s)),
+        *(lambda z: np.concatenate([1 - sigmoid(z), sigmoid(z)], -1), lambda z, y: (z[..., 0] > 0) == y),
+    ),
+    (
+        *(heads.MultiLabelHead, (B, N), (B, N), 2, lambda z, y, s: binary(z, y, s).sum(-1)),
+        *(sigmoid, lambda z, y: ((z > 0) == y).all(-1)),
+    ),
+    (heads.TokenClassificationHead, (B, T, N), (B, T), N, cross_entropy, softmax, lambda z, y: z.argmax(-1) == y),
+]
+each_classifier = pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: case[0].__name__)
+
+
+def classifier(case, **fields):
+    return case[0](classes=CLASSES[: 2 if case[0] is heads.BinaryHead else N], **fields)
+
+
+@each_classifier
+@pytest.mark.parametrize("hidden", [None, M])
+@pytest.mark.parametrize("activation", [Tanh(), ReLU()], ids=["tanh", "relu"])
+def test_logits_of_classes(case, hidden, activation):
+    """One layer or two behind the pooling, or behind each token."""
+    head = classifier(case, hidden=hidden, activation=activation, pooling=heads.MaxPooling())
+    p, h = filled(head), draws(B, T, D)
+    x = h if case[0] is heads.TokenClassificationHead else np.stack([h[b, REAL[b]].max(0) for b in range(B)])
+    if hidden is not None:
+        x = x @ p["between"] + p["between_bias"]
+        x = np.tanh(x) if activation == Tanh() else np.maximum(x, 0)
+    logits = head(*j(p, h, REAL))
+    close(logits, x @ p["kernel"] + p["bias"], 1e-4)
+    assert logits.shape == case[1] and logits.dtype == jnp.float32 and head.name == "classes_of_label"
+
+
+@each_classifier
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_nats_of_classes(case, smoothing):
+    _, of_logits, of_labels, n, nats, _, _ = case
+    head, z, y = classifier(case), 2 * draws(*of_logits), rng.integers(0, n, of_labels)
+    close(head.nats(*j(z, y), smoothing), nats(z, y, smoothing))
+
+
+@each_classifier
+def test_probabilities_and_what_is_right(case):
+    _, of_logits, of_labels, n, _, probabilities, right = case
+    head, z = classifier(case), draws(101, *of_logits)
+    y = rng.integers(0, n, (101, *of_labels))
+    y[:50] = (z[:50] > 0) if of_labels == of_logits else (z[:50, ..., 0] > 0) if n == 2 else z[:50].argmax(-1)
+    close(head.probabilities(*j(z)), probabilities(z))
+    out = np.asarray(head.right(*j(z, y)))
+    assert np.array_equal(out, right(z, y)) and out[:50].all() and not out[50:].all()
+    if case[0] is not heads.MultiLabelHead:
+        close(head.probabilities(*j(z)).sum(-1), 1)
+
+
+def test_dropout_before_the_last_layer():
+    head = heads.ClassificationHead(classes=CLASSES, dropout=0.5)
+    p, h = filled(head), draws(B, T, D)
+    plain, outs = head(*j(p, h, REAL)), [head(*j(p, h, REAL), jax.random.key(i)) for i in range(300)]
+    assert jnp.abs(outs[0] - plain).max() > 0.1
+    close(np.mean(outs, 0), plain, 0.35)
+
+
+def test_heads_refuse():
+    for n, cls in ((3, heads.BinaryHead), (None, heads.ClassificationHead)):
+        with pytest.raises(ValueError, match=r"must be two classes|are not known"):
+            cls(classes=n and CLASSES[:n]).params()
+    with pytest.raises(ValueError, match="must differ"):
+        heads.ClassificationHead(classes=("a", "b", "a")).check()
+    with pytest.raises(ValueError, match="several of different columns"):
+        decoder(head=(heads.ClassificationHead(), heads.BinaryHead())).check()

@@ -1,0 +1,501 @@
+"""Positions, masks, kernels, wirings and initializers against NumPy, or by the property that defines them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import B, T, decoder, hidden, ids, loud
+
+from jaxformer.model import layers
+from jaxformer.model.blocks import Block, PostNorm, PreNorm, SandwichNorm
+from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
+from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
+from jaxformer.model.layers import GELU, FeedForward, GatedFeedForward, LayerNorm, NoNorm, ReLU, RMSNorm, Tanh
+from jaxformer.model.masks import (
+    Bidirectional,
+    Both,
+    Causal,
+    Either,
+    Local,
+    Places,
+    Prefix,
+    View,
+    Window,
+    one_document,
+    places,
+)
+from jaxformer.model.models import Encoder, EncoderDecoder
+from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
+
+rng = np.random.default_rng(0)
+
+
+def close(a, b, atol=1e-5):
+    np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
+
+
+def draws(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def count(model):
+    return sum(a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+
+
+# --- positions
+
+
+def turned(x, position, base, width, scaling):
+    """The first `width` numbers of [..., T, K], halves paired, as complex numbers that turn."""
+    z = x[..., : width // 2] + 1j * x[..., width // 2 : width]
+    z = z * np.exp(1j * position[..., None] / scaling * base ** (-np.arange(0, width, 2) / width))
+    return np.concatenate([z.real, z.imag, x[..., width:]], -1)
+
+
+@pytest.mark.parametrize(
+    ("rotary", "width"), [(Rotary(), 14), (Rotary(100.0, 3 / 7, 4.0), 6), (Rotary(500.0, 1.0, 0.5), 14)]
+)
+def test_rotary_turns_a_share_of_each_head(rotary, width):
+    x, position = draws(2, 3, 5, 14), rng.integers(0, 50, (2, 5))
+    out = rotary.rotate({}, jnp.asarray(x), Places(jnp.asarray(position), jnp.ones((2, 5), jnp.int32)))
+    close(out, turned(x, position[:, None], rotary.base, width, rotary.scaling), 1e-4)
+    assert np.array_equal(out[..., width:], x[..., width:])
+
+
+def test_rotary_refuses_odd_widths():
+    for fraction in (0.5, 1 / 3):
+        with pytest.raises(ValueError, match="must be even"):
+            Rotary(fraction=fraction).check_width(14, "")
+    Rotary(fraction=3 / 7).check_width(14, "")
+
+
+def published_slopes(n):
+    """As the paper's own code: a geometric row that begins with its ratio; the gaps are filled from the next power."""
+    if math.log2(n).is_integer():
+        start = 2 ** -(2 ** -(math.log2(n) - 3))
+        return [start * start**i for i in range(n)]
+    power = 2 ** math.floor(math.log2(n))
+    return published_slopes(power) + published_slopes(2 * power)[0::2][: n - power]
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 6, 8, 12, 16])
+def test_alibi(n_heads):
+    """[H, T, S]: minus slope times distance, on either side."""
+    at = Places(jnp.asarray([[3, 4, 5, 9]]), jnp.ones((1, 4), jnp.int32))
+    bias = ALiBi().bias({}, View(at, at, Bidirectional(), n_heads), {}, {})
+    distance = np.abs(np.subtract.outer([3, 4, 5, 9], [3, 4, 5, 9]))
+    close(bias[0], -np.asarray(published_slopes(n_heads))[:, None, None] * distance)
+    if n_heads == 8:
+        close(-bias[0, :, 0, 1], 0.5 ** np.arange(1, 9))
+
+
+def published_bucket(relative, bidirectional, buckets, longest):
+    """T5's `_relative_position_bucket`; `relative` is the key's position less the query's."""
+    n, first = -relative, 0
+    if bidirectional:
+        buckets //= 2
+        first = buckets if n < 0 else 0
+        n = abs(n)
+    n, exact = max(n, 0), buckets // 2
+    if n < exact:
+        return first + n
+    far = math.log(n / exact + 1e-7) / math.log(longest / exact) * (buckets - exact)
+    return first + min(exact + int(far), buckets - 1)
+
+
+@pytest.mark.parametrize("mask", [Causal(), Prefix()], ids=["causal", "both ways"])
+@pytest.mark.parametrize(("buckets", "longest"), [(32, 128), (8, 29)])
+def test_relative_bias(mask, buckets, longest):
+    """The table's row of T5's bucket, at [H, T, S]; compiled and not."""
+    spec, table = RelativeBias(buckets, longest), draws(buckets, 3)
+    query, key = np.array([[0, 150, 300]]), np.arange(301)[None]
+    one = lambda p: Places(jnp.asarray(p), jnp.ones(p.shape, jnp.int32))
+    view = View(one(query), one(key), mask, 3)
+    f = np.vectorize(lambda relative: published_bucket(relative, not mask.causal, buckets, longest))
+    expected = table[f(key[0][None] - query[0][:, None])]  # [T, S, H]
+    for bias in (spec.bias, jax.jit(lambda p, *more: spec.bias(p, view, *more))):
+        arguments = ({"table": jnp.asarray(table)}, view, {}, {}) if bias == spec.bias else ({"table": table}, {}, {})
+        assert np.array_equal(np.moveaxis(np.asarray(bias(*arguments))[0], 0, -1), expected)
+
+
+def test_relative_bias_is_one_table_of_all_layers():
+    params = loud(decoder(position=RelativeBias(8, 20)))["decoder"]
+    assert params["position"]["table"].shape == (8, 6) and set(params["layers"]["block0"]["attention"]) == {"project"}
+
+
+@pytest.mark.parametrize(
+    ("position", "relative"),
+    [(Rotary(100.0, 3 / 7, 2.0), True), (ALiBi(), True), (RelativeBias(8, 20), True), (Sinusoidal(), False)],
+    ids=lambda p: type(p).__name__,
+)
+def test_scores_depend_on_differences_of_positions(position, relative):
+    """A text that begins at another position is the same text; the positions count, all the same."""
+    model = decoder(position=position, n_layers=1)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    plain, _ = hidden(model, params, text, at)
+    shifted, _ = hidden(model, params, text, at._replace(position=at.position + 17))
+    spread, _ = hidden(model, params, text, at._replace(position=2 * at.position))
+    assert (np.abs(plain - shifted).max() < 1e-3) == relative and np.abs(plain - spread).max() > 1e-2
+
+
+# --- masks
+
+
+SEGMENT = np.array([[1] * 7 + [2] * 5 + [0], [0, 0, *[3] * 4, *[7] * 4, 4, 5, 5]], np.int32)
+POSITION = np.array([[*range(7), *range(5), 0], [0, 1, *range(4), *range(4), 0, 0, 1]])
+PART = np.array([[0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 1]], np.int32)
+RULES = [  # rule, whether position t sees position s of that part, slots of a text of 31 tokens
+    (Bidirectional(), lambda t, s, part: True, 31),
+    (Causal(), lambda t, s, part: s <= t, 31),
+    (Prefix(), lambda t, s, part: s <= t or part == 0, 31),
+    (Local(3), lambda t, s, part: -3 < t - s < 3, 3),
+    (Window(3), lambda t, s, part: t - 3 < s <= t, 3),
+    (Window(1), lambda t, s, part: s == t, 1),
+    (Window(37), lambda t, s, part: t - 37 < s <= t, 31),
+    (Both((Prefix(), Local(3))), lambda t, s, part: abs(t - s) < 3 and (s <= t or part == 0), 3),
+    (Both((Causal(), Bidirectional())), lambda t, s, part: s <= t, 31),
+    (Either((Window(2), Prefix())), lambda t, s, part: s <= t or part == 0, 31),
+    (Either((Window(2), Window(5))), lambda t, s, part: t - 5 < s <= t, 5),
+    (
+        Either((Window(4), Both((Prefix(), Local(2))))),
+        lambda t, s, part: t - 4 < s <= t or (s == t + 1 and not part),
+        4,
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "sees", "span"), RULES, ids=str)
+def test_masks(rule, sees, span):
+    """By hand for each pair; padding and other documents are never seen; what is seen of the past is still cached."""
+    segment, part = jnp.asarray(SEGMENT), jnp.asarray(PART)
+    at = places(segment, part)
+    assert np.array_equal(at.position, POSITION)
+    mask = np.asarray(jnp.broadcast_to(View(at, at, rule, 5).mask(), (2, 1, 13, 13)))[:, 0]
+    for b, t, s in np.ndindex(mask.shape):
+        seen = SEGMENT[b, t] == SEGMENT[b, s] and sees(POSITION[b, t], POSITION[b, s], PART[b, s])
+        assert mask[b, t, s] == seen, (b, t, s)
+    back = (POSITION[:, :, None] - POSITION[:, None])[mask]
+    assert rule.causal == (back.min() >= 0) and rule.span(31) == span > back.max()
+    assert set(rule.slots()) == ({"part"} if "Prefix" in str(rule) else set())
+
+
+def test_a_prefix_without_parts_is_causal():
+    at = places(jnp.asarray(SEGMENT))
+    assert jnp.array_equal(View(at, at, Prefix(), 5).mask(), View(at, at, Causal(), 5).mask())
+
+
+@pytest.mark.parametrize("rule", [Prefix(), Both((Prefix(), Local(5)))], ids=["prefix", "local prefix"])
+def test_cached_decoding_behind_a_prefix(rule):
+    """The prefix at once, then token by token, which are of the second part without saying so."""
+    model = decoder(mask=rule, n_layers=1)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    whole = at._replace(part=(at.position > 6).astype(jnp.int32))
+    full, _ = hidden(model, params, text, whole)
+    first = jax.tree.map(lambda a: jnp.broadcast_to(a[:, :7], (B, 7)), whole)
+    h, cache = hidden(model, params, text[:, :7], first, None, model.cache(B, T))
+    outs = [h]
+    for t in range(7, 11):
+        own = Places(*(jnp.full((B, 1), n) for n in (t, 1)))
+        h, cache = hidden(model, params, text[:, t : t + 1], own, None, cache)
+        outs.append(h)
+    close(jnp.concatenate(outs, 1), full[:, :11])
+
+
+def test_rows_that_are_alike_may_be_given_once_to_a_cached_prefix():
+    model = decoder(mask=Prefix(), n_layers=1)
+    params, text = loud(model), ids(B, T)
+    cached, _ = hidden(model, params, text, one_document(T), None, model.cache(B, T))
+    close(cached, hidden(model, params, text, one_document(T))[0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "answers"),
+    [
+        (Causal(), False),
+        (Prefix(), False),
+        ((Prefix(), Window(3)), False),
+        (Both((Prefix(), Local(3))), False),
+        (Bidirectional(), True),
+        (Local(3), True),
+        ((Prefix(), Local(3)), True),
+        (Either((Prefix(), Local(3))), True),
+    ],
+    ids=str,
+)
+def test_who_sees_answers(mask, answers):
+    """Whether a token of the second part sees one behind itself that is of the second part too."""
+    assert decoder(mask=mask, n_layers=2).sees_answers == answers
+
+
+# --- kernels
+
+
+def attention(q, k, v, mask, scores=lambda x: x):
+    """[B, H, T, K] with G key/value heads, row by row; `scores` of the scaled products."""
+    out = np.zeros_like(q)
+    for b, h, t in np.ndindex(q.shape[:3]):
+        g, s = h // (q.shape[1] // k.shape[1]), np.flatnonzero(mask[b, t])
+        powers = np.exp(scores(k[b, g, s] @ q[b, h, t] / math.sqrt(q.shape[-1])))
+        out[b, h, t] = powers / powers.sum() @ v[b, g, s]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scores"),
+    [(Softmax(), lambda x: x), (SoftCapped(0.7), lambda x: 0.7 * np.tanh(x / 0.7)), (Uniform(), np.zeros_like)],
+    ids=lambda k: type(k).__name__,
+)
+def test_kernels(kernel, scores):
+    q, k, v = 3 * draws(2, 6, 13, 5), draws(2, 3, 13, 5), draws(2, 3, 13, 5)
+    at = places(jnp.asarray(SEGMENT))
+    mask = (SEGMENT[:, :, None] == SEGMENT[:, None]) & (POSITION[:, None] <= POSITION[:, :, None])
+    seen = kernel.remember({}, jnp.asarray(k), jnp.asarray(v), at, None)
+    out = kernel({}, jnp.asarray(q), seen, seen, View(at, at, Causal(), 6), 0.0, None, 0.0)
+    close(out, attention(q, k, v, mask, scores))
+
+
+def test_uniform_attention_has_values_alone():
+    model = decoder(kernel=Uniform(), bias=True)
+    assert set(loud(model)["decoder"]["layers"]["block0"]["attention"]["project"]) == {"v", "v_bias", "o", "o_bias"}
+    assert set(model.cache(B, T)["block0"]) == {"position", "segment", "v"}
+    params, text = loud(model), ids(B, T)
+    full, _ = hidden(model, params, text, one_document(T))
+    cached, _ = hidden(model, params, text, one_document(T), None, model.cache(B, T))
+    close(full, cached)
+
+
+def own_layer(params, stack="decoder", block=0, layer=0):
+    """The arrays of one layer."""
+    return jax.tree.map(lambda a: a[layer], params[stack]["layers"][f"block{block}"])
+
+
+@pytest.mark.parametrize("head_width", [None, 22])
+@pytest.mark.parametrize("qk_norm", [NoNorm(), RMSNorm()], ids=["plain", "normed"])
+def test_attention_by_hand(head_width, qk_norm):
+    """Queries and keys of each head are normed, then turned; heads may be wider than D / H."""
+    model = decoder(qk_norm=qk_norm, head_width=head_width, position=Rotary(100.0), n_layers=1)
+    p, x, position = own_layer(loud(model))["attention"], draws(B, T, 84), np.arange(T)
+    w, K = p["project"], head_width or 14
+    assert w["q"].shape == (84, 6, K) and w["k"].shape == (84, 2, K) and w["o"].shape == (6, K, 84)
+    qkv = {n: np.einsum("BTD,DHK->BHTK", x, w[n]) for n in "qkv"}
+    for n in "qk":
+        if qk_norm == RMSNorm():
+            qkv[n] = (
+                qkv[n] / np.sqrt((qkv[n] ** 2).mean(-1, keepdims=True) + 1e-6) * np.asarray(p[f"norm_{n}"]["scale"])
+            )
+        qkv[n] = turned(qkv[n], position, 100.0, K, 1)
+    h = attention(*(qkv[n] for n in "qkv"), np.tril(np.ones((B, T, T))))
+    own = model.kinds("decoder")[0].attention(model.dims)
+    out, _ = own.apply({"params": p}, jnp.asarray(x), one_document(T), {}, None)
+    close(out, np.einsum("BHTK,HKD->BTD", h, w["o"]), 1e-3)
+
+
+# --- wirings
+
+
+def rms(scale, x):
+    x = np.asarray(x)
+    return jnp.asarray(x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(scale["scale"]))
+
+
+BRANCHES = ("attention", "cross_attention", "feed_forward")
+
+
+@pytest.mark.parametrize("wiring", [PreNorm, PostNorm, SandwichNorm])
+@pytest.mark.parametrize("off", [None, *BRANCHES])
+def test_wirings_by_hand(wiring, off):
+    """x + f(n(x)), n(x + f(x)), x + n'(f(n(x))); of the branch that is off, without the first x."""
+    residual = wiring() if off is None else wiring(**{off: False})
+    model = EncoderDecoder(
+        **{"vocab_size": 29, "d_model": 15, "n_heads": 3, "d_ff": 11, "context_length": T, "n_layers": 1},
+        **{"position": NoPosition(), "norm": RMSNorm(), "residual": residual},
+    )
+    p, at, kind = own_layer(loud(model)), one_document(T), model.kinds("decoder")[0]
+    x, source = jnp.asarray(draws(2, T, 15)), jnp.asarray(draws(2, 7, 15))
+    own, cross = kind.attention(model.dims), kind.cross_attention(model.dims)
+    memory = cross.apply({"params": p["cross_attention"]}, source, one_document(7), {}, method="remember")
+    out, _ = Block(kind, model.dims).apply({"params": p}, x, at, {}, None, None, memory)
+    branches = {
+        "attention": lambda h: own.apply({"params": p["attention"]}, h, at, {}, None)[0],
+        "cross_attention": lambda h: cross.apply({"params": p["cross_attention"]}, h, at, {}, None, memory=memory)[0],
+        "feed_forward": lambda h: model.feed_forward(p["feed_forward"], h),
+    }
+    for name, f in branches.items():
+        norm = lambda h, name=name: rms(p[f"norm_{name}"], h)
+        kept = 0 if name == off else x
+        if wiring is PreNorm:
+            x = kept + f(norm(x))
+        elif wiring is PostNorm:
+            x = norm(kept + f(x))
+        else:
+            x = kept + rms(p[f"norm_{name}_out"], f(norm(x)))
+    close(out, x, 1e-4)
+    assert ("norm" in loud(model)["decoder"]) == (wiring is not PostNorm)
+
+
+def test_no_norm():
+    model = decoder(norm=NoNorm(), position=NoPosition(), n_layers=1)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    assert set(params["decoder"]) == {"layers"} and set(own_layer(params)) == {"attention", "feed_forward"}
+    p, x = own_layer(params), params["embedding"]["table"][text]
+    x = x + model.kinds("decoder")[0].attention(model.dims).apply({"params": p["attention"]}, x, at, {}, None)[0]
+    close(x + model.feed_forward(p["feed_forward"], x), hidden(model, params, text, at)[0], 1e-3)
+
+
+def test_parts_alternate_over_the_layers():
+    """Two kernels, one mask and three feed-forwards make six kinds."""
+    kernels, feeds = (Softmax(), Uniform()), (FeedForward(ReLU()), GatedFeedForward(), FeedForward(Tanh(), bias=True))
+    model = decoder(kernel=kernels, feed_forward=feeds, n_layers=6, position=NoPosition())
+    kinds = model.kinds("decoder")
+    assert [(k.kernel, k.mask, k.feed_forward) for k in kinds] == [
+        (kernels[i % 2], Causal(), feeds[i % 3]) for i in range(6)
+    ]
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    x = params["embedding"]["table"][text]
+    for i in range(6):
+        p = own_layer(params, block=i)
+        assert ("q" in p["attention"]["project"]) == (i % 2 == 0) and ("gate" in p["feed_forward"]) == (i % 3 == 1)
+        x, _ = Block(kinds[i], model.dims).apply({"params": p}, x, at, {}, None)
+    close(model.norm(params["decoder"]["norm"], x), hidden(model, params, text, at)[0], 1e-4)
+    assert decoder(mask=(Causal(), Window(3)), n_layers=4).kinds("decoder")[1].mask == Window(3)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"scale_embedding": True}, {"embedding_norm": True}, {"n_parts": 2}, None], ids=str
+)
+def test_the_embedded_input(fields):
+    """√D · token + part + position, then the norm."""
+    fields = {"scale_embedding": True, "embedding_norm": True, "n_parts": 2} if fields is None else fields
+    model = decoder(n_layers=1, position=Learned(), norm=LayerNorm(), **fields)
+    params, text = loud(model), ids(2, T)
+    x = np.asarray(params["embedding"]["table"])[text] * (84**0.5 if "scale_embedding" in fields else 1)
+    at = places(jnp.asarray(SEGMENT), jnp.asarray(PART))
+    bare = x + np.asarray(params["decoder"]["position"]["table"])[POSITION]
+    for part, shown in ((PART, at), (0 * PART, at._replace(part=None))):
+        expected = bare + (np.asarray(params["embedding"]["parts"])[part] if "n_parts" in fields else 0)
+        if "embedding_norm" in fields:
+            norm = jax.tree.map(np.asarray, params["decoder"]["norm_embedding"])
+            expected = expected - expected.mean(-1, keepdims=True)
+            expected = expected / np.sqrt((expected**2).mean(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
+        close(model.activations(params, text, shown)["decoder/embedded"], expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("activation", "f"),
+    [
+        (layers.SquaredReLU(), lambda x: np.maximum(x, 0) ** 2),
+        (layers.Tanh(), np.tanh),
+        (layers.Sigmoid(), lambda x: 1 / (1 + np.exp(-x))),
+        (layers.Identity(), lambda x: x),
+    ],
+    ids=lambda a: type(a).__name__,
+)
+def test_activations(activation, f):
+    x = 3 * draws(3, 5)
+    close(activation(jnp.asarray(x)), f(x))
+
+
+# --- initializers
+
+D, F, H, G, K, V, C, L = 96, 211, 5, 1, 17, 401, 101, 31
+CUT = 0.87962566103423978  # the deviation of a standard normal cut off at ± 2
+FANS = {  # what goes in and what comes out of each matrix
+    **{"q": (D, H * K), "k": (D, G * K), "v": (D, G * K), "o": (H * K, D)},
+    **{"up": (D, F), "gate": (D, F), "down": (F, D), "kernel": (D, V), "bias": (D, V)},
+}
+
+
+def both(limit):
+    """Standard deviation and bound of uniform numbers."""
+    return limit / 3**0.5, limit
+
+
+@pytest.mark.parametrize(
+    ("initializer", "matrix", "bias", "table"),
+    [
+        (layers.TorchUniform(), lambda i, o: both(i**-0.5), lambda i: both(i**-0.5), (1, 9)),
+        (layers.XavierUniform(), lambda i, o: both((6 / (i + o)) ** 0.5), None, (0.02, 1)),
+        (layers.LeCunNormal(0.3), lambda i, o: (i**-0.5, 2 * i**-0.5 / CUT), None, (0.3, 3)),
+        (layers.TruncatedNormal(0.1), lambda i, o: (0.1 * CUT, 0.2), None, (0.1 * CUT, 0.2)),
+        (layers.Normal(0.1), lambda i, o: (0.1, 1), None, (0.1, 1)),
+    ],
+    ids=lambda i: type(i).__name__,
+)
+def test_initializers(initializer, matrix, bias, table):
+    """Deviation and bound of every array, from what its matrix takes in and gives out."""
+    model = decoder(
+        **{"d_model": D, "d_ff": F, "n_heads": H, "n_kv_heads": G, "head_width": K, "vocab_size": V, "n_layers": L},
+        **{"context_length": C, "bias": True, "feed_forward": GatedFeedForward(bias=True), "n_parts": 503},
+        **{"head": LanguageHead(tied=False, bias=True), "initializer": initializer},
+    )
+    for path, array in jax.tree_util.tree_flatten_with_path(model.init(jax.random.key(3)))[0]:
+        path, array = jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(array)
+        group, name = path.split("/")[-2:]
+        matrix_name = name.removesuffix("_bias")
+        if "norm" in group:
+            assert (array == (name == "scale")).all(), path
+        elif name in ("table", "parts"):
+            close_to(array, *table, path)
+        elif name.endswith("bias") and bias is None:
+            assert (array == 0).all(), path
+        else:
+            close_to(array, *(bias(FANS[matrix_name][0]) if name.endswith("bias") else matrix(*FANS[name])), path)
+
+
+def close_to(array, deviation, bound, path):
+    error = 0.03 if array.size > 10_000 else 0.1
+    assert array.std() == pytest.approx(deviation, rel=error), path
+    assert abs(array.mean()) < 6 * deviation / array.size**0.5 and np.abs(array).max() <= bound * (1 + 1e-6), path
+
+
+def test_only_what_writes_to_the_residual_stream_begins_smaller():
+    """Attention's and feed-forward's last matrices, by √(2 · layers); not the head's layer, also from D to D."""
+    model = Encoder(vocab_size=29, d_model=96, n_layers=8, n_heads=6, context_length=7, head=MaskedLanguageHead())
+    params = model.init(jax.random.key(0))
+    block = params["encoder"]["layers"]["block0"]
+    for array, std in (
+        (block["attention"]["project"]["o"], 0.005),
+        (block["feed_forward"]["down"], 0.005),
+        (block["feed_forward"]["up"], 0.02),
+        (params["head_language"]["between"], 0.02),
+    ):
+        assert float(array.std()) == pytest.approx(std, rel=0.03)
+
+
+# --- sizes of published models
+
+
+def test_parameters_of_t5():
+    """T5-small: 60,506,624."""
+    model = EncoderDecoder(
+        **{"vocab_size": 32128, "d_model": 512, "d_ff": 2048, "n_layers": 6, "n_heads": 8, "context_length": 512},
+        **{"position": RelativeBias(), "norm": RMSNorm(), "feed_forward": FeedForward(ReLU())},
+        head=LanguageHead(scaled=True),
+    )
+    assert count(model) == 60_506_624
+
+
+@pytest.mark.parametrize(
+    ("head", "parameters"),
+    [(MaskedLanguageHead(), 109_514_298), (EmbeddingHead(FirstToken(), 768, Tanh(), unit=False), 109_482_240)],
+    ids=["masked language", "pooler"],
+)
+def test_parameters_of_bert(head, parameters):
+    model = Encoder(
+        **{"vocab_size": 30522, "d_model": 768, "n_layers": 12, "n_heads": 12, "context_length": 512, "n_parts": 2},
+        **{"norm": LayerNorm(eps=1e-12), "residual": PostNorm(), "bias": True, "embedding_norm": True, "head": head},
+        feed_forward=FeedForward(GELU(False), bias=True),
+    )
+    assert count(model) == parameters
+
+
+def test_parameters_of_the_first_transformer():
+    """The base model's two stacks: torch.nn.Transformer() has 44,140,544, two last norms among them that it lacks."""
+    model = EncoderDecoder(
+        **{"vocab_size": 37000, "d_model": 512, "d_ff": 2048, "n_layers": 6, "n_heads": 8, "context_length": 512},
+        **{"position": Sinusoidal(), "residual": PostNorm(), "bias": True, "scale_embedding": True},
+        feed_forward=FeedForward(ReLU(), bias=True),
+    )
+    assert count(model) - 37000 * 512 == 44_140_544 - 2 * 2 * 512

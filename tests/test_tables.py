@@ -1,0 +1,214 @@
+"""Tables and synthetic tasks: rows as examples, what is wrong with a row, labels, splits."""
+
+import csv
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from jaxformer.data import tasks
+from jaxformer.data.datasets import classes_of, encode, prepare
+from jaxformer.data.tables import Table
+from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.spec import InputError, checked, known_specs
+
+ROWS = [("a b", "x, y", "1"), ('say "hi"', "two\nlines", "0"), ("café", "tab\tinside", "1"), ("z", " w ", "2")]
+
+
+def written(path, rows=ROWS, header=("text", "answer", "class")):
+    """A file in the format that its name tells."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows))
+    elif path.suffix == ".tsv":
+        lines = [
+            "\t".join(header),
+            *("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in r) for r in rows),
+        ]
+        path.write_text("\n".join(lines))
+    else:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def table(path, **fields):
+    return checked(Table(str(path), **({"target": "answer", "labels": ("class",)} | fields)))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl"])
+def test_formats_hold_the_same(tmp_path, name):
+    corpus = table(written(tmp_path / name))
+    clean = (lambda text: text.replace("\t", " ").replace("\n", " ")) if name == "t.tsv" else str
+    assert [row.texts for row in corpus.rows()] == [(clean(a), clean(b)) for a, b, _ in ROWS]
+    assert list(corpus.documents()) == [clean(text) for row in ROWS for text in row[:2]]
+    assert corpus.label_values() == {"class": ["1", "0", "1", "2"]} and classes_of(corpus) == {"class": ("0", "1", "2")}
+
+
+def test_no_line_of_names(tmp_path):
+    (tmp_path / "t.tsv").write_text("where?\there\nwho?\tme\n")
+    corpus = Table(str(tmp_path / "t.tsv"), "question", "answer", columns=("question", "answer"))
+    assert [row.texts for row in corpus.rows()] == [("where?", "here"), ("who?", "me")]
+    with pytest.raises(InputError, match=r"columns=.* must name the column 'text'"):
+        checked(Table("x", columns=("a",)))
+
+
+def test_a_folder_of_tables(tmp_path):
+    written(tmp_path / "b.jsonl", ROWS[:1])
+    written(tmp_path / "a.csv", ROWS[1:])
+    assert [row.labels for row in table(tmp_path).rows()] == [("0",), ("1",), ("2",), ("1",)]
+
+
+BAD = [
+    ("t.csv", "text,class\na,1\nb\nc,2\n", 3, "1 cells, but there are 2 columns"),
+    ("t.csv", 'text,class\na,1\n"b"x,0\nc,2\n', 3, "',' expected after '\"'"),
+    ("t.csv", "text,class\na,1\n,0\nc,2\n", 3, "'text' is empty"),
+    ("t.csv", "text,class\na,1\nb, \nc,2\n", 3, "'class' is empty"),
+    ("t.csv", b"text,class\na,1\n\xff\xfe,0\nc,2\n", 3, "'text' is not UTF-8"),
+    ("t.csv", 'text,class\n"a\nb",1\nb\nc,2\n', 4, "1 cells"),
+    ("t.tsv", "text\tclass\na\t1\nb\tc\t0\nc\t2\n", 3, "3 cells"),
+    ("t.jsonl", '{"text":"a","class":1}\n{"text":\n{"text":"c","class":2}', 2, "no JSON object"),
+    ("t.jsonl", '{"text":"a","class":1}\n[1]\n{"text":"c","class":2}', 2, "no JSON object"),
+    ("t.jsonl", '{"text":"a","class":1}\n{"text":3,"class":1}\n{"text":"c","class":2}', 2, "'text' is int"),
+    ("t.jsonl", '{"text":"a","class":1}\n{"text":"b"}\n{"text":"c","class":2}', 2, "'class' is missing"),
+    ("t.jsonl", '{"text":"a","class":1}\n{"text":"b","class":1.5}\n{"text":"c","class":2}', 2, "'class' is float"),
+    ("t.jsonl", '{"text":"a","class":1}\n{"text":"\\ud800","class":1}\n{"text":"c","class":2}', 2, "is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "line", "reason"), BAD)
+def test_a_malformed_row_is_told_with_file_line_and_reason(tmp_path, caplog, name, content, line, reason):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match="mend the row, or set malformed='skip'") as error:
+        list(Table(str(path), labels=("class",)).rows())
+    assert f"{path}, line {line}: " in str(error.value) and reason in str(error.value)
+    corpus = Table(str(path), labels=("class",), malformed="skip")
+    with caplog.at_level(logging.WARNING):
+        rows = [row.labels for row in corpus.rows()]
+    assert rows == [("1",), ("2",)] and "1 malformed rows left out, the first in line" in caplog.text
+    source = encode(corpus, Bytes(), {"class": ("1", "2")})
+    assert source.n_examples == 2 and source.labels["class"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,klass\na,1\n", "no column 'class' among 'text', 'klass'"),
+        ("text,class,class\na,1,2\n", "more than one column 'class'"),
+    ],
+)
+def test_columns_must_be_there(tmp_path, content, message):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        list(Table(str(tmp_path / "t.csv"), labels=("class",), malformed="skip").rows())
+
+
+def test_other_names_are_refused(tmp_path):
+    (tmp_path / "t.txt").write_text("text\na\n")
+    with pytest.raises(InputError, match=r"must end in .csv, .tsv, .jsonl, .ndjson"):
+        list(Table(str(tmp_path / "t.txt")).rows())
+
+
+def test_several_classes_in_a_cell(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text":"a","tags":["x","y"]}\n{"text":"b","tags":"y; z"}\n{"text":"c","tags":[]}\n')
+    corpus = Table(str(path), labels=("tags",), separator=";")
+    assert corpus.label_values() == {"tags": [("x", "y"), ("y", "z"), ()]}
+    source = encode(corpus, Bytes(), classes_of(corpus))
+    assert source.labels["tags"].tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+
+
+def test_a_class_that_training_has_not(tmp_path):
+    train, valid = table(written(tmp_path / "a.csv")), table(written(tmp_path / "b.csv", [("q", "r", "9")]))
+    with pytest.raises(InputError, match=r"data.valid=.*example 1 has class='9', which must be one of 0, 1, 2"):
+        prepare(train, Bytes(), valid)
+
+
+def test_examples_are_what_their_ids_say(tmp_path):
+    """Two documents for each, with and without ids that begin and end them; none is lost if it has no id."""
+    corpus = table(written(tmp_path / "t.csv"))
+    for tokenizer in (Bytes(), Bytes(end_token=True)):
+        source = prepare(corpus, tokenizer, corpus).train[0]
+        assert source.texts == 2 and source.n_examples == 4 and source.labels["class"].tolist() == [1, 0, 1, 2]
+        for number, row in enumerate(ROWS):
+            for ids, text in zip(source.example(number), row[:2], strict=True):
+                assert ids.tolist() == tokenizer.document(text)
+        part = source.pick(np.array([1, 3]))
+        assert [ids.tolist() for ids in part.example(1)] == [tokenizer.document(text) for text in ROWS[3][:2]]
+        assert part.labels["class"].tolist() == [0, 2] and part.n_tokens == part.sizes.sum()
+
+
+def test_a_split_keeps_each_classs_share(tmp_path):
+    rows = [(f"text {i}", "", "ab"[i % 10 < 3]) for i in range(200)]
+    corpus = Table(str(written(tmp_path / "t.csv", rows)), labels=("class",))
+    found = []
+    for seed in (0, 1):
+        prepared = prepare(corpus, Bytes(), None, 0.2, seed)
+        (train,), (valid,) = prepared.train, prepared.valid
+        assert np.bincount(train.labels["class"]).tolist() == [112, 48]
+        assert np.bincount(valid.labels["class"]).tolist() == [28, 12]
+        texts = [
+            {bytes(part.example(i)[0].astype(np.uint8)) for i in range(part.n_examples)} for part in (train, valid)
+        ]
+        assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 200
+        found.append(texts[1])
+        again = prepare(corpus, Bytes(), None, 0.2, seed).valid[0]
+        assert np.array_equal(again.starts, valid.starts)
+    assert 0 < len(found[0] & found[1]) < 40
+    last = prepare(corpus, Bytes(), None, 0.2).valid[0]
+    assert last.starts.tolist() == encode(corpus, Bytes(), classes_of(corpus)).starts[160:].tolist()
+
+
+# --- tasks
+
+
+@pytest.mark.parametrize("task", [tasks.Copy, *known_specs(tasks.Copy)])
+def test_a_task_is_a_function_of_its_fields(task):
+    corpus = checked(task(length=7, shortest=3, examples=5000, seed=4))
+    pairs = list(corpus.pairs())
+    assert len(pairs) == 5000 and list(checked(task(length=7, shortest=3, examples=50, seed=4)).pairs()) == pairs[:50]
+    if task is not tasks.Alternating:
+        assert list(task(length=7, shortest=3, examples=50, seed=5).pairs()) != pairs[:50]
+        assert len(set(pairs)) > 4000
+    answer = {
+        "Copy": lambda a: a,
+        "Reverse": lambda a: a[::-1],
+        "Sort": lambda a: "".join(sorted(a)),
+        "Alternating": lambda a: a.translate(str.maketrans("01", "10")),
+        "Addition": lambda a: str(sum(map(int, a.split("+")))),
+    }[task.__name__]
+    for source, target in pairs:
+        assert target == answer(source)
+        assert all(3 <= len(part) <= 7 for part in source.split("+"))
+    lengths = np.bincount([len(source.split("+")[0]) for source, _ in pairs], minlength=8)[3:]
+    assert task is tasks.Addition or (lengths > 800).all()
+
+
+def test_symbols_are_drawn_evenly():
+    text = "".join(source for source, _ in tasks.Copy(length=20, symbols=13, examples=2000).pairs())
+    counts = np.array([text.count(symbol) for symbol in tasks.SYMBOLS[:13]])
+    assert counts.sum() == 40_000 and abs(counts - 40_000 / 13).max() < 250
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (tasks.Copy(shortest=11), "shortest=11 must lie between 1 and length=10"),
+        (tasks.Sort(symbols=37), "symbols=37 must lie between 1 and 36"),
+        (tasks.Reverse(examples=1), "examples=1 must be at least 2"),
+        (tasks.Addition(symbols=2), "symbols=2 must be 10"),
+        (tasks.Copy(seed=-1), "seed=-1 must be at least 0"),
+    ],
+)
+def test_tasks_refuse(task, message):
+    with pytest.raises(InputError, match=message):
+        checked(task)
+
+
+def test_a_task_is_prepared_like_any_corpus():
+    prepared = prepare(tasks.Reverse(length=5, examples=40), Characters(end_token=True))
+    (train,), (valid,) = prepared.train, prepared.valid
+    assert (train.n_examples, valid.n_examples) == (36, 4)
+    first, second = (prepared.tokenizer.decode(ids) for ids in valid.example(3))
+    assert second == first[::-1] and len(first) == 5
