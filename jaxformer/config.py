@@ -15,7 +15,7 @@ from jaxformer.data.batches import Examples, RandomWindows
 from jaxformer.data.corpora import Corpus, PythonTopics
 from jaxformer.data.files import write
 from jaxformer.data.tokenizers import Characters, Tokenizer
-from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.objectives import Contrastive, NextToken
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.model import baselines
 from jaxformer.model.models import Model
@@ -130,6 +130,11 @@ class Config(Spec):
         if self.row_length < 1:
             raise ValueError(f"{at}data.window={self.window} must be at least 2 for {type(self.objective).__name__}")
         self.objective.check_model(self.model)
+        if isinstance(self.objective, Contrastive) and (self.train.accumulation > 1 or self.data.batch_size < 2):
+            raise ValueError(
+                f"{at}objective=Contrastive compares the rows of a batch: {at}data.batch_size={self.data.batch_size} "
+                f"must be at least 2, and {at}train.accumulation={self.train.accumulation} must be 1"
+            )
         if self.data.batch_size % self.train.accumulation:
             raise ValueError(
                 f"{at}train.accumulation={self.train.accumulation} must divide "

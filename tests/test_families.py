@@ -158,7 +158,7 @@ def test_what_a_token_sees(family, objective, position, mask, kernel):
 @each
 def test_compiled_and_scanned_as_one_by_one(family, objective, position, mask, kernel):
     """The loss of the objective: layers in a compiled scan, against layers unrolled, operation by operation."""
-    objective = objective.filled(SPECIAL, 29)
+    objective = objective.filled(SPECIAL, 29, T + 1)
     model = model_of(family, position, mask, kernel)
     segment = np.ones((3, T + 1), np.int32)
     segment[0, 7:], segment[1, 10:] = 2, 0

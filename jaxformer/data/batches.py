@@ -24,6 +24,7 @@ class RandomWindows(Spec):
     """
 
     whole_documents = False  # True: rows are made of documents, so that a source may be split between any two
+    examples = False  # True: rows are examples, with their labels
     bucket_steps = 1  # steps after which another bucket may have its turn
 
     def buckets(self, source: Source, length: int) -> tuple[Source, ...]:
@@ -92,6 +93,7 @@ class Examples(RandomWindows):
     bucket_steps: int = 10  # pyright: ignore[reportIncompatibleVariableOverride]
 
     whole_documents = True
+    examples = True
 
     def check(self, at: str = "") -> None:
         for name in ("n_buckets", "bucket_steps"):
@@ -105,11 +107,17 @@ class Examples(RandomWindows):
         return found
 
     def buckets(self, source: Source, length: int) -> tuple[Source, ...]:
-        return _buckets(source, min(self.n_buckets, source.n_examples))
+        return _buckets(source, max(1, min(self.n_buckets, source.n_examples)))
 
     def check_source(self, source: Source, length: int) -> None:
         if not source.n_examples:
             raise InputError("no example")
+
+    def count_cut(self, source: Source, length: int) -> int:
+        """How many examples are longer than a row."""
+        whole = source.sizes.sum(1, keepdims=True) if self.joined else source.sizes
+        room = np.array([length + 1] if whole.shape[1] == 1 else [length, length + 1])
+        return int((whole > room).any(1).sum())
 
     def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
         count = np.uint64(source.n_examples)
@@ -152,7 +160,7 @@ class Examples(RandomWindows):
 
 
 def _rounded(size: int, most: int) -> int:
-    return max(2, min(-(-size // 8) * 8, most))
+    return min(max(2, -(-size // 8) * 8), most)
 
 
 @functools.lru_cache(maxsize=16)

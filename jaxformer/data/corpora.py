@@ -232,6 +232,10 @@ class Mixture(Corpus):
         if any(len(corpus.parts()) > 1 for corpus in self.corpora):
             raise ValueError(f"{at}corpora must not be mixtures themselves; give all corpora in one")
 
+    @property
+    def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return max(corpus.texts for corpus in self.corpora)
+
     def documents(self) -> Iterator[str]:
         for corpus in self.corpora:
             yield from corpus.documents()

@@ -48,6 +48,7 @@ class Source:
     sha256: str = ""  # of the ids, before any split
     prefix: int = 0  # ids before each document
     texts: int = 1  # documents that make an example
+    examples: bool = False  # rows are made of these, not of the text as a whole
     labels: Mapping[str, NDArray[np.int32]] = dataclasses.field(default_factory=dict)  # column -> [examples, ...]
     picked: NDArray[np.int64] | None = None  # where documents end, if not all of them are there
 
@@ -96,7 +97,7 @@ class Source:
         Of examples, the last ones or, with a seed, some that are drawn, of each class of the first column as many as
         are its share.
         """
-        if seed is not None or self.texts > 1 or self.labels:
+        if seed is not None or self.examples:
             return self._split_examples(valid_fraction, seed)
         at = int((1 - valid_fraction) * len(self.tokens))
         first, last = (int(np.searchsorted(self.starts, at, side)) for side in ("left", "right"))
@@ -108,16 +109,17 @@ class Source:
 
     def _split_examples(self, valid_fraction: float, seed: int | None) -> "tuple[Source, Source]":
         numbers = np.arange(self.n_examples)
-        order = (
-            numbers if seed is None else np.argsort(mix(mix(np.array([seed], np.uint64)) + numbers.astype(np.uint64)))
-        )
-        strata = np.zeros(self.n_examples, np.int64)
-        if seed is not None and self.labels:
-            first = next(iter(self.labels.values()))
-            _, strata = np.unique(first, axis=0, return_inverse=True)
-        valid = np.zeros(self.n_examples, bool)
-        for members in (order[strata[order] == stratum] for stratum in np.unique(strata)):
-            valid[members[len(members) - round(valid_fraction * len(members)) :]] = True
+        count = min(max(1, round(valid_fraction * len(numbers))), max(len(numbers) - 1, 0))
+        if seed is None:
+            chosen = numbers[len(numbers) - count :]
+        else:
+            order = np.argsort(mix(mix(np.array([seed], np.uint64)) + numbers.astype(np.uint64)))
+            for labels in list(self.labels.values())[:1]:  # class after class, from which evenly many are taken
+                _, stratum = np.unique(labels, axis=0, return_inverse=True)
+                order = order[np.argsort(stratum.ravel()[order], kind="stable")]
+            chosen = order[((np.arange(count) + 0.5) * len(numbers) / max(count, 1)).astype(np.int64)]
+        valid = np.zeros(len(numbers), bool)
+        valid[chosen] = True
         return self.pick(numbers[~valid]), self.pick(numbers[valid])
 
 
@@ -139,16 +141,18 @@ def prepare(
     valid: Corpus | None = None,
     valid_fraction: float = 0.1,
     split_seed: int | None = None,
+    examples: bool = False,
     classes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Prepared:
     """A corpus as ids, and what it is validated on: `valid` or, if None, a part of each corpus (`Source.split`).
 
-    Ids are taken from the cache if they are there and whole, else made and put there. `classes` are those of columns
-    that are known already. Raises InputError for a corpus that is missing, empty or not to be read.
+    Ids are taken from the cache if they are there and whole, else made and put there. With `examples` the rows of
+    tables are kept as such, with their labels; `classes` are those of columns that are known already. Raises
+    InputError for a corpus that is missing, empty or not to be read.
     """
     prints = fingerprints(corpus, valid)
     tokenizer = fitted(tokenizer, corpus, prints["corpus_sha256"])
-    known = classes_of(corpus) | dict(classes or {})
+    known = (classes_of(corpus) | dict(classes or {})) if examples else None
     sources = _prepare_parts(corpus, prints["corpus_sha256"], tokenizer, "data.corpus", known)
     if valid is None:
         pairs = [source.split(valid_fraction, split_seed) for source in sources]
@@ -160,9 +164,9 @@ def prepare(
         "train_tokens": sum(source.n_tokens for source in trains),
         "valid_tokens": sum(source.n_tokens for source in valids),
         "documents": sum(len(source.starts) for source in sources),
-        "classes": known,
+        "classes": known or {},
     }
-    return Prepared(trains, tuple(weight for _, weight in corpus.parts()), valids, tokenizer, known, manifest)
+    return Prepared(trains, tuple(weight for _, weight in corpus.parts()), valids, tokenizer, known or {}, manifest)
 
 
 def classes_of(corpus: Corpus) -> dict[str, tuple[str, ...]]:
@@ -180,6 +184,8 @@ def _labels(corpus: Corpus, classes: Mapping[str, tuple[str, ...]], field: str) 
     """The number of each example's class, [examples], or for each class whether it has it, [examples, classes]."""
     found: dict[str, NDArray[np.int32]] = {}
     for name, values in corpus.label_values().items():
+        if name not in classes:
+            raise InputError(f"{field}={corpus}: has labels of {name!r}, but data.corpus has none; give both the same")
         index = {value: i for i, value in enumerate(classes[name])}
         several = any(isinstance(value, tuple) for value in values)
         labels = np.zeros((len(values), len(index)) if several else len(values), np.int32)
@@ -221,7 +227,7 @@ def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None)
 
 
 def encode(corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]] | None = None) -> Source:
-    """The ids of a corpus in memory."""
+    """The ids of a corpus in memory; with classes, as examples."""
     ids, starts, count = [np.empty(0, np.uint32)], [], 0
     for found, begins, _ in _framed(_encoded(_pieces(corpus, tokenizer), tokenizer), tokenizer, False, corpus.aligned):
         if begins:
@@ -230,7 +236,7 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str
         count += len(found)
     ids.append(_last(tokenizer, len(starts)))
     source = Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding, _shared(tokenizer))
-    return _as_examples(source, corpus, tokenizer, classes or {}, "corpus")
+    return _as_examples(source, corpus, tokenizer, classes, "corpus")
 
 
 def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
@@ -244,7 +250,7 @@ def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
 
 
 def _prepare_parts(
-    corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str, classes: Mapping[str, tuple[str, ...]]
+    corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str, classes: Mapping[str, tuple[str, ...]] | None
 ) -> tuple[Source, ...]:
     found = []
     for part, _ in corpus.parts():
@@ -254,10 +260,13 @@ def _prepare_parts(
 
 
 def _as_examples(
-    source: Source, corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]], field: str
+    source: Source, corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]] | None, field: str
 ) -> Source:
-    labels = _labels(corpus, classes, field)
-    return dataclasses.replace(source, texts=corpus.texts, labels=labels, prefix=len(tokenizer.prefix))
+    """The source with labels of these classes; None: its documents are text and no more."""
+    if classes is None:
+        return source
+    more = {"texts": corpus.texts, "prefix": len(tokenizer.prefix), "examples": True}
+    return dataclasses.replace(source, **more, labels=_labels(corpus, classes, field))
 
 
 def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str) -> Source:

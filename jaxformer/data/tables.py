@@ -38,7 +38,8 @@ class Table(TextFiles):
     text: str = "text"  # the column of the text
     target: str | None = None  # the column of a second text, as an answer or a translation; None: there is none
     labels: tuple[str, ...] = ()  # the columns of classes
-    separator: str | None = None  # between the classes of a cell, where it may hold any number of them
+    several: tuple[str, ...] = ()  # those of them whose cells hold any number of classes
+    separator: str = "|"  # between these; JSON may hold a list
     columns: tuple[str, ...] | None = None  # their names, where files have no first line of them
     malformed: str = "stop"  # at a row that cannot be used; "skip": leave it out, count and tell
 
@@ -52,8 +53,13 @@ class Table(TextFiles):
             for name in self._columns():
                 if name not in self.columns:
                     raise ValueError(f"{at}columns={self.columns} must name the column {name!r}")
-        if self.separator == "":
-            raise ValueError(f"{at}separator='' must hold a character; None if a cell holds one class")
+        if not self.separator:
+            raise ValueError(f"{at}separator='' must hold a character; '|' is usual")
+        for name, values in (("labels", self.labels), ("columns", self.columns or ())):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{at}{name}={values} must differ; leave out what comes twice")
+        if not set(self.several) <= set(self.labels):
+            raise ValueError(f"{at}several={self.several} must be among {at}labels={self.labels}")
 
     @property
     def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -61,6 +67,8 @@ class Table(TextFiles):
 
     def label_values(self) -> dict[str, list[Labels]]:
         found: dict[str, list[Labels]] = {name: [] for name in self.labels}
+        if not found:
+            return found
         for row in self.rows(quiet=True):
             for name, value in zip(self.labels, row.labels, strict=True):
                 found[name].append(value)
@@ -100,12 +108,15 @@ class Table(TextFiles):
         labels: list[Labels] = []
         for name in self.labels:
             value = cells.get(name)
-            if isinstance(value, list) and self.separator is not None:
-                labels.append(tuple(sorted({_label(item, name) for item in value})))
-            elif self.separator is not None and isinstance(value, str):
-                labels.append(tuple(sorted({part.strip() for part in value.split(self.separator) if part.strip()})))
-            else:
+            if name not in self.several:
                 labels.append(_label(value, name))
+                continue
+            if isinstance(value, str):
+                value = [part for part in value.split(self.separator) if part.strip()]
+            if not isinstance(value, list):
+                kind = "missing" if value is None else type(value).__name__
+                raise Malformed(f"{name!r} is {kind}; it must be a list")
+            labels.append(tuple(sorted({_label(item, name) for item in value})))
         return Row(texts, tuple(labels))
 
     def _columns(self) -> list[str]:
@@ -116,6 +127,7 @@ class Table(TextFiles):
         how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
         text = (line.decode("utf-8", "surrogateescape") + "\n" for line in lines(path))
         first = next(text, "")
+        csv.field_size_limit(1 << 31 - 1)  # of a cell: longer texts than 128 KiB are texts
         reader = csv.reader(itertools.chain([first.removeprefix("\ufeff")] if first else [], text), **how)
         names = self.columns
         while True:
@@ -124,11 +136,8 @@ class Table(TextFiles):
                 row = next(reader)
             except StopIteration:
                 break
-            except csv.Error as error:
-                if names is None:
-                    raise InputError(f"{path}, line {line}: {error}; mend the line of the columns' names") from None
-                yield line, Malformed(str(error))
-                continue
+            except csv.Error as error:  # where the next row begins is not known: no row can be left out
+                raise InputError(f"{path}, line {line}: {error}; mend the quotes, or the ends of lines") from None
             if names is None:
                 names = tuple(name.strip() for name in row)
                 self._check_names(path, names)
@@ -160,13 +169,7 @@ def _text(cells: Mapping[str, Any], name: str) -> str:
     text = cells.get(name)
     if not isinstance(text, str):
         raise Malformed(f"{name!r} is {'missing' if text is None else type(text).__name__}; it must be a text")
-    if not text.strip():
-        raise Malformed(f"{name!r} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Malformed(f"{name!r} is not UTF-8") from None
-    return text
+    return _checked(text, name)
 
 
 def _label(value: Any, name: str) -> str:
@@ -174,6 +177,14 @@ def _label(value: Any, name: str) -> str:
         value = str(int(value))
     if not isinstance(value, str):
         raise Malformed(f"{name!r} is {'missing' if value is None else type(value).__name__}; it must be a class")
-    if not value.strip():
+    return _checked(value, name).strip()
+
+
+def _checked(text: str, name: str) -> str:
+    if not text.strip():
         raise Malformed(f"{name!r} is empty")
-    return value.strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"{name!r} is not UTF-8") from None
+    return text

@@ -76,6 +76,11 @@ class Alternating(Copy):
 
     symbols: int = 2
 
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.symbols != 2 or self.seed:
+            raise ValueError(f"{at}symbols and {at}seed must be as they were: there are two such texts of each length")
+
     def pairs(self) -> Iterator[tuple[str, str]]:
         shortest = self.length if self.shortest is None else self.shortest
         for i in range(self.examples):

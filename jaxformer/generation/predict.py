@@ -14,19 +14,24 @@ from jaxformer.model.models import Model
 
 
 def predict(
-    model: Model, params: Any, texts: Sequence[Sequence[int]], seconds: Sequence[int], context: int
+    model: Model, params: Any, texts: Sequence[Sequence[int]], seconds: Sequence[int] | None, context: int
 ) -> dict[str, np.ndarray]:
     """Head name → what it says of each text: probabilities [B, N] of its classes, [B, T, N] of each token, or vectors.
 
-    `seconds` tells where in each text the second of a pair begins; texts longer than `context` are cut.
+    `seconds` tells where in each text the second of a pair begins, None that there are no pairs;
+    texts longer than `context` are cut.
     """
     ids, segments = padded([text[:context] for text in texts], context)
-    parts = (np.arange(ids.shape[1])[None] >= np.asarray(seconds)[:, None]).astype(np.int32)
+    parts = None
+    if seconds is not None:
+        parts = (np.arange(ids.shape[1])[None] >= np.asarray(seconds)[:, None]).astype(np.int32)
     return jax.device_get(_predict(model, params, ids, segments, parts))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _predict(model: Model, params: Any, ids: jax.Array, segments: jax.Array, parts: jax.Array) -> dict[str, jax.Array]:
+def _predict(
+    model: Model, params: Any, ids: jax.Array, segments: jax.Array, parts: jax.Array | None
+) -> dict[str, jax.Array]:
     at = places(segments, parts)
     h, _ = model.hidden(params, ids, at)
     found: dict[str, jax.Array] = {}

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.keys import fold
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, MultiLabelHead, cross_entropy
+from jaxformer.model.heads import (
+    ClassificationHead,
+    EmbeddingHead,
+    LanguageHead,
+    MultiLabelHead,
+    TokenClassificationHead,
+    cross_entropy,
+)
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.model.models import HEAD, Model
 from jaxformer.spec import Spec
@@ -66,8 +73,11 @@ class NextToken(Spec):
     def _refuse(self, model: Model, what: str) -> None:
         raise ValueError(f"objective={type(self).__name__} must have {what}; model={type(model).__name__} is none")
 
-    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int) -> Self:
-        """The objective with the tokenizer's special ids, by name. Raises ValueError if one is missing."""
+    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> Self:
+        """The objective with the tokenizer's special ids, by name, for rows of at most `length` tokens.
+
+        Raises ValueError if one is missing, or is none of the vocabulary.
+        """
         return self
 
     def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
@@ -161,15 +171,16 @@ class Masked(NextToken):
         if model.encodes or not model.sees_ahead:
             self._refuse(model, "an Encoder, which sees what comes after a token")
 
-    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int) -> "Masked":
+    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> "Masked":
         if self.mask is None and not special["mask"]:
             raise ValueError("objective=Masked needs a mask token: data.tokenizer.mask_token=true, or objective.mask")
         mask = special["mask"][0] if self.mask is None else self.mask
-        every = tuple(sorted({mask, *(i for ids in special.values() for i in ids)}))
-        size = self.vocab_size or vocab_size
-        return dataclasses.replace(
-            self, mask=mask, special=every if self.special is None else self.special, vocab_size=size
-        )
+        given = (i for ids in special.values() for i in ids) if self.special is None else self.special
+        every = tuple(sorted({mask, *given}))
+        _check_ids("objective.mask and objective.special", every, vocab_size)
+        if self.vocab_size not in (None, vocab_size):
+            raise ValueError(f"objective.vocab_size={self.vocab_size} must be {vocab_size}, the tokenizer's, or None")
+        return dataclasses.replace(self, mask=mask, special=every, vocab_size=vocab_size)
 
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
         tokens = batch["tokens"]
@@ -208,6 +219,13 @@ class SequenceToSequence(NextToken):
         if not model.encodes or model.sees_ahead:
             self._refuse(model, "an EncoderDecoder whose decoder's masks are causal")
 
+    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> Self:
+        if not special["end"]:
+            raise ValueError(
+                "objective=SequenceToSequence needs an id at which texts begin and end: data.tokenizer.end_token=true"
+            )
+        return self
+
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
         source = Text(batch["source"], places(batch["source_segments"]))
         return super().prepare({n: batch[n] for n in ("tokens", "segments")}, key)._replace(source=source)
@@ -227,7 +245,8 @@ class SpanCorruption(NextToken):
 
     A batch holds `tokens` and `segments` int32[B, T]. A text `a b c d e f` becomes the source `a X d e Y` and the
     target `X b c Y f`, between the ids that begin and end a text. Spans do not cross documents of a packed row, and
-    the sentinels of each document begin anew.
+    the sentinels of each document begin anew. A target row has room for what is missing of one text as long as the
+    row: of many short ones, the last stay whole, and nothing of them is predicted.
     """
 
     density: float = 0.15  # the share of tokens that is missing
@@ -248,15 +267,23 @@ class SpanCorruption(NextToken):
     def check_model(self, model: Model) -> None:
         SequenceToSequence.check_model(self, model)  # pyright: ignore[reportArgumentType]
 
-    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int) -> "SpanCorruption":
+    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> "SpanCorruption":
         fields: dict[str, Any] = {"sentinels": self.sentinels or special["sentinels"]}
         for name in ("start", "end"):
             given = getattr(self, name)
             fields[name] = given if given is not None else next(iter(special[name]), None)
-        if not fields["sentinels"] or fields["end"] is None:
+        if not fields["sentinels"] or fields["start"] is None or fields["end"] is None:
             raise ValueError(
-                "objective=SpanCorruption needs sentinels and an end: "
+                "objective=SpanCorruption needs sentinels, a start and an end: "
                 "data.tokenizer.sentinels=100 and data.tokenizer.end_token=true"
+            )
+        ids = (*fields["sentinels"], fields["start"], fields["end"])
+        _check_ids("objective.sentinels, start and end", ids, vocab_size)
+        n_spans = max(1, round(max(1, round(length * self.density)) / self.mean_span))
+        if n_spans > len(fields["sentinels"]):
+            raise ValueError(
+                f"objective=SpanCorruption has {len(fields['sentinels'])} sentinels, but {n_spans} spans are missing "
+                f"of a row of {length} tokens; data.tokenizer.sentinels={n_spans}, or a larger objective.mean_span"
             )
         return dataclasses.replace(self, **fields)
 
@@ -316,10 +343,16 @@ class SpanCorruption(NextToken):
 class Classification(NextToken):
     """Predict a class for each text, by every classification head of the model: its distribution is that of the head.
 
+    Each text counts as one, however many of its tokens have a class; one without a label (−1) adds nothing.
+
     A batch holds `tokens` and `segments` int32[B, T], and for each head `labels_COLUMN`.
     """
 
     lookahead = 0
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        _check_no_z_loss(self, at)
 
     def check_model(self, model: Model) -> None:
         model.head_of(ClassificationHead)
@@ -328,7 +361,11 @@ class Classification(NextToken):
 
     def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
         heads = [head for head in model.heads if isinstance(head, ClassificationHead)]
-        return {h.column: (h.n_logits,) if isinstance(h, MultiLabelHead) else () for h in heads}
+        return {
+            h.column: (h.n_logits,) if isinstance(h, MultiLabelHead) else ()
+            for h in heads
+            if not isinstance(h, TokenClassificationHead)
+        }
 
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
         tokens = batch["tokens"]
@@ -340,7 +377,8 @@ class Classification(NextToken):
     def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Float[Array, ""], Float[Array, ""]]:
         nats = jnp.float32(0)
         for head, logits, labels, weights in self._heads(model, params, example, key):
-            weights = weights / jnp.maximum(weights.sum(), 1) * example.weights.sum()
+            if weights.ndim == 2:  # of tokens: each text counts as one
+                weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
             nats += (head.nats(logits, jnp.maximum(labels, 0), self.label_smoothing) * weights).sum()
         return nats, example.weights.sum()
 
@@ -367,10 +405,10 @@ class Classification(NextToken):
         """Head, logits, labels, weights of each classification head; a label of −1 is none."""
         h, _ = model.hidden(params, example.ids, example.at, key)
         real, found = example.at.segment > 0, []
-        for head in model.heads:
+        for i, head in enumerate(model.heads):
             if isinstance(head, ClassificationHead):
                 labels = example.targets[head.column]
-                logits = model.read(params, head, h, real, fold(key, HEAD))
+                logits = model.read(params, head, h, real, fold(key, HEAD, i))
                 shape = head.right(logits, labels).shape
                 known = (labels >= 0).reshape(*shape, -1).all(-1) & (real.any(1) if len(shape) == 1 else real)
                 found.append((head, logits, labels, known.astype(jnp.float32)))
@@ -391,6 +429,7 @@ class Contrastive(NextToken):
 
     def check(self, at: str = "") -> None:
         super().check(at)
+        _check_no_z_loss(self, at)
         if self.temperature <= 0:
             raise ValueError(f"{at}temperature={self.temperature} must be more than 0; 0.05 is usual")
 
@@ -436,6 +475,17 @@ class Contrastive(NextToken):
         scores = jnp.einsum("BM,CM->BC", *vectors) / self.temperature
         real = example.weights > 0
         return jnp.where((real[:, None] & real[None]) | jnp.eye(len(real), dtype=bool), scores, -1e30)
+
+
+def _check_ids(fields: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    wrong = [i for i in ids if not 0 <= i < vocab_size]
+    if wrong:
+        raise ValueError(f"{fields}: {wrong[0]} must be at least 0 and less than {vocab_size}, the vocabulary's size")
+
+
+def _check_no_z_loss(objective: NextToken, at: str) -> None:
+    if objective.z_loss:
+        raise ValueError(f"{at}z_loss={objective.z_loss} must be 0: it is for logits over a vocabulary")
 
 
 def _ratio(sums: Mapping[str, float], name: str, weight: str = "weight") -> float:

@@ -188,8 +188,8 @@ class ClassificationHead(Head):
     def check(self, at: str = "") -> None:
         if not self.column or "/" in self.column:
             raise ValueError(f"{at}column={self.column!r} must be the name of a column, without a slash")
-        if self.classes is not None and len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"{at}classes={self.classes} must differ; leave out what comes twice")
+        if self.classes is not None and (not self.classes or len(set(self.classes)) != len(self.classes)):
+            raise ValueError(f"{at}classes={self.classes} must differ, and not be empty; None takes the table's")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"{at}hidden={self.hidden} must be at least 1; None leaves that layer out")
         if not 0 <= self.dropout < 1:

@@ -103,8 +103,17 @@ class Uniform(Softmax):
     ) -> Arrays:
         return {"v": v}
 
-    def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
-        return jnp.zeros((*q.shape[:3], seen["v"].shape[2]), jnp.float32)
+    def masked_scores(
+        self,
+        params: Arrays,
+        q: Float[Array, "B H T K"],
+        new: Arrays,
+        seen: Arrays,
+        view: View,
+        bias: Float[Array, "..."] | float,
+    ) -> Float[Array, "B H T S"]:
+        shape = *q.shape[:3], seen["v"].shape[2]
+        return jnp.where(view.mask(), jnp.zeros(shape, jnp.float32), -jnp.inf)  # whatever the position's bias
 
 
 def _grouped(x: jax.Array, groups: int) -> jax.Array:

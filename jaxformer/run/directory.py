@@ -93,7 +93,10 @@ def read_classes(directory: Path) -> dict[str, tuple[str, ...]]:
     """The classes of the table's columns that the run was trained on."""
     try:
         found = json.loads((directory / "data.json").read_text()).get("classes", {})
-        return {str(name): tuple(str(value) for value in values) for name, values in found.items()}
+        for name, values in found.items():
+            if not isinstance(values, list) or {*map(type, values)} - {str} or len(set(values)) != len(values):
+                raise ValueError(f"the classes of {name!r} must be a list of different texts")
+        return {name: tuple(values) for name, values in found.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{directory / 'data.json'}: no classes can be read ({error}); restore the file") from None
 

@@ -28,7 +28,7 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
         writer.require()
     set_flags()
     tokenizer = planned_tokenizer(config)
-    recipe, hyper = planned_recipe(config), hyper_of(config)
+    recipe, hyper = planned_recipe(config, tokenizer), hyper_of(config)
     if not check_begun(config) and config.init_from is not None:
         source = open_source(config.init_from)
         compare(recipe.model, source, source.tokenizer == tokenizer)

@@ -18,8 +18,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch, Batches
+from jaxformer.data.batches import Batch, Batches, Examples
 from jaxformer.data.datasets import Prepared, check_ids
+from jaxformer.data.tokenizers import Tokenizer
+from jaxformer.learning.objectives import Classification
+from jaxformer.model.heads import TokenClassificationHead
+from jaxformer.model.models import Decoder
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import claimed, has_checkpoint, noticed
@@ -128,9 +132,10 @@ def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profil
             while step < knobs.steps and not stop:
                 count = profile.until_pause(step, min(_until_pause(config, step), batches.same_shapes(step)))
                 state, rows = call(state, buffer, count)
+                tokens = _real_tokens(config, buffer, count)
                 step += count
                 buffer = _buffer(config, batches, step)  # while the device works
-                reports.add(step, count, rows)
+                reports.add(step, count, tokens, rows)
                 profile.reach(step, state)
                 stop = bool(received)
                 evaluates = step % knobs.eval_every == 0 or step == knobs.steps
@@ -200,15 +205,38 @@ def _checked(config: Config, prepared: Prepared) -> Prepared:
         data = config.data
         which = f"data.corpus={data.corpus}" if data.valid is None else f"data.valid={data.valid}"
         remedy = "give more text" + (", or a larger data.valid_fraction" if data.valid is None else "")
-        raise InputError(f"{which}: has for validation no 2 tokens, one of which predicts the other; {remedy}")
-    _check_batch(config, recipe, found)
+        what = "no example" if sampling.examples else "no 2 tokens, one of which predicts the other"
+        raise InputError(f"{which}: has for validation {what}; {remedy}")
+    field = "data.corpus" if config.data.valid is None else "data.valid"
+    _check_batch(config, recipe, prepared.tokenizer, field, found)
+    for source in prepared.train:
+        batch = next(iter(sampling.full_pass(source, config.row_length, 1)))
+        _check_batch(config, recipe, prepared.tokenizer, "data.corpus", batch)
+    if isinstance(sampling, Examples):
+        for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
+            if cut := sampling.count_cut(source, config.row_length):
+                message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
+                log.warning(message, split, cut, source.n_examples, config.window)
     return prepared
 
 
-def _check_batch(config: Config, recipe: Recipe, batch: Batch) -> None:
+def _check_batch(config: Config, recipe: Recipe, tokenizer: Tokenizer, field: str, batch: Batch) -> None:
     """Raises InputError for batches without what the objective needs, or with labels that are not of its kind; and if
     no evaluation tells what the best checkpoint is."""
     name = type(recipe.objective).__name__
+    if "source" in batch and "source" not in recipe.objective.needs:
+        raise InputError(
+            f"objective={name} reads one text, but examples of {field} have two; set data.sampling.joined=true, or "
+            "leave the target of the corpus out"
+        )
+    for head in recipe.model.heads:
+        if isinstance(head, TokenClassificationHead) and isinstance(recipe.objective, Classification):
+            labels = batch.get(f"labels_{head.column}")
+            if labels is None or labels.shape != batch["tokens"].shape:
+                raise InputError(
+                    f"model.head=TokenClassificationHead needs a label for each token of {field}, as no corpus here "
+                    "gives; take ClassificationHead, or a sampling of your own"
+                )
     for array in recipe.objective.needs:
         if array not in batch:
             raise InputError(
@@ -219,20 +247,23 @@ def _check_batch(config: Config, recipe: Recipe, batch: Batch) -> None:
         labels = batch.get(f"labels_{column}")
         if labels is None:
             raise InputError(
-                f"objective={name} needs labels of the column {column!r}: name it in data.corpus.labels, and take "
+                f"objective={name} needs labels of the column {column!r}: name it in {field}.labels, and take "
                 "data.sampling=Examples"
             )
         if labels.shape[1:] != shape:
             several = "any number of classes" if labels.ndim > 1 else "one class"
             raise InputError(
-                f"model.head: a row of data.corpus has {several} of {column!r}, which is not what the head says; "
-                "MultiLabelHead and data.corpus.separator go together"
+                f"model.head: a row of {field} has {several} of {column!r}, which is not what the head says; "
+                "MultiLabelHead and the corpus's `several` go together"
             )
     if config.train.best_by != "loss":
         params = jax.eval_shape(lambda: init_state(recipe, hyper_of(config))).params
         lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
         sums = jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
-        _rank(config, recipe.objective.summary(dict.fromkeys(sums, 1.0)))
+        known = dict.fromkeys(sums, 1.0)
+        if "bytes" in known and tokenizer.byte_lengths() is None:
+            known["bytes"] = 0.0
+        _rank(config, recipe.objective.summary(known))
 
 
 def _batches(config: Config, prepared: Prepared) -> Batches:
@@ -249,6 +280,12 @@ def _buffer(config: Config, batches: Batches, step: int) -> Batch:
     return {name: np.stack([batch[name] for batch in found]) for name in found[0]}
 
 
+def _real_tokens(config: Config, buffer: Batch, count: int) -> int:
+    """Those of the first `count` batches, padding left out."""
+    masks = [array for name, array in buffer.items() if name.endswith("segments")]
+    return sum(int((mask[:count] > 0).sum()) for mask in masks) or count * config.data.batch_size * config.window
+
+
 def _until_pause(config: Config, step: int) -> int:
     """Steps of the next call: at most up to the next evaluation, save or end."""
     knobs = config.train
@@ -263,7 +300,8 @@ def _summarize(run: Run, prepared: Prepared) -> None:
     config, model, device = run.config, run.model, jax.devices()[0]
     n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
     counts = prepared.manifest
-    kernels = {type(kind.kernel).__name__ for name in getattr(model, "stacks", ()) for kind in model.kinds(name)}
+    stacks = [model.kinds(name) for name in model.stacks] if isinstance(model, Decoder) else []
+    kernels = {type(kind.kernel).__name__ for kinds in stacks for kind in kinds}
     rows = {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
@@ -283,7 +321,7 @@ def _rank(config: Config, found: Mapping[str, Any]) -> float:
     if not isinstance(value, float):
         names = ", ".join(name for name, value in found.items() if isinstance(value, float))
         raise InputError(f"train.best_by={config.train.best_by!r} must be a number of the evaluation: {names}")
-    return value if config.train.best_by == "loss" else -value
+    return value if config.train.best_by in ("loss", "bits_per_byte") else -value
 
 
 def _sentence(found: Mapping[str, Any]) -> str:

@@ -43,17 +43,18 @@ class Reports:
             with self._surviving(type(writer).__name__):
                 self._sinks[type(writer).__name__] = writer.open(path.parent, to_json(config), step)
         self._bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
-        self._log_every, self._tokens_per_step = config.train.log_every, config.data.batch_size * config.window
-        self._in_flight: collections.deque[tuple[int, int, Mapping[str, Any]]] = collections.deque()
+        self._log_every = config.train.log_every
+        self._in_flight: collections.deque[tuple[int, int, int, Mapping[str, Any]]] = collections.deque()
         self.resume()
 
     def resume(self) -> None:
         """Training begins, or goes on after a pause; speed is the mean since then."""
         self._since, self._tokens = time.perf_counter(), 0
 
-    def add(self, step: int, count: int, rows: Mapping[str, Any]) -> None:
-        """A call of `count` steps up to `step` was dispatched; waits until at most one is in flight."""
-        self._in_flight.append((step, count, rows))
+    def add(self, step: int, count: int, tokens: int, rows: Mapping[str, Any]) -> None:
+        """A call of `count` steps up to `step`, of so many tokens, was dispatched; waits until at most one is in
+        flight."""
+        self._in_flight.append((step, count, tokens, rows))
         if len(self._in_flight) == 2:
             self._report()
 
@@ -88,9 +89,9 @@ class Reports:
             log.warning("writers: %s failed (%s: %s); the run goes on without it", name, type(error).__name__, error)
 
     def _report(self) -> None:
-        last, count, arrays = self._in_flight.popleft()
+        last, count, tokens, arrays = self._in_flight.popleft()
         rows = jax.tree.map(np.asarray, arrays)  # waits
-        self._tokens += count * self._tokens_per_step
+        self._tokens += tokens
         speed = self._tokens / (time.perf_counter() - self._since)
         for i, step in enumerate(range(last - count + 1, last + 1)):
             if step % self._log_every == 0:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
+from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.datasets import Source, check_ids, encode, fingerprints
 from jaxformer.data.tables import Table
@@ -107,10 +108,18 @@ class Run:
             new = generate(*how, starts, tokens, tuple(processors), seed, context, end, sources)
             return [self.tokenizer.decode(_until(row, end)) for row in new.tolist()]
         start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
+        if ids and self.joins:  # the prompt is a first text, which the second follows
+            start = self.tokenizer.document(prompt or "")
         new = generate(*how, [start] * samples, tokens, tuple(processors), seed, context, end)
         head = self.tokenizer.decode(ids)
         texts = [self.tokenizer.decode([*ids, *_until(row, self.tokenizer.end)]) for row in new.tolist()]
         return [(prompt or "") + text.removeprefix(head) for text in texts]
+
+    @property
+    def joins(self) -> bool:
+        """Whether it was trained on two texts one behind the other."""
+        sampling = self.config.data.sampling
+        return isinstance(sampling, Examples) and sampling.joined
 
     @property
     def writes(self) -> bool:
@@ -136,6 +145,12 @@ class Run:
 
         Raises InputError for a model of another kind, and for text that the tokenizer does not know.
         """
+        if (seconds is not None) != self.joins:
+            asked = "pairs of texts: give a second one, too" if self.joins else "single texts: leave the second out"
+            raise InputError(f"second: {self.config.directory} was trained on {asked}")
+        for text in [*texts, *(seconds or ())]:
+            if not text.strip():
+                raise InputError("text: must not be empty; give one")
         try:
             if self.model.encodes:
                 return [{"text": text} for text in self.answers(texts)]
@@ -145,7 +160,8 @@ class Run:
         found: list[dict[str, Any]] = []
         for some in _batched(pairs, self.config.data.batch_size):
             ids, places = zip(*some, strict=True)
-            said = predict(self.model, self.state.eval_params, ids, places, self.config.window)
+            parts = places if self.joins else None
+            said = predict(self.model, self.state.eval_params, ids, parts, self.config.window)
             if not said:
                 raise InputError(
                     f"{self.config.directory}: its model has no head that says something of a text; sample"
@@ -196,8 +212,12 @@ class Run:
         """`evaluate` on the text of a file or folder; on the rows of a table, if the run was trained on one."""
         table = self.config.data.corpus
         corpus = dataclasses.replace(table, path=path) if isinstance(table, Table) else TextFiles(path)
+        if corpus.texts != table.texts:
+            raise InputError(f"file={path!r}: the run was trained on pairs of texts, which no text file holds")
         try:
-            source = encode(corpus, self.tokenizer, self.classes)
+            source = encode(corpus, self.tokenizer, self.classes if self.config.data.sampling.examples else None)
+            if self.config.data.sampling.examples and not source.n_examples:
+                raise InputError("it holds no example; give one with rows")
         except InputError as error:
             raise InputError(f"file={path!r}: {error}") from None
         return self.evaluate(source, split=str(path))
@@ -244,7 +264,7 @@ def inspect_config(path: str) -> dict[str, Any]:
 
 
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:
-    """The run of a directory, at its newest checkpoint, at a step, or at its "best" by validation loss."""
+    """The run of a directory, at its newest checkpoint, at a step, or at its "best" (`train.best_by`)."""
     set_flags()
     check_numerics()
     directory = Path(directory)

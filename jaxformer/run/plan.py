@@ -24,7 +24,8 @@ Classes = Mapping[str, tuple[str, ...]]  # column of a table -> the names of its
 def planned_tokenizer(config: Config) -> Tokenizer:
     """A tokenizer whose vocabulary has a size; reads the corpus only if the size depends on it."""
     tokenizer = config.data.tokenizer
-    return fitted(tokenizer, config.data.corpus) if tokenizer.vocab_size is None else tokenizer
+    planned = tokenizer.learns and tokenizer.vocab_size is not None
+    return tokenizer if planned else fitted(tokenizer, config.data.corpus)
 
 
 def prepare_data(config: Config, tokenizer: Tokenizer | None = None, classes: Classes | None = None) -> Prepared:
@@ -32,14 +33,22 @@ def prepare_data(config: Config, tokenizer: Tokenizer | None = None, classes: Cl
     data = config.data
     given = {h.column: h.classes for h in config.model.heads if isinstance(h, ClassificationHead) and h.classes}
     known = given | dict(classes or {})
-    return prepare(data.corpus, tokenizer or data.tokenizer, data.valid, data.valid_fraction, data.split_seed, known)
+    return prepare(
+        data.corpus,
+        tokenizer or data.tokenizer,
+        data.valid,
+        data.valid_fraction,
+        data.split_seed,
+        data.sampling.examples,
+        known,
+    )
 
 
-def planned_recipe(config: Config) -> Recipe:
+def planned_recipe(config: Config, tokenizer: Tokenizer | None = None) -> Recipe:
     """`recipe_of` before there is a run; reads the corpus only if sizes depend on it."""
     heads = [head for head in config.model.heads if isinstance(head, ClassificationHead)]
     classes = classes_of(config.data.corpus) if any(head.classes is None for head in heads) else {}
-    return recipe_of(config, planned_tokenizer(config), classes)
+    return recipe_of(config, tokenizer or planned_tokenizer(config), classes)
 
 
 def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
@@ -52,7 +61,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     head = heads if isinstance(config.model.head, tuple) else heads[0]
     model = dataclasses.replace(config.model, vocab_size=size, head=head)
     try:
-        objective = config.objective.filled(special, size)
+        objective = config.objective.filled(special, size, config.row_length + 1)
         for each in heads:
             each.params()
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxformer.data.files import write
+from jaxformer.model.heads import ClassificationHead
 from jaxformer.model.models import Model
 from jaxformer.run.checkpoint import sha256
 from jaxformer.run.opened import Run, open_run
@@ -32,11 +33,16 @@ def open_source(init_from: str) -> Run:
 def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     """A report of which parameters of the model can be taken from the run, and which not.
 
-    Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same. Raises
+    Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same, of classes
+    only if these are. Raises
     InputError if nothing is.
     """
     old, new = _by_path(run.state.params), _by_path(model.declared(), is_declared)
     left: dict[str, str] = {}
+    classes = {h.name: h.classes for h in run.model.heads if isinstance(h, ClassificationHead)}
+    same_heads = {
+        f"head_{h.name}" for h in model.heads if isinstance(h, ClassificationHead) and h.classes == classes.get(h.name)
+    }
     for path, box in new.items():
         if path not in old:
             left[path] = "not in that run"
@@ -44,6 +50,8 @@ def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
             left[path] = f"{list(old[path].shape)} there, {list(box.value.shape)} here"
         elif "V" in box.letters and not same_tokenizer:
             left[path] = "another tokenizer"
+        elif "N" in box.letters and path.split("/")[0] not in same_heads:
+            left[path] = "other classes"
     taken = [path for path in new if path not in left]
     if not taken:
         raise InputError(f"init_from={run.config.directory!r} has no parameter of this model; is it the right run?")
