@@ -80,9 +80,19 @@ def all_pairs(combinations):
 EVERY = list(filter(allowed, itertools.product(*FACTORS.values())))
 PAIRS = all_pairs(EVERY)
 NAMES = lambda part: getattr(part, "__name__", type(part).__name__)
-CASES = [pytest.param(*c, id="-".join(map(NAMES, c))) for c in PAIRS]
-CASES += [pytest.param(*c, id="-".join(map(NAMES, c)), marks=pytest.mark.slow) for c in EVERY if c not in PAIRS]
-each = pytest.mark.parametrize(("family", "objective", "position", "mask", "kernel"), CASES)
+
+
+def cases(chosen, slow=()):
+    """What runs by default, and what besides where slow tests do."""
+    name = lambda c: "-".join(map(NAMES, c))
+    found = [pytest.param(*c, id=name(c)) for c in chosen]
+    found += [pytest.param(*c, id=name(c), marks=pytest.mark.slow) for c in slow if c not in chosen]
+    return pytest.mark.parametrize(("family", *(("objective",) if len(found[0].values) == 5 else ()), *PARTS), found)
+
+
+PARTS = ["position", "mask", "kernel"]
+MODELS = list(dict.fromkeys((c[0], *c[2:]) for c in PAIRS))  # the objective does not matter to what a token sees
+ALL_MODELS = list(dict.fromkeys((c[0], *c[2:]) for c in EVERY))
 
 
 @functools.cache
@@ -120,8 +130,8 @@ def test_every_part_and_every_pair_is_there():
     assert len(PAIRS) < len(EVERY) / 8
 
 
-@each
-def test_what_a_token_sees(family, objective, position, mask, kernel):
+@cases(MODELS, ALL_MODELS)
+def test_what_a_token_sees(family, position, mask, kernel):
     """Padding on either side and other documents of a packed row change nothing; nor does what comes later, under a
     causal mask; nor a later answer, under a prefix mask. All as rows of one batch."""
     model = checked(model_of(family, position, mask, kernel))
@@ -155,7 +165,7 @@ def test_what_a_token_sees(family, objective, position, mask, kernel):
     assert np.abs(h[3, 5] - h[0, 5]).max() > 1e-3
 
 
-@each
+@cases(PAIRS)
 def test_compiled_and_scanned_as_one_by_one(family, objective, position, mask, kernel):
     """The loss of the objective: layers in a compiled scan, against layers unrolled, operation by operation."""
     objective = objective.filled(SPECIAL, 29, T + 1)
@@ -179,11 +189,12 @@ def _prepared(objective, batch):
     return objective.prepare(batch, jax.random.key(1))
 
 
-DECODERS = [case for case in CASES if case.values[0] is not models.Encoder and not case.values[3].sees_answers]
+DECODERS = [c for c in MODELS if c[0] is not models.Encoder and not c[2].sees_answers]
+ALL_DECODERS = [c for c in ALL_MODELS if c[0] is models.Decoder and not c[2].sees_answers]
 
 
-@pytest.mark.parametrize(("family", "objective", "position", "mask", "kernel"), DECODERS)
-def test_cached_decoding_equals_the_full_pass(family, objective, position, mask, kernel):
+@cases(DECODERS, ALL_DECODERS)
+def test_cached_decoding_equals_the_full_pass(family, position, mask, kernel):
     """A ragged prefill that holds every first part, then token by token, then several at once; short rows have gaps."""
     model = model_of(family, position, mask, kernel)
     params, text = weights(model), ids(3, T)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -347,10 +348,15 @@ class BPE(Tokenizer):
     mask_token: bool = False  # whether an id hides a token (objective Masked)
     sentinels: int = 0  # so many ids stand for missing spans (objective SpanCorruption)
     lowercase: bool = False  # all text is read in lower case
+    drop: str | None = None  # a regular expression: what it matches is left out of all text
 
     def check(self, at: str = "") -> None:
         if self.sentinels < 0:
             raise ValueError(f"{at}sentinels={self.sentinels} must be at least 0; 100 is usual")
+        try:
+            re.compile(self.drop or "")
+        except re.error as error:
+            raise ValueError(f"{at}drop={self.drop!r} must be a regular expression ({error})") from None
         least = 257 + self.mask_token + self.sentinels
         if not least <= self.vocab_size <= 1 << 20:
             raise ValueError(
@@ -388,8 +394,11 @@ class BPE(Tokenizer):
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
         library.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
-        if self.lowercase:
-            library.normalizer = tokenizers.normalizers.Lowercase()  # pyright: ignore
+        forms: list[Any] = [tokenizers.normalizers.Lowercase()] if self.lowercase else []
+        if self.drop is not None:
+            forms.insert(0, tokenizers.normalizers.Replace(tokenizers.Regex(self.drop), " "))
+        if forms:
+            library.normalizer = tokenizers.normalizers.Sequence(forms)  # pyright: ignore
         mask, sentinels = MASK if self.mask_token else None, tuple(f"<extra_id_{i}>" for i in range(self.sentinels))
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=self.vocab_size,
