@@ -87,7 +87,8 @@ def test_sequence_to_sequence(home):
     assert last(home, "alternating")["exact"] == 1 and last(home, "alternating")["loss"] < 0.05
     assert run.answers(["10101", "0101", "1010101"]) == ["01010", "1010", "0101010"]
     assert run.predict(["0101"]) == [{"text": "1010"}] and run.sample("0101", temperature=0) == "1010"
-    reverse = run_of(home, "reverse", model, SequenceToSequence(), Reverse(3, symbols=3, examples=64), 40)
+    half = {"valid_fraction": 0.5}
+    reverse = run_of(home, "reverse", model, SequenceToSequence(), Reverse(3, symbols=3, examples=64), 100, half)
     (source,) = run_data(reverse)
     pairs = [[reverse.tokenizer.decode(ids) for ids in source.example(i)] for i in range(source.n_examples)]
     exact = np.mean([reverse.answers([first])[0] == second for first, second in pairs])
