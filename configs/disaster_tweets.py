@@ -1,0 +1,49 @@
+"""Which tweets tell of a disaster? An encoder of two blocks that classifies.
+
+    python scripts/train.py configs/disaster_tweets.py --data.split_seed=0 --train.seed=0 --directory=runs/tweets0
+    python scripts/predict.py runs/tweets0 --step best --text "Forest fire near La Ronge"
+
+It reads $JAXFORMER_DATA/disaster_tweets.csv. 937,729 parameters. Accuracy on the 20 % that it is not trained on, best of
+40 evaluations in 8 epochs, split and seed 0 to 4: 0.7951, 0.7768, 0.7794, 0.8056, 0.7905; mean 0.7895. A minute each
+on 2 cores (AMD EPYC, jax 0.10.1).
+"""
+
+from jaxformer import Config, Data, Encoder, Train
+from jaxformer.data.batches import Examples
+from jaxformer.data.tables import Table
+from jaxformer.data.tokenizers import BPE
+from jaxformer.learning.objectives import Classification
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WarmupLinear
+from jaxformer.model.heads import BinaryHead
+from jaxformer.model.layers import FeedForward, ReLU, XavierUniform
+from jaxformer.model.positions import Sinusoidal
+
+config = Config(
+    directory="runs/disaster_tweets",
+    data=Data(
+        corpus=Table("$JAXFORMER_DATA/disaster_tweets.csv", labels=("target",)),
+        valid_fraction=0.2,
+        split_seed=0,
+        tokenizer=BPE(4096, mask_token=True, lowercase=True, drop=r"https?://\S+|@\w+|&\w+;"),
+        sampling=Examples(n_buckets=2),
+        batch_size=64,
+        window=100,
+    ),
+    model=Encoder(
+        d_model=128,
+        context_length=100,
+        n_layers=2,
+        n_heads=8,
+        dropout=0.3,
+        position=Sinusoidal(),
+        feed_forward=FeedForward(ReLU(), bias=True),
+        bias=True,
+        scale_embedding=True,
+        head=BinaryHead("target", hidden=128, activation=ReLU(), dropout=0.3),
+        initializer=XavierUniform(std=0.09),
+    ),
+    objective=Classification(),
+    optimizer=AdamW(WarmupLinear(peak=1e-3, final=0.0, warmup_steps=50), weight_decay=0.01),
+    train=Train(steps=760, eval_every=19, save_every=190, best_by="accuracy"),
+)
