@@ -1,0 +1,47 @@
+"""Masked-language pretraining of the encoder of `configs/disaster_tweets.py`, on the same tweets without their classes.
+
+    python scripts/train.py configs/disaster_tweets_masked.py
+    python scripts/train.py configs/disaster_tweets.py --init_from=runs/disaster_tweets_masked
+
+It reads $JAXFORMER_DATA/disaster_tweets.csv. 941,952 parameters; after 1,500 steps 6.518 nats per masked token, 12 %
+of them right, in 4.6 minutes on 2 cores (AMD EPYC, jax 0.10.1) while other programs ran beside it.
+"""
+
+from jaxformer import Config, Data, Encoder, Train
+from jaxformer.data.batches import Examples
+from jaxformer.data.tables import Table
+from jaxformer.data.tokenizers import BPE
+from jaxformer.learning.objectives import Masked
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WarmupLinear
+from jaxformer.model.heads import MaskedLanguageHead
+from jaxformer.model.layers import FeedForward, ReLU, XavierUniform
+from jaxformer.model.positions import Sinusoidal
+
+config = Config(
+    directory="runs/disaster_tweets_masked",
+    data=Data(
+        corpus=Table("$JAXFORMER_DATA/disaster_tweets.csv"),
+        valid_fraction=0.05,
+        tokenizer=BPE(4096, mask_token=True, lowercase=True, drop=r"https?://\S+|@\w+|&\w+;"),
+        sampling=Examples(n_buckets=2),
+        batch_size=64,
+        window=100,
+    ),
+    model=Encoder(
+        d_model=128,
+        context_length=100,
+        n_layers=2,
+        n_heads=8,
+        dropout=0.1,
+        position=Sinusoidal(),
+        feed_forward=FeedForward(ReLU(), bias=True),
+        bias=True,
+        scale_embedding=True,
+        head=MaskedLanguageHead(),
+        initializer=XavierUniform(std=0.09),
+    ),
+    objective=Masked(),
+    optimizer=AdamW(WarmupLinear(peak=2e-3, final=0.0, warmup_steps=100), weight_decay=0.01),
+    train=Train(steps=1500, eval_every=500, save_every=500, log_every=100),
+)
