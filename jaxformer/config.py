@@ -22,11 +22,7 @@ from jaxformer.model.models import Model
 from jaxformer.spec import InputError, Spec, checked, class_name, dumps, from_json, known_specs, nearest, override
 from jaxformer.writers import Writer
 
-PARTS = (
-    tables,
-    tasks,
-    baselines,
-)  # imported here so that their specs are known by name, in overrides and in stored configs
+PARTS = tables, tasks, baselines  # imported so that their specs are known by name, in overrides and stored configs
 
 
 class Data(Spec):
