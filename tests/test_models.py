@@ -45,15 +45,19 @@ def test_scanned_and_unrolled_layers_agree_with_dropout_on(mask):
     assert jnp.abs(outs[0] - hidden(model, params, text, one_document(T))[0]).max() > 0.1  # dropout is on
 
 
-def test_scanned_layers_equal_blocks_applied_by_hand():
-    model = decoder(dropout=0.3)
+@pytest.mark.parametrize("mask", [Causal(), (Causal(), Window(3))], ids=["one kind", "two kinds"])
+def test_scanned_layers_equal_blocks_applied_by_hand(mask):
+    """Each layer with a key of its own, whichever kind it is."""
+    model = decoder(dropout=0.3, mask=mask, n_layers=4)
+    kinds = model.kinds("decoder")
     params, text, key, at = loud(model), ids(B, T), jax.random.key(2), one_document(T)
     decoder_params = params["decoder"]
     x = params["embedding"]["table"][text] + decoder_params["position"]["table"][None, :T]
     x = dropout(fold(key, model.n_layers, blocks.EMBED), x, 0.3)
     for i in range(model.n_layers):
-        layer = jax.tree.map(lambda a, i=i: a[i], decoder_params["layers"]["block0"])
-        x, _ = blocks.Block(model.kinds("decoder")[0], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
+        which, kind = i // len(kinds), i % len(kinds)
+        layer = jax.tree.map(lambda a, at=which: a[at], decoder_params["layers"][f"block{kind}"])
+        x, _ = blocks.Block(kinds[kind], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
     close(model.norm(decoder_params["norm"], x), hidden(model, params, text, at, key)[0], 2e-5)
 
 
