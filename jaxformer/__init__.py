@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxformer.model.models import EncoderDecoder as EncoderDecoder
     from jaxformer.run.loop import build as build
     from jaxformer.run.loop import train as train
+    from jaxformer.run.loop import train_seeds as train_seeds
     from jaxformer.run.opened import open_run as open_run
     from jaxformer.spec import Spec as Spec
 
@@ -26,6 +27,7 @@ _HOMES = {
     "build": "run.loop",
     "open_run": "run.opened",
     "train": "run.loop",
+    "train_seeds": "run.loop",
 }
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

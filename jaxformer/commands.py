@@ -24,7 +24,8 @@ def train(arguments: Sequence[str]) -> None:
 
     if not arguments or arguments[0].startswith("-"):
         usage = (
-            "usage: train CONFIG [--field.path=value ...] [--dry_run] [--profile=START:STOP] [--import=MODULE], "
+            "usage: train CONFIG [--field.path=value ...] [--dry_run] [--profile=START:STOP] [--seeds=N] "
+            "[--import=MODULE], "
             "as in: train configs/quickstart.py --train.steps=500"
         )
         if arguments and arguments[0] in ("-h", "--help"):
@@ -34,7 +35,7 @@ def train(arguments: Sequence[str]) -> None:
     config = config_lib.load(arguments[0])
     flags = {"-h", "--help", "--dry_run"}
     overrides = _overrides([a for a in arguments[1:] if a not in flags])
-    profile = _span(overrides.pop("profile", None))
+    profile, seeds = _span(overrides.pop("profile", None)), _count(overrides.pop("seeds", None))
     if {"-h", "--help"} & set(arguments):
         fields = list(listing(config_lib.resolve(config, overrides)))
         wide = max(len(path) + len(value) for path, value, _ in fields if len(path) + len(value) < 60)
@@ -49,7 +50,14 @@ def train(arguments: Sequence[str]) -> None:
         return _print(found, False)
     from jaxformer.run import loop
 
-    loop.train(config, overrides, profile=profile)
+    if seeds is None:
+        loop.train(config, overrides, profile=profile)
+    elif profile:
+        raise InputError("profile is of one run; leave it out, or --seeds")
+    else:
+        first = config_lib.resolve(config, overrides).train.seed
+        loop.train_seeds(config, range(first, first + seeds), overrides)
+    return None
 
 
 def sample(
@@ -160,8 +168,27 @@ def inspect(run: str, json: bool = False) -> None:
     print("\n" + render(found))
 
 
+def reproduce(name: str, json: bool = False, directory: str = "runs", results: str = "RESULTS.md") -> None:
+    """Trains the systems of an experiment, or goes on with them, and prints their numbers beside the published ones.
+
+    Args:
+        name: A file of the folder experiments, without its .py; a Python file of your own; or all.
+        json: Print one JSON list.
+        directory: Where the runs are kept, in NAME/ROW/seed-SEED.
+        results: A Markdown file whose section is replaced; pictures go to the folder of that name.
+    """
+    from jaxformer.lab import experiments
+
+    found = []
+    for each in experiments.names() if name == "all" else [name]:
+        found += experiments.reproduce(each, Path(directory), Path(results))
+    print(experiments.as_json(found) if json else experiments.as_table(found))
+
+
 PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (train, sample, evaluate, predict, inspect)}
+COMMANDS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (train, sample, evaluate, predict, inspect, reproduce)
+}
 
 
 def main(name: str | None = None) -> None:
@@ -291,6 +318,15 @@ def _span(text: str | None) -> tuple[int, int] | None:
     if not (start.isdecimal() and stop.isdecimal() and len(text) < 30):
         raise InputError(f"profile={text} must be START:STOP, two steps, such as 100:110")
     return int(start), int(stop)
+
+
+def _count(text: str | None) -> int | None:
+    """What --seeds=N says."""
+    from jaxformer.spec import InputError
+
+    if text is not None and not (text.isdecimal() and 0 < int(text) < 10_000):
+        raise InputError(f"seeds={text} must be how many are trained together, from train.seed on, such as 8")
+    return None if text is None else int(text)
 
 
 def _step(text: str | None) -> int | str | None:

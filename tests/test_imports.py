@@ -21,7 +21,8 @@ FLOORS = [
     "writers",
     "config",
     *(f"run.{n}" for n in ("step", "checkpoint", "metrics", "directory", "plan", "inspection")),
-    *(f"run.{n}" for n in ("opened", "warm_start", "dry_run", "loop")),
+    *(f"run.{n}" for n in ("opened", "warm_start", "dry_run", "members", "loop")),
+    *(f"lab.{n}" for n in ("pictures", "measures", "experiments")),
     "commands",
 ]
 NEEDS_NO_MODEL = {"data"}  # knows nothing of models
@@ -73,7 +74,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_the_public_names():
-    assert len(jaxformer.__all__) == 10
+    assert len(jaxformer.__all__) == 11
     for name in jaxformer.__all__:
         assert getattr(jaxformer, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):

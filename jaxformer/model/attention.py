@@ -34,13 +34,16 @@ class Attention(nn.Module):
     kernel: Softmax
     position: NoPosition
     mask: Bidirectional
-    bias: bool
+    qkv_bias: bool
+    bias: bool  # of the output
+    output_projection: bool
     qk_norm: NoNorm
     dropout: float
 
     def setup(self) -> None:
-        names = {*self.kernel.projections, "o"}
-        declared = PROJECTIONS | (BIASES if self.bias else {})
+        names = {*self.kernel.projections} | ({"o"} if self.output_projection else set())
+        biased = {name for name in BIASES if (self.bias if name == "o_bias" else self.qkv_bias)}
+        declared = {name: p for name, p in (PROJECTIONS | BIASES).items() if name in PROJECTIONS or name in biased}
         self.projections = declare(
             self, "project", {name: p for name, p in declared.items() if name[0] in names}, self.dims
         )
@@ -91,8 +94,12 @@ class Attention(nn.Module):
             weights = powers / jnp.maximum(total, 1e-30)
             record(self, q=q, k=seen.get("k"), v=seen.get("v"), scores=scores, weights=weights, values=h)
         B, H, T, K = h.shape
-        h = linear(h.swapaxes(1, 2).reshape(B, T, H * K), self.projections["o"].reshape(H * K, -1))
-        h = add(h, along(self.projections["o_bias"], h)) if self.bias else h
+        h = h.swapaxes(1, 2).reshape(B, T, H * K)
+        if self.output_projection:
+            h = linear(h, self.projections["o"].reshape(H * K, -1))
+            h = add(h, along(self.projections["o_bias"], h)) if self.bias else h
+        else:
+            h = jnp.pad(h, ((0, 0), (0, 0), (0, self.dims["D"] - H * K)))
         record(self, out=h)
         return h, cache
 
@@ -100,7 +107,7 @@ class Attention(nn.Module):
         if name not in self.projections:  # the kernel does not look at it
             return jnp.zeros((len(x), self.dims[heads], x.shape[1], self.dims["K"]), x.dtype)
         h = linear(x, self.projections[name])  # [B, T, H, K]
-        return (add(h, along(self.projections[f"{name}_bias"], h)) if self.bias else h).swapaxes(1, 2)
+        return (add(h, along(self.projections[f"{name}_bias"], h)) if self.qkv_bias else h).swapaxes(1, 2)
 
 
 def record(module: nn.Module, **activations: Any) -> None:

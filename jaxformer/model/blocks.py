@@ -77,23 +77,30 @@ class BlockSpec(Spec):
     position: NoPosition
     kernel: Softmax = Softmax()
     mask: Bidirectional = Causal()
-    feed_forward: FeedForward = FeedForward()
+    feed_forward: FeedForward | None = FeedForward()  # None: a block of attention alone
     norm: NoNorm = LayerNorm()
     residual: PreNorm = PreNorm()
     qk_norm: NoNorm = NoNorm()
-    bias: bool = False  # of attention's projections
+    qkv_bias: bool = False
+    bias: bool = False  # of attention's output
+    output_projection: bool = True
     dropout: float = 0.0
     cross_kernel: Softmax | None = None  # of attention to another text; None: there is none
 
     def attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
         """Attention of a text to itself."""
-        return Attention(dims, self.kernel, self.position, self.mask, self.bias, self.qk_norm, self.dropout, name=name)
+        return self._attention(dims, name, (self.kernel, self.position, self.mask))
 
     def cross_attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
         """The same attention, to all of another text."""
         assert self.cross_kernel is not None
-        everything = NoPosition(), Bidirectional()
-        return Attention(dims, self.cross_kernel, *everything, self.bias, self.qk_norm, self.dropout, name=name)
+        return self._attention(dims, name, (self.cross_kernel, NoPosition(), Bidirectional()))
+
+    def _attention(
+        self, dims: Mapping[str, int], name: str | None, parts: tuple[Softmax, NoPosition, Bidirectional]
+    ) -> Attention:
+        projections = self.qkv_bias, self.bias, self.output_projection
+        return Attention(dims, *parts, *projections, self.qk_norm, self.dropout, name=name)
 
 
 class Block(nn.Module):
@@ -127,9 +134,9 @@ class Block(nn.Module):
                 seen = attention.remember(h, at, {})
             return attention(h, at, {}, fold(key, CROSS_WEIGHTS), memory=seen)[0]
 
-        own = declare(self, "feed_forward", s.feed_forward.params(), self.dims)
-
         def feed_forward(h: jax.Array) -> jax.Array:
+            assert s.feed_forward is not None
+            own = declare(self, "feed_forward", s.feed_forward.params(), self.dims)
             with jax.named_scope("feed_forward"):
                 out = s.feed_forward(own, h)
             inner = type(s.feed_forward).__call__ is FeedForward.__call__  # else there may be none
@@ -140,7 +147,9 @@ class Block(nn.Module):
         x = self._branch("attention", attend, x, fold(key, ATTENTION))
         if s.cross_kernel is not None:
             x = self._branch("cross_attention", cross, x, fold(key, CROSS))
-        return self._branch("feed_forward", feed_forward, x, fold(key, FEED)), written
+        if s.feed_forward is not None:
+            x = self._branch("feed_forward", feed_forward, x, fold(key, FEED))
+        return x, written
 
     def _branch(self, name: str, f: Norm, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """The stream after branch f."""

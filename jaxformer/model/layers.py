@@ -231,6 +231,19 @@ class FeedForward(Spec):
         return add(h, along(params["down_bias"], h)) if self.bias else h
 
 
+class OneLayer(FeedForward):
+    """One matrix, from D to D, and the activation behind it."""
+
+    activation: Identity = ReLU()
+
+    def params(self) -> dict[str, Param]:
+        return {"kernel": Param("D->D")} | ({"bias": Param("D", fan_in="D")} if self.bias else {})
+
+    def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        h = linear(x, params["kernel"])
+        return self.activation(add(h, along(params["bias"], h)) if self.bias else h)
+
+
 class GatedFeedForward(FeedForward):
     """An activated matrix times another, then a third; with SiLU it is SwiGLU (arXiv:2002.05202)."""
 

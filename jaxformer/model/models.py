@@ -176,11 +176,13 @@ class Decoder(Model):
     position: NoPosition = Learned()
     kernel: Softmax | tuple[Softmax, ...] = Softmax()  # tuples of kernels, masks, feed-forwards repeat over the layers
     mask: Bidirectional | tuple[Bidirectional, ...] = Causal()
-    feed_forward: FeedForward | tuple[FeedForward, ...] = FeedForward()
+    feed_forward: FeedForward | tuple[FeedForward, ...] | None = FeedForward()  # None: attention alone
     norm: NoNorm = LayerNorm()
     residual: PreNorm = PreNorm()
     qk_norm: NoNorm = NoNorm()  # of each head's queries and keys (arXiv:2010.04245)
     bias: bool = False  # of attention's projections; feed_forward and norm have their own
+    qkv_bias: bool | None = None  # of queries, keys and values; None: as bias
+    output_projection: bool = True  # False: attention gives its heads side by side, and 0 where d_model is wider
     scale_embedding: bool = False  # by √d_model (arXiv:1706.03762, section 3.4)
     embedding_norm: bool = False  # the embedded input is normed, as in BERT
     n_parts: int = 0  # of a document that have an embedding each, as BERT's two sentences; 0: there is none
@@ -206,6 +208,12 @@ class Decoder(Model):
             raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
         if self.remat not in (None, *REMAT):
             raise ValueError(f"{at}remat={self.remat!r} must be None or one of {', '.join(REMAT)}")
+        heads = self.n_heads * (self.head_width or self.d_model // self.n_heads)
+        if not self.output_projection and heads > self.d_model:
+            raise ValueError(
+                f"{at}output_projection=False leaves the heads side by side, {heads} numbers, more than "
+                f"{at}d_model={self.d_model}; True projects them, and a smaller {at}head_width fits"
+            )
         for stack in self.stacks:
             self._check_stack(at, stack)
         if self.position.per_layer and type(self.position).embed is not NoPosition.embed:
@@ -248,9 +256,8 @@ class Decoder(Model):
 
     @property
     def n_residuals(self) -> int:
-        return max(
-            (2 + (kind.cross_kernel is not None)) * self.layers(s) for s in self.stacks for kind in self.kinds(s)
-        )
+        branches = lambda kind: 1 + (kind.cross_kernel is not None) + (kind.feed_forward is not None)
+        return max(branches(kind) * self.layers(s) for s in self.stacks for kind in self.kinds(s))
 
     def layers(self, stack: str) -> int:
         """How many a stack has."""
@@ -264,7 +271,9 @@ class Decoder(Model):
         self, mask: Bidirectional | tuple[Bidirectional, ...], cross_kernel: Softmax | None
     ) -> tuple[BlockSpec, ...]:
         kernels, masks, feeds = _as_tuple(self.kernel), _as_tuple(mask), _as_tuple(self.feed_forward)
-        rest = self.norm, self.residual, self.qk_norm, self.bias, self.dropout, cross_kernel
+        qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        biases = qkv_bias, self.bias, self.output_projection
+        rest = self.norm, self.residual, self.qk_norm, *biases, self.dropout, cross_kernel
 
         def kind(i: int) -> BlockSpec:
             own = kernels[i % len(kernels)], masks[i % len(masks)], feeds[i % len(feeds)]

@@ -45,7 +45,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant here
         policy = None if read_only else _NewestAndBest(self, keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, read_only=read_only)  # pyright: ignore
-        self._directory = directory
+        self.directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         self._infos = {step: self._read_info(step) for step in self.steps()}
 
@@ -62,11 +62,16 @@ class Checkpoints:
         step = min(self.steps(), key=self.rank, default=None)
         return None if step is None or math.isinf(self.rank(step)) else (step, self.rank(step))
 
+    def best_rank(self) -> float:
+        """Infinite if no checkpoint was evaluated."""
+        best = self.best()
+        return math.inf if best is None else best[1]
+
     def save(self, state: Any, step: int, rank: float | None) -> None:
         """Begins to save; raises OSError if there is no room, or if an earlier save has failed."""
         if step in self._manager.all_steps():
             return
-        _reserve(self._directory, sum(a.nbytes for a in jax.tree.leaves(state)))
+        _reserve(self.directory, sum(a.nbytes for a in jax.tree.leaves(state)))
         finite = rank is not None and math.isfinite(rank)
         info = {"state_sha256": sha256(state), "layout": _layout(state), "rank": rank if finite else None}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
@@ -76,7 +81,7 @@ class Checkpoints:
 
     def restore(self, abstract: Any, step: int) -> Any:
         """The state of a step, shaped and sharded as `abstract`. Raises InputError if it is not what was saved."""
-        path, info = self._directory / str(step), self._infos[step]
+        path, info = self.directory / str(step), self._infos[step]
         if info.get("layout", _layout(abstract)) != _layout(abstract):
             raise Mismatch(
                 f"{path} was saved with other shapes than those of this config and tokenizer; "
@@ -93,30 +98,16 @@ class Checkpoints:
         return state
 
     def restore_newest(self, abstract: Any, set_aside: bool = True) -> Any:
-        """The newest state that is whole, None if there is no checkpoint.
+        """The newest state that is whole, None if there is no checkpoint."""
+        states = restore_together([self], abstract, set_aside)
+        return states and states[0]
 
-        Damaged newer ones are renamed, so that a run that goes on can save those steps again.
-        """
-        damaged: list[int] = []
-        for step in reversed(self.steps()):
-            try:
-                state = self.restore(abstract, step)
-            except Mismatch:
-                raise
-            except InputError as error:
-                log.warning("%s", error)
-                damaged.append(step)
-            else:
-                if damaged and set_aside:
-                    for bad in damaged:
-                        aside = self._directory / f"{bad}.damaged"
-                        shutil.rmtree(aside, ignore_errors=True)
-                        os.rename(self._directory / str(bad), aside)
-                    self._manager.reload()
-                return state
-        if damaged:
-            raise InputError(f"{self._directory}: every checkpoint is damaged; train anew in another directory")
-        return None
+    def set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that a run that goes on can save that step again."""
+        aside = self.directory / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(self.directory / str(step), aside)
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits until all is on disk; raises OSError if a save has failed."""
@@ -127,7 +118,7 @@ class Checkpoints:
     def _read_info(self, step: int) -> dict[str, Any]:
         """What `save` wrote beside the state, {} if that is damaged."""
         try:
-            info = json.loads((self._directory / str(step) / "info" / "metadata").read_text())
+            info = json.loads((self.directory / str(step) / "info" / "metadata").read_text())
         except (OSError, ValueError):
             return {}
         return info if isinstance(info, dict) else {}
@@ -137,7 +128,35 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax passes on whatever its background threads met
-            raise OSError(f"no checkpoint could be written to {self._directory}: {error}") from error
+            raise OSError(f"no checkpoint could be written to {self.directory}: {error}") from error
+
+
+def restore_together(runs: Sequence[Checkpoints], abstract: Any, set_aside: bool = True) -> list[Any] | None:
+    """The states of all runs at the newest step that each of them has whole; None if none has a checkpoint."""
+    damaged: list[tuple[Checkpoints, int]] = []
+    for step in sorted(set[int].intersection(*(set(run.steps()) for run in runs)), reverse=True):
+        states: list[Any] = []
+        for run in runs:
+            try:
+                states.append(run.restore(abstract, step))
+            except Mismatch:
+                raise
+            except InputError as error:
+                log.warning("%s", error)
+                damaged.append((run, step))
+        if len(states) == len(runs):
+            for run, bad in damaged if set_aside else ():
+                run.set_aside(bad)
+            return states
+    first = runs[0].directory
+    if damaged:
+        raise InputError(f"{damaged[0][0].directory}: every checkpoint is damaged; train anew in another directory")
+    if any(run.steps() for run in runs):
+        raise InputError(
+            f"{first}: the runs trained together have no step of which each holds a checkpoint; train anew in another "
+            "directory"
+        )
+    return None
 
 
 def _reserve(directory: Path, n_bytes: int) -> None:

@@ -7,8 +7,7 @@ import logging
 import math
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch, Batches, Examples
+from jaxformer.data.batches import Batch, Examples
 from jaxformer.data.datasets import Prepared, check_ids
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.learning.objectives import Classification
 from jaxformer.model.heads import TokenClassificationHead
 from jaxformer.model.models import Decoder
 from jaxformer.platform import check_numerics, set_flags
-from jaxformer.run.checkpoint import Checkpoints
+from jaxformer.run.checkpoint import Checkpoints, restore_together
 from jaxformer.run.directory import claimed, has_checkpoint, noticed
+from jaxformer.run.members import Members, batches_of
 from jaxformer.run.metrics import Profile, Reports, record_start
 from jaxformer.run.opened import Run
-from jaxformer.run.plan import abstract_state, evaluate, hyper_of, prepare_data, recipe_of
-from jaxformer.run.step import Hyper, Recipe, TrainState, evaluate_batch, init_state, train_steps
+from jaxformer.run.plan import abstract_state, hyper_of, prepare_data, recipe_of
+from jaxformer.run.step import Recipe, TrainState, evaluate_batch, init_state, train_steps
 from jaxformer.run.warm_start import compare, open_source, take, tell
 from jaxformer.spec import InputError
 
@@ -68,12 +68,37 @@ def train(
     set_flags()
     check_numerics()
     trace = Profile(config, profile)
-    with logging_redirect_tqdm():
-        prepared = _checked(config, prepare_data(config))
-        saved = has_checkpoint(Path(config.directory))  # then what it began with is not needed
-        begin = _beginning(dataclasses.replace(config, init_from=None) if saved else config, prepared)
-        with claimed(config, prepared):
-            return _train(config, prepared, begin, trace)
+    return _trained([config], trace)[0]
+
+
+def train_seeds(
+    config: Config | str | Path,
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any] | None = None,
+    directory: str | Path | None = None,
+) -> list[Run]:
+    """Trains runs that differ in nothing but their seed together, as one program, or goes on with them.
+
+    Each is a run of its own in directory/seed-SEED, and but for rounding what it would be alone. Together they take
+    less time than one after another where a step is small. Raises as `train` does.
+    """
+    if directory is not None:
+        overrides = {**(overrides or {}), "directory": str(directory)}
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"seeds={list(seeds)} must be one or more, each once")
+    first = config_lib.resolve(config, overrides)
+    wide = first.data.sampling
+    if isinstance(wide, Examples) and wide.n_buckets > 1 and len(seeds) > 1:
+        raise InputError(
+            f"data.sampling.n_buckets={wide.n_buckets} gives every seed rows of another width, and seeds trained "
+            "together need the same; set data.sampling.n_buckets=1, or train them one by one"
+        )
+    own = [{"train.seed": seed, "directory": str(Path(first.directory) / f"seed-{seed}")} for seed in seeds]
+    for writer in first.writers:
+        writer.require()
+    set_flags()
+    check_numerics()
+    return _trained([config_lib.resolve(first, each) for each in own], Profile(first, None))
 
 
 def build(
@@ -96,45 +121,61 @@ def build(
         return state, jax.tree.map(lambda a: a[0], metrics)
 
     state, _ = _beginning(config, prepared)()
-    return state, step, _batches(config, prepared).at
+    return state, step, batches_of(config, prepared).at
 
 
-def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profile) -> Run:
-    directory, knobs = Path(config.directory), config.train
-    recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
-    with _signals() as received, contextlib.closing(Checkpoints(directory / "checkpoints", knobs.keep)) as checkpoints:
-        state = checkpoints.restore_newest(abstract_state(config, recipe))
-        if state is None and (directory / "metrics.jsonl").exists():
-            log.warning("%s holds no checkpoint: the run begins anew", directory)
-        report = None
-        if state is None:
-            state, report = begin()
-        run = Run(config, prepared.tokenizer, state, prepared.classes)
-        step, best = int(run.state.step), checkpoints.best()
+def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
+    """A run, or several that differ in their seed and directory."""
+    with logging_redirect_tqdm(), contextlib.ExitStack() as claims:
+        prepared = _checked(configs[0], prepare_data(configs[0]))
+        begins: list[Beginning] = []
+        for config in configs:
+            saved = has_checkpoint(Path(config.directory))  # then what it began with is not needed
+            begins.append(_beginning(dataclasses.replace(config, init_from=None) if saved else config, prepared))
+        for config in configs:
+            claims.enter_context(claimed(config, prepared))
+        return _train(configs, prepared, begins, trace)
+
+
+def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Beginning], profile: Profile) -> list[Run]:
+    config, directories = configs[0], [Path(config.directory) for config in configs]
+    knobs, members = config.train, Members(configs, prepared)
+    keep = knobs.keep if len(configs) == 1 else max(knobs.keep, 2)  # a kill between two saves leaves a step to all
+    with _signals() as received, contextlib.ExitStack() as stack:
+        places = [directory / "checkpoints" for directory in directories]
+        saved = [stack.enter_context(contextlib.closing(Checkpoints(place, keep))) for place in places]
+        states, starts = restore_together(saved, abstract_state(config, members.recipe)), []
+        if states is None:
+            if (directories[0] / "metrics.jsonl").exists():
+                log.warning("%s holds no checkpoint: the run begins anew", directories[0])
+            states, starts = zip(*(begin() for begin in begins), strict=True)
+        opened = zip(configs, states, strict=True)
+        runs = [Run(config, prepared.tokenizer, state, prepared.classes) for config, state in opened]
+        step, best = int(states[0].step), [checkpoints.best_rank() for checkpoints in saved]
         if step >= knobs.steps:
-            log.info("%s is finished: it has made %d of %d steps", directory, step, knobs.steps)
-            return run
+            log.info("%s is finished: it has made %d of %d steps", directories[0], step, knobs.steps)
+            return runs
         for path, change in noticed(config).items():
             log.warning("%s was %s and is %s from here on", path, *change)
-        config_lib.save(config, directory / "config.json")
-        record_start(directory / "starts.jsonl", step)
-        _summarize(run, prepared)
-        if report:
-            tell(report, directory)
-        batches = _batches(config, prepared)
-        buffer = _buffer(config, batches, step)
-        call = functools.partial(_call, recipe, hyper, {})
-        call(state, buffer, 0)  # compiles, so that no row counts that as training
+        for config, directory in zip(configs, directories, strict=True):
+            config_lib.save(config, directory / "config.json")
+            record_start(directory / "starts.jsonl", step)
+        _summarize(runs, prepared)
+        for report, directory in zip(starts, directories, strict=False):
+            if report:
+                tell(report, directory)
+        state, buffer = members.together(states), members.buffer(step)
+        members.call(state, buffer, 0)  # compiles, so that no row counts that as training
 
-        with contextlib.closing(Reports(config, step)) as reports, contextlib.closing(profile):
+        with contextlib.closing(Reports(configs, step)) as reports, contextlib.closing(profile):
             stop = False
             profile.reach(step, state)
             while step < knobs.steps and not stop:
-                count = profile.until_pause(step, min(_until_pause(config, step), batches.same_shapes(step)))
-                state, rows = call(state, buffer, count)
-                tokens = _real_tokens(config, buffer, count)
+                count = profile.until_pause(step, min(_until_pause(config, step), members.same_shapes(step)))
+                state, rows = members.call(state, buffer, count)
+                tokens = members.real_tokens(buffer, count)
                 step += count
-                buffer = _buffer(config, batches, step)  # while the device works
+                buffer = members.buffer(step)  # while the device works
                 reports.add(step, count, tokens, rows)
                 profile.reach(step, state)
                 stop = bool(received)
@@ -143,23 +184,25 @@ def _train(config: Config, prepared: Prepared, begin: Beginning, profile: Profil
                 if not (evaluates or saves):
                     continue
                 reports.drain()
-                rank = None
+                ranks = [None] * len(runs)
                 if evaluates:
-                    found = evaluate(recipe, state.eval_params, prepared.valid, config, prepared.tokenizer)
-                    reports.write(step=step, split="valid", **found)
-                    rank = _rank(config, found)
+                    found = members.evaluate(state)
+                    reports.write(step, found)
+                    ranks = [_rank(config, row) for row in found]
                     log.info("step %d: validation %s", step, _sentence(found))
-                    if math.isfinite(rank) and (best is None or rank < best[1]):
-                        best, saves = (step, rank), True
+                    for i, rank in enumerate(ranks):
+                        if math.isfinite(rank) and rank < best[i]:
+                            best[i], saves = rank, True
                 if saves:
-                    checkpoints.save(state, step, rank)
+                    for checkpoints, own, rank in zip(saved, members.apart(state), ranks, strict=True):
+                        checkpoints.save(own, step, rank)
                 if evaluates:
-                    _show_sample(dataclasses.replace(run, state=state), prepared)
+                    _show_sample(dataclasses.replace(runs[0], state=members.apart(state)[0]), prepared)
                 reports.resume()
     if stop and step < knobs.steps:
         raise Interrupted(received[0], step)
-    log.info("done: %d steps in %s", step, directory)
-    return dataclasses.replace(run, state=state)
+    log.info("done: %d steps in %s", step, ", ".join(map(str, directories)))
+    return [dataclasses.replace(run, state=own) for run, own in zip(runs, members.apart(state), strict=True)]
 
 
 def _beginning(config: Config, prepared: Prepared) -> Beginning:
@@ -173,18 +216,6 @@ def _beginning(config: Config, prepared: Prepared) -> Beginning:
     source = open_source(config.init_from)
     report = compare(recipe.model, source, source.tokenizer == prepared.tokenizer)
     return lambda: (take(init_state(recipe, hyper), source, report), report)
-
-
-def _call(
-    recipe: Recipe, hyper: Hyper, compiled: dict[Any, Any], state: TrainState, buffer: Batch, count: int
-) -> tuple[TrainState, Any]:
-    """`train_steps`, `compiled` ahead of time for each set of shapes; with a count of 0 it is compiled and no more."""
-    shapes = tuple((name, array.shape) for name, array in buffer.items())
-    if shapes not in compiled:
-        started = time.perf_counter()
-        compiled[shapes] = train_steps.lower(recipe, state, buffer, np.int32(1), hyper).compile()
-        log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
-    return compiled[shapes](state, buffer, np.int32(count), hyper) if count else (state, None)
 
 
 # --- data of a step
@@ -266,26 +297,6 @@ def _check_batch(config: Config, recipe: Recipe, tokenizer: Tokenizer, field: st
         _rank(config, recipe.objective.summary(known))
 
 
-def _batches(config: Config, prepared: Prepared) -> Batches:
-    data = config.data
-    more = data.sampling, config.row_length, data.batch_size, config.train.seed
-    return Batches(prepared.train, prepared.weights, *more)
-
-
-def _buffer(config: Config, batches: Batches, step: int) -> Batch:
-    """The batches of the next call, stacked: [K, B, ...]."""
-    size = min(config.train.steps_per_call, config.train.steps)
-    alike = batches.same_shapes(step)  # what comes after those waits for the next call; its room is filled anyhow
-    found = [batches.at(step + min(i, alike - 1)) for i in range(size)]
-    return {name: np.stack([batch[name] for batch in found]) for name in found[0]}
-
-
-def _real_tokens(config: Config, buffer: Batch, count: int) -> int:
-    """Those of the first `count` batches, padding left out."""
-    masks = [array for name, array in buffer.items() if name.endswith("segments")]
-    return sum(int((mask[:count] > 0).sum()) for mask in masks) or count * config.data.batch_size * config.window
-
-
 def _until_pause(config: Config, step: int) -> int:
     """Steps of the next call: at most up to the next evaluation, save or end."""
     knobs = config.train
@@ -296,13 +307,15 @@ def _until_pause(config: Config, step: int) -> int:
 # --- what a user sees
 
 
-def _summarize(run: Run, prepared: Prepared) -> None:
-    config, model, device = run.config, run.model, jax.devices()[0]
+def _summarize(runs: Sequence[Run], prepared: Prepared) -> None:
+    run, device = runs[0], jax.devices()[0]
+    config, model = run.config, run.model
     n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
     counts = prepared.manifest
     stacks = [model.kinds(name) for name in model.stacks] if isinstance(model, Decoder) else []
     kernels = {type(kind.kernel).__name__ for kinds in stacks for kind in kinds}
-    rows = {
+    rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
+    rows |= {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
         "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
@@ -324,9 +337,14 @@ def _rank(config: Config, found: Mapping[str, Any]) -> float:
     return value if config.train.best_by in ("loss", "bits_per_byte") else -value
 
 
-def _sentence(found: Mapping[str, Any]) -> str:
-    values = {name.replace("_", " "): value for name, value in found.items() if isinstance(value, float)}
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+def _sentence(found: Sequence[Mapping[str, Any]]) -> str:
+    """Each number, of several runs the mean and the range."""
+    parts: list[str] = []
+    for name in (name for name, value in found[0].items() if isinstance(value, float)):
+        values = [row[name] for row in found]
+        spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+        parts.append(f"{name.replace('_', ' ')} {sum(values) / len(values):.4f}{spread}")
+    return ", ".join(parts)
 
 
 def _show_sample(run: Run, prepared: Prepared) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,42 +26,19 @@ from jaxformer.writers import Sink
 log = logging.getLogger(__name__)
 
 
-class Reports:
-    """Takes the metrics of calls as they are dispatched, and writes them to metrics.jsonl, the config's writers and the
-    bar as they arrive.
-
-    Never more than two calls are in flight: with more, simulated devices deadlock. A run that goes on from a step
-    drops the rows after it. Speed is that of training alone; pauses (evaluation, sampling, saving) are left out.
-    """
+class Rows:
+    """The rows of one run, to metrics.jsonl and the config's writers. One that goes on from a step drops those after
+    it."""
 
     def __init__(self, config: Config, step: int):
         path = Path(config.directory) / "metrics.jsonl"
-        _drop_rows_after(path, step)
+        last = _drop_rows_after(path, step)
+        self.seconds = last.get("seconds", 0.0)  # of training, up to the step
         self._file = open(path, "a")  # noqa: SIM115 (closed by `close`)
         self._sinks: dict[str, Sink] = {}
         for writer in config.writers:
             with self._surviving(type(writer).__name__):
                 self._sinks[type(writer).__name__] = writer.open(path.parent, to_json(config), step)
-        self._bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
-        self._log_every = config.train.log_every
-        self._in_flight: collections.deque[tuple[int, int, int, Mapping[str, Any]]] = collections.deque()
-        self.resume()
-
-    def resume(self) -> None:
-        """Training begins, or goes on after a pause; speed is the mean since then."""
-        self._since, self._tokens = time.perf_counter(), 0
-
-    def add(self, step: int, count: int, tokens: int, rows: Mapping[str, Any]) -> None:
-        """A call of `count` steps up to `step`, of so many tokens, was dispatched; waits until at most one is in
-        flight."""
-        self._in_flight.append((step, count, tokens, rows))
-        if len(self._in_flight) == 2:
-            self._report()
-
-    def drain(self) -> None:
-        """Waits for all calls."""
-        while self._in_flight:
-            self._report()
 
     def write(self, **row: Any) -> None:
         """Numbers that are not finite are written as null: JSON has no others."""
@@ -73,7 +50,6 @@ class Reports:
                 sink.write(row)
 
     def close(self) -> None:
-        self._bar.close()
         self._file.close()
         for name, sink in list(self._sinks.items()):
             with self._surviving(name):
@@ -88,16 +64,66 @@ class Reports:
             self._sinks.pop(name, None)
             log.warning("writers: %s failed (%s: %s); the run goes on without it", name, type(error).__name__, error)
 
+
+class Reports:
+    """Takes the metrics of calls as they are dispatched, and writes them to the rows of each run and the bar as they
+    arrive. Metrics of several runs have a leading axis for them.
+
+    Never more than two calls are in flight: with more, simulated devices deadlock. Speed and seconds are those of
+    training alone, of all runs together; pauses (evaluation, sampling, saving) are left out.
+    """
+
+    def __init__(self, configs: Sequence[Config], step: int):
+        knobs = configs[0].train
+        self._runs = [Rows(config, step) for config in configs]
+        self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self._log_every = knobs.log_every
+        self._in_flight: collections.deque[tuple[int, int, int, Mapping[str, Any]]] = collections.deque()
+        self._seconds, self._elapsed = self._runs[0].seconds, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Training begins, or goes on after a pause; speed is the mean since then."""
+        self._seconds, self._elapsed = self._seconds + self._elapsed, 0.0
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def add(self, step: int, count: int, tokens: int, rows: Mapping[str, Any]) -> None:
+        """A call of `count` steps up to `step`, of so many tokens, was dispatched; waits until at most one is in
+        flight."""
+        self._in_flight.append((step, count, tokens, rows))
+        if len(self._in_flight) == 2:
+            self._report()
+
+    def drain(self) -> None:
+        """Waits for all calls."""
+        while self._in_flight:
+            self._report()
+
+    def write(self, step: int, found: Sequence[Mapping[str, Any]]) -> None:
+        """What an evaluation at `step` has found, of each run."""
+        for run, row in zip(self._runs, found, strict=True):
+            run.write(step=step, split="valid", **row, seconds=round(self._seconds + self._elapsed, 3))
+
+    def close(self) -> None:
+        self._bar.close()
+        for run in self._runs:
+            run.close()
+
     def _report(self) -> None:
         last, count, tokens, arrays = self._in_flight.popleft()
         rows = jax.tree.map(np.asarray, arrays)  # waits
         self._tokens += tokens
-        speed = self._tokens / (time.perf_counter() - self._since)
+        self._elapsed = time.perf_counter() - self._since
+        speed, seconds = self._tokens / self._elapsed, round(self._seconds + self._elapsed, 3)
         for i, step in enumerate(range(last - count + 1, last + 1)):
             if step % self._log_every == 0:
-                row = jax.tree.map(lambda values, i=i: values[i].tolist(), rows)
-                self.write(step=step, split="train", loss=row.pop("loss"), **row, tokens_per_second=round(speed))
-        self._bar.set_postfix_str(f"loss {rows['loss'][count - 1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                for member, run in enumerate(self._runs):
+                    at = (member, i) if len(self._runs) > 1 else i
+                    row = jax.tree.map(lambda values, at=at: values[at].tolist(), rows)
+                    speeds = {"tokens_per_second": round(speed), "seconds": seconds}
+                    run.write(step=step, split="train", loss=row.pop("loss"), **row, **speeds)
+        loss = rows["loss"][..., count - 1].mean()
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update(count)
 
 
@@ -143,19 +169,22 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int) -> dict[str, Any]:
+    """The last row that is left."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    kept, unread = [], 0
+    kept, unread, last = [], 0, {}
     for line in text.split("\n"):
         try:
             row = json.loads(line)
             if row["step"] <= step:
                 kept.append(line + "\n")
+                last = row
         except (ValueError, KeyError, TypeError):
             unread += bool(line.strip())
     if unread:
         log.warning("%s: %d lines that are no rows are dropped, as a killed process may leave one", path, unread)
     write(path, "".join(kept))
+    return last
 
 
 def record_start(path: Path, step: int) -> None:

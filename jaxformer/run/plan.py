@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared, Source, classes_of, fitted, prepare
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.model.heads import ClassificationHead, Head
-from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state
+from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
 from jaxformer.spec import InputError
 
 Classes = Mapping[str, tuple[str, ...]]  # column of a table -> the names of its classes
@@ -101,20 +102,47 @@ def evaluate(
     recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The objective's summary of a full pass of the sources."""
+    return _summary(
+        recipe, _sums(functools.partial(evaluate_batch, recipe, params), recipe, sources, config, tokenizer)
+    )
+
+
+def evaluate_together(
+    recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """`evaluate` for each member of parameters that have a leading axis for them."""
+    total = _sums(functools.partial(evaluate_members, recipe, params), recipe, sources, config, tokenizer)
+    count = len(jax.tree.leaves(params)[0])
+    return [_summary(recipe, {name: float(values[i]) for name, values in total.items()}) for i in range(count)]
+
+
+def _summary(recipe: Recipe, total: dict[str, Any]) -> dict[str, Any]:
+    total = {name: float(value) for name, value in total.items()}
+    return recipe.objective.summary(total) if total else {"loss": math.nan, "tokens": 0}
+
+
+def _sums(
+    evaluated: Callable[..., dict[str, jax.Array]],
+    recipe: Recipe,
+    sources: Sequence[Source],
+    config: Config,
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    """What batches of a full pass add up to, in double precision."""
     lengths = tokenizer.byte_lengths()
     known = np.zeros(recipe.model.vocab_size or 0, np.float32) if lengths is None else lengths.astype(np.float32)
-    total: dict[str, float] = {}
+    total: dict[str, Any] = {}
     in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
     passes = (config.data.sampling.full_pass(s, config.row_length, config.data.batch_size) for s in sources)
     for number, batch in enumerate(itertools.chain.from_iterable(passes)):
-        in_flight.append(evaluate_batch(recipe, params, batch, np.int32(number), known))
+        in_flight.append(evaluated(batch, np.int32(number), known))
         if len(in_flight) == 2:
             _add(total, in_flight.popleft())
     for sums in in_flight:
         _add(total, sums)
-    return recipe.objective.summary(total) if total else {"loss": math.nan, "tokens": 0}
+    return total
 
 
-def _add(total: dict[str, float], sums: dict[str, jax.Array]) -> None:
+def _add(total: dict[str, Any], sums: dict[str, jax.Array]) -> None:
     for name, value in sums.items():
-        total[name] = total.get(name, 0.0) + float(value)
+        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)

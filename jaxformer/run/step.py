@@ -76,18 +76,17 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
         ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
     metrics: dict[str, Any] = {"loss": nats / weight, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     if recipe.grad_norms:
-        metrics["grad_norms"] = _norms(declared, grads)
+        metrics["grad_norms"] = norms(declared, grads)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def _norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
+def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
     """The norm of each array, of stacked ones for each layer: [L]."""
 
     def norm(box: Declared, grad: jax.Array) -> jax.Array:
         return jnp.sqrt((grad * grad).sum(tuple(range(int(box.letters.startswith("L")), grad.ndim))))
 
-    norms = jax.tree.map(norm, declared, grads, is_leaf=is_declared)
-    paths = jax.tree_util.tree_flatten_with_path(norms)[0]
+    paths = jax.tree_util.tree_flatten_with_path(jax.tree.map(norm, declared, grads, is_leaf=is_declared))[0]
     return {path_name(path): value for path, value in paths}
 
 
@@ -136,6 +135,19 @@ def train_steps(
     return jax.lax.fori_loop(0, count, body, (state, metrics))
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_members(
+    recipe: Recipe, states: TrainState, batches: Batch, count: jax.Array, hyper: Hyper
+) -> tuple[TrainState, dict[str, Any]]:
+    """`train_steps` of several runs that differ in their seed: one program, whose states, batches [·, K, B, ...],
+    seeds and metrics have a leading axis for the members."""
+
+    def alone(state: TrainState, batches: Batch, seed: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        return train_steps(recipe, state, batches, count, hyper._replace(seed=seed))
+
+    return jax.vmap(alone)(states, batches, hyper.seed)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate_batch(
     recipe: Recipe, params: Any, batch: Batch, number: jax.Array, byte_lengths: jax.Array
@@ -146,3 +158,11 @@ def evaluate_batch(
     """
     example = recipe.objective.prepare(batch, jax.random.fold_in(jax.random.key(0), number))
     return recipe.objective.sums(recipe.model, _cast(recipe, params), example, byte_lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate_members(
+    recipe: Recipe, params: Any, batch: Batch, number: jax.Array, byte_lengths: jax.Array
+) -> dict[str, jax.Array]:
+    """`evaluate_batch` of parameters that have a leading axis for the members; so have the sums."""
+    return jax.vmap(lambda own: evaluate_batch(recipe, own, batch, number, byte_lengths))(params)

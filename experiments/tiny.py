@@ -1,0 +1,159 @@
+"""One layer, norms behind the residual sums: what the sums are for, in one layer and in sixteen."""
+
+import numpy as np
+
+from jaxformer import Config, Data, Decoder, Train
+from jaxformer.data.corpora import TinyShakespeare
+from jaxformer.lab.experiments import Experiment, Report, Result, Row, late_training_loss, near, within_or_better
+from jaxformer.lab.measures import activations, before_training, differences_by_layer, gradient_norms, norms_by_layer
+from jaxformer.lab.pictures import lines, panels, smooth
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import Constant
+from jaxformer.model.blocks import PostNorm
+from jaxformer.model.heads import LanguageHead
+from jaxformer.model.layers import FeedForward, ReLU, TorchUniform
+
+BOTH = PostNorm()
+NO_ATTENTION, NO_FEED = PostNorm(attention=False), PostNorm(feed_forward=False)
+NEITHER = PostNorm(attention=False, feed_forward=False)
+DEPTHS = 1, 2, 4, 8, 16
+
+config = Config(
+    directory="runs/tiny",
+    data=Data(corpus=TinyShakespeare(), batch_size=32),
+    model=Decoder(
+        n_layers=1,
+        n_heads=2,
+        d_model=64,
+        d_ff=128,
+        context_length=64,
+        feed_forward=FeedForward(ReLU(), bias=True),
+        bias=True,
+        residual=BOTH,
+        head=LanguageHead(tied=False, bias=True),
+        initializer=TorchUniform(),
+    ),
+    optimizer=AdamW(Constant(1e-3), b2=0.999, weight_decay=0.01, clip=None),
+    train=Train(
+        steps=46_500,
+        steps_per_call=100,
+        log_every=100,
+        eval_every=46_500,
+        save_every=15_500,
+        sample_tokens=0,
+        grad_norms=True,
+    ),
+)
+
+
+def published(name: str, residual: PostNorm, loss: float) -> Row:
+    reached = within_or_better if residual == BOTH else near
+    changes = {"model.residual": residual}
+    return Row(name, config, loss, 1, changes, late_training_loss, reached=reached)
+
+
+def deep(depth: int, residual: PostNorm) -> Row:
+    name = f"depth {depth}, {'with' if residual == BOTH else 'without'} sums"
+    changes = {"model.residual": residual, "model.n_layers": depth, "train.steps": 5000, "train.eval_every": 5000}
+    changes |= {"train.save_every": 2500, "model.unroll": depth if depth <= 4 else 1}
+    return Row(name, config, None, 1, changes, measure=late_training_loss)
+
+
+ROWS = (
+    published("with both sums", BOTH, 1.70),
+    published("without attention's sum", NO_ATTENTION, 2.47),
+    published("without the feed-forward's sum", NO_FEED, 2.47),
+    published("without either", NEITHER, 2.47),
+)
+STREAM = "decoder/layers/block0/after_feed_forward"
+BRANCHES = {
+    "attention": "decoder/layers/block0/attention/out",
+    "feed-forward": "decoder/layers/block0/feed_forward/out",
+}
+ARRAY = "decoder/layers/block0/attention/project/v"
+
+
+def tell(report: Report) -> None:
+    both, *others = (report.results[row.name] for row in ROWS)
+    nearest = min(others, key=lambda result: abs(result.mean - 2.47))
+    report.text(f"The published 2.47 is nearest to: {nearest.row.name}, {nearest.mean:.4f}.")
+
+    figure, axes = panels(1, 1)
+    smoothed = {r.row.name: (r.curve()[0], smooth(r.curve()[1][0], 10)) for r in (both, *others)}
+    lines(axes[0], smoothed, "step", "training loss (nats)", log="x")
+    report.picture("curves", figure, "Training loss, smoothed over 1,000 steps.")
+
+    figure, axes = panels(1, 2, 12, 5.5)
+    norms = [gradient_curves(result) for result in (both, nearest)]
+    for each, result, curves in zip(axes, (both, nearest), norms, strict=True):
+        lines(each, curves, "step", "gradient norm", result.row.name, log="y", legend=result is both)
+        each.set_ylim(1e-3, 3)
+    report.picture("gradients", figure, "The norm of each parameter's gradient along the way, smoothed.")
+    report.text("At the end:")
+    names = {r.row.name: curves for r, curves in zip((both, nearest), norms, strict=True)}
+    end = lambda curves, name: f"{curves[name][1][-1]:.4f}"
+    report.table([{"parameter": n} | {row: end(curves, n) for row, curves in names.items()} for n in norms[0]])
+    why(report)
+
+
+def gradient_curves(result: Result) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Parameter -> steps and the norm of its gradient, the mean over 1,000 steps."""
+    rows = [row for row in result.metrics[0] if row["split"] == "train"]
+    steps, short = [row["step"] for row in rows], lambda name: name.removeprefix("decoder/layers/block0/")
+    values = lambda name: smooth(np.ravel([row["grad_norms"][name] for row in rows]), 10)
+    return {short(name): (steps, values(name)) for name in rows[0]["grad_norms"]}
+
+
+def why(report: Report) -> None:
+    """Why x = x + f(x): the same layers stacked, with and without."""
+    report.text("### Why x = x + f(x)")
+    pairs = {depth: [report.results[deep(depth, residual).name] for residual in (BOTH, NEITHER)] for depth in DEPTHS}
+    figure, axes = panels(2, 3, 13, 7)
+    ways = ("with sums", "without")
+    losses = {way: (DEPTHS, [pairs[depth][i].mean for depth in DEPTHS]) for i, way in enumerate(ways)}
+    lines(axes[0], losses, "layers", "loss after 5,000 steps", "more layers help only with sums", log="x")
+    deepest = [result.runs[0] for result in pairs[DEPTHS[-1]]]
+    layer = np.arange(1, DEPTHS[-1] + 1)
+    for when, runs, (gradients, norms, apart) in (
+        ("before training", list(map(before_training, deepest)), axes[1:4]),
+        ("after 5,000 steps", deepest, (axes[4], None, axes[5])),
+    ):
+        found = {way: gradient_norms(run)[ARRAY] for way, run in zip(ways, runs, strict=True)}
+        lines(gradients, {w: (layer, v) for w, v in found.items()}, "layer", "norm", f"gradient of v, {when}", log="y")
+        kept = {w: differences_by_layer(activations(run, STREAM)) for w, run in zip(ways, runs, strict=True)}
+        lines(apart, {w: (layer, v) for w, v in kept.items()}, "layer", "share", f"differing tokens, {when}")
+        apart.set_ylim(0, 1.05)
+        if norms is not None:
+            sizes = {
+                f"{branch}, {way}": (layer, norms_by_layer(activations(run, name)))
+                for way, run in zip(ways, runs, strict=True)
+                for branch, name in BRANCHES.items()
+            }
+            lines(norms, sizes, "layer", "root mean square", f"what branches give, {when}", log="y")
+    report.picture(
+        "depth",
+        figure,
+        "Sixteen layers with and without sums. Without, each layer passes on only what its branch makes of its input: "
+        "the gradient that reaches a layer shrinks with every layer above it, and the tokens of a text become alike.",
+    )
+    first = [gradient_norms(before_training(run))[ARRAY] for run in deepest]
+    kept = [differences_by_layer(activations(before_training(run), STREAM)) for run in deepest]
+    report.text(
+        "In numbers, before training: the gradient of the first layer's values is "
+        f"{first[0][0] / first[0][-1]:.2g} times that of the last with sums, {first[1][0] / first[1][-1]:.2g} times "
+        f"without; what tells a text's tokens apart is {kept[0][-1]:.0%} of the last layer's output with sums, "
+        f"{kept[1][-1]:.1%} without."
+    )
+
+
+experiment = Experiment(
+    "One layer, norms behind the sums",
+    """
+Characters, d_model 64, context 64, 2 heads, d_ff 128, ReLU, learned positions, LayerNorm behind each sum, batches of
+32, AdamW at a constant 1e-3. "measured" is the training loss, its mean over the last tenth of the steps. Which sum the
+published 2.47 leaves out is not known, so each is left out, and both; for those "reached" means within 3 %. Below, the
+pair with and without sums at depths of 1 to 16, whose loss on the training split is that after 5,000 steps.
+""",
+    ROWS + tuple(deep(depth, residual) for residual in (BOTH, NEITHER) for depth in DEPTHS),
+    tell,
+)

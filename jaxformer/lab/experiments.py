@@ -1,0 +1,298 @@
+"""Published numbers, and what runs of ours measure beside them. An experiment is a list of rows, each a config."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import runpy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxformer import config as config_lib
+from jaxformer.config import Config
+from jaxformer.data.files import write
+from jaxformer.lab import pictures
+from jaxformer.run.loop import train, train_seeds
+from jaxformer.run.opened import Run
+from jaxformer.spec import InputError
+
+Metrics = Sequence[Mapping[str, Any]]  # the rows of a run's metrics.jsonl
+
+
+def final_loss(rows: Metrics) -> float:
+    """That of the validation split at the end, in nats."""
+    return [row["loss"] for row in rows if row["split"] == "valid"][-1]
+
+
+def best_accuracy(rows: Metrics) -> float:
+    """The highest of all evaluations."""
+    return max(row["accuracy"] for row in rows if row["split"] == "valid")
+
+
+def final_exact(rows: Metrics) -> float:
+    """The share of validation examples whose answer was exact at the end."""
+    return [row["exact"] for row in rows if row["split"] == "valid"][-1]
+
+
+def late_training_loss(rows: Metrics) -> float:
+    """The mean of the logged training losses of the last tenth of the run."""
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+
+def within_or_better(values: Sequence[float], published: float, higher: bool) -> bool:
+    """Whether the published number lies in the range of the seeds, or all of them are better."""
+    return max(values) >= published if higher else min(values) <= published
+
+
+def mean_or_better(values: Sequence[float], published: float, higher: bool) -> bool:
+    """Whether the mean is at the published number or better, to the digits that are printed."""
+    mean = round(statistics.fmean(values), 4)
+    return mean >= published if higher else mean <= published
+
+
+def near(values: Sequence[float], published: float, higher: bool) -> bool:
+    """Whether the mean is within 3 % of the published number: for results that are bad on purpose."""
+    return abs(statistics.fmean(values) - published) <= 0.03 * abs(published)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A published number, and the runs that measure it: one config with several seeds, trained together."""
+
+    name: str
+    config: Config
+    published: float | None = None
+    seeds: int = 1
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    measure: Callable[[Metrics], float] = final_loss
+    higher: bool = False  # whether more is better
+    reached: Callable[[Sequence[float], float, bool], bool] = within_or_better
+    also: tuple[str, ...] = ()  # fields that take the seed as well, as "data.split_seed"; then runs are trained apart
+    remark: str = ""
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder."""
+        return re.sub(r"\W+", "-", self.name).strip("-").lower()
+
+
+@dataclasses.dataclass
+class Result:
+    """What the runs of a row have come to."""
+
+    row: Row
+    runs: list[Run]
+    metrics: list[Metrics]
+
+    @property
+    def values(self) -> list[float]:
+        return [self.row.measure(rows) for rows in self.metrics]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Of the seeds; None if there is but one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def seconds(self) -> float:
+        """Of training, all seeds together."""
+        ends = [rows[-1]["seconds"] for rows in self.metrics]
+        return sum(ends) if self.row.also else max(ends)
+
+    @property
+    def reached(self) -> bool | None:
+        """None if nothing was published."""
+        row = self.row
+        return None if row.published is None else row.reached(self.values, row.published, row.higher)
+
+    def curve(self, split: str = "train", name: str = "loss") -> tuple[list[int], list[list[float]]]:
+        """Steps, and for each run its numbers there."""
+        found = [[row for row in rows if row["split"] == split] for rows in self.metrics]
+        return [row["step"] for row in found[0]], [[row[name] for row in rows] for rows in found]
+
+    def summary(self) -> dict[str, Any]:
+        """As `reproduce --json` prints it."""
+        return {
+            "row": self.row.name,
+            "published": self.row.published,
+            "measured": self.mean,
+            "deviation": self.deviation,
+            "seeds": len(self.runs),
+            "reached": self.reached,
+            "steps": self.row.config.train.steps,
+            "seconds": self.seconds,
+        }
+
+
+class Report:
+    """The blocks of Markdown that an experiment leaves, and its pictures."""
+
+    def __init__(self, name: str, results: Sequence[Result], pictures: Path):
+        self.results = {result.row.name: result for result in results}
+        self.blocks: list[str] = []
+        self._name, self._pictures = name, pictures
+
+    def text(self, text: str) -> None:
+        self.blocks.append(text.strip())
+
+    def code(self, text: str) -> None:
+        self.blocks.append(f"```\n{text.strip()}\n```")
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.blocks.append(markdown_table(rows))
+
+    def picture(self, name: str, figure: Any, caption: str) -> None:
+        """Saves a Matplotlib figure beside the results, small enough to be committed."""
+        self._pictures.mkdir(parents=True, exist_ok=True)
+        path = self._pictures / f"{self._name}-{name}.png"
+        figure.savefig(path, dpi=90, metadata={"Software": None})
+        self.blocks.append(f"![{caption}]({self._pictures.name}/{path.name})\n\n{caption}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A system and its published numbers. `tell` adds to the report what a table does not show."""
+
+    title: str
+    about: str
+    rows: tuple[Row, ...]
+    tell: Callable[[Report], None] = lambda report: None
+
+
+def load(name: str) -> Experiment:
+    """The `experiment` that experiments/NAME.py, or a Python file of yours, defines. Raises InputError if none does."""
+    path = Path(name) if name.endswith(".py") else Path("experiments", f"{name}.py")
+    if not path.is_file():
+        known = ", ".join(names()) or "no file in experiments/"
+        raise InputError(f"{name!r} is no experiment; there are {known}, or give the path of a Python file")
+    found = runpy.run_path(str(path)).get("experiment")
+    if not isinstance(found, Experiment):
+        raise InputError(f"{path}: must define `experiment`, an Experiment, but it is {type(found).__name__}")
+    slugs = [row.slug for row in found.rows]
+    if len(set(slugs)) != len(slugs):
+        raise InputError(f"{path}: rows must have names of their own, but they are {', '.join(slugs)}")
+    return found
+
+
+def names() -> list[str]:
+    """The experiments of the working directory."""
+    return sorted(path.stem for path in Path("experiments").glob("*.py"))
+
+
+def run_row(row: Row, directory: Path) -> Result:
+    """Trains the runs of a row, or goes on with them, and reads what they have left."""
+    config = config_lib.resolve(row.config, row.overrides)
+    if row.also:
+        runs = []
+        for seed in range(row.seeds):
+            own = dict.fromkeys(("train.seed", *row.also), seed)
+            runs.append(train(config, own, directory / row.slug / f"seed-{seed}"))
+    else:
+        runs = train_seeds(config, range(row.seeds), directory=directory / row.slug)
+    return Result(dataclasses.replace(row, config=config), runs, [read_metrics(run) for run in runs])
+
+
+def read_metrics(run: Run) -> Metrics:
+    with open(Path(run.config.directory) / "metrics.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def reproduce(name: str, directory: Path, results: Path) -> list[Result]:
+    """Runs an experiment and puts its section into the results file; pictures go to the folder of the same name.
+
+    Runs are in directory/NAME/ROW; one that is finished is not run again.
+    """
+    started = time.perf_counter()
+    experiment, stem = load(name), Path(name).stem
+    pictures.require()
+    found = [run_row(row, directory / stem) for row in experiment.rows]
+    report = Report(stem, found, results.parent / results.stem.lower())
+    experiment.tell(report)
+    seconds = time.perf_counter() - started
+    head = f"## {experiment.title}\n\n`python scripts/reproduce.py {name}`: {seconds:.0f} s this time. {hardware()}"
+    remarks = [f"* {result.row.name}: {result.row.remark}" for result in found if result.row.remark]
+    blocks = [head, experiment.about.strip(), as_table(found), "\n".join(remarks), *report.blocks]
+    _put(results, stem, "\n\n".join(filter(None, blocks)))
+    return found
+
+
+def _cells(result: Result) -> dict[str, Any]:
+    row, values, deviation = result.row, result.values, result.deviation
+    spread = "" if deviation is None else f" ± {deviation:.4f} ({min(values):.4f} to {max(values):.4f})"
+    return {
+        "row": row.name,
+        "published": "" if row.published is None else f"{row.published:g}",
+        "measured": f"{result.mean:.4f}{spread}",
+        "seeds": len(values),
+        "reached": {None: "", True: "yes", False: "**no**"}[result.reached],
+        "steps": row.config.train.steps,
+        "seconds": f"{result.seconds:.0f}",
+    }
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The keys of the first row are the columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_table(text: str) -> Iterator[dict[str, str]]:
+    """The rows of all tables of a Markdown text."""
+    columns: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")] if line.startswith("|") else []
+        if not cells:
+            columns = []
+        elif not columns:
+            columns = cells
+        elif not set(cells) <= {"---"}:
+            yield dict(zip(columns, cells, strict=False))
+
+
+def hardware() -> str:
+    """A sentence on versions and machine."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
+    kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{versions}, Python {platform.python_version()}; {jax.default_backend()} ({kinds}), {cores} cores."
+
+
+TITLE = """# Results
+
+Made by `python scripts/reproduce.py all`, which runs what is missing and writes this file; nothing in it is typed by
+hand. Losses are nats per token on the whole validation split. "reached" says whether the published number lies within
+the range of the seeds or is beaten, unless the row says otherwise.
+"""
+
+
+def _put(path: Path, name: str, section: str) -> None:
+    """Replaces a section of the file, or adds it in alphabetical order."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    sections = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
+    sections[name] = section
+    parts = [f"<!-- {key} -->\n{sections[key]}\n<!-- end -->" for key in sorted(sections)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, "\n".join([TITLE, *(part + "\n" for part in parts)]))
+
+
+def as_table(results: Sequence[Result]) -> str:
+    return markdown_table([_cells(result) for result in results])
+
+
+def as_json(results: Sequence[Result]) -> str:
+    rows = [result.summary() for result in results]
+    finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+    return json.dumps(finite, ensure_ascii=False)

@@ -1,0 +1,111 @@
+"""What a trained model does, in numbers: where in a window it errs, how far a gradient reaches, what it looks at."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxformer.learning.objectives import cross_entropy
+from jaxformer.model.masks import one_document
+from jaxformer.model.models import Model
+from jaxformer.run.opened import Run
+from jaxformer.run.plan import hyper_of, prepare_data
+from jaxformer.run.step import init_state, norms
+from jaxformer.spec import InputError
+
+
+def validation_rows(run: Run, count: int) -> Int[np.ndarray, "B T"]:
+    """The first `count` windows of the run's validation split, side by side, each with the token that follows it."""
+    source, length = prepare_data(run.config, run.tokenizer).valid[0], run.config.row_length
+    whole = (len(source.tokens) - 1) // length
+    if whole < 1:
+        raise InputError(f"{run.config.directory}: its validation split has no window of {length + 1} tokens")
+    first = np.arange(min(count, whole))[:, None] * length
+    return np.asarray(source.tokens[first + np.arange(length + 1)], np.int32)
+
+
+def loss_by_position(run: Run, count: int = 1024) -> Float[np.ndarray, "T"]:
+    """Mean nats of a causal model's predictions at each place of `count` windows of the validation split."""
+    rows, total, batch = validation_rows(run, count), 0.0, run.config.data.batch_size
+    for first in range(0, len(rows), batch):
+        total = total + np.asarray(nats(run.model, run.state.eval_params, rows[first : first + batch])).sum(0)
+    return np.asarray(total / len(rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def nats(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, "B T"]:
+    """Those of each prediction in windows that are documents; a row has a token more than the model sees."""
+    h, _ = model.hidden(params, rows[:, :-1], one_document(rows.shape[1] - 1))
+    return cross_entropy(model.logits(params, h), rows[:, 1:])
+
+
+def gradient_by_distance(run: Run, count: int = 256) -> Float[np.ndarray, "T"]:
+    """How much the last prediction of a window depends on the token d places before it, d = 0 … T − 1.
+
+    The mean over `count` windows of the norm of the gradient of its nats by that token's embedding.
+    """
+    rows = validation_rows(run, count)
+    return np.asarray(_reach(run.model, run.state.eval_params, rows))[::-1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, "T"]:
+    length = rows.shape[1] - 1
+    each = jnp.arange(length)[None]  # every place has a row of the table for itself: its gradient is the token's
+
+    def last(embedded: Float[Array, "T D"], row: Int[Array, "T1"]) -> Float[Array, ""]:
+        own = {**params, "embedding": {**params["embedding"], "table": embedded}}
+        h, _ = model.hidden(own, each, one_document(length))
+        return cross_entropy(model.logits(params, h[:, -1:]), row[None, -1:])[0, 0]
+
+    def one(row: Int[Array, "T1"]) -> Float[Array, "T"]:
+        gradient = jax.grad(last)(params["embedding"]["table"][row[:-1]], row)
+        return jnp.sqrt((gradient * gradient).sum(-1))
+
+    return jax.lax.map(one, rows, batch_size=32).mean(0)
+
+
+def attention_weights(run: Run, text: str, stack: str = "encoder") -> tuple[list[str], Float[np.ndarray, "L H T S"]]:
+    """A text's tokens, and how much each looks at each other, by layer and head; nothing is padded."""
+    ids = run.tokenizer.document(text)[: run.config.window]
+    found = run.model.activations(run.state.eval_params, jnp.asarray([ids]), one_document(len(ids)))
+    names = [name for name in found if name.startswith(f"{stack}/") and name.endswith("/attention/weights")]
+    if not names:
+        raise InputError(f"{run.config.directory}: its model has no attention in a stack {stack!r}")
+    weights = np.stack([np.asarray(found[name]) for name in sorted(names)], 1)  # [L/p, p, 1, H, T, S]
+    return [run.tokenizer.decode([i]) for i in ids], weights.reshape(-1, *weights.shape[3:])
+
+
+def before_training(run: Run) -> Run:
+    """The run with the parameters that it began with, unless those came from another one."""
+    return dataclasses.replace(run, state=init_state(run.recipe, hyper_of(run.config)))
+
+
+def activations(run: Run, name: str, count: int = 32) -> Float[np.ndarray, "L ..."]:
+    """A stacked activation by its name (`inspect_run.py` lists them), over windows of the validation split."""
+    rows = validation_rows(run, count)
+    found = run.model.activations(run.state.eval_params, jnp.asarray(rows[:, :-1]), one_document(rows.shape[1] - 1))
+    if name not in found:
+        raise InputError(f"activation {name!r} is none of this model; it has {', '.join(found)}")
+    return np.asarray(found[name], np.float64)
+
+
+def norms_by_layer(values: Float[np.ndarray, "L *N"]) -> Float[np.ndarray, "L"]:
+    """The root mean square in each layer."""
+    return np.sqrt((values**2).mean(tuple(range(1, values.ndim))))
+
+
+def differences_by_layer(values: Float[np.ndarray, "L B T D"]) -> Float[np.ndarray, "L"]:
+    """How much the tokens of a text still differ: the part of the root mean square that is no common mean of theirs."""
+    return norms_by_layer(values - values.mean(2, keepdims=True)) / norms_by_layer(values)
+
+
+def gradient_norms(run: Run, count: int = 32) -> dict[str, np.ndarray]:
+    """Name → the norm of the gradient of the mean nats over windows of the validation split; stacked arrays [L]."""
+    rows = validation_rows(run, count)
+    grads = jax.grad(lambda params: nats(run.model, params, rows).mean())(run.state.eval_params)
+    return {name: np.asarray(value) for name, value in norms(run.model.declared(), grads).items()}

@@ -1,0 +1,80 @@
+"""Pictures of numbers, with Matplotlib (pip install -e ".[pictures]"), small enough to be kept beside a text."""
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jaxformer.spec import InputError
+
+Lines = Mapping[str, tuple[ArrayLike, ArrayLike]]  # label -> xs, ys
+
+
+def require() -> None:
+    """Raises InputError if Matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('pictures need Matplotlib; pip install -e ".[pictures]"')
+
+
+def panels(rows: int, columns: int, width: float = 8.0, height: float = 4.5) -> tuple[Any, list[Any]]:
+    """A figure of so many inches and its axes, row after row."""
+    require()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+
+
+def lines(axes: Any, curves: Lines, x: str, y: str, title: str = "", log: str = "", legend: bool = True) -> None:
+    """Draws a line for each label; `log` names the axes that are logarithmic, as "xy"."""
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis" if len(curves) > 10 else "tab10"]
+    for i, (label, (xs, ys)) in enumerate(curves.items()):
+        color = colors(i / len(curves)) if len(curves) > 10 else colors(i)
+        axes.plot(xs, ys, label=label, linewidth=1.2, color=color)
+    axes.set(xlabel=x, ylabel=y, title=title)
+    if "x" in log:
+        axes.set_xscale("log")
+    if "y" in log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if legend:
+        axes.legend(fontsize=7, ncols=math.ceil(len(curves) / 14))
+
+
+def image(axes: Any, values: ArrayLike, x: str = "", y: str = "", title: str = "", **how: Any) -> None:
+    """Draws a matrix, first row on top."""
+    axes.imshow(values, aspect="auto", interpolation="nearest", **how)
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=8)
+
+
+def attention_maps(tokens: Sequence[str], weights: ArrayLike, width: float = 14.0) -> Any:
+    """A figure with a map for each layer (down) and head (across): rows look at columns.
+
+    `weights` is [L, H, T, S], the tokens those of both axes.
+    """
+    weights = np.asarray(weights)
+    layers, heads = weights.shape[:2]
+    side = width / heads
+    figure, axes = panels(layers, heads, width, side * layers + 0.6)
+    names = [token.strip() or repr(token) for token in tokens]
+    for i, each in enumerate(axes):
+        layer, head = divmod(i, heads)
+        image(each, weights[layer, head], title=f"layer {layer}, head {head}", vmin=0, vmax=1, cmap="viridis")
+        each.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
+        each.set_yticks(range(len(names)), names if head == 0 else [], fontsize=5)
+    return figure
+
+
+def smooth(values: ArrayLike, width: int) -> np.ndarray:
+    """The running mean over `width` numbers, less at the beginning."""
+    values = np.asarray(values, np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -1,0 +1,90 @@
+"""One run, or several that differ in their seed and train as one program, behind one face."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.config import Config
+from jaxformer.data.batches import Batch, Batches
+from jaxformer.data.datasets import Prepared
+from jaxformer.run.plan import evaluate, evaluate_together, hyper_of, recipe_of
+from jaxformer.run.step import TrainState, train_members, train_steps
+
+log = logging.getLogger(__name__)
+
+
+class Members:
+    """The runs of `configs`. State, buffer and metrics of several have a leading axis for them, those of one have not:
+    it is the program, and has the bits, of that run alone."""
+
+    def __init__(self, configs: Sequence[Config], prepared: Prepared):
+        self.configs, self.prepared = configs, prepared
+        self.recipe = recipe_of(configs[0], prepared.tokenizer, prepared.classes)
+        hypers = [hyper_of(config) for config in configs]
+        seeds = np.array([hyper.seed for hyper in hypers])
+        self._several = len(configs) > 1
+        self._hyper = hypers[0]._replace(seed=seeds) if self._several else hypers[0]
+        self._batches = [batches_of(config, prepared) for config in configs]
+        self._compiled: dict[Any, Any] = {}
+
+    def together(self, states: Sequence[TrainState]) -> TrainState:
+        """The states as one; they are used up, as a step uses up its state."""
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *states) if self._several else states[0]
+
+    def apart(self, state: TrainState) -> list[TrainState]:
+        """The state of each."""
+        if not self._several:
+            return [state]
+        return [jax.tree.map(lambda a, i=i: a[i], state) for i in range(len(self.configs))]
+
+    def same_shapes(self, step: int) -> int:
+        """Steps, from this one on, whose batches have the same shapes."""
+        return min(batches.same_shapes(step) for batches in self._batches)
+
+    def buffer(self, step: int) -> Batch:
+        """The batches of the next call, stacked: [K, B, ...]."""
+        knobs, alike = self.configs[0].train, self.same_shapes(step)
+        size = min(knobs.steps_per_call, knobs.steps)  # what comes after those alike waits; its room is filled anyhow
+        found = [_stack([batches.at(step + min(i, alike - 1)) for i in range(size)]) for batches in self._batches]
+        return _stack(found) if self._several else found[0]
+
+    def real_tokens(self, buffer: Batch, count: int) -> int:
+        """Those of the first `count` batches, padding left out."""
+        config, lead = self.configs[0], len(self.configs)
+        masks = [array for name, array in buffer.items() if name.endswith("segments")]
+        if not masks:
+            return lead * count * config.data.batch_size * config.window
+        return sum(int((mask.reshape(lead, -1, *mask.shape[-2:])[:, :count] > 0).sum()) for mask in masks)
+
+    def call(self, state: TrainState, buffer: Batch, count: int) -> tuple[TrainState, Any]:
+        """`count` steps, compiled ahead of time for each set of shapes; with a count of 0 they are compiled and no
+        more."""
+        shapes = tuple((name, array.shape) for name, array in buffer.items())
+        if shapes not in self._compiled:
+            started = time.perf_counter()
+            steps = train_members if self._several else train_steps
+            lowered = steps.lower(self.recipe, state, buffer, np.int32(1), self._hyper)
+            self._compiled[shapes] = lowered.compile()
+            log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
+        return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
+
+    def evaluate(self, state: TrainState) -> list[dict[str, Any]]:
+        """What a full pass of the validation split finds, of each."""
+        more = state.eval_params, self.prepared.valid, self.configs[0], self.prepared.tokenizer
+        return evaluate_together(self.recipe, *more) if self._several else [evaluate(self.recipe, *more)]
+
+
+def batches_of(config: Config, prepared: Prepared) -> Batches:
+    """The batches of a run, each a function of its step."""
+    data = config.data
+    more = data.sampling, config.row_length, data.batch_size, config.train.seed
+    return Batches(prepared.train, prepared.weights, *more)
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
