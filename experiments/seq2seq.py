@@ -48,8 +48,8 @@ def tell(report: Report) -> None:
     )
     report.text(
         "### Two kinds of training data\n\nA sentence as BERT's training example, some tokens hidden or replaced, "
-        "which the encoder says from all the others; and with its translation as a sequence-to-sequence one, in which the "
-        "decoder reads the true answer up to a token and says the next."
+        "which the encoder says from all the others; and with its translation as a sequence-to-sequence one, in which "
+        "the decoder reads the true answer up to a token and says the next."
     )
     report.table(bert_example())
     report.table(sequence_to_sequence_example())
