@@ -18,7 +18,7 @@ from jaxformer.model.positions import Rotary
 CONTEXT = 128
 HEAD = LanguageHead(tied=False, bias=True)
 MODELS: dict[str, Model] = {
-    "RNN": RNN(d_model=258, context_length=CONTEXT),
+    "RNN": RNN(d_model=194, context_length=CONTEXT),
     "GRU": GRU(d_model=120, context_length=CONTEXT),
     "LSTM": LSTM(d_model=104, context_length=CONTEXT),
     "transformer": Decoder(

@@ -17,6 +17,7 @@ BOTH = PostNorm()
 NO_ATTENTION, NO_FEED = PostNorm(attention=False), PostNorm(feed_forward=False)
 NEITHER = PostNorm(attention=False, feed_forward=False)
 DEPTHS = 1, 2, 4, 8, 16
+WAYS = "with sums", "without"
 
 config = Config(
     directory="runs/tiny",
@@ -49,11 +50,11 @@ config = Config(
 def published(name: str, residual: PostNorm, loss: float) -> Row:
     reached = within_or_better if residual == BOTH else near
     changes = {"model.residual": residual}
-    return Row(name, config, loss, 1, changes, late_training_loss, reached=reached)
+    return Row(name, config, loss, 2, changes, late_training_loss, reached=reached)
 
 
 def deep(depth: int, residual: PostNorm) -> Row:
-    name = f"depth {depth}, {'with' if residual == BOTH else 'without'} sums"
+    name = f"depth {depth}, {WAYS[residual != BOTH]}"
     changes = {"model.residual": residual, "model.n_layers": depth, "train.steps": 5000, "train.eval_every": 5000}
     changes |= {"train.save_every": 2500, "model.unroll": depth if depth <= 4 else 1}
     return Row(name, config, None, 1, changes, measure=late_training_loss)
@@ -70,7 +71,7 @@ BRANCHES = {
     "attention": "decoder/layers/block0/attention/out",
     "feed-forward": "decoder/layers/block0/feed_forward/out",
 }
-ARRAY = "decoder/layers/block0/attention/project/v"
+VALUES = "decoder/layers/block0/attention/project/v"
 
 
 def tell(report: Report) -> None:
@@ -109,41 +110,42 @@ def why(report: Report) -> None:
     report.text("### Why x = x + f(x)")
     pairs = {depth: [report.results[deep(depth, residual).name] for residual in (BOTH, NEITHER)] for depth in DEPTHS}
     figure, axes = panels(2, 3, 13, 7)
-    ways = ("with sums", "without")
-    losses = {way: (DEPTHS, [pairs[depth][i].mean for depth in DEPTHS]) for i, way in enumerate(ways)}
-    lines(axes[0], losses, "layers", "loss after 5,000 steps", "more layers help only with sums", log="x")
+    losses = {way: (DEPTHS, [pairs[depth][i].mean for depth in DEPTHS]) for i, way in enumerate(WAYS)}
+    lines(axes[0], losses, "layers", "training loss", "loss after 5,000 steps", log="x")
     deepest = [result.runs[0] for result in pairs[DEPTHS[-1]]]
-    layer = np.arange(1, DEPTHS[-1] + 1)
-    for when, runs, (gradients, norms, apart) in (
-        ("before training", list(map(before_training, deepest)), axes[1:4]),
-        ("after 5,000 steps", deepest, (axes[4], None, axes[5])),
+    layer, rows = np.arange(1, DEPTHS[-1] + 1), []
+    for when, runs, (gradients, apart) in (
+        ("before training", list(map(before_training, deepest)), axes[1:3]),
+        ("after 5,000 steps", deepest, axes[4:6]),
     ):
-        found = {way: gradient_norms(run)[ARRAY] for way, run in zip(ways, runs, strict=True)}
-        lines(gradients, {w: (layer, v) for w, v in found.items()}, "layer", "norm", f"gradient of v, {when}", log="y")
-        kept = {w: differences_by_layer(activations(run, STREAM)) for w, run in zip(ways, runs, strict=True)}
-        lines(apart, {w: (layer, v) for w, v in kept.items()}, "layer", "share", f"differing tokens, {when}")
+        slopes = [gradient_norms(run)[VALUES] for run in runs]
+        kept = [differences_by_layer(activations(run, STREAM)) for run in runs]
+        by_way = lambda values: {way: (layer, value) for way, value in zip(WAYS, values, strict=True)}
+        lines(gradients, by_way(slopes), "layer", "norm", f"gradient of values' matrix, {when}", log="y")
+        lines(apart, by_way(kept), "layer", "share", f"what tells tokens apart, {when}")
         apart.set_ylim(0, 1.05)
-        if norms is not None:
-            sizes = {
-                f"{branch}, {way}": (layer, norms_by_layer(activations(run, name)))
-                for way, run in zip(ways, runs, strict=True)
-                for branch, name in BRANCHES.items()
-            }
-            lines(norms, sizes, "layer", "root mean square", f"what branches give, {when}", log="y")
+        for way, slope, share in zip(WAYS, slopes, kept, strict=True):
+            first, last = f"{slope[0]:.1e}", f"{slope[-1]:.1e}"
+            row = {"16 layers": f"{way}, {when}", "gradient, first layer": first, "last layer": last}
+            rows.append(row | {"tokens apart, first layer": f"{share[0]:.1%}", "after the last": f"{share[-1]:.1%}"})
+    sizes = {
+        f"{branch}, {way}": (layer, norms_by_layer(activations(run, name)))
+        for way, run in zip(WAYS, deepest, strict=True)
+        for branch, name in BRANCHES.items()
+    }
+    lines(axes[3], sizes, "layer", "root mean square", "what branches give, after 5,000 steps", log="y")
     report.picture(
         "depth",
         figure,
-        "Sixteen layers with and without sums. Without, each layer passes on only what its branch makes of its input: "
-        "the gradient that reaches a layer shrinks with every layer above it, and the tokens of a text become alike.",
+        "Sixteen layers with and without sums. Without, a layer passes on only what its branch makes of its input: the "
+        "gradient has to come back through every branch above, and each attention averages tokens that were averaged "
+        "before, until those of a text are alike.",
     )
-    first = [gradient_norms(before_training(run))[ARRAY] for run in deepest]
-    kept = [differences_by_layer(activations(before_training(run), STREAM)) for run in deepest]
     report.text(
-        "In numbers, before training: the gradient of the first layer's values is "
-        f"{first[0][0] / first[0][-1]:.2g} times that of the last with sums, {first[1][0] / first[1][-1]:.2g} times "
-        f"without; what tells a text's tokens apart is {kept[0][-1]:.0%} of the last layer's output with sums, "
-        f"{kept[1][-1]:.1%} without."
+        "The gradient is that of the matrix of attention's values in the layer; tokens are apart by the part of the "
+        "stream's root mean square that is no mean over the text."
     )
+    report.table(rows)
 
 
 experiment = Experiment(
