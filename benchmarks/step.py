@@ -25,7 +25,7 @@ def jaxformer(steps_per_call: int) -> list[float]:
 
     from jaxformer.config import resolve
     from jaxformer.data.batches import Batches
-    from jaxformer.data.datasets import Source
+    from jaxformer.data.sources import Source
     from jaxformer.platform import set_flags
     from jaxformer.run.plan import hyper_of
     from jaxformer.run.step import Recipe, init_state, train_steps

@@ -5,8 +5,8 @@ import pytest
 
 from jaxformer.data import batches
 from jaxformer.data.batches import Batches, Examples, PackedDocuments, RandomWindows, ShuffledWindows, pack
-from jaxformer.data.datasets import Source
 from jaxformer.data.hashes import permuted
+from jaxformer.data.sources import Source
 from jaxformer.spec import InputError
 
 TOKENS = np.arange(101, dtype=np.uint16)

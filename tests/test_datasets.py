@@ -16,7 +16,8 @@ import test_tokenizers
 
 from jaxformer.data import datasets
 from jaxformer.data.corpora import PIECE, Corpus, Mixture, TextFiles, TinyShakespeare, TokenFile
-from jaxformer.data.datasets import Source, check_ids, encode, prepare
+from jaxformer.data.datasets import encode, prepare
+from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
 from jaxformer.spec import InputError
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxformer.data.batches import Batches, RandomWindows
-from jaxformer.data.datasets import Source
+from jaxformer.data.sources import Source
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.model.models import Decoder
 from jaxformer.run.step import Hyper, Recipe, init_state, train_steps

@@ -13,10 +13,13 @@ import jaxformer
 PACKAGE = Path(jaxformer.__file__).parent
 FLOORS = [
     *("spec", "platform", "keys"),
-    *(f"data.{n}" for n in ("files", "hashes", "corpora", "tables", "tasks", "tokenizers", "datasets", "batches")),
+    *(
+        f"data.{n}"
+        for n in ("files", "hashes", "corpora", "tables", "tasks", "tokenizers", "sources", "datasets", "batches")
+    ),
     *(f"model.{n}" for n in ("masks", "layers", "positions", "kernels", "cache", "attention", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),
-    *(f"learning.{n}" for n in ("objectives", "schedules", "optimizers")),
+    *(f"learning.{n}" for n in ("rows", "objectives", "schedules", "optimizers")),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "predict")),
     "writers",
     "config",

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny import decoder
 
-from jaxformer.learning import objectives
 from jaxformer.learning.objectives import (
     Classification,
     Contrastive,
@@ -19,6 +18,7 @@ from jaxformer.learning.objectives import (
     SequenceToSequence,
     SpanCorruption,
 )
+from jaxformer.learning.rows import composition
 from jaxformer.model import heads
 from jaxformer.model.masks import Bidirectional, Either, Local, Prefix, Window
 from jaxformer.model.models import Encoder, EncoderDecoder, Model
@@ -311,7 +311,7 @@ def test_spans_have_all_lengths_equally_often():
 
 def test_composition():
     """All 15 ways in which 3 lengths add up to 7, equally often; zeros behind them."""
-    draw = jax.vmap(lambda key: objectives._composition(key, jnp.int32(7), jnp.int32(3), 11))
+    draw = jax.vmap(lambda key: composition(key, jnp.int32(7), jnp.int32(3), 11))
     lengths = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(0), 6000)))
     ways, counts = np.unique(lengths, axis=0, return_counts=True)
     assert len(ways) == 15 and (ways.sum(1) == 7).all() and (ways[:, :3] > 0).all() and not ways[:, 3:].any()

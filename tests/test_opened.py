@@ -7,7 +7,7 @@ from test_tokenizers import word_piece
 from tiny import decoder, hidden, ids, loud
 
 from jaxformer.config import Config, Data
-from jaxformer.data.datasets import Source
+from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Characters, TokenizerFile
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import Temperature

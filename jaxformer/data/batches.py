@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxformer.data.corpora import Corpus
-from jaxformer.data.datasets import Source
 from jaxformer.data.hashes import Hashes, mix, permuted
+from jaxformer.data.sources import Source
 from jaxformer.spec import InputError, Spec
 
 Batch = dict[str, NDArray[np.int32]]

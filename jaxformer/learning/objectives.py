@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.keys import fold
+from jaxformer.learning.rows import any_of_document, compact, composition, last_index, second_parts
 from jaxformer.model.heads import (
     ClassificationHead,
     EmbeddingHead,
@@ -142,7 +143,7 @@ class PrefixLM(NextToken):
 
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
         segments = batch.get("segments", jnp.ones_like(batch["tokens"]))
-        parts = batch["parts"] if "parts" in batch else _second_parts(key, segments)
+        parts = batch["parts"] if "parts" in batch else second_parts(key, segments)
         example = super().prepare({"tokens": batch["tokens"], "segments": segments, "parts": parts}, key)
         return example._replace(weights=example.weights * parts[:, 1:])
 
@@ -298,23 +299,23 @@ class SpanCorruption(NextToken):
         at, width = places(segments), min(T, self.target_width(T))
         alike = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))  # with the token before
         begins, ends = (segments > 0) & ~alike, (segments > 0) & ~jnp.pad(alike[:, 1:], ((0, 0), (0, 1)))
-        some = _any_of_document(missing, at, segments)
+        some = any_of_document(missing, at, segments)
         first = missing & ~(jnp.pad(missing[:, :-1], ((0, 0), (1, 0))) & alike)  # of a span
         size = jnp.cumsum(jnp.stack([missing, first, begins & some, ends & some]).sum(0), 1)  # of the target so far
-        fits = jnp.take_along_axis(size, _ends(at, segments), 1) <= width + 1  # else the document stays whole
+        fits = jnp.take_along_axis(size, last_index(at, segments), 1) <= width + 1  # else the document stays whole
         missing, first, some = missing & fits, first & fits, some & fits
         count = jnp.cumsum(first, 1)
         before = jnp.take_along_axis(count - first, jnp.arange(T)[None] - at.position, 1)  # spans of documents before
         number = jnp.minimum(count - before, len(self.sentinels)) - 1
         marks = sentinels[jnp.maximum(number, 0)]
-        source, source_segments = _compact(
+        source, source_segments = compact(
             jnp.where(first, marks, tokens), segments, (segments > 0) & (~missing | first), T
         )
         # what each token adds to the target: a start, a sentinel, itself, an end
         parts = [(jnp.full_like(tokens, self.start), begins & some), (marks, first), (tokens, missing)]
         parts.append((jnp.full_like(tokens, self.end), ends & some))
         ids, kept = (jnp.stack(arrays, -1).reshape(len(tokens), 4 * T) for arrays in zip(*parts, strict=True))
-        target, target_segments = _compact(ids, jnp.repeat(segments, 4, axis=1), kept, width + 1)
+        target, target_segments = compact(ids, jnp.repeat(segments, 4, axis=1), kept, width + 1)
         text = NextToken.prepare(self, {"tokens": target, "segments": target_segments}, key)
         return text._replace(source=Text(source, places(source_segments)))
 
@@ -332,8 +333,8 @@ class SpanCorruption(NextToken):
         n_missing = jnp.clip(jnp.round(n * self.density), 1, jnp.maximum(n - 1, 1)).astype(jnp.int32)
         n_spans = jnp.clip(jnp.round(n_missing / self.mean_span), 1, jnp.maximum(n - n_missing, 1)).astype(jnp.int32)
         keys = jax.random.split(key)
-        kept = _composition(keys[0], n - n_missing, n_spans, T)
-        lost = _composition(keys[1], n_missing, n_spans, T)
+        kept = composition(keys[0], n - n_missing, n_spans, T)
+        lost = composition(keys[1], n_missing, n_spans, T)
         edges = jnp.cumsum(jnp.stack([kept, lost], 1).ravel())
         place = jnp.cumsum(free) - 1  # among the free tokens
         turn = jnp.searchsorted(edges, place, side="right")
@@ -490,48 +491,3 @@ def _check_no_z_loss(objective: NextToken, at: str) -> None:
 
 def _ratio(sums: Mapping[str, float], name: str, weight: str = "weight") -> float:
     return float(sums[name] / sums[weight]) if sums[weight] else math.nan
-
-
-def _ends(at: Places, segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The index of the last token of each token's document."""
-    T = segments.shape[1]
-    last = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    return jax.lax.cummin(jnp.where(last, jnp.arange(T)[None], T), axis=1, reverse=True)
-
-
-def _second_parts(key: jax.Array, segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """1 from a place in each document on that is drawn evenly from all behind its first token."""
-    at, T = places(segments), segments.shape[1]
-    start = jnp.arange(T)[None] - at.position
-    length = _ends(at, segments) - start + 1
-    u = jnp.take_along_axis(jax.random.uniform(key, segments.shape), start, 1)  # one number for each document
-    split = 1 + jnp.floor(u * jnp.maximum(length - 1, 1)).astype(jnp.int32)
-    return (at.position >= split).astype(jnp.int32)
-
-
-def _any_of_document(chosen: Bool[Array, "B T"], at: Places, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Whether any token of each token's document is chosen."""
-    count = jnp.pad(jnp.cumsum(chosen, 1), ((0, 0), (1, 0)))
-    start = jnp.arange(segments.shape[1])[None] - at.position
-    return jnp.take_along_axis(count, _ends(at, segments) + 1, 1) > jnp.take_along_axis(count, start, 1)
-
-
-def _composition(key: jax.Array, total: jax.Array, parts: jax.Array, size: int) -> Int[Array, "T"]:
-    """`parts` lengths of at least 1 that add up to `total`, all ways equally likely; then zeros: int32[size]."""
-    place = jnp.arange(1, size + 1)  # a part may end behind each token but the last
-    rank = jnp.argsort(jnp.argsort(jnp.where(place < total, jax.random.uniform(key, (size,)), 2.0)))
-    ends = jnp.where((rank < parts - 1) | (place == total), place, 0)
-    edges = jnp.sort(jnp.where(ends > 0, ends, size + 1))
-    edges = jnp.where(jnp.arange(size) < parts, edges, 0)
-    lengths = jnp.diff(edges, prepend=0)
-    return jnp.where(jnp.arange(size) < parts, lengths, 0)
-
-
-def _compact(
-    ids: Int[Array, "B N"], segments: Int[Array, "B N"], kept: Bool[Array, "B N"], width: int
-) -> tuple[Int[Array, "B W"], Int[Array, "B W"]]:
-    """What is kept, moved to the left of rows of `width`; the rest is padding."""
-    place = jnp.where(kept, jnp.cumsum(kept, 1) - 1, width)
-    row = jnp.arange(len(ids))[:, None]
-    empty = jnp.zeros((len(ids), width), jnp.int32)
-    return tuple(empty.at[row, place].set(a, mode="drop") for a in (ids, segments))  # pyright: ignore

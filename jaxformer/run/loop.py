@@ -18,7 +18,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Examples
-from jaxformer.data.datasets import Prepared, check_ids
+from jaxformer.data.datasets import Prepared
+from jaxformer.data.sources import check_ids
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.learning.objectives import Classification
 from jaxformer.model.heads import TokenClassificationHead

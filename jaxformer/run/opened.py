@@ -13,7 +13,8 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TextFiles
-from jaxformer.data.datasets import Source, check_ids, encode, fingerprints
+from jaxformer.data.datasets import encode, fingerprints
+from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
 from jaxformer.generation.decode import generate

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.config import Config
-from jaxformer.data.datasets import Prepared, Source, classes_of, fitted, prepare
+from jaxformer.data.datasets import Prepared, classes_of, fitted, prepare
+from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.model.heads import ClassificationHead, Head
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
