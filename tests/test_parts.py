@@ -1,18 +1,19 @@
 """Positions, masks, kernels, wirings and initializers against NumPy, or by the property that defines them."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import B, T, decoder, hidden, ids, loud
+from tiny import SIZES, B, T, decoder, hidden, ids, loud
 
 from jaxformer.model import layers
 from jaxformer.model.blocks import Block, PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
-from jaxformer.model.layers import GELU, FeedForward, GatedFeedForward, LayerNorm, NoNorm, ReLU, RMSNorm, Tanh
+from jaxformer.model.layers import GELU, FeedForward, GatedFeedForward, LayerNorm, NoNorm, OneLayer, ReLU, RMSNorm, Tanh
 from jaxformer.model.masks import (
     Bidirectional,
     Both,
@@ -292,6 +293,35 @@ def test_attention_by_hand(head_width, qk_norm):
     close(out, np.einsum("BHTK,HKD->BTD", h, w["o"]), 1e-3)
 
 
+@pytest.mark.parametrize("head_width", [11, 14])
+@pytest.mark.parametrize("qkv_bias", [None, False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("projected", [False, True])
+def test_biases_and_the_output_projection_by_hand(head_width, qkv_bias, bias, projected):
+    """Without a projection heads stand side by side, and zeros behind them if they are narrower than D together."""
+    fields = {"head_width": head_width, "qkv_bias": qkv_bias, "bias": bias, "output_projection": projected}
+    model = decoder(position=NoPosition(), n_layers=1, **fields)
+    p, x = own_layer(loud(model))["attention"], draws(B, T, 84)
+    own = "qkv" * (bias if qkv_bias is None else qkv_bias) + "o" * (bias and projected)
+    w = p["project"]
+    assert set(w) == {*"qkv", *"o" * projected, *(f"{n}_bias" for n in own)}
+    qkv = {n: np.einsum("BTD,DHK->BTHK", x, w[n]) + np.asarray(w.get(f"{n}_bias", 0)) for n in "qkv"}
+    h = attention(*(a.swapaxes(1, 2) for a in qkv.values()), np.tril(np.ones((B, T, T))))
+    h = h.swapaxes(1, 2).reshape(B, T, -1)
+    if projected:
+        h = h @ np.asarray(w["o"]).reshape(-1, 84) + np.asarray(w.get("o_bias", 0))
+    out, _ = (
+        model.kinds("decoder")[0].attention(model.dims).apply({"params": p}, jnp.asarray(x), one_document(T), {}, None)
+    )
+    close(out, np.pad(h, ((0, 0), (0, 0), (0, 84 - h.shape[-1]))), 1e-3)
+
+
+def test_heads_side_by_side_must_fit():
+    with pytest.raises(ValueError, match=r"leaves the heads side by side, 90 numbers, more than model.d_model=84"):
+        decoder(head_width=15, output_projection=False).check("model.")
+    decoder(head_width=14, output_projection=False).check("model.")
+
+
 # --- wirings
 
 
@@ -342,6 +372,33 @@ def test_no_norm():
     p, x = own_layer(params), params["embedding"]["table"][text]
     x = x + model.kinds("decoder")[0].attention(model.dims).apply({"params": p["attention"]}, x, at, {}, None)[0]
     close(x + model.feed_forward(p["feed_forward"], x), hidden(model, params, text, at)[0], 1e-3)
+
+
+@pytest.mark.parametrize("residual", [PreNorm(), PostNorm()], ids=["pre", "post"])
+def test_a_block_may_be_attention_alone(residual):
+    model = decoder(feed_forward=None, residual=residual, norm=RMSNorm(), n_layers=1)
+    p, x, at, kind = own_layer(loud(model)), jnp.asarray(draws(B, T, 84)), one_document(T), model.kinds("decoder")[0]
+    assert set(p) == {"attention", "norm_attention"}
+    f = lambda h: kind.attention(model.dims).apply({"params": p["attention"]}, h, at, {}, None)[0]
+    norm = lambda h: rms(p["norm_attention"], h)
+    out, _ = Block(kind, model.dims).apply({"params": p}, x, at, {}, None)
+    close(out, x + f(norm(x)) if residual == PreNorm() else norm(x + f(x)), 1e-4)
+
+
+def test_only_branches_that_are_there_count_as_residuals():
+    assert (decoder().n_residuals, decoder(feed_forward=None).n_residuals) == (10, 5)
+    both = EncoderDecoder(**SIZES, n_encoder_layers=7, position=NoPosition())
+    assert both.n_residuals == 15 and dataclasses.replace(both, feed_forward=None).n_residuals == 10
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_layer(bias):
+    """f(x·W + b), and no F."""
+    model = decoder(feed_forward=OneLayer(Tanh(), bias=bias), n_layers=1)
+    p, x = own_layer(loud(model))["feed_forward"], draws(B, T, 84)
+    assert {name: a.shape for name, a in p.items()} == {"kernel": (84, 84)} | ({"bias": (84,)} if bias else {})
+    close(model.feed_forward(p, jnp.asarray(x)), np.tanh(x @ np.asarray(p["kernel"]) + np.asarray(p.get("bias", 0))))
+    assert OneLayer().activation == ReLU()
 
 
 def test_parts_alternate_over_the_layers():

@@ -189,10 +189,12 @@ def test_numpy_numbers_are_numbers():
 
 def test_strings_are_read_as_the_type_of_the_field():
     config = CONFIG
-    for path, text in {"model.d_ff": "none", "optimizer.clip": "1e-3", "model.head.tied": "False"}.items():
+    texts = {"model.d_ff": "none", "optimizer.clip": "1e-3", "model.head.tied": "False", "model.feed_forward": "None"}
+    for path, text in texts.items():
         config = override(config, path, text)
     config = override(override(config, "train.steps", "12"), "directory", "12")
     assert (config.model.d_ff, config.optimizer.clip, config.model.head.tied) == (None, 1e-3, False)
+    assert config.model.feed_forward is None
     assert (config.train.steps, config.directory) == (12, "12")
     checked(config)
 
