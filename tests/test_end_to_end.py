@@ -59,7 +59,7 @@ def finish(process, status=0):
 
 def rows(home, run):
     lines = [json.loads(line) for line in (home / run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "seconds")} for row in lines]
 
 
 def inspect(home, run):
@@ -298,6 +298,9 @@ def listing(home):
         ),
         ("train config.py --directory=new --init_from=nowhere", "'nowhere' holds no run"),
         ("train config.py --directory=new --init_from=run/checkpoints/17", "step=17 must be one of the checkpoints"),
+        ("train config.py --directory=new --seeds=0", "seeds=0 must be how many are trained together"),
+        ("train config.py --directory=new --seeds=x", "seeds=x must be how many are trained together"),
+        ("train config.py --directory=new --seeds=2 --profile=3:5", "profile is of one run; leave it out, or --seeds"),
         ("train config.py --directory=new --profile=3", "profile=3 must be START:STOP"),
         ("train config.py --directory=new --profile=5:5", "profile=5:5 must be START:STOP with"),
         ("train config.py --directory=new --profile=5:701", "profile=5:701 must be START:STOP with"),
@@ -636,8 +639,8 @@ def test_rows_that_are_none_are_dropped_and_a_diverged_run_keeps_its_best(home, 
     finish(command(home, "train", *arguments, "--train.steps=20"))
     with open(home / "run-nan" / "metrics.jsonl", "ab") as file:
         file.write(b'junk\n{}\n\n5\n{"step": "x"}\n\xff\xfe\n\0\0\0')
-    poison = "import numpy as np\nimport jaxformer.run.loop as loop\n"
-    poison += "loop.evaluate = lambda *a: dict(loss=float('nan'), bits_per_byte=1.0, tokens=5)\n"
+    poison = "import jaxformer.run.members as members\n"
+    poison += "members.evaluate = lambda *a: dict(loss=float('nan'), bits_per_byte=1.0, tokens=5)\n"
     (home / "poisoned.py").write_text(poison + (home / "config.py").read_text())
     _, err = finish(command(home, "train", "poisoned.py", *arguments[1:], "--train.steps=60"))
     assert "6 lines that are no rows are dropped" in err
@@ -649,10 +652,10 @@ def test_rows_that_are_none_are_dropped_and_a_diverged_run_keeps_its_best(home, 
     out, _ = finish(command(home, "evaluate", "run-nan", "--step=best", "--json"))
     assert json.loads(out)["step"] == 20
     (home / "poisoned.py").write_text(
-        poison.replace("float('nan')", "next(loop.losses)") + (home / "config.py").read_text()
+        poison.replace("float('nan')", "next(members.losses)") + (home / "config.py").read_text()
     )
     with open(home / "poisoned.py", "a") as file:
-        file.write("loop.losses = iter([float('nan'), 3.0, 4.0])\n")
+        file.write("members.losses = iter([float('nan'), 3.0, 4.0])\n")
     late = ["--directory=run-late", "--train.steps=30", "--train.eval_every=10", "--train.save_every=1000"]
     finish(command(home, "train", "poisoned.py", *late))
     assert {int(path.name) for path in (home / "run-late" / "checkpoints").iterdir()} == {20, 30}

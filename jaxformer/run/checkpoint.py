@@ -109,6 +109,12 @@ class Checkpoints:
         os.rename(self.directory / str(step), aside)
         self._manager.reload()
 
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, behind which Orbax would save none of those before them."""
+        for later in [each for each in self.steps() if each > step]:
+            self._manager.delete(later)
+            del self._infos[later]
+
     def close(self) -> None:
         """Waits until all is on disk; raises OSError if a save has failed."""
         with self._as_os_error():

@@ -22,7 +22,7 @@ def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
     """A directory that holds this run and no other, for this process alone."""
     directory = Path(config.directory)
     config_lib.check_storable(config)
-    _check_directory(directory, config, prepared)
+    check_directory(config, prepared)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         try:
@@ -31,15 +31,16 @@ def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
             raise InputError(
                 f"directory={config.directory!r} is being trained by another process; wait for it"
             ) from None
-        if not _check_directory(directory, config, prepared):  # again: another process may have been faster
+        if not check_directory(config, prepared):  # again: another process may have been faster
             write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
             write(directory / "tokenizer.json", dumps(prepared.tokenizer))
             config_lib.save(config, directory / "config.json")  # last: it makes the directory a run
         yield
 
 
-def _check_directory(directory: Path, config: Config, prepared: Prepared) -> bool:
+def check_directory(config: Config, prepared: Prepared) -> bool:
     """Whether the directory holds this run already; raises InputError if it holds anything else."""
+    directory = Path(config.directory)
     if not check_begun(config):
         return False
     verify_data(directory, prepared.manifest)

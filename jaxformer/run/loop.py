@@ -26,9 +26,9 @@ from jaxformer.model.heads import TokenClassificationHead
 from jaxformer.model.models import Decoder
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.checkpoint import Checkpoints, restore_together
-from jaxformer.run.directory import claimed, has_checkpoint, noticed
+from jaxformer.run.directory import check_directory, claimed, has_checkpoint, noticed
 from jaxformer.run.members import Members, batches_of
-from jaxformer.run.metrics import Profile, Reports, record_start
+from jaxformer.run.metrics import Profile, Reports, last_seeds, record_start
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import abstract_state, hyper_of, prepare_data, recipe_of
 from jaxformer.run.step import Recipe, TrainState, evaluate_batch, init_state, train_steps
@@ -81,7 +81,8 @@ def train_seeds(
     """Trains runs that differ in nothing but their seed together, as one program, or goes on with them.
 
     Each is a run of its own in directory/seed-SEED, and but for rounding what it would be alone. Together they take
-    less time than one after another where a step is small. Raises as `train` does.
+    less time than one after another where a step is small. Those that have a checkpoint go on with those that they
+    were trained with last, so that other seeds may be added to them. Raises as `train` does.
     """
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
@@ -131,11 +132,28 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
         prepared = _checked(configs[0], prepare_data(configs[0]))
         begins: list[Beginning] = []
         for config in configs:
+            check_directory(config, prepared)  # of all, before anything is written to one
             saved = has_checkpoint(Path(config.directory))  # then what it began with is not needed
             begins.append(_beginning(dataclasses.replace(config, init_from=None) if saved else config, prepared))
         for config in configs:
             claims.enter_context(claimed(config, prepared))
-        return _train(configs, prepared, begins, trace)
+        found: dict[int, Run] = {}
+        for group in _groups(configs):
+            runs = _train([configs[i] for i in group], prepared, [begins[i] for i in group], trace)
+            found |= zip(group, runs, strict=True)
+        return [found[i] for i in range(len(configs))]
+
+
+def _groups(configs: Sequence[Config]) -> list[list[int]]:
+    """The indices of those that train together: of the runs begun, the same as at their last start; and all new ones.
+
+    Others would have other steps, and other bits than if nothing had interrupted them.
+    """
+    groups: dict[tuple[int, ...] | None, list[int]] = {}
+    for i, directory in enumerate(Path(config.directory) for config in configs):
+        begun = last_seeds(directory / "starts.jsonl") if has_checkpoint(directory) else None
+        groups.setdefault(begun, []).append(i)
+    return list(groups.values())
 
 
 def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Beginning], profile: Profile) -> list[Run]:
@@ -152,15 +170,18 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
             states, starts = zip(*(begin() for begin in begins), strict=True)
         opened = zip(configs, states, strict=True)
         runs = [Run(config, prepared.tokenizer, state, prepared.classes) for config, state in opened]
-        step, best = int(states[0].step), [checkpoints.best_rank() for checkpoints in saved]
+        step = int(states[0].step)
         if step >= knobs.steps:
             log.info("%s is finished: it has made %d of %d steps", directories[0], step, knobs.steps)
             return runs
         for path, change in noticed(config).items():
             log.warning("%s was %s and is %s from here on", path, *change)
-        for config, directory in zip(configs, directories, strict=True):
+        seeds = [config.train.seed for config in configs]
+        for config, directory, checkpoints in zip(configs, directories, saved, strict=True):
             config_lib.save(config, directory / "config.json")
-            record_start(directory / "starts.jsonl", step)
+            record_start(directory / "starts.jsonl", step, seeds)
+            checkpoints.forget_after(step)
+        best = [checkpoints.best_rank() for checkpoints in saved]
         _summarize(runs, prepared)
         for report, directory in zip(starts, directories, strict=False):
             if report:

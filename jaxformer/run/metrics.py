@@ -187,12 +187,14 @@ def _drop_rows_after(path: Path, step: int) -> dict[str, Any]:
     return last
 
 
-def record_start(path: Path, step: int) -> None:
-    """Appends to starts.jsonl what the numbers of a run may depend on besides its config."""
+def record_start(path: Path, step: int, seeds: Sequence[int]) -> None:
+    """Appends to starts.jsonl what the numbers of a run may depend on besides its config; `seeds` are those of the
+    runs trained together, its own among them."""
     packages = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
+        "seeds": list(seeds),
         "command": sys.argv,
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in packages},
@@ -202,6 +204,14 @@ def record_start(path: Path, step: int) -> None:
     }
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def last_seeds(path: Path) -> tuple[int, ...]:
+    """The seeds of the last start, () if none can be read."""
+    try:
+        return tuple(json.loads(path.read_text().splitlines()[-1])["seeds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,181 @@
+"""Seeds trained together: each is the run that it would be alone, whatever interrupts them."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+
+import jaxformer
+from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train, commands
+from jaxformer.data.batches import Examples
+from jaxformer.data.corpora import TextFiles
+from jaxformer.data.tables import Table
+from jaxformer.data.tasks import Copy
+from jaxformer.data.tokenizers import Characters
+from jaxformer.learning.objectives import Classification, SequenceToSequence
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import Constant
+from jaxformer.model.heads import BinaryHead
+from jaxformer.run.checkpoint import sha256
+from jaxformer.spec import InputError
+
+SEEDS = 5, 0, 3
+CLOCK = {"tokens_per_second", "seconds"}
+SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 14, "d_ff": 11, "context_length": 7, "dropout": 0.2}
+TRAIN = Train(steps=23, steps_per_call=5, log_every=3, eval_every=100, save_every=20, sample_tokens=0)
+ADAM = AdamW(Constant(3e-3))
+EXAMPLES = Data(batch_size=3, tokenizer=Characters(end_token=True), sampling=Examples())
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    path = tmp_path_factory.mktemp("home")
+    (path / "text.txt").write_text("".join(f"{i} and {i}\n" for i in range(61)))
+    (path / "table.csv").write_text("text,odd\n" + "".join(f"{i * i},{i % 2}\n" for i in range(61)))
+    return path
+
+
+def text(home):
+    data = Data(TextFiles(str(home / "text.txt")), batch_size=3)
+    return Config("none", Decoder(**SIZES), data, optimizer=ADAM, train=TRAIN)
+
+
+def classes(home):
+    data = dataclasses.replace(EXAMPLES, corpus=Table(str(home / "table.csv"), labels=("odd",)))
+    model = Encoder(**SIZES | {"dropout": 0.0}, head=BinaryHead("odd"), feed_forward=None)
+    train = dataclasses.replace(TRAIN, ema_decay=0.9)
+    return Config("none", model, data, Classification(), ADAM, train)
+
+
+def pairs(home):
+    data = dataclasses.replace(EXAMPLES, corpus=Copy(5, 2, examples=61))
+    return Config("none", EncoderDecoder(**SIZES), data, SequenceToSequence(), ADAM, TRAIN)
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """Seeds that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXFORMER_CACHE", str(home / "cache"))
+        jaxformer.train_seeds(text(home), SEEDS, directory=home / "whole")
+    return home / "whole"
+
+
+def opened(directory, seeds=SEEDS):
+    """What a later process finds."""
+    return [jaxformer.open_run(directory / f"seed-{seed}") for seed in seeds]
+
+
+def digests(runs):
+    return {run.config.train.seed: sha256(run.state) for run in runs}
+
+
+def saved(directory, seeds=SEEDS):
+    return digests(opened(directory, seeds))
+
+
+def files(directory):
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def rows(run, clock=False):
+    found = [json.loads(line) for line in (Path(run.config.directory) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if clock or name not in CLOCK} for row in found]
+
+
+@pytest.mark.parametrize("of", [text, classes, pytest.param(pairs, marks=pytest.mark.slow)])
+def test_a_member_is_its_run_alone(home, tmp_path, of):
+    """State and evaluations but for rounding, with dropout or a moving average; the same rows; and it is opened."""
+    often = {"train.eval_every": 11}
+    together = jaxformer.train_seeds(of(home), SEEDS, often, tmp_path)
+    assert saved(tmp_path) == digests(together)
+    for seed, run in zip(SEEDS, together, strict=True):
+        alone = jaxformer.train(of(home), often | {"train.seed": seed}, tmp_path / f"alone-{seed}")
+        chex.assert_trees_all_close(run.state, alone.state, atol=1e-5, rtol=0)
+        for row, other in zip(rows(run), rows(alone), strict=True):
+            assert list(row) == list(other) and row.pop("split") == other.pop("split")
+            assert row == pytest.approx(other, abs=1e-5)
+    apart = jax.tree.map(lambda a, b: float(abs(a - b).max()), *(run.state.params for run in together[:2]))
+    assert max(jax.tree.leaves(apart)) > 0.01
+
+
+def test_interrupted_seeds_end_as_if_nothing_had_been(home, whole, tmp_path):
+    jaxformer.train_seeds(text(home), SEEDS, {"train.steps": 13}, tmp_path)
+    runs = jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
+    assert digests(runs) == saved(tmp_path) == saved(whole)
+    for run, other in zip(runs, opened(whole), strict=True):
+        assert [row for row in rows(run) if row["step"] != 13] == rows(other)
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: [f.write_bytes(b"") for f in files(path)]])
+def test_a_member_that_lost_its_newest_checkpoint_takes_the_others_back(home, whole, tmp_path, damage):
+    """To the newest step of all; interrupted once more on the way, when some were ahead of what was saved."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "seed-0" / "checkpoints" / "23")
+    jaxformer.train_seeds(text(home), SEEDS, {"train.steps": 22, "train.save_every": 1}, tmp_path)
+    assert [int(run.state.step) for run in opened(tmp_path)] == [22] * 3
+    assert digests(jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)) == saved(tmp_path) == saved(whole)
+
+
+def test_seeds_may_be_added(home, whole, tmp_path):
+    """To finished ones, which are left as they are; each goes on with those that it began with."""
+    for path in (tmp_path / "more", tmp_path / "plain"):
+        shutil.copytree(whole, path)
+    before = {path: path.stat().st_mtime_ns for path in files(tmp_path / "more") if path.name != "lock"}
+    jaxformer.train_seeds(text(home), [7], {"train.steps": 13}, tmp_path / "more")
+    runs = jaxformer.train_seeds(text(home), [5, 7, 0, 3], directory=tmp_path / "more")
+    assert list(digests(runs)) == [5, 7, 0, 3] and digests(runs) == saved(tmp_path / "more", [5, 7, 0, 3])
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    longer = {"train.steps": 29}
+    runs = jaxformer.train_seeds(text(home), [7, *SEEDS], longer, tmp_path / "more")
+    plain = jaxformer.train_seeds(text(home), SEEDS, longer, tmp_path / "plain")
+    alone = jaxformer.train(text(home), longer | {"train.seed": 7}, tmp_path / "alone")
+    assert digests(runs) == digests([alone, *plain])
+
+
+def test_seconds_go_on_where_training_does(home, tmp_path):
+    """Those of training so far: along the rows they never fall, and a run that goes on adds to what it has."""
+    jaxformer.train_seeds(text(home), SEEDS, {"train.steps": 13}, tmp_path)
+    for path in tmp_path.glob("*/metrics.jsonl"):
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        late = [row | {"seconds": row["seconds"] + 1e6} for row in found]
+        path.write_text("".join(json.dumps(row) + "\n" for row in late))
+    for run in jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path):
+        seconds = [row["seconds"] for row in rows(run, clock=True)]
+        assert len(seconds) == 9 and seconds == sorted(seconds) and 1e6 < seconds[0] < seconds[-1]
+
+
+@pytest.mark.parametrize(
+    ("of", "seeds", "overrides", "message"),
+    [
+        (text, [], {}, r"seeds=\[\] must be one or more, each once"),
+        (text, [2, 0, 2], {}, r"seeds=\[2, 0, 2\] must be one or more, each once"),
+        (text, [0, -1], {}, "train.seed=-1 must be at least 0"),
+        (classes, [0, 1], {"data.sampling.n_buckets": 2}, r"n_buckets=2 gives every seed rows of another width"),
+        (text, [0, 9], {}, "seed-9' holds something that is no run"),
+    ],
+)
+def test_refused_seeds_leave_nothing_behind(home, tmp_path, of, seeds, overrides, message):
+    (tmp_path / "seed-9").mkdir()
+    (tmp_path / "seed-9" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        jaxformer.train_seeds(of(home), seeds, overrides, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_seeds_by_the_command_line(home, tmp_path, monkeypatch):
+    """As many as it says, from the config's on."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "config.py").write_text(
+        f"from pathlib import Path\nfrom test_members import text\nconfig = text(Path({str(home)!r}))\n"
+    )
+    arguments = [f"--directory={tmp_path / 'run'}", "--train.seed=8", "--train.steps=5"]
+    commands.train([str(tmp_path / "config.py"), "--seeds=3", *arguments])
+    seeds = {run.config.train.seed: int(run.state.step) for run in opened(tmp_path / "run", [8, 9, 10])}
+    assert seeds == {8: 5, 9: 5, 10: 5} and len(list((tmp_path / "run").iterdir())) == 3
