@@ -21,6 +21,7 @@ from jaxformer.config import Config
 from jaxformer.data.files import write
 from jaxformer.lab import pictures
 from jaxformer.run.loop import train, train_seeds
+from jaxformer.run.metrics import last_seeds
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError
 
@@ -109,8 +110,9 @@ class Result:
     @property
     def seconds(self) -> float:
         """Of training, all seeds together."""
-        ends = [rows[-1]["seconds"] for rows in self.metrics]
-        return sum(ends) if self.row.also else max(ends)
+        starts = [Path(run.config.directory) / "starts.jsonl" for run in self.runs]
+        ends = {last_seeds(path): rows[-1]["seconds"] for path, rows in zip(starts, self.metrics, strict=True)}
+        return sum(ends.values())  # what was trained together took that time once
 
     @property
     def reached(self) -> bool | None:

@@ -169,7 +169,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
                 log.warning("%s holds no checkpoint: the run begins anew", directories[0])
             states, starts = zip(*(begin() for begin in begins), strict=True)
         opened = zip(configs, states, strict=True)
-        runs = [Run(config, prepared.tokenizer, state, prepared.classes) for config, state in opened]
+        runs = [Run(each, prepared.tokenizer, state, prepared.classes) for each, state in opened]
         step = int(states[0].step)
         if step >= knobs.steps:
             log.info("%s is finished: it has made %d of %d steps", directories[0], step, knobs.steps)
@@ -177,8 +177,8 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
         for path, change in noticed(config).items():
             log.warning("%s was %s and is %s from here on", path, *change)
         seeds = [config.train.seed for config in configs]
-        for config, directory, checkpoints in zip(configs, directories, saved, strict=True):
-            config_lib.save(config, directory / "config.json")
+        for each, directory, checkpoints in zip(configs, directories, saved, strict=True):
+            config_lib.save(each, directory / "config.json")
             record_start(directory / "starts.jsonl", step, seeds)
             checkpoints.forget_after(step)
         best = [checkpoints.best_rank() for checkpoints in saved]
