@@ -11,6 +11,7 @@ import pytest
 
 import jaxformer
 from jaxformer.config import resolve
+from jaxformer.data.corpora import TextFiles
 from jaxformer.data.tokenizers import BPE, Characters, TokenizerFile
 from jaxformer.run.plan import abstract_state, recipe_of
 from jaxformer.spec import dumps, from_json
@@ -38,6 +39,18 @@ def test_config(path):
         assert int(published[1].replace(",", "")) == count
     assert config.directory == f"runs/{path.stem}"
     assert from_json(json.loads(dumps(config)), type(config), "x") == config
+
+
+@pytest.mark.slow
+def test_the_scaled_rung_takes_a_step_and_learns(data_directory, tmp_path):
+    """The ladder's last rung is for a GPU; here with small batches and an evaluation of little text."""
+    (tmp_path / "valid.txt").write_text("To be, or not to be: that is the question.\n" * 20)
+    small = {"data.batch_size": 2, "train.steps": 3, "train.steps_per_call": 1, "train.log_every": 1}
+    small |= {"data.valid": TextFiles(str(tmp_path / "valid.txt")), "train.sample_tokens": 0}
+    jaxformer.train(CONFIGS[0].parent / "shakespeare_gpu.py", small, directory=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["split"] for row in rows] == ["train", "train", "train", "valid"]
+    assert rows[2]["loss"] < rows[0]["loss"] < 4.5 and rows[3]["loss"] < 4.5
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import B, T, decoder, hidden, ids, loud
+from tiny import SIZES, B, T, decoder, hidden, ids, loud
 
 from jaxformer.keys import fold
 from jaxformer.model import blocks, cache
@@ -15,6 +15,7 @@ from jaxformer.model.blocks import PostNorm, PreNorm
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import FeedForward, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
 from jaxformer.model.masks import Causal, Window, one_document
+from jaxformer.model.models import Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
 from jaxformer.spec import Slot
 
@@ -59,6 +60,15 @@ def test_scanned_layers_equal_blocks_applied_by_hand(mask):
         layer = jax.tree.map(lambda a, at=which: a[at], decoder_params["layers"][f"block{kind}"])
         x, _ = blocks.Block(kinds[kind], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
     close(model.norm(decoder_params["norm"], x), hidden(model, params, text, at, key)[0], 2e-5)
+
+
+@pytest.mark.parametrize(("position", "equivariant"), [(NoPosition(), True), (Sinusoidal(), False)])
+def test_attention_without_positions_knows_no_order(position, equivariant):
+    """Tokens in another order have the same hidden states in that order."""
+    model = Encoder(**SIZES, position=position)
+    params, text, order = loud(model), ids(B, T), np.random.default_rng(3).permutation(T)
+    a, b = (hidden(model, params, t, one_document(T))[0] for t in (text, text[:, order]))
+    assert bool(jnp.abs(a[:, order] - b).max() < 1e-4) == equivariant
 
 
 def test_post_norm_by_hand():
