@@ -179,8 +179,8 @@ def reproduce(name: str, json: bool = False, directory: str = "runs", results: s
     """
     from jaxformer.lab import experiments
 
-    found = []
-    for each in experiments.names() if name == "all" else [name]:
+    found, known = [], experiments.names() if name == "all" else []
+    for each in known or [name]:
         found += experiments.reproduce(each, Path(directory), Path(results))
     print(experiments.as_json(found) if json else experiments.as_table(found))
 

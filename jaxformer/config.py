@@ -163,16 +163,21 @@ def load(path: str | Path) -> Config:
         raise InputError(
             f"config {str(path)!r} is no file; give the path of a Python file such as configs/quickstart.py"
         )
+    found = execute(path).get("config")
+    if not isinstance(found, Config):
+        raise InputError(f"{path}: must define `config`, a jaxformer Config, but it is {type(found).__name__}")
+    return found
+
+
+def execute(path: Path) -> dict[str, Any]:
+    """What a Python file of the user's defines. Raises InputError if it raises anything."""
     sys.path.insert(0, str(path.parent.absolute()))  # as Python does for a script: a config may import its neighbours
     try:
-        found = runpy.run_path(str(path)).get("config")
+        return runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's to mend
         raise InputError(f"{_place(path, error)}: {_reason(error)}") from error
     finally:
         sys.path.pop(0)
-    if not isinstance(found, Config):
-        raise InputError(f"{path}: must define `config`, a jaxformer Config, but it is {type(found).__name__}")
-    return found
 
 
 def _place(path: Path, error: BaseException) -> str:

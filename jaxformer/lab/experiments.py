@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import re
-import runpy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.files import write
 from jaxformer.lab import pictures
 from jaxformer.run.loop import train, train_seeds
-from jaxformer.run.metrics import last_seeds
+from jaxformer.run.metrics import finite, last_seeds
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError
 
@@ -51,7 +51,7 @@ def late_training_loss(rows: Metrics) -> float:
 
 def within_or_better(values: Sequence[float], published: float, higher: bool) -> bool:
     """Whether the published number lies in the range of the seeds, or all of them are better."""
-    return max(values) >= published if higher else min(values) <= published
+    return bool(np.max(values) >= published if higher else np.min(values) <= published)  # False if one is no number
 
 
 def mean_or_better(values: Sequence[float], published: float, higher: bool) -> bool:
@@ -105,7 +105,7 @@ class Result:
     @property
     def deviation(self) -> float | None:
         """Of the seeds; None if there is but one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
     @property
     def seconds(self) -> float:
@@ -178,14 +178,16 @@ def load(name: str) -> Experiment:
     """The `experiment` that experiments/NAME.py, or a Python file of yours, defines. Raises InputError if none does."""
     path = Path(name) if name.endswith(".py") else Path("experiments", f"{name}.py")
     if not path.is_file():
-        known = ", ".join(names()) or "no file in experiments/"
+        known = ", ".join(names()) or "none in experiments/"
         raise InputError(f"{name!r} is no experiment; there are {known}, or give the path of a Python file")
-    found = runpy.run_path(str(path)).get("experiment")
+    found = config_lib.execute(path).get("experiment")
     if not isinstance(found, Experiment):
         raise InputError(f"{path}: must define `experiment`, an Experiment, but it is {type(found).__name__}")
     slugs = [row.slug for row in found.rows]
     if len(set(slugs)) != len(slugs):
         raise InputError(f"{path}: rows must have names of their own, but they are {', '.join(slugs)}")
+    for row in found.rows:
+        config_lib.resolve(row.config, row.overrides)
     return found
 
 
@@ -208,8 +210,10 @@ def run_row(row: Row, directory: Path) -> Result:
 
 
 def read_metrics(run: Run) -> Metrics:
+    """The rows of a run; what is null in them, of a run that diverged, is no number."""
+    numbers = lambda row: {name: math.nan if value is None else value for name, value in row.items()}
     with open(Path(run.config.directory) / "metrics.jsonl", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line, object_hook=numbers) for line in lines]
 
 
 def reproduce(name: str, directory: Path, results: Path) -> list[Result]:
@@ -220,6 +224,7 @@ def reproduce(name: str, directory: Path, results: Path) -> list[Result]:
     started = time.perf_counter()
     experiment, stem = load(name), Path(name).stem
     pictures.require()
+    _read(results)
     found = [run_row(row, directory / stem) for row in experiment.rows]
     report = Report(stem, found, results.parent / results.stem.lower())
     experiment.tell(report)
@@ -255,7 +260,7 @@ def read_table(text: str) -> Iterator[dict[str, str]]:
     """The rows of all tables of a Markdown text."""
     columns: list[str] = []
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split(" | ")] if line.startswith("|") else []
+        cells = [cell.strip() for cell in line.split("|")[1:-1]] if line.startswith("|") else []
         if not cells:
             columns = []
         elif not columns:
@@ -280,11 +285,17 @@ the range of the seeds or is beaten, unless the row says otherwise.
 """
 
 
+def _read(path: Path) -> dict[str, str]:
+    """The sections of a results file by their names. Raises InputError for a file that is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else TITLE
+    if not text.startswith(TITLE.splitlines()[0]):
+        raise InputError(f"results={str(path)!r} holds something that is no results; give another file")
+    return dict(re.findall(r"<!-- ([^\n]+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
+
+
 def _put(path: Path, name: str, section: str) -> None:
     """Replaces a section of the file, or adds it in alphabetical order."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    sections = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
-    sections[name] = section
+    sections = _read(path) | {name: section}
     parts = [f"<!-- {key} -->\n{sections[key]}\n<!-- end -->" for key in sorted(sections)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, "\n".join([TITLE, *(part + "\n" for part in parts)]))
@@ -295,6 +306,4 @@ def as_table(results: Sequence[Result]) -> str:
 
 
 def as_json(results: Sequence[Result]) -> str:
-    rows = [result.summary() for result in results]
-    finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
-    return json.dumps(finite, ensure_ascii=False)
+    return json.dumps(finite([result.summary() for result in results]), ensure_ascii=False)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.learning.objectives import cross_entropy
+from jaxformer.model.heads import Head
 from jaxformer.model.masks import one_document
 from jaxformer.model.models import Model
 from jaxformer.run.opened import Run
@@ -56,10 +57,11 @@ def gradient_by_distance(run: Run, count: int = 256) -> Float[np.ndarray, "T"]:
 def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, "T"]:
     length = rows.shape[1] - 1
     each = jnp.arange(length)[None]  # every place has a row of the table for itself: its gradient is the token's
+    body = dataclasses.replace(model, vocab_size=length, head=Head())  # whose table has so many rows
 
     def last(embedded: Float[Array, "T D"], row: Int[Array, "T1"]) -> Float[Array, ""]:
         own = {**params, "embedding": {**params["embedding"], "table": embedded}}
-        h, _ = model.hidden(own, each, one_document(length))
+        h, _ = body.hidden(own, each, one_document(length))
         return cross_entropy(model.logits(params, h[:, -1:]), row[None, -1:])[0, 0]
 
     def one(row: Int[Array, "T1"]) -> Float[Array, "T"]:
@@ -76,7 +78,8 @@ def attention_weights(run: Run, text: str, stack: str = "encoder") -> tuple[list
     names = [name for name in found if name.startswith(f"{stack}/") and name.endswith("/attention/weights")]
     if not names:
         raise InputError(f"{run.config.directory}: its model has no attention in a stack {stack!r}")
-    weights = np.stack([np.asarray(found[name]) for name in sorted(names)], 1)  # [L/p, p, 1, H, T, S]
+    names.sort(key=lambda name: (len(name), name))  # block10 behind block9
+    weights = np.stack([np.asarray(found[name]) for name in names], 1)  # [L/p, p, 1, H, T, S]
     return [run.tokenizer.decode([i]) for i in ids], weights.reshape(-1, *weights.shape[3:])
 
 

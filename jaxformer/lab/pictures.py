@@ -66,8 +66,9 @@ def attention_maps(tokens: Sequence[str], weights: ArrayLike, width: float = 14.
     for i, each in enumerate(axes):
         layer, head = divmod(i, heads)
         image(each, weights[layer, head], title=f"layer {layer}, head {head}", vmin=0, vmax=1, cmap="viridis")
-        each.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
-        each.set_yticks(range(len(names)), names if head == 0 else [], fontsize=5)
+        plain = {"fontsize": 5, "parse_math": False}  # a token may have dollars in it
+        each.set_xticks(range(len(names)), names, rotation=90, **plain)
+        each.set_yticks(range(len(names)), names if head == 0 else [], **plain)
     return figure
 
 
