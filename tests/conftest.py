@@ -35,7 +35,7 @@ def check_shapes(module):
 # From the bottom up, so that each module imports functions that are wrapped already.
 for name in ("masks", "layers", "positions", "kernels", "attention", "blocks", "heads", "models", "baselines"):
     check_shapes(importlib.import_module(f"jaxformer.model.{name}"))
-for name in ("learning.rows", "learning.objectives", "generation.logits_processors"):
+for name in ("learning.rows", "learning.objectives", "generation.logits_processors", "lab.measures"):
     check_shapes(importlib.import_module(f"jaxformer.{name}"))
 
 

@@ -1,19 +1,17 @@
 """Every published config loads, checks, and has the shape that its docstring claims."""
 
 import ast
-import dataclasses
 import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
+from tiny import without_corpus
 
 import jaxformer
 from jaxformer.config import resolve
 from jaxformer.data.corpora import TextFiles
-from jaxformer.data.tokenizers import BPE, Characters, TokenizerFile
-from jaxformer.run.plan import abstract_state, recipe_of
 from jaxformer.spec import dumps, from_json
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -22,14 +20,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config(path):
     config = resolve(path)
-    tokenizer = config.data.tokenizer
-    if isinstance(tokenizer, TokenizerFile):  # that of another run
-        tokenizer = BPE(4096, mask_token=True, sentinels=32).fit(["a"])
-    elif tokenizer.vocab_size is None:
-        assert isinstance(tokenizer, Characters)
-        tokenizer = dataclasses.replace(tokenizer, alphabet="".join(map(chr, range(65, 130))))
-    recipe = recipe_of(config, tokenizer, {"target": ("0", "1")})
-    state = abstract_state(config, recipe)
+    tokenizer, state = without_corpus(config)
     count = sum(a.size for a in jax.tree.leaves(state.params))
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert f"python scripts/train.py configs/{path.name}" in text and "cores" in text

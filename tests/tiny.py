@@ -1,12 +1,15 @@
 """Tiny models for tests: a different prime for every axis, and weights that hide nothing."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.data.tokenizers import BPE, Characters, TokenizerFile
 from jaxformer.model.models import Decoder
+from jaxformer.run.plan import abstract_state, recipe_of
 
 B, T = 3, 13
 SIZES = {
@@ -38,3 +41,21 @@ def ids(*shape, seed=1, high=29):
 @functools.partial(jax.jit, static_argnums=0)
 def hidden(model, params, ids, at, key=None, cache=None):
     return model.hidden(params, ids, at, key, cache)
+
+
+def log_softmax(logits):
+    """In NumPy, in double precision."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def without_corpus(config):
+    """A tokenizer such as the config's would be, fitted, and the shapes of the state."""
+    tokenizer = config.data.tokenizer
+    if isinstance(tokenizer, TokenizerFile):  # that of another run
+        tokenizer = BPE(4096, mask_token=True, sentinels=32).fit(["a"])
+    elif tokenizer.vocab_size is None:
+        assert isinstance(tokenizer, Characters)
+        tokenizer = dataclasses.replace(tokenizer, alphabet="".join(map(chr, range(65, 130))))
+    return tokenizer, abstract_state(config, recipe_of(config, tokenizer, {"target": ("0", "1")}))

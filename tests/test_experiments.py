@@ -1,0 +1,330 @@
+"""Experiments: those of the house, and one that the command reproduces, goes on with, and tells of."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from tiny import without_corpus
+
+from jaxformer import Config, commands
+from jaxformer.config import resolve
+from jaxformer.lab.experiments import (
+    Result,
+    Row,
+    as_json,
+    best_accuracy,
+    final_exact,
+    late_training_loss,
+    load,
+    markdown_table,
+    mean_or_better,
+    near,
+    read_metrics,
+    read_table,
+    run_row,
+    within_or_better,
+)
+from jaxformer.model.baselines import Bigram
+from jaxformer.spec import dumps, from_json
+
+ROOT = Path(__file__).parent.parent
+HOUSE = sorted((ROOT / "experiments").glob("*.py"))
+TINY = """
+from jaxformer import Config, Data, Train
+from jaxformer.data.batches import PackedDocuments
+from jaxformer.data.corpora import TextLines
+from jaxformer.data.tokenizers import Characters
+from jaxformer.lab.experiments import Experiment, Row, late_training_loss, near
+from jaxformer.lab.pictures import lines, panels
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import Constant
+from jaxformer.model.baselines import Bigram
+
+config = Config(
+    directory="unused",
+    data=Data(TextLines("lines.txt"), tokenizer=Characters(end_token=True), sampling=PackedDocuments(), batch_size=3),
+    model=Bigram(context_length=7),
+    optimizer=AdamW(Constant(0.01)),
+    train=Train(steps=STEPS, steps_per_call=3, log_every=1, eval_every=11, save_every=11, sample_tokens=0),
+)
+
+
+def tell(report):
+    report.text("What is said.")
+    report.code(str(sorted(report.results)))
+    figure, axes = panels(1, 1, 4, 3)
+    curves = {name: (result.curve()[0], result.curve()[1][0]) for name, result in report.results.items()}
+    lines(axes[0], curves, "step", "loss")
+    report.picture("curves", figure, "Losses of the first seeds.")
+
+
+BATCH = {"data.batch_size": 5}
+experiment = Experiment(
+    "Tables of pairs",
+    "What they are.",
+    (
+        Row("Together", config, 99.0, 3, remark="Three at once."),
+        Row("One by one", config, 0.5, 2, BATCH, late_training_loss, reached=near, also=("data.split_seed",)),
+        Row("unpublished!", config),
+    ),
+    tell,
+)
+"""
+STEPS = 22
+OTHER = "<!-- my own -->\n## Another experiment\n\n| a | b |\n| --- | --- |\n| 1 |  |\n<!-- end -->\n"
+
+
+def reproduce(home, *arguments):
+    """The answer of the command, called in a folder."""
+    out = io.StringIO()
+    with contextlib.chdir(home), contextlib.redirect_stdout(out):
+        assert commands._run("reproduce", ["tiny.py", "--json", *arguments]) == 0
+    return json.loads(out.getvalue())
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a text and an experiment."""
+    path = tmp_path_factory.mktemp("home")
+    rng = np.random.default_rng(0)
+    (path / "lines.txt").write_text("".join("".join(rng.choice(list("abcde"), 5)) + "\n" for _ in range(101)))
+    (path / "tiny.py").write_text(TINY.replace("STEPS", str(STEPS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """What the command says that nothing interrupted; its results file holds another section before."""
+    (home / "Numbers.md").write_text(f"# Results\n\nOld words.\n\n{OTHER}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXFORMER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return reproduce(home, "--directory=kept", "--results=Numbers.md")
+
+
+def test_the_command_tells_what_the_runs_have_measured(home, whole):
+    keys = ["row", "published", "measured", "deviation", "seeds", "reached", "steps", "seconds"]
+    assert [list(row) for row in whole] == [keys] * 3
+    late = lambda rows: np.mean([row["loss"] for row in rows if row["split"] == "train"][-2:])  # of 22: a tenth
+    final = lambda rows: rows[-1]["loss"]
+    names = (("Together", "together", 3), ("One by one", "one-by-one", 2), ("unpublished!", "unpublished", 1))
+    for row, (name, slug, seeds), measure, published, reached, seconds in zip(
+        whole, names, (final, late, final), (99.0, 0.5, None), (True, False, None), (max, sum, max), strict=True
+    ):
+        folders = sorted((home / "kept" / "tiny" / slug).iterdir())
+        assert [folder.name for folder in folders] == [f"seed-{seed}" for seed in range(seeds)]
+        runs = [metrics(folder) for folder in folders]
+        values = [measure(rows) for rows in runs]
+        assert (row["row"], row["published"], row["seeds"], row["steps"]) == (name, published, seeds, STEPS)
+        assert row["reached"] is reached and row["measured"] == pytest.approx(np.mean(values), rel=1e-12)
+        assert row["deviation"] == (pytest.approx(np.std(values, ddof=1)) if seeds > 1 else None)
+        assert row["seconds"] == pytest.approx(seconds(rows[-1]["seconds"] for rows in runs))
+        assert len(set(values)) == seeds
+
+
+def test_only_rows_that_are_trained_apart_give_their_seed_to_other_fields(home, whole):
+    for slug, apart in (("together", False), ("one-by-one", True)):
+        for seed in range(2):
+            config = json.loads((home / "kept" / "tiny" / slug / f"seed-{seed}" / "config.json").read_text())
+            assert (config["train"]["seed"], config["data"]["split_seed"]) == (seed, seed if apart else None)
+            assert config["data"]["batch_size"] == (5 if apart else 3)
+
+
+def test_the_results_file_has_the_same_numbers_and_the_pictures_and_keeps_other_sections(home, whole):
+    text = (home / "Numbers.md").read_text()
+    other, own = text[text.index("<!-- my own") :], text[text.index("<!-- tiny -->") :]
+    assert other.startswith(OTHER) and "Old words" not in text and text.index(other) < text.index(own)
+    assert own.startswith("<!-- tiny -->\n## Tables of pairs\n\n`python scripts/reproduce.py tiny.py`: ")
+    for part in ("What they are.", "* Together: Three at once.", "What is said.", "```\n['One by one', 'Together',"):
+        assert part in own
+    table = list(read_table(own))
+    assert len(table) == len(whole)
+    for cells, row in zip(table, whole, strict=True):
+        assert cells["row"] == row["row"] and cells["measured"].startswith(f"{row['measured']:.4f}")
+        assert (
+            (f"± {row['deviation']:.4f} (" in cells["measured"]) if row["deviation"] else "±" not in cells["measured"]
+        )
+        assert (int(cells["seeds"]), int(cells["steps"])) == (row["seeds"], row["steps"])
+        assert cells["published"] == ("" if row["published"] is None else f"{row['published']:g}")
+        assert cells["reached"] == {None: "", True: "yes", False: "**no**"}[row["reached"]]
+    (path,) = re.findall(r"!\[Losses of the first seeds\.\]\((.+)\)", own)
+    picture = (home / path).read_bytes()
+    assert path == "numbers/tiny-curves.png" and picture.startswith(b"\x89PNG") and len(picture) < 30_000
+
+
+def test_a_second_call_trains_nothing_and_says_the_same(home, whole):
+    written = lambda: re.sub(r"\d+ s this time", "", (home / "Numbers.md").read_text())
+    picture = home / "numbers" / "tiny-curves.png"
+    before, text, drawn = times(home / "kept"), written(), picture.read_bytes()
+    script = [sys.executable, ROOT / "scripts" / "reproduce.py", "tiny.py", "--directory=kept", "--results=Numbers.md"]
+    done = subprocess.run([*script, "--json"], cwd=home, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == whole and times(home / "kept") == before
+    assert written() == text and picture.read_bytes() == drawn
+
+
+def test_what_was_stopped_in_the_middle_goes_on_to_the_same_numbers(home, whole):
+    """With fewer steps first, and with a row whose folder is gone; the other rows are left as they are."""
+    again = lambda: reproduce(home, "--directory=stopped", "--results=stopped.md")
+    for steps in (STEPS // 2, STEPS):
+        (home / "tiny.py").write_text(TINY.replace("STEPS", str(steps)))
+        found = again()
+        assert [row["steps"] for row in found] == [steps] * 3
+    assert without_times(found) == without_times(whole)
+    runs = home / "stopped" / "tiny"
+    kept = times(runs / "together") | times(runs / "unpublished")
+    shutil.rmtree(runs / "one-by-one")
+    assert without_times(again()) == without_times(whole)
+    assert times(runs / "together") | times(runs / "unpublished") == kept
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nonsense", "'nonsense' is no experiment; there are one, two, or give the path of a Python file"),
+        ("nowhere.py", "'nowhere.py' is no experiment"),
+        ("empty.py", "empty.py: must define `experiment`, an Experiment, but it is NoneType"),
+        ("twice.py", "twice.py: rows must have names of their own, but they are together, one-by-one, together"),
+        ("broken.py", "broken.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
+        ("wrong.py", "data.batch_size=0 must be at least 1"),
+        ("tiny.py --results=notes.md", "results='notes.md' holds something that is no results; give another file"),
+        ("tiny.py", 'pictures need Matplotlib; pip install -e ".[pictures]"'),
+        ("all", "experiments/one.py: must define `experiment`"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_trains_nothing(tmp_path, home, monkeypatch, capfd, arguments, message):
+    shutil.copy(home / "lines.txt", tmp_path)
+    tiny = TINY.replace("STEPS", "3")
+    (tmp_path / "experiments").mkdir()
+    for name, text in {
+        "tiny.py": tiny,
+        "empty.py": "",
+        "experiments/one.py": "",
+        "experiments/two.py": tiny,
+        "twice.py": tiny.replace("unpublished!", "-together-"),
+        "broken.py": "\nimport nowhere\n",
+        "wrong.py": tiny.replace('"data.batch_size": 5', '"data.batch_size": 0'),
+        "notes.md": "What I think of it.\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    if "Matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if not installed
+    monkeypatch.chdir(tmp_path)
+    before = times(tmp_path)
+    status = commands._run("reproduce", arguments.split())
+    out, err = capfd.readouterr()
+    assert status == 2 and message in err and "Traceback" not in err and err.count("\n") == 1 and out == ""
+    assert times(tmp_path) == before
+
+
+def test_all_of_no_experiments_is_a_mistake(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert commands._run("reproduce", ["all"]) == 2
+    assert "there are none in experiments/" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
+# --- numbers
+
+
+def test_reached_by_the_range_the_mean_or_nearness():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        values, published, higher = (
+            np.round(rng.normal(1, 0.05, 3), 2),
+            round(rng.normal(1, 0.05), 2),
+            bool(rng.integers(2)),
+        )
+        sign = -1 if higher else 1  # now less is better
+        found, wanted = sign * values, sign * published
+        inside, better = found.min() <= wanted <= found.max(), (found < wanted).all()
+        assert within_or_better(values, published, higher) == (inside or better)
+        assert mean_or_better(values, published, higher) == (round(found.mean(), 4) <= wanted)
+        assert near(values, published, higher) == (abs(values.mean() - published) / published <= 0.03)
+    assert mean_or_better([0.98995, 0.98996], 0.99, True) and not mean_or_better([0.98994, 0.98994], 0.99, True)
+    assert mean_or_better([0.01004], 0.01, False) and not mean_or_better([0.01006], 0.01, False)
+    for off, expected in ((0.9699, False), (0.9701, True), (1.0299, True), (1.0301, False)):
+        assert [near([off * 2.47], 2.47, higher) for higher in (False, True)] == [expected] * 2
+
+
+def test_measures_of_rows():
+    valid = [{"split": "valid", "accuracy": a, "exact": e} for a, e in ((0.3, 0.9), (0.7, 0.1), (0.5, 0.2))]
+    train = [{"split": "train", "loss": float(i)} for i in range(29)]
+    rows = [valid[0], *train, *valid[1:]]
+    assert (best_accuracy(rows), final_exact(rows), late_training_loss(rows)) == (0.7, 0.2, 27.5)
+    assert late_training_loss(train[:7]) == 6
+
+
+@pytest.mark.parametrize("order", [(None, 1.0), (1.0, None)])
+def test_a_seed_that_diverged_is_told_and_has_not_reached(tmp_path, order):
+    runs = []
+    for seed, loss in enumerate(order):
+        (tmp_path / str(seed)).mkdir()
+        line = {"step": 3, "split": "valid", "loss": loss, "seconds": 0.5}
+        (tmp_path / str(seed) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        runs.append(SimpleNamespace(config=SimpleNamespace(directory=str(tmp_path / str(seed)))))
+    for reached in (within_or_better, mean_or_better, near):
+        row = Row("row", Config("run", Bigram(context_length=3)), 1.0, 2, reached=reached)
+        result = Result(row, runs, list(map(read_metrics, runs)))
+        (said,) = json.loads(as_json([result]))
+        assert (said["measured"], said["deviation"], said["reached"]) == (None, None, False)
+
+
+def test_tables_are_read_as_they_are_written():
+    rng = np.random.default_rng(0)
+    tables = []
+    for columns in (1, 2, 5):
+        cells = rng.choice(["", "a b", "−1.5 ± 0.1", "**no**", "1 - 2"], (3, columns)).tolist()
+        names = ["", *"abcd"][:columns]
+        tables.append([dict(zip(names, row, strict=True)) for row in cells])
+    text = "\n\n".join(f"Words | more.\n\n{markdown_table(table)}" for table in tables)
+    assert list(read_table(text)) == [row for table in tables for row in table]
+
+
+# --- of the house
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=lambda path: path.stem)
+def test_an_experiment_of_the_house_could_be_run(path):
+    """Its configs resolve, may be stored, and have models with shapes; rows have folders of their own."""
+    rows = load(str(path)).rows
+    assert len({row.slug for row in rows}) == len(rows) and all(re.fullmatch(r"\w[\w-]*", row.slug) for row in rows)
+    for row in rows:
+        config = resolve(row.config, row.overrides | dict.fromkeys(("train.seed", *row.also), 3))
+        assert from_json(json.loads(dumps(config)), Config, "x") == config
+        assert sum(a.size for a in jax.tree.leaves(without_corpus(config)[1].params)) > 1000
+
+
+def test_a_cheap_row_comes_out_as_the_results_file_has_it(data_directory, tmp_path):
+    (row,) = (row for row in load(str(ROOT / "experiments" / "ladder.py")).rows if row.name == "bigram table")
+    text = (
+        (ROOT / "RESULTS.md").read_text(encoding="utf-8").partition("<!-- ladder -->")[2].partition("<!-- end -->")[0]
+    )
+    kept = next(cells for cells in read_table(text) if cells["row"] == row.name)
+    mean, deviation = map(float, re.match(r"([\d.]+) ± ([\d.]+)", kept["measured"]).groups())
+    result = run_row(row, tmp_path)
+    assert (len(result.runs), result.row.config.train.steps) == (int(kept["seeds"]), int(kept["steps"]))
+    assert result.mean == pytest.approx(mean, abs=0.002) and result.deviation == pytest.approx(
+        deviation, rel=0.5, abs=1e-4
+    )
