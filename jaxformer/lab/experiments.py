@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -183,6 +182,8 @@ def load(name: str) -> Experiment:
     found = config_lib.execute(path).get("experiment")
     if not isinstance(found, Experiment):
         raise InputError(f"{path}: must define `experiment`, an Experiment, but it is {type(found).__name__}")
+    if not found.rows:
+        raise InputError(f"{path}: the experiment has no rows; give it one")
     slugs = [row.slug for row in found.rows]
     if len(set(slugs)) != len(slugs):
         raise InputError(f"{path}: rows must have names of their own, but they are {', '.join(slugs)}")
@@ -221,15 +222,14 @@ def reproduce(name: str, directory: Path, results: Path) -> list[Result]:
 
     Runs are in directory/NAME/ROW; one that is finished is not run again.
     """
-    started = time.perf_counter()
     experiment, stem = load(name), Path(name).stem
     pictures.require()
     _read(results)
     found = [run_row(row, directory / stem) for row in experiment.rows]
     report = Report(stem, found, results.parent / results.stem.lower())
     experiment.tell(report)
-    seconds = time.perf_counter() - started
-    head = f"## {experiment.title}\n\n`python scripts/reproduce.py {name}`: {seconds:.0f} s this time. {hardware()}"
+    seconds = sum(result.seconds for result in found)
+    head = f"## {experiment.title}\n\n`python scripts/reproduce.py {name}`: {seconds:.0f} s of training. {hardware()}"
     remarks = [f"* {result.row.name}: {result.row.remark}" for result in found if result.row.remark]
     blocks = [head, experiment.about.strip(), as_table(found), "\n".join(remarks), *report.blocks]
     _put(results, stem, "\n\n".join(filter(None, blocks)))
@@ -252,7 +252,8 @@ def _cells(result: Result) -> dict[str, Any]:
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The keys of the first row are the columns."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    cells = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -260,19 +261,22 @@ def read_table(text: str) -> Iterator[dict[str, str]]:
     """The rows of all tables of a Markdown text."""
     columns: list[str] = []
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]] if line.startswith("|") else []
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] if line.startswith("|") else []
         if not cells:
             columns = []
         elif not columns:
             columns = cells
         elif not set(cells) <= {"---"}:
-            yield dict(zip(columns, cells, strict=False))
+            yield dict(zip(columns, (cell.replace("\\|", "|") for cell in cells), strict=False))
 
 
 def hardware() -> str:
     """A sentence on versions and machine."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    about = Path("/proc/cpuinfo")
+    if jax.default_backend() == "cpu" and about.exists():
+        kinds = next(iter(re.findall(r"model name\s*: (.*)", about.read_text())), kinds)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{versions}, Python {platform.python_version()}; {jax.default_backend()} ({kinds}), {cores} cores."
 

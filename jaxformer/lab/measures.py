@@ -74,7 +74,7 @@ def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, 
 def attention_weights(run: Run, text: str, stack: str = "encoder") -> tuple[list[str], Float[np.ndarray, "L H T S"]]:
     """A text's tokens, and how much each looks at each other, by layer and head; nothing is padded."""
     ids = run.tokenizer.document(text)[: run.config.window]
-    found = run.model.activations(run.state.eval_params, jnp.asarray([ids]), one_document(len(ids)))
+    found = _activations(run, jnp.asarray([ids]))
     names = [name for name in found if name.startswith(f"{stack}/") and name.endswith("/attention/weights")]
     if not names:
         raise InputError(f"{run.config.directory}: its model has no attention in a stack {stack!r}")
@@ -91,10 +91,16 @@ def before_training(run: Run) -> Run:
 def activations(run: Run, name: str, count: int = 32) -> Float[np.ndarray, "L ..."]:
     """A stacked activation by its name (`inspect_run.py` lists them), over windows of the validation split."""
     rows = validation_rows(run, count)
-    found = run.model.activations(run.state.eval_params, jnp.asarray(rows[:, :-1]), one_document(rows.shape[1] - 1))
+    found = _activations(run, jnp.asarray(rows[:, :-1]))
     if name not in found:
         raise InputError(f"activation {name!r} is none of this model; it has {', '.join(found)}")
     return np.asarray(found[name], np.float64)
+
+
+def _activations(run: Run, ids: Int[Array, "B T"]) -> dict[str, jax.Array]:
+    if run.model.encodes:
+        raise InputError(f"{run.config.directory}: its model reads two texts; call model.activations with both")
+    return run.model.activations(run.state.eval_params, ids, one_document(ids.shape[1]))
 
 
 def norms_by_layer(values: Float[np.ndarray, "L *N"]) -> Float[np.ndarray, "L"]:
