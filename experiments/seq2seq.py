@@ -31,7 +31,12 @@ ROWS = (
     exact("copy 20 digits: exact", data__corpus=Copy(length=20, examples=50_000)),
     exact("reverse 20 digits: exact"),
     exact("sort 20 digits: exact", data__corpus=Sort(length=20, examples=50_000)),
-    exact("add numbers of up to 3 digits: exact", data__corpus=Addition(length=3, examples=50_000)),
+    exact(
+        "add numbers of up to 3 digits: exact",
+        data__corpus=Addition(length=3, examples=100_000),
+        model__n_layers=2,
+        train__steps=5000,
+    ),
 )
 
 
@@ -99,7 +104,8 @@ experiment = Experiment(
     """
 Encoder–decoders with masks and positions as they should be, taught with the true answers and judged by what they write
 alone. 1 0 1 0 …: vocabulary 2, width 256, 4 heads, 2 + 2 layers, Adam 1e-3, 10 symbols; its published loss is "about
-0", here 0.01. The others are the harder tasks beside it: share of 1,000 unseen texts whose answer is exact.
+0", which is 0.01 here. The others are harder tasks beside it, judged by the share of unseen texts whose answer is exact:
+nobody has published them, 0.99 is what we ask for.
 """,
     ROWS,
     tell,
