@@ -104,8 +104,8 @@ experiment = Experiment(
     """
 Encoder–decoders with masks and positions as they should be, taught with the true answers and judged by what they write
 alone. 1 0 1 0 …: vocabulary 2, width 256, 4 heads, 2 + 2 layers, Adam 1e-3, 10 symbols; its published loss is "about
-0", which is 0.01 here. The others are harder tasks beside it, judged by the share of unseen texts whose answer is exact:
-nobody has published them, 0.99 is what we ask for.
+0", which is 0.01 here. The others are harder tasks beside it, judged by the share of unseen texts whose answer is
+exact: nobody has published them, 0.99 is what we ask for.
 """,
     ROWS,
     tell,
