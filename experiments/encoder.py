@@ -15,8 +15,8 @@ CONFIG = load(Path(__file__).parent.parent / "configs" / "disaster_tweets.py")
 
 def tell(report: Report) -> None:
     (result,) = report.results.values()
-    runs = [open_run(run.config.directory, "best") for run in result.runs]
-    best = max(zip(result.values, runs, strict=True), key=lambda pair: pair[0])[1]
+    best = max(zip(result.values, result.runs, strict=True), key=lambda pair: pair[0])[1]
+    best = open_run(best.config.directory, "best")
     said = best.predict([TEXT])[0]
     report.text(f"The best of them says of “{TEXT}”: {said['target']} (1 means disaster), probabilities:")
     report.code(str({name: round(chance, 4) for name, chance in said["target probabilities"].items()}))
@@ -26,7 +26,7 @@ def tell(report: Report) -> None:
         attention_maps(tokens, weights),
         "What each token (rows) looks at (columns), in each layer and head; padding is left out.",
     )
-    report.text("### What it is made of\n\nFor a batch of 64 tweets of 100 tokens (`scripts/inspect_run.py RUN`):")
+    report.text("### What it is made of\n\nFor one of its batches (`scripts/inspect_run.py RUN`):")
     report.code(render(best.inspect()))
 
 

@@ -39,22 +39,21 @@ def row(name: str) -> Row:
 
 
 def tell(report: Report) -> None:
-    results = report.results.values()
-    report.table([costs(result) for result in results])
-    figure, axes = panels(2, 2, 11, 8)
-    by_step, by_time, by_place, reach = {}, {}, {}, {}
-    for result in results:
-        name = result.row.name
+    table, by_step, by_time, by_place, reach = [], {}, {}, {}, {}
+    for name, result in report.results.items():
         steps, losses = result.curve("valid")
         by_step[name] = steps, np.mean(losses, 0)
         by_time[name] = result.curve("valid", "seconds")[1][0], np.mean(losses, 0)
         places = np.mean([loss_by_position(run) for run in result.runs], 0)
         by_place[name] = np.arange(1, CONTEXT + 1), smooth(places, 4)
         far = np.mean([gradient_by_distance(run) for run in result.runs], 0)
+        table.append(costs(result, places, far))
         reach[name] = np.arange(CONTEXT), far
         reach[f"{name}, before training"] = np.arange(CONTEXT), gradient_by_distance(before_training(result.runs[0]))
+    report.table(table)
+    figure, axes = panels(2, 2, 11, 8)
     lines(axes[0], by_step, "step", "validation loss (nats)")
-    lines(axes[1], by_time, "seconds of training, 3 seeds together", "validation loss (nats)")
+    lines(axes[1], by_time, "seconds of training, all seeds together", "validation loss (nats)")
     lines(axes[2], by_place, "place in the window", "validation loss (nats)", log="x")
     lines(axes[3], reach, "tokens back", "gradient norm", log="y")
     axes[3].set_ylim(1e-8, None)
@@ -66,14 +65,13 @@ def tell(report: Report) -> None:
     )
 
 
-def costs(result: Result) -> dict[str, str]:
-    """Parameters and losses of a row, by place in the window."""
-    run = result.runs[0]
-    places = np.mean([loss_by_position(run) for run in result.runs], 0)
-    far = np.mean([gradient_by_distance(run) for run in result.runs], 0)
+def costs(result: Result, places: np.ndarray, far: np.ndarray) -> dict[str, str]:
+    """What a model takes and reaches; losses and gradients by place."""
+    step = 1000 * result.seconds / result.row.config.train.steps
     return {
         "model": result.row.name,
-        "parameters": f"{sum(a.size for a in jax.tree.leaves(run.state.params)):,}",
+        "parameters": f"{sum(a.size for a in jax.tree.leaves(result.runs[0].state.params)):,}",
+        "ms a step of all seeds": f"{step:.0f}",
         "loss": f"{result.mean:.4f}",
         "of places 1 to 8": f"{places[:8].mean():.4f}",
         "65 to 128": f"{places[64:].mean():.4f}",
@@ -87,7 +85,7 @@ experiment = Experiment(
     "Recurrent networks beside a transformer",
     """
 Characters, windows of 128, batches of 32, about 100,000 parameters each, one recipe. A recurrent network takes one
-token after another: its step takes longer, and what is far back reaches it through many products.
+token after another, and what is far back reaches it through many products.
 """,
     tuple(map(row, MODELS)),
     tell,

@@ -42,6 +42,8 @@ def train(arguments: Sequence[str]) -> None:
         for path, value, meaning in fields:
             print(f"{f'--{path}={value}':{wide + 5}} {meaning}".rstrip())
         return None
+    if seeds and (profile or "--dry_run" in arguments):
+        raise InputError("profile and dry_run are of one run; leave them out, or --seeds")
     if "--dry_run" in arguments:
         from jaxformer.run.dry_run import dry_run
 
@@ -52,8 +54,6 @@ def train(arguments: Sequence[str]) -> None:
 
     if seeds is None:
         loop.train(config, overrides, profile=profile)
-    elif profile:
-        raise InputError("profile is of one run; leave it out, or --seeds")
     else:
         first = config_lib.resolve(config, overrides).train.seed
         loop.train_seeds(config, range(first, first + seeds), overrides)
@@ -180,6 +180,8 @@ def reproduce(name: str, json: bool = False, directory: str = "runs", results: s
     from jaxformer.lab import experiments
 
     found, known = [], experiments.names() if name == "all" else []
+    for each in known:
+        experiments.load(each)  # a fault in the last is told before the first has trained for hours
     for each in known or [name]:
         found += experiments.reproduce(each, Path(directory), Path(results))
     print(experiments.as_json(found) if json else experiments.as_table(found))

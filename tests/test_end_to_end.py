@@ -300,7 +300,11 @@ def listing(home):
         ("train config.py --directory=new --init_from=run/checkpoints/17", "step=17 must be one of the checkpoints"),
         ("train config.py --directory=new --seeds=0", "seeds=0 must be how many are trained together"),
         ("train config.py --directory=new --seeds=x", "seeds=x must be how many are trained together"),
-        ("train config.py --directory=new --seeds=2 --profile=3:5", "profile is of one run; leave it out, or --seeds"),
+        (
+            "train config.py --directory=new --seeds=2 --profile=3:5",
+            "profile and dry_run are of one run; leave them out",
+        ),
+        ("train config.py --directory=new --seeds=2 --dry_run", "profile and dry_run are of one run; leave them out"),
         ("train config.py --directory=new --profile=3", "profile=3 must be START:STOP"),
         ("train config.py --directory=new --profile=5:5", "profile=5:5 must be START:STOP with"),
         ("train config.py --directory=new --profile=5:701", "profile=5:701 must be START:STOP with"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,6 @@ from jaxformer.lab.experiments import (
     mean_or_better,
     near,
     read_metrics,
-    read_table,
     run_row,
     within_or_better,
 )
@@ -38,6 +38,21 @@ from jaxformer.spec import dumps, from_json
 
 ROOT = Path(__file__).parent.parent
 HOUSE = sorted((ROOT / "experiments").glob("*.py"))
+
+
+def read_table(text: str) -> Iterator[dict[str, str]]:
+    """The rows of all tables of a Markdown text."""
+    columns: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] if line.startswith("|") else []
+        if not cells:
+            columns = []
+        elif not columns:
+            columns = cells
+        elif not set(cells) <= {"---"}:
+            yield dict(zip(columns, (cell.replace("\\|", "|") for cell in cells), strict=False))
+
+
 TINY = """
 from jaxformer import Config, Data, Train
 from jaxformer.data.batches import PackedDocuments
@@ -295,7 +310,7 @@ def test_tables_are_read_as_they_are_written():
     rng = np.random.default_rng(0)
     tables = []
     for columns in (1, 2, 5):
-        cells = rng.choice(["", "a b", "−1.5 ± 0.1", "**no**", "1 - 2"], (3, columns)).tolist()
+        cells = rng.choice(["", "a b", "a|b", "−1.5 ± 0.1", "**no**", "1 - 2"], (3, columns)).tolist()
         names = ["", *"abcd"][:columns]
         tables.append([dict(zip(names, row, strict=True)) for row in cells])
     text = "\n\n".join(f"Words | more.\n\n{markdown_table(table)}" for table in tables)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tiny import SIZES, B, T, decoder, hidden, ids, loud
 
+from jaxformer.generation.decode import generate
+from jaxformer.generation.logits_processors import Temperature
 from jaxformer.model import layers
 from jaxformer.model.blocks import Block, PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
@@ -29,6 +31,7 @@ from jaxformer.model.masks import (
 )
 from jaxformer.model.models import Encoder, EncoderDecoder
 from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
+from jaxformer.spec import checked
 
 rng = np.random.default_rng(0)
 
@@ -383,6 +386,25 @@ def test_a_block_may_be_attention_alone(residual):
     norm = lambda h: rms(p["norm_attention"], h)
     out, _ = Block(kind, model.dims).apply({"params": p}, x, at, {}, None)
     close(out, x + f(norm(x)) if residual == PreNorm() else norm(x + f(x)), 1e-4)
+
+
+def test_a_block_may_have_no_attention():
+    """Then a token's hidden state is its own affair; the cache is empty, and decoding goes on all the same."""
+    model = decoder(kernel=None, n_layers=2)
+    params, text = loud(model), ids(B, T)
+    layer = params["decoder"]["layers"]["block0"]
+    assert set(layer) == {"feed_forward", "norm_feed_forward"} and model.n_residuals == 2
+    changed = text.at[:, 3].set((text[:, 3] + 1) % 29)
+    a, b = (hidden(model, params, each, one_document(T))[0] for each in (text, changed))
+    assert (jnp.abs(a - b).max((0, 2)) > 1e-3).tolist() == [i == 3 for i in range(T)]
+    assert model.cache(B, T) == {"block0": {}}
+    written = text[0].tolist()
+    for _ in range(3):
+        h, _ = hidden(model, params, jnp.asarray([written]), one_document(len(written)))
+        written.append(int(model.logits(params, h[0, -1]).argmax()))
+    assert generate(model, params, [text[0].tolist()], 3, (Temperature(0.0),))[0].tolist() == written[T:]
+    with pytest.raises(ValueError, match="leave nothing of a block"):
+        checked(decoder(kernel=None, feed_forward=None))
 
 
 def test_only_branches_that_are_there_count_as_residuals():

@@ -3,24 +3,20 @@
 import dataclasses
 import json
 import math
-import os
-import platform
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.files import write
 from jaxformer.lab import pictures
-from jaxformer.run.loop import train, train_seeds
-from jaxformer.run.metrics import finite, last_seeds
+from jaxformer.run.loop import check_together, train, train_seeds
+from jaxformer.run.metrics import finite, last_seeds, last_start
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError
 
@@ -188,7 +184,12 @@ def load(name: str) -> Experiment:
     if len(set(slugs)) != len(slugs):
         raise InputError(f"{path}: rows must have names of their own, but they are {', '.join(slugs)}")
     for row in found.rows:
-        config_lib.resolve(row.config, row.overrides)
+        if row.seeds < 1:
+            raise InputError(f"{path}: row {row.name!r}: seeds={row.seeds} must be at least 1")
+        last = dict.fromkeys(("train.seed", *row.also), row.seeds - 1)
+        config = config_lib.resolve(row.config, {**row.overrides, **last})
+        if not row.also:
+            check_together(config, row.seeds)
     return found
 
 
@@ -229,7 +230,8 @@ def reproduce(name: str, directory: Path, results: Path) -> list[Result]:
     report = Report(stem, found, results.parent / results.stem.lower())
     experiment.tell(report)
     seconds = sum(result.seconds for result in found)
-    head = f"## {experiment.title}\n\n`python scripts/reproduce.py {name}`: {seconds:.0f} s of training. {hardware()}"
+    cost = f"`python scripts/reproduce.py {name}`: {seconds:.0f} s of training. {trained_on(found)}."
+    head = f"## {experiment.title}\n\n{cost}"
     remarks = [f"* {result.row.name}: {result.row.remark}" for result in found if result.row.remark]
     blocks = [head, experiment.about.strip(), as_table(found), "\n".join(remarks), *report.blocks]
     _put(results, stem, "\n\n".join(filter(None, blocks)))
@@ -257,35 +259,24 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def read_table(text: str) -> Iterator[dict[str, str]]:
-    """The rows of all tables of a Markdown text."""
-    columns: list[str] = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] if line.startswith("|") else []
-        if not cells:
-            columns = []
-        elif not columns:
-            columns = cells
-        elif not set(cells) <= {"---"}:
-            yield dict(zip(columns, (cell.replace("\\|", "|") for cell in cells), strict=False))
-
-
-def hardware() -> str:
-    """A sentence on versions and machine."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
-    about = Path("/proc/cpuinfo")
-    if jax.default_backend() == "cpu" and about.exists():
-        kinds = next(iter(re.findall(r"model name\s*: (.*)", about.read_text())), kinds)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{versions}, Python {platform.python_version()}; {jax.default_backend()} ({kinds}), {cores} cores."
+def trained_on(results: Sequence[Result]) -> str:
+    """Versions and machines at the last starts of all runs, as starts.jsonl has them."""
+    found: dict[str, None] = {}
+    for run in (run for result in results for run in result.runs):
+        start = last_start(Path(run.config.directory) / "starts.jsonl")
+        versions = ", ".join(f"{name} {start['versions'][name]}" for name in ("jax", "flax", "optax"))
+        kinds = ", ".join(sorted(set(start["devices"])))
+        found[f"{versions}, Python {start['python']}; {kinds}; {start.get('processor', 'processor not recorded')}"] = (
+            None
+        )
+    return " And: ".join(found)
 
 
 TITLE = """# Results
 
 Made by `python scripts/reproduce.py all`, which runs what is missing and writes this file; nothing in it is typed by
-hand. Losses are nats per token on the whole validation split. "reached" says whether the published number lies within
-the range of the seeds or is beaten, unless the row says otherwise.
+hand. Losses are nats per token on the whole validation split, and "reached" says whether the published number lies
+within the range of the seeds or is beaten, unless the section says otherwise.
 """
 
 

@@ -20,8 +20,11 @@ from jaxformer.spec import InputError
 
 
 def validation_rows(run: Run, count: int) -> Int[np.ndarray, "B T"]:
-    """The first `count` windows of the run's validation split, side by side, each with the token that follows it."""
-    source, length = prepare_data(run.config, run.tokenizer).valid[0], run.config.row_length
+    """The first `count` windows of the run's validation split, side by side, each with the token that follows it; of a
+    mixture, of its first corpus."""
+    source, length = prepare_data(run.config, run.tokenizer, run.classes).valid[0], run.config.row_length
+    if source.picked is not None or source.examples:
+        raise InputError(f"{run.config.directory}: it is validated on examples, of which no windows can be cut")
     whole = (len(source.tokens) - 1) // length
     if whole < 1:
         raise InputError(f"{run.config.directory}: its validation split has no window of {length + 1} tokens")
@@ -31,6 +34,8 @@ def validation_rows(run: Run, count: int) -> Int[np.ndarray, "B T"]:
 
 def loss_by_position(run: Run, count: int = 1024) -> Float[np.ndarray, "T"]:
     """Mean nats of a causal model's predictions at each place of `count` windows of the validation split."""
+    if run.model.encodes or run.model.sees_ahead:
+        raise InputError(f"{run.config.directory}: its model sees what it should predict; take a causal decoder")
     rows, total, batch = validation_rows(run, count), 0.0, run.config.data.batch_size
     for first in range(0, len(rows), batch):
         total = total + np.asarray(nats(run.model, run.state.eval_params, rows[first : first + batch])).sum(0)

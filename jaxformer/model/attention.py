@@ -35,18 +35,17 @@ class Attention(nn.Module):
     position: NoPosition
     mask: Bidirectional
     qkv_bias: bool
-    bias: bool  # of the output
+    output_bias: bool
     output_projection: bool
     qk_norm: NoNorm
     dropout: float
 
     def setup(self) -> None:
-        names = {*self.kernel.projections} | ({"o"} if self.output_projection else set())
-        biased = {name for name in BIASES if (self.bias if name == "o_bias" else self.qkv_bias)}
-        declared = {name: p for name, p in (PROJECTIONS | BIASES).items() if name in PROJECTIONS or name in biased}
-        self.projections = declare(
-            self, "project", {name: p for name, p in declared.items() if name[0] in names}, self.dims
-        )
+        there = {*self.kernel.projections} | ({"o"} if self.output_projection else set())
+        biased = ({*"qkv"} if self.qkv_bias else set()) | ({"o"} if self.output_bias else set())
+        declared = {name: PROJECTIONS[name] for name in PROJECTIONS if name in there}
+        declared |= {name: BIASES[name] for name in BIASES if name[0] in there & biased}
+        self.projections = declare(self, "project", declared, self.dims)
         self.norm_q = declare(self, "norm_q", self.qk_norm.params("K"), self.dims)
         self.norm_k = declare(self, "norm_k", self.qk_norm.params("K"), self.dims)
         self.for_kernel = declare(self, "kernel_params", self.kernel.params(), self.dims)
@@ -97,7 +96,7 @@ class Attention(nn.Module):
         h = h.swapaxes(1, 2).reshape(B, T, H * K)
         if self.output_projection:
             h = linear(h, self.projections["o"].reshape(H * K, -1))
-            h = add(h, along(self.projections["o_bias"], h)) if self.bias else h
+            h = add(h, along(self.projections["o_bias"], h)) if self.output_bias else h
         else:
             h = jnp.pad(h, ((0, 0), (0, 0), (0, self.dims["D"] - H * K)))
         record(self, out=h)

@@ -75,20 +75,27 @@ class BlockSpec(Spec):
     """What a block is made of."""
 
     position: NoPosition
-    kernel: Softmax = Softmax()
+    kernel: Softmax | None = Softmax()  # None: no attention of a text to itself
     mask: Bidirectional = Causal()
     feed_forward: FeedForward | None = FeedForward()  # None: a block of attention alone
     norm: NoNorm = LayerNorm()
     residual: PreNorm = PreNorm()
     qk_norm: NoNorm = NoNorm()
     qkv_bias: bool = False
-    bias: bool = False  # of attention's output
+    output_bias: bool = False
     output_projection: bool = True
     dropout: float = 0.0
     cross_kernel: Softmax | None = None  # of attention to another text; None: there is none
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Of the residual stream, those that there are."""
+        parts = {"attention": self.kernel, "cross_attention": self.cross_kernel, "feed_forward": self.feed_forward}
+        return tuple(name for name, part in parts.items() if part is not None)
+
     def attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
         """Attention of a text to itself."""
+        assert self.kernel is not None
         return self._attention(dims, name, (self.kernel, self.position, self.mask))
 
     def cross_attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
@@ -99,7 +106,7 @@ class BlockSpec(Spec):
     def _attention(
         self, dims: Mapping[str, int], name: str | None, parts: tuple[Softmax, NoPosition, Bidirectional]
     ) -> Attention:
-        projections = self.qkv_bias, self.bias, self.output_projection
+        projections = self.qkv_bias, self.output_bias, self.output_projection
         return Attention(dims, *parts, *projections, self.qk_norm, self.dropout, name=name)
 
 
@@ -144,11 +151,14 @@ class Block(nn.Module):
                 record(self, feed_forward={"out": out} | ({"inner": s.feed_forward.inner(own, h)} if inner else {}))
             return out
 
-        x = self._branch("attention", attend, x, fold(key, ATTENTION))
-        if s.cross_kernel is not None:
-            x = self._branch("cross_attention", cross, x, fold(key, CROSS))
-        if s.feed_forward is not None:
-            x = self._branch("feed_forward", feed_forward, x, fold(key, FEED))
+        functions = {
+            "attention": (attend, ATTENTION),
+            "cross_attention": (cross, CROSS),
+            "feed_forward": (feed_forward, FEED),
+        }
+        for name in s.branches:
+            f, site = functions[name]
+            x = self._branch(name, f, x, fold(key, site))
         return x, written
 
     def _branch(self, name: str, f: Norm, x: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -174,9 +174,9 @@ class Decoder(Model):
     d_ff: int | None = None  # None: 4 · d_model
     dropout: float = 0.0
     position: NoPosition = Learned()
-    kernel: Softmax | tuple[Softmax, ...] = Softmax()  # tuples of kernels, masks, feed-forwards repeat over the layers
+    kernel: Softmax | tuple[Softmax, ...] | None = Softmax()  # None: no attention
     mask: Bidirectional | tuple[Bidirectional, ...] = Causal()
-    feed_forward: FeedForward | tuple[FeedForward, ...] | None = FeedForward()  # None: attention alone
+    feed_forward: FeedForward | tuple[FeedForward, ...] | None = FeedForward()  # None: attention alone; tuples repeat
     norm: NoNorm = LayerNorm()
     residual: PreNorm = PreNorm()
     qk_norm: NoNorm = NoNorm()  # of each head's queries and keys (arXiv:2010.04245)
@@ -214,6 +214,8 @@ class Decoder(Model):
                 f"{at}output_projection=False leaves the heads side by side, {heads} numbers, more than "
                 f"{at}d_model={self.d_model}; True projects them, and a smaller {at}head_width fits"
             )
+        if self.feed_forward is None and self.kernel is None:
+            raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
         for stack in self.stacks:
             self._check_stack(at, stack)
         if self.position.per_layer and type(self.position).embed is not NoPosition.embed:
@@ -256,8 +258,7 @@ class Decoder(Model):
 
     @property
     def n_residuals(self) -> int:
-        branches = lambda kind: 1 + (kind.cross_kernel is not None) + (kind.feed_forward is not None)
-        return max(branches(kind) * self.layers(s) for s in self.stacks for kind in self.kinds(s))
+        return max(1, *(len(kind.branches) * self.layers(s) for s in self.stacks for kind in self.kinds(s)))
 
     def layers(self, stack: str) -> int:
         """How many a stack has."""
@@ -290,7 +291,8 @@ class Decoder(Model):
 
         def one(kind: BlockSpec) -> Arrays:
             dims = self.dims | {"B": batch_size, "S": kind.mask.span(length)}
-            slots = cache_lib.empty(kind.attention(self.dims).slots(), dims, dtype)
+            declared = {} if kind.kernel is None else kind.attention(self.dims).slots()
+            slots = cache_lib.empty(declared, dims, dtype)
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (turns, *a.shape)), slots)
 
         return {f"block{i}": one(kind) for i, kind in enumerate(kinds)}

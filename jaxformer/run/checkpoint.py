@@ -115,10 +115,14 @@ class Checkpoints:
             self._manager.delete(later)
             del self._infos[later]
 
-    def close(self) -> None:
-        """Waits until all is on disk; raises OSError if a save has failed."""
+    def wait(self) -> None:
+        """Until all is on disk; raises OSError if a save has failed."""
         with self._as_os_error():
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, too."""
+        self.wait()
         self._manager.close()
 
     def _read_info(self, step: int) -> dict[str, Any]:
@@ -154,15 +158,10 @@ def restore_together(runs: Sequence[Checkpoints], abstract: Any, set_aside: bool
             for run, bad in damaged if set_aside else ():
                 run.set_aside(bad)
             return states
-    first = runs[0].directory
-    if damaged:
-        raise InputError(f"{damaged[0][0].directory}: every checkpoint is damaged; train anew in another directory")
-    if any(run.steps() for run in runs):
-        raise InputError(
-            f"{first}: the runs trained together have no step of which each holds a checkpoint; train anew in another "
-            "directory"
-        )
-    return None
+    if not any(run.steps() for run in runs):
+        return None
+    what = "every checkpoint is damaged" if len(runs) == 1 else "no step is whole in each of the runs trained together"
+    raise InputError(f"{runs[0].directory}: {what}; train anew in another directory")
 
 
 def _reserve(directory: Path, n_bytes: int) -> None:

@@ -64,12 +64,7 @@ def train(
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
     config = config_lib.resolve(config, overrides)
-    for writer in config.writers:
-        writer.require()
-    set_flags()
-    check_numerics()
-    trace = Profile(config, profile)
-    return _trained([config], trace)[0]
+    return _trained([config], Profile(config, profile))[0]
 
 
 def train_seeds(
@@ -89,18 +84,19 @@ def train_seeds(
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds={list(seeds)} must be one or more, each once")
     first = config_lib.resolve(config, overrides)
-    wide = first.data.sampling
-    if isinstance(wide, Examples) and wide.n_buckets > 1 and len(seeds) > 1:
+    check_together(first, len(seeds))
+    own = [{"train.seed": seed, "directory": str(Path(first.directory) / f"seed-{seed}")} for seed in seeds]
+    return _trained([config_lib.resolve(first, each) for each in own], Profile(first, None))
+
+
+def check_together(config: Config, count: int) -> None:
+    """Raises InputError if so many seeds of the config cannot train together."""
+    sampling = config.data.sampling
+    if isinstance(sampling, Examples) and sampling.n_buckets > 1 and count > 1:
         raise InputError(
-            f"data.sampling.n_buckets={wide.n_buckets} gives every seed rows of another width, and seeds trained "
+            f"data.sampling.n_buckets={sampling.n_buckets} gives every seed rows of another width, and seeds trained "
             "together need the same; set data.sampling.n_buckets=1, or train them one by one"
         )
-    own = [{"train.seed": seed, "directory": str(Path(first.directory) / f"seed-{seed}")} for seed in seeds]
-    for writer in first.writers:
-        writer.require()
-    set_flags()
-    check_numerics()
-    return _trained([config_lib.resolve(first, each) for each in own], Profile(first, None))
 
 
 def build(
@@ -122,19 +118,23 @@ def build(
         state, metrics = train_steps(recipe, state, jax.tree.map(lambda a: a[None], batch), np.int32(1), hyper)
         return state, jax.tree.map(lambda a: a[0], metrics)
 
-    state, _ = _beginning(config, prepared)()
+    state, _ = _beginning(config, prepared, _source_of(config))()
     return state, step, batches_of(config, prepared).at
 
 
 def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
     """A run, or several that differ in their seed and directory."""
+    for writer in configs[0].writers:
+        writer.require()
+    set_flags()
+    check_numerics()
     with logging_redirect_tqdm(), contextlib.ExitStack() as claims:
         prepared = _checked(configs[0], prepare_data(configs[0]))
-        begins: list[Beginning] = []
         for config in configs:
             check_directory(config, prepared)  # of all, before anything is written to one
-            saved = has_checkpoint(Path(config.directory))  # then what it began with is not needed
-            begins.append(_beginning(dataclasses.replace(config, init_from=None) if saved else config, prepared))
+        new = any(not has_checkpoint(Path(config.directory)) for config in configs)
+        source = _source_of(configs[0]) if new else None  # what others began with is not needed
+        begins = [_beginning(config, prepared, source) for config in configs]
         for config in configs:
             claims.enter_context(claimed(config, prepared))
         found: dict[int, Run] = {}
@@ -153,6 +153,9 @@ def _groups(configs: Sequence[Config]) -> list[list[int]]:
     for i, directory in enumerate(Path(config.directory) for config in configs):
         begun = last_seeds(directory / "starts.jsonl") if has_checkpoint(directory) else None
         groups.setdefault(begun, []).append(i)
+    for begun, group in groups.items():  # in the order of then
+        order = {seed: place for place, seed in enumerate(begun or ())}
+        group.sort(key=lambda i, order=order: order.get(configs[i].train.seed, i))
     return list(groups.values())
 
 
@@ -173,6 +176,8 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
         step = int(states[0].step)
         if step >= knobs.steps:
             log.info("%s is finished: it has made %d of %d steps", directories[0], step, knobs.steps)
+            if received:
+                raise Interrupted(received[0], step)
             return runs
         for path, change in noticed(config).items():
             log.warning("%s was %s and is %s from here on", path, *change)
@@ -216,26 +221,29 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
                         if math.isfinite(rank) and rank < best[i]:
                             best[i], saves = rank, True
                 if saves:
+                    for checkpoints in saved:  # so that the step before this one is on disk for all
+                        checkpoints.wait()
                     for checkpoints, own, rank in zip(saved, members.apart(state), ranks, strict=True):
                         checkpoints.save(own, step, rank)
-                if evaluates:
-                    _show_sample(dataclasses.replace(runs[0], state=members.apart(state)[0]), prepared)
+                if evaluates and knobs.sample_tokens:
+                    _show_sample(dataclasses.replace(runs[0], state=next(members.apart(state))), prepared)
                 reports.resume()
-    if stop and step < knobs.steps:
+    if received:
         raise Interrupted(received[0], step)
     log.info("done: %d steps in %s", step, ", ".join(map(str, directories)))
     return [dataclasses.replace(run, state=own) for run, own in zip(runs, members.apart(state), strict=True)]
 
 
-def _beginning(config: Config, prepared: Prepared) -> Beginning:
-    """Makes the state before the first step, and the report of a warm start.
+def _source_of(config: Config) -> Run | None:
+    """The run that another begins with, opened before anything is written, so that a wrong one is refused."""
+    return None if config.init_from is None else open_source(config.init_from)
 
-    The run to start from is opened now, so that a wrong one is refused before anything is written.
-    """
+
+def _beginning(config: Config, prepared: Prepared, source: Run | None) -> Beginning:
+    """Makes the state before the first step, and the report of a warm start."""
     recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
-    if config.init_from is None:
+    if source is None:
         return lambda: (init_state(recipe, hyper), None)
-    source = open_source(config.init_from)
     report = compare(recipe.model, source, source.tokenizer == prepared.tokenizer)
     return lambda: (take(init_state(recipe, hyper), source, report), report)
 
@@ -335,7 +343,7 @@ def _summarize(runs: Sequence[Run], prepared: Prepared) -> None:
     n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
     counts = prepared.manifest
     stacks = [model.kinds(name) for name in model.stacks] if isinstance(model, Decoder) else []
-    kernels = {type(kind.kernel).__name__ for kinds in stacks for kind in kinds}
+    kernels = {type(kind.kernel).__name__ for kinds in stacks for kind in kinds if kind.kernel}
     rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
     rows |= {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
@@ -371,7 +379,7 @@ def _sentence(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _show_sample(run: Run, prepared: Prepared) -> None:
     tokens = run.config.train.sample_tokens
-    if not tokens or not run.writes:
+    if not run.writes:
         return
     if run.model.encodes and prepared.valid[0].texts == 2:
         log.info("%s", run.show(prepared.valid[0]))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,13 +34,20 @@ class Members:
 
     def together(self, states: Sequence[TrainState]) -> TrainState:
         """The states as one; they are used up, as a step uses up its state."""
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *states) if self._several else states[0]
-
-    def apart(self, state: TrainState) -> list[TrainState]:
-        """The state of each."""
         if not self._several:
-            return [state]
-        return [jax.tree.map(lambda a, i=i: a[i], state) for i in range(len(self.configs))]
+            return states[0]
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+        for array in jax.tree.leaves(states):
+            array.delete()
+        return stacked
+
+    def apart(self, state: TrainState) -> Iterator[TrainState]:
+        """The state of each, one after another."""
+        if not self._several:
+            yield state
+            return
+        for i in range(len(self.configs)):
+            yield jax.tree.map(lambda a, i=i: a[i], state)
 
     def same_shapes(self, step: int) -> int:
         """Steps, from this one on, whose batches have the same shapes."""

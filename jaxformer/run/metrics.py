@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -199,6 +201,7 @@ def record_start(path: Path, step: int, seeds: Sequence[int]) -> None:
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in packages},
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "processor": processor(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
     }
@@ -209,9 +212,22 @@ def record_start(path: Path, step: int, seeds: Sequence[int]) -> None:
 def last_seeds(path: Path) -> tuple[int, ...]:
     """The seeds of the last start, () if none can be read."""
     try:
-        return tuple(json.loads(path.read_text().splitlines()[-1])["seeds"])
+        return tuple(last_start(path)["seeds"])
     except (OSError, ValueError, LookupError, TypeError):
         return ()
+
+
+def last_start(path: Path) -> dict[str, Any]:
+    """What `record_start` appended last."""
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+def processor() -> str:
+    """The machine's, and how many of its cores this process may use."""
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found[1] if found else platform.processor()}, {cores} cores"
 
 
 def _version(name: str) -> str | None:
