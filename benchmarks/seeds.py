@@ -2,8 +2,8 @@
 
     python benchmarks/seeds.py [ROUNDS]
 
-The runs are rungs of experiments/ladder.py, for which $JAXFORMER_DATA must hold tinyshakespeare.txt. The two take turns
-(A B A B), in one process whose compiled programs are thrown away before each. Prints medians over rounds, and ranges.
+The runs are rungs of experiments/ladder.py. The two take turns (A B A B), in one process whose compiled programs are
+thrown away before each. Prints medians over rounds, and ranges.
 """
 
 import statistics
