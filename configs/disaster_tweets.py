@@ -44,6 +44,6 @@ config = Config(
         initializer=XavierUniform(std=0.09),
     ),
     objective=Classification(),
-    optimizer=AdamW(WarmupLinear(peak=1e-3, final=0.0, warmup_steps=50), weight_decay=0.01),
+    optimizer=AdamW(WarmupLinear(peak=1e-3, final=0.0, warmup_steps=50), weight_decay=1.0),
     train=Train(steps=760, eval_every=19, save_every=190, best_by="accuracy"),
 )

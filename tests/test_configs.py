@@ -32,6 +32,17 @@ def test_config(path):
     assert from_json(json.loads(dumps(config)), type(config), "x") == config
 
 
+def test_the_readmes_training_commands_are_right():
+    """Each names a config that is there, and overrides that resolve."""
+    readme = (CONFIGS[0].parent.parent / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python scripts/train.py (configs/\w+\.py)((?: --[\w.]+=\S+)*)", readme)
+    assert len(commands) >= 6 and any("n_layers" in flags for _, flags in commands)
+    for path, flags in commands:
+        given = dict(flag[2:].split("=", 1) for flag in flags.split())
+        fields = {n: v for n, v in given.items() if n not in ("seeds", "profile") and "$" not in v}
+        resolve(CONFIGS[0].parent.parent / path, fields)
+
+
 @pytest.mark.slow
 def test_the_scaled_rung_takes_a_step_and_learns(data_directory, tmp_path):
     """The ladder's last rung is for a GPU; here with small batches and an evaluation of little text."""

@@ -40,9 +40,11 @@ def test_kinds_of_layers_alternate():
 def test_scanned_and_unrolled_layers_agree_with_dropout_on(mask):
     model = decoder(n_layers=6, mask=mask, dropout=0.3)
     params, text, key = loud(model), ids(B, T), jax.random.key(2)
-    groups = model.n_layers // len(model.kinds("decoder"))
-    outs = [hidden(dataclasses.replace(model, unroll=n), params, text, one_document(T), key)[0] for n in (1, groups)]
-    close(*outs)
+    groups = model.n_layers // len(model.kinds("decoder"))  # unrolled in part, with a rest, all, and more than all
+    ways = [dataclasses.replace(model, unroll=n) for n in (1, 4, groups, groups + 1)]
+    outs = [hidden(way, params, text, one_document(T), key)[0] for way in ways]
+    for out in outs[1:]:
+        close(outs[0], out)
     assert jnp.abs(outs[0] - hidden(model, params, text, one_document(T))[0]).max() > 0.1  # dropout is on
 
 

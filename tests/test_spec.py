@@ -84,7 +84,7 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("model.norm.eps", "-1", "model.norm.eps=-1.0 must be more than 0"),
         ("model.initializer.std", "-1", "model.initializer.std=-1.0 must be at least 0"),
         ("optimizer.learning_rate.peak", "1e300", "must be a finite number in float32"),
-        ("model.unroll", 2, "model.unroll=2 must divide 1"),
+        ("model.unroll", 0, "model.unroll=0 must be at least 1"),
         ("data.tokenizer", "Tokenizer", "data.tokenizer=Tokenizer is the base of all; give one such as Characters"),
         ("data.corpus", "Corpus", "data.corpus=Corpus has no text of its own"),
         ("writers", "Writer", "writers.0=Writer is the base of all; give one such as TensorBoard"),

@@ -225,7 +225,7 @@ class Stack(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=turns,
-            unroll=self.unroll,
+            unroll=min(self.unroll, turns),
             metadata_params={nn.PARTITION_NAME: "L"},
         )(self.kinds, self.dims, name="layers")
         first = jnp.arange(0, self.n_layers, len(self.kinds))
