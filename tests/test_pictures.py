@@ -41,7 +41,7 @@ def test_attention_has_a_map_for_each_layer_and_head():
     assert len(figure.axes) == 2 * 3
     for i, axes in enumerate(figure.axes):
         (image,) = axes.get_images()
-        assert (image.get_array() == weights[i // 3, i % 3]).all() and image.get_clim() == (0, 1)
+        assert (image.get_array() == weights[i // 3, i % 3]).all() and image.get_clim() == (0, weights.max())
         assert axes.get_title() == f"layer {i // 3}, head {i % 3}"
         assert [label.get_text() for label in axes.get_xticklabels()] == names
         assert [label.get_text() for label in axes.get_yticklabels()] == (names if i % 3 == 0 else [""] * 5)

@@ -53,19 +53,20 @@ def image(axes: Any, values: ArrayLike, x: str = "", y: str = "", title: str = "
     axes.set_title(title, fontsize=8)
 
 
-def attention_maps(tokens: Sequence[str], weights: ArrayLike, width: float = 14.0) -> Any:
+def attention_maps(tokens: Sequence[str], weights: ArrayLike, width: float = 18.0) -> Any:
     """A figure with a map for each layer (down) and head (across): rows look at columns.
 
     `weights` is [L, H, T, S], the tokens those of both axes.
     """
     weights = np.asarray(weights)
+    top = float(weights.max())  # one scale for all
     layers, heads = weights.shape[:2]
     side = width / heads
     figure, axes = panels(layers, heads, width, side * layers + 0.6)
     names = [token.strip() or repr(token) for token in tokens]
     for i, each in enumerate(axes):
         layer, head = divmod(i, heads)
-        image(each, weights[layer, head], title=f"layer {layer}, head {head}", vmin=0, vmax=1, cmap="viridis")
+        image(each, weights[layer, head], title=f"layer {layer}, head {head}", vmin=0, vmax=top, cmap="viridis")
         plain = {"fontsize": 5, "parse_math": False}  # a token may have dollars in it
         each.set_xticks(range(len(names)), names, rotation=90, **plain)
         each.set_yticks(range(len(names)), names if head == 0 else [], **plain)
