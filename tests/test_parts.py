@@ -170,7 +170,7 @@ RULES = [  # rule, whether position t sees position s of that part, slots of a t
 ]
 
 
-@pytest.mark.parametrize(("rule", "sees", "span"), RULES, ids=str)
+@pytest.mark.parametrize(("rule", "sees", "span"), RULES, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_masks(rule, sees, span):
     """By hand for each pair; padding and other documents are never seen; what is seen of the past is still cached."""
     segment, part = jnp.asarray(SEGMENT), jnp.asarray(PART)
