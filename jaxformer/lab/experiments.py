@@ -269,7 +269,7 @@ def trained_on(results: Sequence[Result]) -> str:
         found[f"{versions}, Python {start['python']}; {kinds}; {start.get('processor', 'processor not recorded')}"] = (
             None
         )
-    return " And: ".join(found)
+    return ". And: ".join(found)
 
 
 TITLE = """# Results
