@@ -75,9 +75,9 @@ def train_seeds(
 ) -> list[Run]:
     """Trains runs that differ in nothing but their seed together, as one program, or goes on with them.
 
-    Each is a run of its own in directory/seed-SEED, and but for rounding what it would be alone. Together they take
-    less time than one after another where a step is small. Those that have a checkpoint go on with those that they
-    were trained with last, so that other seeds may be added to them. Raises as `train` does.
+    Each is a run of its own in directory/seed-SEED, and but for rounding what it would be alone: meant for an
+    accelerator that one small run leaves idle. Those that have a checkpoint go on with those that they were trained
+    with last, so that other seeds may be added to them. Raises as `train` does.
     """
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
