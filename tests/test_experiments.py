@@ -224,6 +224,9 @@ def test_what_was_stopped_in_the_middle_goes_on_to_the_same_numbers(home, whole)
         ("twice.py", "twice.py: rows must have names of their own, but they are together, one-by-one, together"),
         ("broken.py", "broken.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
         ("wrong.py", "data.batch_size=0 must be at least 1"),
+        ("none.py", "none.py: row 'unpublished!': seeds=0 must be at least 1"),
+        ("also.py", "data.splt_seed: Data has no such field; did you mean split_seed?"),
+        ("bare.py", "bare.py: the experiment has no rows; give it one"),
         ("tiny.py --results=notes.md", "results='notes.md' holds something that is no results; give another file"),
         ("tiny.py", 'pictures need Matplotlib; pip install -e ".[pictures]"'),
         ("all", "experiments/one.py: must define `experiment`"),
@@ -241,6 +244,9 @@ def test_a_mistake_gets_one_sentence_and_trains_nothing(tmp_path, home, monkeypa
         "twice.py": tiny.replace("unpublished!", "-together-"),
         "broken.py": "\nimport nowhere\n",
         "wrong.py": tiny.replace('"data.batch_size": 5', '"data.batch_size": 0'),
+        "none.py": tiny.replace('Row("unpublished!", config)', 'Row("unpublished!", config, seeds=0)'),
+        "also.py": tiny.replace("data.split_seed", "data.splt_seed"),
+        "bare.py": "from jaxformer.lab.experiments import Experiment\nexperiment = Experiment('T', 'A', ())\n",
         "notes.md": "What I think of it.\n",
     }.items():
         (tmp_path / name).write_text(text)

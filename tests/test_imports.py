@@ -24,7 +24,7 @@ FLOORS = [
     "writers",
     "config",
     *(f"run.{n}" for n in ("step", "checkpoint", "metrics", "directory", "plan", "inspection")),
-    *(f"run.{n}" for n in ("opened", "warm_start", "dry_run", "members", "loop")),
+    *(f"run.{n}" for n in ("opened", "warm_start", "dry_run", "members", "checks", "loop")),
     *(f"lab.{n}" for n in ("pictures", "measures", "experiments")),
     "commands",
 ]

@@ -9,9 +9,11 @@ import optax
 import pytest
 from tiny import decoder, hidden, log_softmax, loud
 
-from jaxformer import Config, Data, Encoder, build
+from jaxformer import Config, Data, Encoder, EncoderDecoder, build
+from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.datasets import Source
+from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Characters
 from jaxformer.lab.measures import (
     activations,
@@ -65,6 +67,20 @@ def test_losses_by_place_are_those_of_a_log_softmax_and_their_mean_that_of_the_e
         np.testing.assert_allclose(loss_by_position(run, count), expected[:count].mean(0), rtol=1e-5)
     same = Source(source.tokens[: WINDOWS * T + 1], np.zeros(1, np.int64))
     assert loss_by_position(run).mean() == pytest.approx(run.evaluate(same)["loss"], rel=1e-6)
+
+
+def test_what_cannot_be_measured_is_refused(run_of):
+    encoder = run_of(Encoder(**NARROW, context_length=T, vocab_size=29), objective=Masked())
+    with pytest.raises(InputError, match="run: its model sees what it should predict"):
+        loss_by_position(encoder)
+    both = run_of(EncoderDecoder(**NARROW, context_length=T, vocab_size=29))
+    with pytest.raises(InputError, match="run: its model reads two texts"):
+        attention_weights(both, "AB")
+    run = run_of(decoder())
+    data = dataclasses.replace(run.config.data, corpus=Copy(T, examples=29), sampling=Examples(joined=True))
+    pairs = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    with pytest.raises(InputError, match="run: it is validated on examples"):
+        validation_rows(dataclasses.replace(pairs, tokenizer=Characters("0123456789", end_token=True)), 3)
 
 
 def test_a_split_without_a_whole_window_is_refused(run_of):

@@ -1,8 +1,10 @@
 """Seeds trained together: each is the run that it would be alone, whatever interrupts them."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from jaxformer.learning.objectives import Classification, SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.heads import BinaryHead
+from jaxformer.run import loop
 from jaxformer.run.checkpoint import sha256
+from jaxformer.run.members import Members
 from jaxformer.spec import InputError
 
 SEEDS = 5, 0, 3
@@ -148,6 +152,29 @@ def test_seconds_go_on_where_training_does(home, tmp_path):
     for run in jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path):
         seconds = [row["seconds"] for row in rows(run, clock=True)]
         assert len(seconds) == 9 and seconds == sorted(seconds) and 1e6 < seconds[0] < seconds[-1]
+
+
+def test_seeds_begin_with_another_run(home, whole, tmp_path):
+    """Each with its parameters, and from then on as alone."""
+    warm = {"train.steps": 5, "init_from": str(whole / "seed-0")}
+    together = jaxformer.train_seeds(text(home), SEEDS, warm, tmp_path / "together")
+    for seed, run in zip(SEEDS[:2], together, strict=False):
+        alone = jaxformer.train(text(home), warm | {"train.seed": seed}, tmp_path / f"alone-{seed}")
+        chex.assert_trees_all_close(run.state, alone.state, atol=1e-5, rtol=0)
+        assert (Path(run.config.directory) / "init_from.json").is_file()
+
+
+@pytest.mark.parametrize("seeds", [(5,), SEEDS], ids=["one", "several"])
+def test_a_signal_behind_the_last_step_is_heard(home, tmp_path, monkeypatch, seeds):
+    """The state is saved, and whoever would train something next is stopped; on a finished run, too."""
+    received = []
+    monkeypatch.setattr(loop, "_signals", lambda: contextlib.nullcontext(received))
+    evaluate = Members.evaluate
+    monkeypatch.setattr(Members, "evaluate", lambda *a: received.append(signal.SIGTERM) or evaluate(*a))
+    for _ in range(2):
+        with pytest.raises(loop.Interrupted, match="SIGTERM at step 5"):
+            jaxformer.train_seeds(text(home), seeds, {"train.steps": 5}, tmp_path)
+    assert [int(run.state.step) for run in opened(tmp_path, seeds)] == [5] * len(seeds)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,8 @@ FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  #
 
 @contextlib.contextmanager
 def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
-    """A directory that holds this run and no other, for this process alone."""
+    """A directory that holds this run and no other, for this process alone; `check_directory` was called before."""
     directory = Path(config.directory)
-    config_lib.check_storable(config)
-    check_directory(config, prepared)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         try:
@@ -31,7 +29,7 @@ def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
             raise InputError(
                 f"directory={config.directory!r} is being trained by another process; wait for it"
             ) from None
-        if not check_directory(config, prepared):  # again: another process may have been faster
+        if not check_directory(config, prepared):  # again, behind the lock: another process may have been faster
             write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
             write(directory / "tokenizer.json", dumps(prepared.tokenizer))
             config_lib.save(config, directory / "config.json")  # last: it makes the directory a run
@@ -39,7 +37,8 @@ def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
 
 
 def check_directory(config: Config, prepared: Prepared) -> bool:
-    """Whether the directory holds this run already; raises InputError if it holds anything else."""
+    """Whether the directory holds this run already; raises InputError if it holds anything else, or never could."""
+    config_lib.check_storable(config)
     directory = Path(config.directory)
     if not check_begun(config):
         return False

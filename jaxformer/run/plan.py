@@ -103,9 +103,8 @@ def evaluate(
     recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The objective's summary of a full pass of the sources."""
-    return _summary(
-        recipe, _sums(functools.partial(evaluate_batch, recipe, params), recipe, sources, config, tokenizer)
-    )
+    total = _sums(functools.partial(evaluate_batch, recipe, params), recipe, sources, config, tokenizer)
+    return _summary(recipe, total)
 
 
 def evaluate_together(
@@ -114,7 +113,7 @@ def evaluate_together(
     """`evaluate` for each member of parameters that have a leading axis for them."""
     total = _sums(functools.partial(evaluate_members, recipe, params), recipe, sources, config, tokenizer)
     count = len(jax.tree.leaves(params)[0])
-    return [_summary(recipe, {name: float(values[i]) for name, values in total.items()}) for i in range(count)]
+    return [_summary(recipe, {name: values[i] for name, values in total.items()}) for i in range(count)]
 
 
 def _summary(recipe: Recipe, total: dict[str, Any]) -> dict[str, Any]:
