@@ -36,7 +36,7 @@ def jaxformer(steps_per_call: int) -> list[float]:
     recipe, hyper = Recipe(override(config.model, "vocab_size", 65)), hyper_of(config)
     tokens = np.random.default_rng(0).integers(0, 65, 1_000_000).astype(np.uint8)
     source = Source(tokens, np.zeros(1, np.int64))
-    drawn = Batches((source,), (1.0,), config.data.sampling, config.window, config.data.batch_size, 0)
+    drawn = Batches((source,), (1.0,), config.data.sampling, config.row, config.data.batch_size, 0)
     state, seconds = init_state(recipe, hyper), []
     for call in range(CALLS // steps_per_call + 5):
         started = time.perf_counter()

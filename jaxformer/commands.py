@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxformer.run.signals import meant
+
 # Nothing heavy is imported up here, so that a signal during JAX's import is met by `main` already.
 
 
@@ -195,7 +197,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(name: str | None = None) -> None:
     """Runs a command and exits with the status that README, "Exit status", promises."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # until `train` has something to save and collects them itself
+    for signum in meant():  # until `train` has something to save and collects them itself
         signal.signal(signum, _leave)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxformer").setLevel(logging.INFO)

@@ -8,20 +8,22 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxformer.data import tables, tasks
-from jaxformer.data.batches import Examples, RandomWindows
+from jaxformer.data.batches import Examples, RandomWindows, RowSize
 from jaxformer.data.corpora import Corpus, PythonTopics
 from jaxformer.data.files import write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.learning.objectives import Contrastive, NextToken
 from jaxformer.learning.optimizers import SGD, AdamW
+from jaxformer.learning.schedules import WarmupLinear
 from jaxformer.model import baselines
 from jaxformer.model.models import Model
-from jaxformer.spec import InputError, Spec, checked, class_name, dumps, from_json, known_specs, nearest, override
+from jaxformer.spec import InputError, Spec, checked, class_name, from_json, known_specs, nearest, override, to_json
 from jaxformer.writers import Writer
 
+S = TypeVar("S", bound=Spec)
 PARTS = tables, tasks, baselines  # imported so that their specs are known by name, in overrides and stored configs
 
 
@@ -31,7 +33,10 @@ class Data(Spec):
     corpus: Corpus = PythonTopics()
     valid: Corpus | None = None  # None: the end of the corpus, or of each of a mixture
     valid_fraction: float = 0.1  # how much of it
-    split_seed: int | None = None  # draws the documents to validate on, of each class its share; None: the last ones
+    split_seed: int | None = (
+        0  # draws the examples or documents to validate on, of each class its share; None: the last
+    )
+    valid_tokens: int | None = None  # evaluated along the way, spread over the split, the same each time; None: all
     tokenizer: Tokenizer = Characters()
     sampling: RandomWindows = RandomWindows()
     batch_size: int = 16
@@ -44,12 +49,8 @@ class Data(Spec):
             raise ValueError(f"{at}window={self.window} must be at least 1; None takes model.context_length")
         if self.split_seed is not None and not 0 <= self.split_seed < 2**32:
             raise ValueError(f"{at}split_seed={self.split_seed} must be at least 0 and less than 2**32, or None")
-        if (self.split_seed is not None and self.valid is None) and not self.sampling.whole_documents:
-            name = type(self.sampling).__name__
-            raise ValueError(
-                f"{at}split_seed={self.split_seed} draws documents, but {at}sampling={name} has rows of several; "
-                "Examples and PackedDocuments do not"
-            )
+        if self.valid_tokens is not None and self.valid_tokens < 1:
+            raise ValueError(f"{at}valid_tokens={self.valid_tokens} must be at least 1; None evaluates all")
         if isinstance(self.sampling, Examples):
             self._check_examples(at, self.sampling)
         elif self.corpus.texts > 1:
@@ -123,7 +124,7 @@ class Config(Spec):
                 f"{at}data.window={self.window} must be at most {at}model.context_length={self.model.context_length}; "
                 "None takes that"
             )
-        if self.row_length < 1:
+        if self.row.tokens < 2:
             raise ValueError(f"{at}data.window={self.window} must be at least 2 for {type(self.objective).__name__}")
         self.objective.check_model(self.model)
         if isinstance(self.objective, Contrastive) and (self.train.accumulation > 1 or self.data.batch_size < 2):
@@ -143,9 +144,9 @@ class Config(Spec):
         return self.data.window or self.model.context_length
 
     @property
-    def row_length(self) -> int:
-        """Tokens in a row of a batch, less one."""
-        return self.window - 1 + self.objective.lookahead
+    def row(self) -> RowSize:
+        """How many tokens a row of a batch has."""
+        return RowSize(self.window, self.objective.lookahead)
 
 
 # What may differ when a run goes on. Nothing else may: the result would be that of neither config.
@@ -153,7 +154,23 @@ FREE = {"directory", "writers"} | {
     f"train.{n}" for n in ("log_every", "eval_every", "save_every", "keep", "sample_tokens")
 }
 MOVED = {"data.corpus.path", "data.valid.path", "data.tokenizer.path"}  # what they hold must be the same
-NOTICE = MOVED | {"train.steps", "train.steps_per_call", "train.grad_norms", "model.unroll", "model.remat"}
+NOTICE = MOVED | {
+    "data.valid_tokens",
+    "train.steps",
+    "train.steps_per_call",
+    "train.grad_norms",
+    "model.unroll",
+    "model.remat",
+}
+
+
+FORMAT = 2  # of stored configs
+BEFORE: tuple[
+    tuple[type[Spec], str, Any], ...
+] = (  # what runs of format 1 did by fields that had another default, or none
+    (Data, "split_seed", None),
+    (WarmupLinear, "shortens", False),
+)
 
 
 def load(path: str | Path) -> Config:
@@ -208,23 +225,62 @@ def resolve(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
 
 def check_storable(config: Config) -> None:
     """Raises InputError if another process could not read the config back."""
-    dumps(config)
+    to_json(config)
 
 
-def save(config: Config, path: Path) -> None:
-    write(path, dumps(config))
+def save(config: Config, path: Path, since: int = FORMAT) -> None:
+    """`since` is the format in which the run was stored when it began."""
+    write(path, json.dumps({"format": since} | to_json(config), indent=1) + "\n")
 
 
 def read(path: Path) -> Config:
     """The config stored in a run. Executes nothing."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no config can be read ({error}); restore the file, or give another run") from None
+    value, since = _stored(path)
+    if since == 1:
+        _fill_in(value)
     if isinstance(value, dict) and isinstance(value.get("writers"), list):  # they do not make the run: unknown ones go
         known = {class_name(c) for c in known_specs(Writer)}
         value["writers"] = [w for w in value["writers"] if not isinstance(w, dict) or w.get("class") in known]
     return from_json(value, Config, str(path))
+
+
+def format_of(path: Path) -> int:
+    """The format in which the run was stored when it began."""
+    return _stored(path)[1]
+
+
+def _stored(path: Path) -> tuple[Any, int]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no config can be read ({error}); restore the file, or give another run") from None
+    since = value.pop("format", 1) if isinstance(value, dict) else 1
+    if since not in range(1, FORMAT + 1):
+        raise InputError(f"{path}: format={since!r} must be at most {FORMAT}; take the jaxformer that wrote it")
+    return value, since
+
+
+def _fill_in(value: Any) -> None:
+    """Gives specs stored in format 1 the fields that came since, as they were before."""
+    known = {class_name(c): c for c in known_specs()}
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _fill_in(inner)
+    if isinstance(value, dict) and (kind := known.get(str(value.get("class")))):
+        for cls, name, old in BEFORE:
+            if issubclass(kind, cls):
+                value.setdefault(name, old)
+
+
+def as_begun(new: S, stored: S) -> S:
+    """The config of a run that was stored in format 1, with what has another default since as it was then."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(new):
+        a, b = getattr(new, field.name), getattr(stored, field.name)
+        if isinstance(a, Spec) and type(a) is type(b):
+            changes[field.name] = as_begun(a, b)
+        elif a == field.default and any(isinstance(new, c) and (field.name, b) == (n, old) for c, n, old in BEFORE):
+            changes[field.name] = b
+    return dataclasses.replace(new, **changes)
 
 
 def differences(old: Spec, new: Spec, at: str = "") -> dict[str, tuple[Any, Any]]:

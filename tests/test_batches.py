@@ -4,20 +4,22 @@ import numpy as np
 import pytest
 
 from jaxformer.data import batches
-from jaxformer.data.batches import Batches, Examples, PackedDocuments, RandomWindows, ShuffledWindows, pack
+from jaxformer.data.batches import Batches, Examples, PackedDocuments, RandomWindows, RowSize, ShuffledWindows, pack
 from jaxformer.data.hashes import permuted
 from jaxformer.data.sources import Source
-from jaxformer.spec import InputError
+from jaxformer.learning.objectives import NextToken
+from jaxformer.spec import InputError, known_specs
 
 TOKENS = np.arange(101, dtype=np.uint16)
 STARTS = np.array([0, 1, 3, 9, 10, 30, 31, 33, 60, 77, 99])
 SOURCE = Source(TOKENS, STARTS, 100)
 SAMPLINGS = [RandomWindows(), ShuffledWindows(), PackedDocuments()]
+SEVEN = RowSize(7)  # rows of 8 tokens, of which a decoder sees 7
 each_sampling = pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 
 
 def drawn(sampling, batch_size=5, seed=3, sources=(SOURCE,), weights=(1.0,)):
-    return Batches(sources, weights, sampling, 7, batch_size, seed)
+    return Batches(sources, weights, sampling, SEVEN, batch_size, seed)
 
 
 def document(token):
@@ -83,16 +85,16 @@ def test_an_epoch_of_shuffled_windows_predicts_each_token_once(n):
 def test_documents_that_share_their_ends_overlap():
     """E a b E c E: the pieces are E a b E and E c E, and each token but the first E is predicted."""
     source = Source(np.array([9, 1, 2, 9, 3, 9]), np.array([0, 3]), 9, shared=1)
-    (batch,) = PackedDocuments().full_pass(source, 7, 1)
+    (batch,) = PackedDocuments().full_pass(source, SEVEN, 1)
     assert batch["tokens"].tolist() == [[9, 1, 2, 9, 9, 3, 9, 9]]
     assert batch["segments"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 0]]
     train, _ = source.split(0.3)
-    (batch,) = PackedDocuments().full_pass(train, 7, 1)
+    (batch,) = PackedDocuments().full_pass(train, SEVEN, 1)
     assert batch["tokens"].tolist() == [[9, 1, 2, 9, 9, 9, 9, 9]] and batch["segments"].sum() == 4
 
 
 def test_an_epoch_of_packed_documents_predicts_each_token_of_each_document_once():
-    per_epoch = len(batches._plan(SOURCE, 7).ends)
+    per_epoch = len(batches._plan(SOURCE, SEVEN).ends)
     expected = sorted(set(range(101)) - set(STARTS.tolist()))
     for epoch in range(3):
         rows = [drawn(PackedDocuments(), 1).at(epoch * per_epoch + i) for i in range(per_epoch)]
@@ -149,20 +151,56 @@ def test_packing_is_best_fit():
 @each_sampling
 def test_a_full_pass_predicts_each_token_once(sampling, n):
     source, seen = Source(TOKENS[:n], STARTS[n > STARTS], 100), []
-    for batch in sampling.full_pass(source, 7, 3):
+    for batch in sampling.full_pass(source, SEVEN, 3):
         assert batch["tokens"].shape == batch["segments"].shape == (3, 8)
         seen += predicted(batch)
     starts = set(source.starts.tolist()) if sampling.whole_documents else {0}
     assert sorted(seen) == sorted(set(range(n)) - starts)
 
 
+def asked_for(batch, lookahead):
+    """The tokens that an objective of this lookahead asks for."""
+    tokens, segments = batch["tokens"], batch.get("segments", np.ones_like(batch["tokens"]))
+    width = tokens.shape[1] - lookahead
+    inside = (segments[:, lookahead:] == segments[:, :width]) & (segments[:, lookahead:] > 0)
+    return tokens[:, lookahead:][inside].tolist()
+
+
+@pytest.mark.parametrize("lookahead", sorted({kind.lookahead for kind in [NextToken, *known_specs(NextToken)]} | {3}))
+@each_sampling
+def test_each_token_is_asked_for_once_whatever_the_objective(sampling, lookahead):
+    """Of a full pass and of an epoch, for rows of primes that divide nothing."""
+    size = RowSize(7, lookahead)
+    starts = STARTS if sampling.several else STARTS[:1]
+    documents = np.split(TOKENS, starts[1:])
+    expected = [token for document in documents for token in document[lookahead:].tolist()]
+    seen = [token for batch in sampling.full_pass(SOURCE, size, 3) for token in asked_for(batch, lookahead)]
+    assert sorted(seen) == expected
+    if isinstance(sampling, ShuffledWindows | PackedDocuments):
+        per_epoch = len(batches._plan(SOURCE, size).ends) if sampling.several else (101 - lookahead) // 7
+        many = Batches((SOURCE,), (1.0,), sampling, size, per_epoch, 3)
+        for epoch in range(2):
+            tokens = sorted(asked_for(many.at(epoch), lookahead))
+            assert len(tokens) == len(set(tokens)) and (tokens == expected or not sampling.several)
+            assert sampling.several or len(tokens) == 7 * per_epoch
+
+
+@each_sampling
+def test_a_part_of_a_full_pass_is_spread_over_it(sampling):
+    whole = list(sampling.full_pass(SOURCE, SEVEN, 2))
+    some = list(sampling.full_pass(SOURCE, SEVEN, 2, every=3))
+    assert len(some) == -(-len(whole) // 3) and len(whole) > 3
+    for one, other in zip(some, whole[::3], strict=True):
+        assert np.array_equal(one["tokens"], other["tokens"])
+
+
 def test_sources_that_are_too_small_are_refused():
-    with pytest.raises(InputError, match="7 tokens, which must be more than the window of 7"):
-        RandomWindows().check_source(Source(TOKENS[:7], np.array([0])), 7)
-    with pytest.raises(InputError, match="7 tokens, of which no document has two"):
-        PackedDocuments().check_source(Source(TOKENS[:7], np.arange(7)), 7)
-    RandomWindows().check_source(Source(TOKENS[:8], np.array([0])), 7)
-    PackedDocuments().check_source(Source(TOKENS[:2], np.array([0])), 7)
+    with pytest.raises(InputError, match="7 tokens, but a row has 8"):
+        RandomWindows().check_source(Source(TOKENS[:7], np.array([0])), SEVEN)
+    with pytest.raises(InputError, match="7 tokens, of which no document has 2"):
+        PackedDocuments().check_source(Source(TOKENS[:7], np.arange(7)), SEVEN)
+    RandomWindows().check_source(Source(TOKENS[:8], np.array([0])), SEVEN)
+    PackedDocuments().check_source(Source(TOKENS[:2], np.array([0])), SEVEN)
 
 
 # --- mixtures
@@ -212,7 +250,7 @@ def test_corpora_past_two_to_the_31(sampling):
             return index >> 10
 
     source = Source(Huge(), np.zeros(1, np.int64))  # type: ignore[arg-type]
-    rows = Batches((source,), (1.0,), sampling, 1, 1000, 2**32 - 1).at(2**31 - 1)["tokens"]
+    rows = Batches((source,), (1.0,), sampling, RowSize(1), 1000, 2**32 - 1).at(2**31 - 1)["tokens"]
     assert rows.max() > 2**29 and rows.min() < 2**28 and len(set(rows[:, 0].tolist())) == 1000
 
 
@@ -238,7 +276,7 @@ def rows_of(batch, name="tokens"):
 @pytest.mark.parametrize("n_buckets", [1, 3])
 def test_each_example_once_in_an_epoch(n_buckets):
     sampling = Examples(n_buckets=n_buckets, bucket_steps=1)
-    many = Batches((texts(),), (1.0,), sampling, 40, 1, 3)
+    many = Batches((texts(),), (1.0,), sampling, RowSize(40), 1, 3)
     seen = [row for step in range(3000) for row in rows_of(many.at(step))]
     counts = np.bincount([row[0] // 100 for row in seen], minlength=10)
     assert (counts == 300).all() if n_buckets == 1 else abs(counts - 300).max() < 26  # buckets of 4, 3 and 3 examples
@@ -250,7 +288,7 @@ def test_each_example_once_in_an_epoch(n_buckets):
 
 
 def test_a_buckets_width_is_that_of_its_longest():
-    many = Batches((texts(),), (1.0,), Examples(n_buckets=3, bucket_steps=4), 40, 5, 3)
+    many = Batches((texts(),), (1.0,), Examples(n_buckets=3, bucket_steps=4), RowSize(40), 5, 3)
     widths = [many.at(step)["tokens"].shape[1] for step in range(48)]
     assert set(widths) == {8, 32} or set(widths) == {8, 16, 32}
     for first in range(0, 48, 4):
@@ -260,7 +298,7 @@ def test_a_buckets_width_is_that_of_its_longest():
             2,
             1,
         ]
-    assert Batches((texts(),), (1.0,), Examples(), 40, 5, 3).same_shapes(5) > 10**9
+    assert Batches((texts(),), (1.0,), Examples(), RowSize(40), 5, 3).same_shapes(5) > 10**9
     batch = many.at(9)
     for name, array in many.at(9, np.array([4, 1])).items():
         assert np.array_equal(array, batch[name][[4, 1]])
@@ -270,7 +308,7 @@ def test_a_buckets_width_is_that_of_its_longest():
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_a_full_pass_has_each_example_once(sampling, batch_size):
     rows, labels = [], []
-    for batch in sampling.full_pass(texts(), 40, batch_size):
+    for batch in sampling.full_pass(texts(), RowSize(40), batch_size):
         assert len(batch["tokens"]) == batch_size
         found = rows_of(batch)
         rows += [row.tolist() for row in found if len(row)]
@@ -280,12 +318,12 @@ def test_a_full_pass_has_each_example_once(sampling, batch_size):
 
 
 def test_pairs_apart_and_joined():
-    apart = next(Examples().full_pass(texts(2), 20, 5))
+    apart = next(Examples().full_pass(texts(2), RowSize(20), 5))
     assert apart.keys() == {"tokens", "segments", "source", "source_segments", "labels_x"}
     assert [len(row) for row in rows_of(apart)] == [9, 17, 21, 6, 3]  # the third is cut to the window and one
     assert [len(row) for row in rows_of(apart, "source")] == [3, 4, 2, 5, 11]
     assert [row[0] for row in rows_of(apart, "source")] == [0, 200, 400, 600, 800]
-    joined = next(Examples(joined=True).full_pass(texts(2), 20, 5))
+    joined = next(Examples(joined=True).full_pass(texts(2), RowSize(20), 5))
     assert joined.keys() == {"tokens", "segments", "parts", "labels_x"}
     rows = rows_of(joined)
     assert rows[0].tolist() == [0, 1, 2, *range(101, 109)]  # without what stands before the second text
@@ -294,4 +332,4 @@ def test_pairs_apart_and_joined():
 
 def test_examples_refuse_an_empty_source():
     with pytest.raises(InputError, match="no example"):
-        Examples().check_source(Source(np.empty(0, np.uint8), np.empty(0, np.int64)), 7)
+        Examples().check_source(Source(np.empty(0, np.uint8), np.empty(0, np.int64)), SEVEN)

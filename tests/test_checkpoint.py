@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.run.checkpoint import Checkpoints, sha256
+from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter, restore_together
+from jaxformer.run.manifest import read_manifest, sha256
 from jaxformer.spec import InputError
 
 # Of several reads that fail at once Orbax awaits one; the others are told of when they are collected, whenever that is.
@@ -35,9 +36,11 @@ ABSTRACT = jax.tree.map(
 
 
 def fill(directory, losses, keep=2):
-    checkpoints = Checkpoints(directory, keep)
+    checkpoints = CheckpointWriter(directory, keep)
     for step, loss in losses.items():
-        checkpoints.save(state(step), step, loss)
+        checkpoints.save(state(step), step)
+        if loss is not None:
+            checkpoints.add_rank(step, loss)
     checkpoints.close()
 
 
@@ -53,7 +56,7 @@ def fill(directory, losses, keep=2):
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, losses, kept):
     fill(tmp_path / "c", losses)
-    checkpoints = Checkpoints(tmp_path / "c", read_only=True)
+    checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.steps() == kept
     evaluated = {step: loss for step, loss in losses.items() if loss is not None and np.isfinite(loss)}
     best = min(evaluated, key=evaluated.get) if evaluated else None
@@ -80,7 +83,7 @@ def test_every_flipped_file_is_found_and_the_last_good_step_taken(tmp_path):
     for path in sorted(p for p in (tmp_path / "c" / "2").rglob("*") if p.is_file() and p.stat().st_size):
         data = path.read_bytes()
         flip(path)
-        found = Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT, set_aside=False)
+        found = Checkpoints(tmp_path / "c").restore_newest(ABSTRACT)
         fallen += int(found["step"]) == 1
         assert sha256(found) == sha256(state(int(found["step"])))
         path.write_bytes(data)
@@ -92,18 +95,18 @@ def test_every_emptied_checkpoint_falls_back(tmp_path):
     for path in (tmp_path / "c" / "2").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    checkpoints = Checkpoints(tmp_path / "c", read_only=True)
-    assert int(checkpoints.restore_newest(ABSTRACT, set_aside=False)["step"]) == 1 and checkpoints.best() == (1, 1.0)
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert int(checkpoints.restore_newest(ABSTRACT)["step"]) == 1 and checkpoints.best() == (1, 1.0)
 
 
 def test_another_shape_is_no_damage(tmp_path):
     fill(tmp_path / "c", {1: 1.0})
     other = ABSTRACT | {"step": jax.ShapeDtypeStruct((3,), "int32", sharding=ABSTRACT["step"].sharding)}
     with pytest.raises(InputError, match="was saved with other shapes than those of this config and tokenizer"):
-        Checkpoints(tmp_path / "c", read_only=True).restore_newest(other)
+        Checkpoints(tmp_path / "c").restore_newest(other)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is no folder of checkpoints"):
-        Checkpoints(tmp_path / "file", read_only=True)
+        Checkpoints(tmp_path / "file")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -111,56 +114,56 @@ def test_damage_is_named_set_aside_and_written_anew(tmp_path, caplog):
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
     flip(largest(tmp_path / "c" / "2"))
     with pytest.raises(InputError, match=r"c.2 (is damaged|cannot be restored)"):
-        Checkpoints(tmp_path / "c", read_only=True).restore(ABSTRACT, 2)
-    checkpoints = Checkpoints(tmp_path / "c", 2)
-    assert int(checkpoints.restore_newest(ABSTRACT)["step"]) == 1 and "take another checkpoint" in caplog.text
+        Checkpoints(tmp_path / "c").restore(ABSTRACT, 2)
+    checkpoints = CheckpointWriter(tmp_path / "c", 2)
+    (found,) = restore_together([checkpoints], ABSTRACT)
+    assert int(found["step"]) == 1 and "take another checkpoint" in caplog.text
     assert (tmp_path / "c" / "2.damaged").is_dir() and checkpoints.steps() == [1]
-    checkpoints.save(state(2), 2, 2.0)
+    checkpoints.save(state(2), 2)
     checkpoints.close()
-    assert int(Checkpoints(tmp_path / "c", read_only=True).restore_newest(ABSTRACT)["step"]) == 2
+    assert int(Checkpoints(tmp_path / "c").restore_newest(ABSTRACT)["step"]) == 2
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_nothing_but_damage_is_said(tmp_path):
-    assert Checkpoints(tmp_path / "none", 1).restore_newest(ABSTRACT) is None
+    assert Checkpoints(tmp_path / "none").restore_newest(ABSTRACT) is None
     fill(tmp_path / "c", {1: 1.0})
     largest(tmp_path / "c" / "1").unlink()
     with pytest.raises(InputError, match="every checkpoint is damaged"):
-        Checkpoints(tmp_path / "c", 1).restore_newest(ABSTRACT)
+        restore_together([CheckpointWriter(tmp_path / "c", 1)], ABSTRACT)
     assert (tmp_path / "c" / "1").exists()  # nothing is removed where nothing better is at hand
 
 
 def test_an_unfinished_save_is_skipped(tmp_path):
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
     (tmp_path / "c" / "2").rename(tmp_path / "c" / "2.orbax-checkpoint-tmp")
-    assert int(Checkpoints(tmp_path / "c", 2).restore_newest(ABSTRACT)["step"]) == 1
+    assert int(Checkpoints(tmp_path / "c").restore_newest(ABSTRACT)["step"]) == 1
 
 
 def test_saving_does_not_race_with_the_donated_state(tmp_path):
     """The state is saved in the background while the next call overwrites it in place."""
     call = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
-    checkpoints, digests = Checkpoints(tmp_path / "c", 30), {}
+    checkpoints, digests = CheckpointWriter(tmp_path / "c", 30), {}
     now = jax.tree.map(lambda a: jnp.broadcast_to(a, (50, *a.shape)) + 0, state(0))
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), now)
     for step in range(20):
-        checkpoints.save(now, step, None)
+        checkpoints.save(now, step)
         digests[step] = sha256(now)
         now = call(now)
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path / "c", read_only=True)
+    checkpoints = Checkpoints(tmp_path / "c")
     for step, digest in digests.items():
         assert sha256(checkpoints.restore(abstract, step)) == digest
-        info = json.loads((tmp_path / "c" / str(step) / "info" / "metadata").read_text())
-        assert info["state_sha256"] == digest and info["rank"] is None
+        assert read_manifest(tmp_path / "c" / str(step)).rank is None
 
 
 def test_half_precision_is_saved_too(tmp_path):
     half = {"w": jnp.arange(7, dtype=jnp.bfloat16), "v": jnp.ones((3, 5))}
-    checkpoints = Checkpoints(tmp_path / "c", 1)
-    checkpoints.save(half, 1, None)
+    checkpoints = CheckpointWriter(tmp_path / "c", 1)
+    checkpoints.save(half, 1)
     checkpoints.close()
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), half)
-    assert sha256(Checkpoints(tmp_path / "c", 1).restore(abstract, 1)) == sha256(half)
+    assert sha256(Checkpoints(tmp_path / "c").restore(abstract, 1)) == sha256(half)
 
 
 def test_a_digest_covers_path_dtype_shape_and_bytes():

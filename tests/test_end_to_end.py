@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import jaxformer
-from jaxformer.run.checkpoint import sha256
+from jaxformer.run.manifest import sha256
 from jaxformer.run.directory import has_checkpoint
 from jaxformer.spec import InputError
 
@@ -283,7 +283,7 @@ def listing(home):
         ("train config.py --directory=new --data.corpus.path=empty.txt", "is empty"),
         (
             "train config.py --directory=new --data.sampling=PackedDocuments --data.corpus.path=one.txt",
-            "no document has two",
+            "no document has 2",
         ),
         (
             "train config.py --directory=new --model.position=nowhere:Part",
@@ -316,7 +316,7 @@ def listing(home):
         ("sample run --prompt_file=nowhere", "prompt_file='nowhere' is no file"),
         ("sample run --prompt_file=short.txt --prompt=x", "prompt_file='short.txt' must not be given beside prompt"),
         ("sample run --min_p=2", "min_p=2.0 must be at least 0 and at most 1"),
-        ("train config.py --directory=new --data.corpus.path=short.txt", "which must be more than the window of 13"),
+        ("train config.py --directory=new --data.corpus.path=short.txt", "tokens, but a row has 14"),
         ("train config.py --directory=new --data.corpus.path=latin1.txt", "latin1.txt is not UTF-8 (byte 3 is 0xe9)"),
         ("train config.py --directory=new --model.vocab_size=5", "model.vocab_size=5 must be 17, the tokenizer's"),
         ("train config.py --directory=notes", "directory='notes' holds something that is no run"),

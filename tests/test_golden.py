@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from jaxformer.data.batches import Batches, RandomWindows
+from jaxformer.data.batches import Batches, RandomWindows, RowSize
 from jaxformer.data.sources import Source
 from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WarmupCosine
 from jaxformer.model.models import Decoder
 from jaxformer.run.step import Hyper, Recipe, init_state, train_steps
 
@@ -20,8 +21,8 @@ GRAD_NORMS = {}
 def test_golden_run():
     tokens = (np.arange(1009) ** 2 % 31).astype(np.uint8)
     recipe = Recipe(Decoder(n_layers=2, n_heads=2, d_model=14, context_length=13, vocab_size=31, dropout=0.1))
-    hyper = Hyper(np.uint32(7), np.int32(8), AdamW())
-    drawn = Batches((Source(tokens, np.zeros(1, np.int64)),), (1.0,), RandomWindows(), 11, 5, 7)
+    hyper = Hyper(np.uint32(7), np.int32(8), AdamW(WarmupCosine(shortens=False)))
+    drawn = Batches((Source(tokens, np.zeros(1, np.int64)),), (1.0,), RandomWindows(), RowSize(11), 5, 7)
     batches = {"tokens": np.stack([drawn.at(step)["tokens"] for step in range(8)])}
     _, row = train_steps(recipe, init_state(recipe, hyper), batches, np.int32(8), hyper)
     losses, norms = ([round(float(x), 6) for x in row[name]] for name in ("loss", "grad_norm"))

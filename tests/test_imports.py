@@ -15,7 +15,7 @@ FLOORS = [
     *("spec", "platform", "keys"),
     *(
         f"data.{n}"
-        for n in ("files", "hashes", "corpora", "tables", "tasks", "tokenizers", "sources", "datasets", "batches")
+        for n in ("files", "locks", "hashes", "corpora", "tables", "tasks", "tokenizers", "sources", "datasets", "batches")
     ),
     *(f"model.{n}" for n in ("masks", "layers", "positions", "kernels", "cache", "attention", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),
@@ -23,8 +23,9 @@ FLOORS = [
     *(f"generation.{n}" for n in ("logits_processors", "decode", "predict")),
     "writers",
     "config",
-    *(f"run.{n}" for n in ("step", "checkpoint", "metrics", "directory", "plan", "inspection")),
-    *(f"run.{n}" for n in ("opened", "warm_start", "dry_run", "members", "checks", "loop")),
+    *(f"run.{n}" for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "directory", "plan")),
+    *(f"run.{n}" for n in ("inspection", "opened", "warm_start", "dry_run", "members", "checks", "reports")),
+    *(f"run.{n}" for n in ("profile", "notices", "pauses", "loop")),
     *(f"lab.{n}" for n in ("pictures", "measures", "experiments")),
     "commands",
 ]

@@ -38,7 +38,7 @@ from jaxformer.model.heads import (
 from jaxformer.model.layers import XavierUniform
 from jaxformer.model.masks import Prefix
 from jaxformer.model.positions import RelativeBias
-from jaxformer.run.checkpoint import sha256
+from jaxformer.run.manifest import sha256
 from jaxformer.spec import InputError
 
 SIZE = {"d_model": 24, "n_heads": 2, "n_layers": 1, "d_ff": 31, "context_length": 29, "position": RelativeBias(8, 11)}

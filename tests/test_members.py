@@ -24,7 +24,7 @@ from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.heads import BinaryHead
 from jaxformer.run import loop
-from jaxformer.run.checkpoint import sha256
+from jaxformer.run.manifest import sha256
 from jaxformer.run.members import Members
 from jaxformer.spec import InputError
 

@@ -17,6 +17,18 @@ from jaxformer.spec import InputError, Spec
 Batch = dict[str, NDArray[np.int32]]
 
 
+class RowSize(NamedTuple):
+    """How many tokens a row has: the `window` that the model sees at once, of each of which something `lookahead`
+    places on is asked for (1 of a decoder, 0 where tokens are asked for themselves)."""
+
+    window: int
+    lookahead: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.window + self.lookahead
+
+
 class RandomWindows(Spec):
     """Windows that begin anywhere, each drawn for itself; also the base of all ways to draw rows.
 
@@ -25,38 +37,40 @@ class RandomWindows(Spec):
 
     whole_documents = False  # True: rows are made of documents, so that a source may be split between any two
     examples = False  # True: rows are examples, with their labels
+    several = False  # True: a row may hold several documents
     bucket_steps = 1  # steps after which another bucket may have its turn
 
-    def buckets(self, source: Source, length: int) -> tuple[Source, ...]:
+    def buckets(self, source: Source, size: RowSize) -> tuple[Source, ...]:
         """Parts of the source whose rows have a width of their own: a batch has rows of one of them."""
         return (source,)
 
-    def shapes(self, corpus: Corpus, length: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, corpus: Corpus, size: RowSize) -> dict[str, tuple[int, ...]]:
         """The largest shape that a row of each array of a batch may have; labels are left out."""
         names = ("tokens", "segments") if self.whole_documents else ("tokens",)
-        return dict.fromkeys(names, (length + 1,))
+        return dict.fromkeys(names, (size.tokens,))
 
-    def check_source(self, source: Source, length: int) -> None:
-        """Raises InputError if no row of length + 1 can be drawn."""
-        if len(source.tokens) <= length:
-            raise InputError(f"{len(source.tokens)} tokens, which must be more than the window of {length}")
+    def check_source(self, source: Source, size: RowSize) -> None:
+        """Raises InputError if no row of this size can be drawn."""
+        if len(source.tokens) < size.tokens:
+            raise InputError(f"{len(source.tokens)} tokens, but a row has {size.tokens}")
 
-    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
-        """`tokens` int32[rows, length + 1] and, where it matters, `segments` of that shape.
+    def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
+        """`tokens` int32[rows, size.tokens] and, where it matters, `segments` of that shape.
 
         `numbers` count all rows ever drawn of this source; `key`, uint64[1], is made of the seed and the source.
         """
-        first = mix(mix(key) + numbers) % np.uint64(len(source.tokens) - length)
-        return self._windows(source, length, first.astype(np.int64))
+        first = mix(mix(key) + numbers) % np.uint64(len(source.tokens) - size.tokens + 1)
+        return self._windows(source, size, first.astype(np.int64))
 
-    def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
-        """Batches of one shape in which every token but the first is predicted exactly once, in order."""
-        n_windows = -(-(len(source.tokens) - 1) // length)
-        for first in range(0, n_windows, batch_size):
-            yield self._windows(source, length, np.arange(first, first + batch_size) * length, padded=True)
+    def full_pass(self, source: Source, size: RowSize, batch_size: int, every: int = 1) -> Iterator[Batch]:
+        """Batches of one shape, in order, in which each token, but for the `lookahead` first, is asked for exactly
+        once; or only every so many of them."""
+        n_windows = -(-(len(source.tokens) - size.lookahead) // size.window)
+        for first in range(0, n_windows, batch_size * every):
+            yield self._windows(source, size, np.arange(first, first + batch_size) * size.window, padded=True)
 
-    def _windows(self, source: Source, length: int, first: NDArray[np.int64], padded: bool = False) -> Batch:
-        index = first[:, None] + np.arange(length + 1)
+    def _windows(self, source: Source, size: RowSize, first: NDArray[np.int64], padded: bool = False) -> Batch:
+        index = first[:, None] + np.arange(size.tokens)
         if not padded:
             return {"tokens": source.tokens[index].astype(np.int32)}
         real = index < len(source.tokens)
@@ -64,16 +78,16 @@ class RandomWindows(Spec):
 
 
 class ShuffledWindows(RandomWindows):
-    """Windows side by side, in another order in every epoch: in an epoch each token is predicted once, but for fewer
+    """Windows side by side, in another order in every epoch: in an epoch each token is asked for once, but for fewer
     than a window's at the corpus's ends."""
 
-    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
-        n_windows, spare = divmod(len(source.tokens) - 1, length)
+    def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
+        n_windows, spare = divmod(len(source.tokens) - size.lookahead, size.window)
         epoch, place = numbers // np.uint64(n_windows), numbers % np.uint64(n_windows)
         keys = mix(mix(key) + epoch)
         offset = mix(keys) % np.uint64(spare + 1)
-        first = permuted(place, n_windows, keys) * np.uint64(length) + offset
-        return self._windows(source, length, first.astype(np.int64))
+        first = permuted(place, n_windows, keys) * np.uint64(size.window) + offset
+        return self._windows(source, size, first.astype(np.int64))
 
 
 class Examples(RandomWindows):
@@ -100,39 +114,39 @@ class Examples(RandomWindows):
             if getattr(self, name) < 1:
                 raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1")
 
-    def shapes(self, corpus: Corpus, length: int) -> dict[str, tuple[int, ...]]:
-        found = super().shapes(corpus, length) | ({"parts": (length + 1,)} if self.joined else {})
+    def shapes(self, corpus: Corpus, size: RowSize) -> dict[str, tuple[int, ...]]:
+        found = super().shapes(corpus, size) | ({"parts": (size.tokens,)} if self.joined else {})
         if corpus.texts == 2 and not self.joined:
-            found |= {"source": (length,), "source_segments": (length,)}
+            found |= {"source": (size.window,), "source_segments": (size.window,)}
         return found
 
-    def buckets(self, source: Source, length: int) -> tuple[Source, ...]:
+    def buckets(self, source: Source, size: RowSize) -> tuple[Source, ...]:
         return _buckets(source, max(1, min(self.n_buckets, source.n_examples)))
 
-    def check_source(self, source: Source, length: int) -> None:
+    def check_source(self, source: Source, size: RowSize) -> None:
         if not source.n_examples:
             raise InputError("no example")
 
-    def count_cut(self, source: Source, length: int) -> int:
+    def count_cut(self, source: Source, size: RowSize) -> int:
         """How many examples are longer than a row."""
         whole = source.sizes.sum(1, keepdims=True) if self.joined else source.sizes
-        room = np.array([length + 1] if whole.shape[1] == 1 else [length, length + 1])
+        room = np.array([size.tokens] if whole.shape[1] == 1 else [size.window, size.tokens])
         return int((whole > room).any(1).sum())
 
-    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
+    def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
         count = np.uint64(source.n_examples)
         keys = mix(mix(key) + numbers // count)
-        return self._examples(source, length, permuted(numbers % count, int(count), keys).astype(np.int64))
+        return self._examples(source, size, permuted(numbers % count, int(count), keys).astype(np.int64))
 
-    def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
-        for bucket in self.buckets(source, length):
-            for first in range(0, bucket.n_examples, batch_size):
-                yield self._examples(bucket, length, np.arange(first, first + batch_size))
+    def full_pass(self, source: Source, size: RowSize, batch_size: int, every: int = 1) -> Iterator[Batch]:
+        for bucket in self.buckets(source, size):
+            for first in range(0, bucket.n_examples, batch_size * every):
+                yield self._examples(bucket, size, np.arange(first, first + batch_size))
 
-    def _examples(self, source: Source, length: int, numbers: NDArray[np.int64]) -> Batch:
+    def _examples(self, source: Source, size: RowSize, numbers: NDArray[np.int64]) -> Batch:
         """The examples of these numbers; those past the last are padding."""
         batch: Batch = {}
-        for name, width in self._widths(source, length).items():
+        for name, width in self._widths(source, size).items():
             batch[name] = np.full((len(numbers), width), source.padding, np.int32)
             batch["segments" if name == "tokens" else f"{name}_segments"] = np.zeros_like(batch[name])
         if self.joined:
@@ -152,11 +166,11 @@ class Examples(RandomWindows):
             batch[f"labels_{name}"][inside] = labels[numbers[inside]]
         return batch
 
-    def _widths(self, source: Source, length: int) -> dict[str, int]:
+    def _widths(self, source: Source, size: RowSize) -> dict[str, int]:
         longest = source.longest
         if len(longest) == 1 or self.joined:
-            return {"tokens": _rounded(sum(longest), length + 1)}
-        return {"source": _rounded(longest[0], length), "tokens": _rounded(longest[1], length + 1)}
+            return {"tokens": _rounded(sum(longest), size.tokens)}
+        return {"source": _rounded(longest[0], size.window), "tokens": _rounded(longest[1], size.tokens)}
 
 
 def _rounded(size: int, most: int) -> int:
@@ -174,26 +188,27 @@ class PackedDocuments(RandomWindows):
     predicted across a boundary.
 
     A document longer than a row is cut into rows; the pieces are packed best fit, the longest first
-    (arXiv:2404.10830), so that next to nothing is padding. Each token of a document but its first is predicted once
-    per epoch.
+    (arXiv:2404.10830), so that next to nothing is padding. Each token of a document, but for the `lookahead` first, is
+    asked for once per epoch.
     """
 
     whole_documents = True
+    several = True
 
-    def check_source(self, source: Source, length: int) -> None:
-        if not len(_plan(source, length).ends):
-            raise InputError(f"{len(source.tokens)} tokens, of which no document has two")
+    def check_source(self, source: Source, size: RowSize) -> None:
+        if not len(_plan(source, size).ends):
+            raise InputError(f"{len(source.tokens)} tokens, of which no document has {size.lookahead + 1}")
 
-    def rows(self, source: Source, length: int, key: Hashes, numbers: Hashes) -> Batch:
-        plan = _plan(source, length)
+    def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
+        plan = _plan(source, size)
         n_rows = np.uint64(len(plan.ends))
         keys = mix(mix(key) + numbers // n_rows)
-        return plan.batch(source, length, permuted(numbers % n_rows, int(n_rows), keys).astype(np.int64))
+        return plan.batch(source, size, permuted(numbers % n_rows, int(n_rows), keys).astype(np.int64))
 
-    def full_pass(self, source: Source, length: int, batch_size: int) -> Iterator[Batch]:
-        plan = _plan(source, length)
-        for first in range(0, len(plan.ends), batch_size):
-            yield plan.batch(source, length, np.arange(first, first + batch_size))
+    def full_pass(self, source: Source, size: RowSize, batch_size: int, every: int = 1) -> Iterator[Batch]:
+        plan = _plan(source, size)
+        for first in range(0, len(plan.ends), batch_size * every):
+            yield plan.batch(source, size, np.arange(first, first + batch_size))
 
 
 class _Plan(NamedTuple):
@@ -203,32 +218,32 @@ class _Plan(NamedTuple):
     size: NDArray[np.int64]  # [pieces]: its tokens
     ends: NDArray[np.int64]  # [rows]: how many pieces stand in this row and those before
 
-    def batch(self, source: Source, length: int, rows: NDArray[np.int64]) -> Batch:
+    def batch(self, source: Source, size: RowSize, rows: NDArray[np.int64]) -> Batch:
         """The rows of these numbers; those past the last are padding."""
-        ids = np.full((len(rows), length + 1), source.padding, np.int32)
+        ids = np.full((len(rows), size.tokens), source.padding, np.int32)
         segments = np.zeros_like(ids)
         for i, row in enumerate(rows):
             at = 0
             pieces = range(self.ends[row - 1] if row else 0, self.ends[row]) if row < len(self.ends) else ()
             for number, piece in enumerate(pieces, 1):
-                first, size = self.first[piece], self.size[piece]
-                ids[i, at : at + size] = source.tokens[first : first + size]
-                segments[i, at : at + size] = number
-                at += size
+                first, count = self.first[piece], self.size[piece]
+                ids[i, at : at + count] = source.tokens[first : first + count]
+                segments[i, at : at + count] = number
+                at += count
         return _batch(ids, segments)
 
 
 @functools.lru_cache(maxsize=16)
-def _plan(source: Source, length: int) -> _Plan:
+def _plan(source: Source, size: RowSize) -> _Plan:
     sizes = source.ends - source.starts
-    starts, sizes = source.starts[sizes > 1], sizes[sizes > 1]
-    n_pieces = -(-(sizes - 1) // length)  # neighbours share a token, which one of them predicts
+    starts, sizes = source.starts[sizes > size.lookahead], sizes[sizes > size.lookahead]
+    n_pieces = -(-(sizes - size.lookahead) // size.window)  # neighbours share the tokens that one of them asks for
     place = np.arange(n_pieces.sum()) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
-    first = np.repeat(starts, n_pieces) + place * length
-    size = np.minimum(np.repeat(sizes, n_pieces) - place * length, length + 1)
-    row = pack(size, length + 1)
+    first = np.repeat(starts, n_pieces) + place * size.window
+    counts = np.minimum(np.repeat(sizes, n_pieces) - place * size.window, size.tokens)
+    row = pack(counts, size.tokens)
     order = np.argsort(row, kind="stable")
-    return _Plan(first[order], size[order], np.cumsum(np.bincount(row)))
+    return _Plan(first[order], counts[order], np.cumsum(np.bincount(row)))
 
 
 def pack(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
@@ -280,7 +295,7 @@ class Batches:
     sources: tuple[Source, ...]
     weights: tuple[float, ...]  # each source's share of the rows
     sampling: RandomWindows
-    length: int
+    size: RowSize
     batch_size: int
     seed: int
 
@@ -299,7 +314,7 @@ class Batches:
             if here.any():
                 own = numbers[here] // np.uint64(len(whose)) * counts[i, -1] + counts[i, turn[here]]
                 key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
-                parts.append((here, self.sampling.rows(source, self.length, key, own)))
+                parts.append((here, self.sampling.rows(source, self.size, key, own)))
         batch = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in parts[0][1].items()}
         for here, part in parts:
             for name, array in part.items():
@@ -313,7 +328,7 @@ class Batches:
 
     @property
     def _buckets(self) -> tuple[Source, ...]:
-        return self.sampling.buckets(self.sources[0], self.length)
+        return self.sampling.buckets(self.sources[0], self.size)
 
     def _of_bucket(self, buckets: tuple[Source, ...], step: int, rows: NDArray[np.integer]) -> Batch:
         """A batch of the bucket whose turn it is; each has as many as its share of the examples."""
@@ -324,7 +339,7 @@ class Batches:
         own = (round_ * int(counts[i, -1]) + int(counts[i, turn])) * self.sampling.bucket_steps + place
         key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
         numbers = (own * self.batch_size + rows.astype(np.int64)).astype(np.uint64)
-        return self.sampling.rows(buckets[i], self.length, key, numbers)
+        return self.sampling.rows(buckets[i], self.size, key, numbers)
 
 
 @functools.lru_cache(maxsize=16)

@@ -67,6 +67,10 @@ class Corpus(Spec):
         """The corpora that this one mixes, and their shares of the rows: itself alone, unless it is a mixture."""
         return ((self, 1.0),)
 
+    def part_names(self) -> tuple[str, ...]:
+        """What these are called where each is told apart."""
+        return (type(self).__name__,)
+
 
 class PythonTopics(Corpus):
     """Python's own help texts, about 0.46 MB, in every CPython. They differ between Python's versions."""
@@ -219,6 +223,7 @@ class Mixture(Corpus):
 
     corpora: tuple[Corpus, ...]
     weights: tuple[float, ...]
+    names: tuple[str, ...] | None = None  # in the rows of an evaluation; None: those of the files, or of the classes
 
     def check(self, at: str = "") -> None:
         if not self.corpora:
@@ -231,6 +236,10 @@ class Mixture(Corpus):
             raise ValueError(f"{at}weights={self.weights} must each be at least 1/10,000 of all; leave a corpus out")
         if any(len(corpus.parts()) > 1 for corpus in self.corpora):
             raise ValueError(f"{at}corpora must not be mixtures themselves; give all corpora in one")
+        if self.names is not None and (len(set(self.names)) != len(self.corpora) or not all(self.names)):
+            raise ValueError(
+                f"{at}names={self.names} must be one for each of {at}corpora, all different; None gives some"
+            )
 
     @property
     def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -250,6 +259,15 @@ class Mixture(Corpus):
     def parts(self) -> tuple[tuple[Corpus, float], ...]:
         return tuple(
             (corpus, weight / sum(self.weights)) for corpus, weight in zip(self.corpora, self.weights, strict=True)
+        )
+
+    def part_names(self) -> tuple[str, ...]:
+        if self.names is not None:
+            return self.names
+        paths = [getattr(corpus, "path", "") for corpus in self.corpora]
+        own = [plain_name(Path(p)).split(".")[0] or type(c).__name__ for p, c in zip(paths, self.corpora, strict=True)]
+        return tuple(
+            name if own.count(name) == 1 else f"{name}_{own[:i].count(name) + 1}" for i, name in enumerate(own)
         )
 
 

@@ -41,6 +41,8 @@ class Prepared:
     train: tuple[Source, ...]
     weights: tuple[float, ...]  # each source's share of the rows
     valid: tuple[Source, ...]
+    valid_weights: tuple[float, ...]
+    valid_names: tuple[str, ...]
     tokenizer: Tokenizer  # fitted
     classes: Mapping[str, tuple[str, ...]]  # column of a table -> the names of its classes
     manifest: dict[str, Any]  # fingerprints and counts
@@ -77,7 +79,9 @@ def prepare(
         "documents": sum(len(source.starts) for source in sources),
         "classes": known or {},
     }
-    return Prepared(trains, tuple(weight for _, weight in corpus.parts()), valids, tokenizer, known or {}, manifest)
+    judged = corpus if valid is None else valid
+    weights, valid_weights = (tuple(weight for _, weight in each.parts()) for each in (corpus, judged))
+    return Prepared(trains, weights, valids, valid_weights, judged.part_names(), tokenizer, known or {}, manifest)
 
 
 def classes_of(corpus: Corpus) -> dict[str, tuple[str, ...]]:

@@ -71,10 +71,10 @@ class Source:
     def split(self, valid_fraction: float, seed: int | None = None) -> "tuple[Source, Source]":
         """Two parts, the second of which is `valid_fraction` of the whole: of the tokens, from the end.
 
-        Of examples, the last ones or, with a seed, some that are drawn, of each class of the first column as many as
-        are its share.
+        With a seed, documents or examples that are drawn, of each class of the first column as many as are its share;
+        of few documents, of which that is less than one, the end all the same. Without a seed the last examples.
         """
-        if seed is not None or self.examples:
+        if self.examples or (seed is not None and round(valid_fraction * self.n_examples) > 0):
             return self._split_examples(valid_fraction, seed)
         at = int((1 - valid_fraction) * len(self.tokens))
         first, last = (int(np.searchsorted(self.starts, at, side)) for side in ("left", "right"))

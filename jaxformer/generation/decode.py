@@ -1,8 +1,8 @@
 """From a trained model to text: prefill, then token by token with a cache."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,7 @@ from jaxformer.model.models import Model
 Processors = tuple[Unchanged, ...]
 
 
-class Stop(NamedTuple):
-    """Which rows, bool[B], have ended; and the id that ends a row, −1 if none does."""
-
-    ended: Any
-    end: Any
+STRETCH = 32  # tokens that are drawn without a word to the host
 
 
 def generate(
@@ -32,6 +28,7 @@ def generate(
     context: int | None = None,
     end: int | None = None,
     sources: Sequence[Sequence[int]] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """int32[B, tokens] that follow the prompts, none of which may be empty.
 
@@ -41,26 +38,31 @@ def generate(
     prompt, or for more tokens, leaves the first ones as they were. A text that fills the context goes on from its last
     half; rows do so together, when the longest is full. `context` is the model's context_length, or less. A prefix
     mask sees the whole prompt, or the half. `sources` are what the encoder of a model that has one reads, a row each.
-    Ids are not checked here.
+    Ids are not checked here. `between` is called every so many tokens; what it raises ends the drawing.
     """
     context = context or model.context_length
     memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
     texts = [list(prompt)[-context:] for prompt in prompts]
+    how = np.uint32(seed), processors, np.int32(-1 if end is None else end)
     made: list[np.ndarray] = []
     done, ended = 0, np.zeros(len(texts), bool)
     while done < tokens and not ended.all():
         longest = max(map(len, texts))
-        count = min(tokens - done, context - longest + 1)
+        left = min(tokens - done, context - longest + 1)
         prompt, segment = padded(texts, context)
-        lengths = segment.sum(1)
-        h, cache = _prefill(model, context, params, prompt, segment, memory)
-        stop = Stop(ended, np.int32(-1 if end is None else end))
-        numbers = np.int32(done), np.int32(count), np.uint32(seed)
-        ids, ended = jax.device_get(
-            _decode(model, context, params, h, cache, lengths, *numbers, processors, stop, memory)
-        )
-        made.append(ids[:, :count])
-        done += count
+        ids, ended, cache = _prefill(model, context, params, prompt, segment, memory, np.int32(done), *how, ended)
+        new = [np.asarray(ids)[:, None]]
+        at = segment.sum(1)
+        while (left := left - new[-1].shape[1]) > 0 and not np.asarray(ended).all():
+            between()
+            count = min(left, STRETCH)
+            first = np.int32(done + sum(part.shape[1] for part in new))
+            drawn, ended, cache = _decode(model, params, ids, cache, at, first, np.int32(count), *how, ended, memory)
+            new.append(np.asarray(drawn)[:, :count])
+            ids, at = new[-1][:, -1], at + count
+        made.append(np.concatenate(new, 1))
+        ended = np.asarray(ended)
+        done += made[-1].shape[1]
         half = max(1, context // 2)
         texts = [(text + row.tolist())[-half:] for text, row in zip(texts, made[-1], strict=True)]
     rest = np.full((len(texts), tokens - done), end, np.int32) if ended.all() else np.zeros((len(texts), 0), np.int32)
@@ -84,56 +86,77 @@ def _encode(model: Model, params: Any, ids: jax.Array, segment: jax.Array) -> An
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
-    model: Model, context: int, params: Any, prompt: jax.Array, segment: jax.Array, memory: Any
-) -> tuple[jax.Array, Any]:
-    """The hidden state [B, D] of the last token of each prompt [B, T], padded on the right, and the filled cache."""
-    at = places(segment, jnp.zeros_like(segment))
-    cache = model.cache(len(prompt), context, jax.tree.leaves(params)[0].dtype)
-    h, cache = model.hidden(params, prompt, at, cache=cache, memory=memory)
-    return jnp.take_along_axis(h, segment.sum(1)[:, None, None] - 1, axis=1)[:, 0], cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(
     model: Model,
     context: int,
     params: Any,
-    h: jax.Array,
+    prompt: jax.Array,
+    segment: jax.Array,
+    memory: Any,
+    number: jax.Array,
+    seed: jax.Array,
+    processors: Processors,
+    end: jax.Array,
+    ended: jax.Array,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The token int32[B] behind each prompt [B, T], padded on the right; who has ended; and the filled cache."""
+    at = places(segment, jnp.zeros_like(segment))
+    cache = model.cache(len(prompt), context, jax.tree.leaves(params)[0].dtype)
+    h, cache = model.hidden(params, prompt, at, cache=cache, memory=memory)
+    last = jnp.take_along_axis(h, segment.sum(1)[:, None, None] - 1, axis=1)[:, 0]
+    return *_draw(model, params, last, number, seed, processors, end, ended), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode(
+    model: Model,
+    params: Any,
+    last: jax.Array,
     cache: Any,
     lengths: jax.Array,
     first: jax.Array,
     count: jax.Array,
     seed: jax.Array,
     processors: Processors,
-    stop: Stop,
+    end: jax.Array,
+    ended: jax.Array,
     memory: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """`count` tokens, numbered from `first` for their keys: the leading columns of int32[B, context]; who has ended."""
-    rows = jnp.arange(len(h))
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows)
-
-    def draw(h: jax.Array, t: jax.Array, ended: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.logits(params, h)
-        for processor in processors:
-            logits = processor(logits)
-        ids = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row))(keys, logits)
-        ids = jnp.where(ended, stop.end, ids)
-        return ids, ids == stop.end
+) -> tuple[jax.Array, jax.Array, Any]:
+    """`count` tokens behind the `last` ones int32[B], numbered from `first` for their keys: the leading columns of
+    int32[B, STRETCH]; who has ended; and the cache. `lengths` are those of the texts before `last`."""
 
     def goes_on(carry: Any) -> jax.Array:
-        i, _, _, ended = carry
+        i, _, _, _, ended = carry
         return (i < count) & ~ended.all()
 
     def body(carry: Any) -> Any:
-        i, ids, cache, ended = carry
-        one = jnp.ones((len(h), 1), jnp.int32)
-        at = Places((lengths + i - 1)[:, None], one, one)
-        last = jax.lax.dynamic_slice_in_dim(ids, i - 1, 1, axis=1)
-        new, cache = model.hidden(params, last, at, cache=cache, memory=memory)
-        new, ended = draw(new[:, 0], first + i, ended)
-        return i + 1, ids.at[:, i].set(new), cache, ended
+        i, last, ids, cache, ended = carry
+        one = jnp.ones((len(last), 1), jnp.int32)
+        at = Places((lengths + i)[:, None], one, one)
+        h, cache = model.hidden(params, last[:, None], at, cache=cache, memory=memory)
+        new, ended = _draw(model, params, h[:, 0], first + i, seed, processors, end, ended)
+        return i + 1, new, ids.at[:, i].set(new), cache, ended
 
-    new, ended = draw(h, first, stop.ended)
-    ids = jnp.full((len(h), context), stop.end, jnp.int32).at[:, 0].set(new)
-    _, ids, _, ended = jax.lax.while_loop(goes_on, body, (jnp.int32(1), ids, cache, ended))
-    return ids, ended
+    ids = jnp.full((len(last), STRETCH), end, jnp.int32)
+    _, _, ids, cache, ended = jax.lax.while_loop(goes_on, body, (jnp.int32(0), last, ids, cache, ended))
+    return ids, ended, cache
+
+
+def _draw(
+    model: Model,
+    params: Any,
+    h: jax.Array,
+    number: jax.Array,
+    seed: jax.Array,
+    processors: Processors,
+    end: jax.Array,
+    ended: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Token `number` of each row from its hidden state [B, D]: int32[B]; and who has ended."""
+    logits = model.logits(params, h)
+    for processor in processors:
+        logits = processor(logits)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), number))(
+        jnp.arange(len(h))
+    )
+    ids = jnp.where(ended, end, jax.vmap(jax.random.categorical)(keys, logits)).astype(jnp.int32)
+    return ids, ids == end

@@ -16,8 +16,9 @@ from jaxformer.config import Config
 from jaxformer.data.files import write
 from jaxformer.lab import pictures
 from jaxformer.run.loop import check_together, train, train_seeds
-from jaxformer.run.metrics import finite, last_seeds, last_start
+from jaxformer.run.metrics import finite, rows_of
 from jaxformer.run.opened import Run
+from jaxformer.run.starts import last_seeds, last_start, starts_of
 from jaxformer.spec import InputError
 
 Metrics = Sequence[Mapping[str, Any]]  # the rows of a run's metrics.jsonl
@@ -105,7 +106,7 @@ class Result:
     @property
     def seconds(self) -> float:
         """Of training, all seeds together."""
-        starts = [Path(run.config.directory) / "starts.jsonl" for run in self.runs]
+        starts = [starts_of(run.config) for run in self.runs]
         ends = {last_seeds(path): rows[-1]["seconds"] for path, rows in zip(starts, self.metrics, strict=True)}
         return sum(ends.values())  # what was trained together took that time once
 
@@ -214,7 +215,7 @@ def run_row(row: Row, directory: Path) -> Result:
 def read_metrics(run: Run) -> Metrics:
     """The rows of a run; what is null in them, of a run that diverged, is no number."""
     numbers = lambda row: {name: math.nan if value is None else value for name, value in row.items()}
-    with open(Path(run.config.directory) / "metrics.jsonl", encoding="utf-8") as lines:
+    with open(rows_of(run.config), encoding="utf-8") as lines:
         return [json.loads(line, object_hook=numbers) for line in lines]
 
 
@@ -263,7 +264,7 @@ def trained_on(results: Sequence[Result]) -> str:
     """Versions and machines at the last starts of all runs, as starts.jsonl has them."""
     found: dict[str, None] = {}
     for run in (run for result in results for run in result.runs):
-        start = last_start(Path(run.config.directory) / "starts.jsonl")
+        start = last_start(starts_of(run.config))
         versions = ", ".join(f"{name} {start['versions'][name]}" for name in ("jax", "flax", "optax"))
         kinds = ", ".join(sorted(set(start["devices"])))
         found[f"{versions}, Python {start['python']}; {kinds}; {start.get('processor', 'processor not recorded')}"] = (

@@ -22,14 +22,17 @@ from jaxformer.spec import InputError
 def validation_rows(run: Run, count: int) -> Int[np.ndarray, "B T"]:
     """The first `count` windows of the run's validation split, side by side, each with the token that follows it; of a
     mixture, of its first corpus."""
-    source, length = prepare_data(run.config, run.tokenizer, run.classes).valid[0], run.config.row_length
-    if source.picked is not None or source.examples:
+    source, length = prepare_data(run.config, run.tokenizer, run.classes).valid[0], run.config.row.tokens - 1
+    if source.examples:
         raise InputError(f"{run.config.directory}: it is validated on examples, of which no windows can be cut")
-    whole = (len(source.tokens) - 1) // length
+    tokens = source.tokens
+    if source.picked is not None:  # documents that were drawn
+        tokens = np.concatenate([source.example(i)[0] for i in range(source.n_examples)])
+    whole = (len(tokens) - 1) // length
     if whole < 1:
         raise InputError(f"{run.config.directory}: its validation split has no window of {length + 1} tokens")
     first = np.arange(min(count, whole))[:, None] * length
-    return np.asarray(source.tokens[first + np.arange(length + 1)], np.int32)
+    return np.asarray(tokens[first + np.arange(length + 1)], np.int32)
 
 
 def loss_by_position(run: Run, count: int = 1024) -> Float[np.ndarray, "T"]:

@@ -19,12 +19,17 @@ class Constant(Spec):
         """The rate of update `step`, counted from 0, in a run of `steps`."""
         return jnp.float32(self.peak)
 
+    def notice(self, steps: int) -> str | None:
+        """What is not as the fields say in a run of so many steps."""
+        return None
+
 
 class WarmupLinear(Constant):
     """Linear up to `peak`, then linear down to `final` (arXiv:1810.04805); also the base of those with a warm-up."""
 
     final: float = 1e-4
     warmup_steps: int = 100
+    shortens: bool = True  # a warm-up as long as the run, or longer, takes a tenth of the run
 
     def check(self, at: str = "") -> None:
         super().check(at)
@@ -34,9 +39,23 @@ class WarmupLinear(Constant):
             raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 0 and less than 2**31 - 1")
 
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
-        warm = self.peak * (step + 1) / (self.warmup_steps + 1)
-        done = jnp.clip((step - self.warmup_steps) / jnp.maximum(steps - self.warmup_steps, 1), 0, 1)
-        return jnp.where(step < self.warmup_steps, warm, self.final + (self.peak - self.final) * self.left(done))
+        warmup = self.warmup(steps)
+        warm = self.peak * (step + 1) / (warmup + 1)
+        done = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0, 1)
+        return jnp.where(step < warmup, warm, self.final + (self.peak - self.final) * self.left(done))
+
+    def warmup(self, steps: int | jax.Array) -> jax.Array:
+        """How many steps the warm-up of a run of `steps` takes."""
+        fits = not self.shortens or self.warmup_steps < jnp.asarray(steps)
+        return jnp.where(fits, self.warmup_steps, steps // 10)
+
+    def notice(self, steps: int) -> str | None:
+        warmup = int(self.warmup(steps))
+        if warmup == self.warmup_steps:
+            return None
+        return (
+            f"warmup_steps={self.warmup_steps} is as long as the run: of its {steps} steps the warm-up takes {warmup}"
+        )
 
     def left(self, done: jax.Array) -> jax.Array:
         """How much of the way from `final` to `peak` is left when `done`, from 0 to 1, of the steps after the warm-up

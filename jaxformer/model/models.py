@@ -62,6 +62,11 @@ class Model(Spec):
         return _as_tuple(self.head)
 
     @property
+    def writes(self) -> bool:
+        """Whether it writes text."""
+        return self.generates and any(isinstance(head, LanguageHead) for head in self.heads)
+
+    @property
     def dims(self) -> dict[str, int]:
         """Letter → size (README, "Letters")."""
         if self.vocab_size is None:

@@ -1,137 +1,218 @@
-"""Checkpoints: Orbax saves and restores, a digest of our own says whether what came back is what was saved."""
+"""Checkpoints: Orbax saves and restores, a manifest of our own says whether what came back is what was saved."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxformer.data.locks import held, reading
+from jaxformer.run.manifest import Manifest, has_manifest, read_manifest, withdraw
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
-
-
-def sha256(tree: Any) -> str:
-    """SHA-256 over path, dtype, shape and bytes of every array, in the order of the paths, however they are sharded."""
-    digest = hashlib.sha256()
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    for path in sorted(leaves):
-        array = np.asarray(leaves[path])
-        digest.update(f"{path} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 class Mismatch(InputError):
     """A sound checkpoint of another model."""
 
 
-class Checkpoints:
-    """The checkpoints of a run: written in the background; the newest `keep` and the best one stay."""
+class Gone(Exception):
+    """A checkpoint that was deleted before it was read, as a run that trains deletes those that newer ones replace."""
 
-    def __init__(self, directory: Path, keep: int = 1, read_only: bool = False):
+
+class Checkpoints:
+    """The checkpoints of a run, to be read; nothing in the directory is changed."""
+
+    def __init__(self, directory: Path):
         if directory.exists() and not directory.is_dir():
             raise InputError(f"{directory} is no folder of checkpoints; remove it, or give another run")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant here
-        policy = None if read_only else _NewestAndBest(self, keep)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, read_only=read_only)  # pyright: ignore
         self.directory = directory
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        self._infos = {step: self._read_info(step) for step in self.steps()}
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """Those whose manifest is there: the others were never finished, or are being deleted."""
+        paths = self.directory.iterdir() if self.directory.exists() else ()
+        return sorted(int(path.name) for path in paths if path.name.isdecimal() and has_manifest(path))
 
     def rank(self, step: int) -> float:
         """The least is best; infinite if the step was not evaluated, or what was found is not finite."""
-        rank = self._infos.get(step, {}).get("rank")
-        return rank if isinstance(rank, float) and math.isfinite(rank) else math.inf
+        try:
+            manifest = read_manifest(self.directory / str(step))
+        except (ValueError, KeyError):
+            return math.inf
+        return math.inf if manifest is None or manifest.rank is None else manifest.rank
 
     def best(self) -> tuple[int, float] | None:
         """Step and rank of the best checkpoint that was evaluated."""
-        step = min(self.steps(), key=self.rank, default=None)
-        return None if step is None or math.isinf(self.rank(step)) else (step, self.rank(step))
+        rank, step = min(((self.rank(step), step) for step in self.steps()), default=(math.inf, 0))
+        return None if math.isinf(rank) else (step, rank)
+
+    def restore(self, abstract: Any, step: int) -> Any:
+        """The state of a step, shaped and sharded as `abstract`.
+
+        Raises InputError if it is not what was saved, and Gone if it was deleted meanwhile: as long as it is read, it
+        is not.
+        """
+        path = self.directory / str(step)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(reading(path))
+                manifest = read_manifest(path)
+            except FileNotFoundError:
+                raise Gone(path) from None
+            except (ValueError, KeyError) as error:
+                raise InputError(f"{path / 'manifest.json'} is damaged ({error}); take another checkpoint") from None
+            if manifest is None:
+                raise Gone(path)
+            if other := manifest.other_layout(abstract):
+                raise Mismatch(
+                    f"{path} was saved with other shapes than those of this config and tokenizer ({other}); "
+                    "restore config.json and tokenizer.json of the run"
+                )
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                    state = reader.restore(path.absolute(), args=args)["state"]
+            except Exception as error:  # damaged files raise five types of exception, and more with each release
+                if not has_manifest(path):
+                    raise Gone(path) from None
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                raise InputError(f"{path} cannot be restored ({reason}); take another checkpoint") from error
+            if wrong := manifest.damaged(state):
+                if not has_manifest(path):
+                    raise Gone(path)
+                raise InputError(
+                    f"{path} is damaged: the SHA-256 of {wrong} is not that of what was saved; take another checkpoint"
+                )
+        return state
+
+    def newest_states(self, abstract: Any) -> Iterator[tuple[int, Any]]:
+        """Step and state of each checkpoint that is whole, the newest first; damaged ones are told."""
+        tried: set[int] = set()
+        while steps := [step for step in self.steps() if step not in tried]:
+            try:
+                state = self.restore(abstract, steps[-1])
+            except Mismatch:
+                raise
+            except Gone:  # newer ones have come
+                continue
+            except InputError as error:
+                log.warning("%s", error)
+                tried.add(steps[-1])
+            else:
+                tried.add(steps[-1])
+                yield steps[-1], state
+
+    def restore_newest(self, abstract: Any) -> Any:
+        """The newest state that is whole, None if there is no checkpoint."""
+        for _, state in self.newest_states(abstract):
+            return state
+        _refuse_if_any([self])
+        return None
+
+
+class CheckpointWriter(Checkpoints):
+    """The checkpoints of a run that this process trains: written in the background; the newest `keep` and the best
+    stay."""
+
+    def __init__(self, directory: Path, keep: int = 1):
+        super().__init__(directory)
+        self._keep = keep
+        self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1)
+        self._pending: tuple[int, Future[None]] | None = None  # the step that is being saved
+        self._lock = threading.Lock()  # of what follows
+        self._manifest: Manifest | None = None  # of that step
+        self._ranks = {step: self.rank(step) for step in self.steps()}
 
     def best_rank(self) -> float:
         """Infinite if no checkpoint was evaluated."""
-        best = self.best()
-        return math.inf if best is None else best[1]
+        return min(self._ranks.values(), default=math.inf)
 
-    def save(self, state: Any, step: int, rank: float | None) -> None:
+    def has(self, step: int) -> bool:
+        """Whether the step is saved, or about to be."""
+        return (self._pending is not None and self._pending[0] == step) or has_manifest(self.directory / str(step))
+
+    def save(self, state: Any, step: int) -> None:
         """Begins to save; raises OSError if there is no room, or if an earlier save has failed."""
-        if step in self._manager.all_steps():
+        if self.has(step):
             return
+        self.wait()
+        path = self.directory / str(step)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _remove(path)  # what an interrupted process left
         _reserve(self.directory, sum(a.nbytes for a in jax.tree.leaves(state)))
-        finite = rank is not None and math.isfinite(rank)
-        info = {"state_sha256": sha256(state), "layout": _layout(state), "rank": rank if finite else None}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
-        self._infos[step] = info
+        self._manifest, self._ranks[step] = Manifest.of(state), math.inf
         with self._as_os_error():
-            self._manager.save(step, args=args)
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+            self._saver.save(path.absolute(), args=args)
+        self._pending = step, self._background.submit(self._commit, path)
 
-    def restore(self, abstract: Any, step: int) -> Any:
-        """The state of a step, shaped and sharded as `abstract`. Raises InputError if it is not what was saved."""
-        path, info = self.directory / str(step), self._infos[step]
-        if info.get("layout", _layout(abstract)) != _layout(abstract):
-            raise Mismatch(
-                f"{path} was saved with other shapes than those of this config and tokenizer; "
-                "restore config.json and tokenizer.json of the run"
-            )
-        try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            state = self._manager.restore(step, args=args)["state"]
-        except Exception as error:  # damaged files raise five types of exception, and more with each release
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-            raise InputError(f"{path} cannot be restored ({reason}); take another checkpoint") from error
-        if sha256(state) != info.get("state_sha256"):
-            raise InputError(f"{path} is damaged: its SHA-256 is not that of what was saved; take another checkpoint")
-        return state
-
-    def restore_newest(self, abstract: Any, set_aside: bool = True) -> Any:
-        """The newest state that is whole, None if there is no checkpoint."""
-        states = restore_together([self], abstract, set_aside)
-        return states and states[0]
+    def add_rank(self, step: int, rank: float) -> None:
+        """Says how good a step that was saved, or is being saved, has been found to be."""
+        path = self.directory / str(step)
+        with self._lock:
+            if self._pending and self._pending[0] == step and self._manifest and not has_manifest(path):
+                self._manifest = self._manifest.ranked(rank)  # to be written with it
+            elif manifest := read_manifest(path):
+                manifest.ranked(rank).write(path)
+            self._ranks[step] = rank if math.isfinite(rank) else math.inf
 
     def set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, so that a run that goes on can save that step again."""
         aside = self.directory / f"{step}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(self.directory / str(step), aside)
-        self._manager.reload()
+        self._ranks.pop(step, None)
 
     def forget_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps, behind which Orbax would save none of those before them."""
+        """Deletes the checkpoints of later steps: the run comes to them anew."""
         for later in [each for each in self.steps() if each > step]:
-            self._manager.delete(later)
-            del self._infos[later]
+            _remove(self.directory / str(later))
+            self._ranks.pop(later, None)
 
     def wait(self) -> None:
         """Until all is on disk; raises OSError if a save has failed."""
-        with self._as_os_error():
-            self._manager.wait_until_finished()
+        if self._pending is not None:
+            pending, self._pending = self._pending[1], None
+            with self._as_os_error():
+                pending.result()
 
     def close(self) -> None:
         """Waits, too."""
-        self.wait()
-        self._manager.close()
-
-    def _read_info(self, step: int) -> dict[str, Any]:
-        """What `save` wrote beside the state, {} if that is damaged."""
         try:
-            info = json.loads((self.directory / str(step) / "info" / "metadata").read_text())
-        except (OSError, ValueError):
-            return {}
-        return info if isinstance(info, dict) else {}
+            self.wait()
+            self._prune()
+        finally:
+            self._background.shutdown()
+            self._saver.close()
+
+    def _commit(self, path: Path) -> None:
+        """Writes the manifest once Orbax has all on disk, and deletes what need not stay."""
+        self._saver.wait_until_finished()
+        with self._lock:
+            assert self._manifest is not None
+            self._manifest.write(path)
+        self._prune()
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        best = min(steps, key=lambda step: self._ranks.get(step, math.inf), default=None)
+        evaluated = best is not None and math.isfinite(self._ranks.get(best, math.inf))
+        for step in {*steps} - {*steps[-self._keep :], *([best] if evaluated else [])}:
+            if not held(self.directory / str(step)):  # by one that reads it: it goes the next time
+                _remove(self.directory / str(step))
+                self._ranks.pop(step, None)
 
     @contextlib.contextmanager
     def _as_os_error(self) -> Iterator[None]:
@@ -141,9 +222,12 @@ class Checkpoints:
             raise OSError(f"no checkpoint could be written to {self.directory}: {error}") from error
 
 
-def restore_together(runs: Sequence[Checkpoints], abstract: Any, set_aside: bool = True) -> list[Any] | None:
-    """The states of all runs at the newest step that each of them has whole; None if none has a checkpoint."""
-    damaged: list[tuple[Checkpoints, int]] = []
+def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[Any] | None:
+    """The states of all runs at the newest step that each of them has whole; None if none has a checkpoint.
+
+    Damaged ones are set aside, if there is a step to go on from.
+    """
+    damaged: list[tuple[CheckpointWriter, int]] = []
     for step in sorted(set[int].intersection(*(set(run.steps()) for run in runs)), reverse=True):
         states: list[Any] = []
         for run in runs:
@@ -155,13 +239,24 @@ def restore_together(runs: Sequence[Checkpoints], abstract: Any, set_aside: bool
                 log.warning("%s", error)
                 damaged.append((run, step))
         if len(states) == len(runs):
-            for run, bad in damaged if set_aside else ():
+            for run, bad in damaged:
                 run.set_aside(bad)
             return states
-    if not any(run.steps() for run in runs):
-        return None
-    what = "every checkpoint is damaged" if len(runs) == 1 else "no step is whole in each of the runs trained together"
-    raise InputError(f"{runs[0].directory}: {what}; train anew in another directory")
+    _refuse_if_any(runs)
+    return None
+
+
+def _refuse_if_any(runs: Sequence[Checkpoints]) -> None:
+    if any(run.steps() for run in runs):
+        each = "every checkpoint is damaged"
+        what = each if len(runs) == 1 else "no step is whole in each of the runs trained together"
+        raise InputError(f"{runs[0].directory}: {what}; train anew in another directory")
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        withdraw(path)
+        shutil.rmtree(path)
 
 
 def _reserve(directory: Path, n_bytes: int) -> None:
@@ -176,24 +271,3 @@ def _reserve(directory: Path, n_bytes: int) -> None:
             f"{directory} has no room for a checkpoint of {n_bytes:,} bytes ({error.strerror}); "
             "free some, and the same command goes on from the last one"
         ) from error
-
-
-def _layout(tree: Any) -> str:
-    """SHA-256 over path, dtype and shape of every array."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    lines = sorted(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}" for path, leaf in leaves)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-class _NewestAndBest:
-    """Orbax's question which checkpoints to keep, answered from our own record of ranks."""
-
-    def __init__(self, checkpoints: Checkpoints, keep: int):
-        self._checkpoints, self._keep = checkpoints, keep
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = min(steps, key=self._checkpoints.rank, default=None)
-        evaluated = best is not None and math.isfinite(self._checkpoints.rank(best))
-        kept = {*sorted(steps)[-self._keep :], *([best] if evaluated else [])}
-        return [step in kept for step in steps]

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch, Examples
+from jaxformer.data.batches import Batch, Examples, PackedDocuments
 from jaxformer.data.datasets import Prepared
+from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.learning.objectives import Classification
 from jaxformer.model.heads import TokenClassificationHead
@@ -29,10 +31,10 @@ def checked_data(config: Config) -> Prepared:
     sampling, more = config.data.sampling, "give more text, or a smaller data.window"
     for (corpus, _), source in zip(config.data.corpus.parts(), prepared.train, strict=True):
         try:
-            sampling.check_source(source, config.row_length)
+            sampling.check_source(source, config.row)
         except InputError as error:
             raise InputError(f"data.corpus={corpus}: has for training {error}; {more}") from None
-    passes = (sampling.full_pass(source, config.row_length, 1) for source in prepared.valid)
+    passes = (sampling.full_pass(source, config.row, 1) for source in prepared.valid)
     found = next(filter(None, (next(batches, None) for batches in passes)), None)
     if found is None:
         data = config.data
@@ -43,14 +45,53 @@ def checked_data(config: Config) -> Prepared:
     field = "data.corpus" if config.data.valid is None else "data.valid"
     _check_batch(config, recipe, prepared.tokenizer, field, found)
     for source in prepared.train:
-        batch = next(iter(sampling.full_pass(source, config.row_length, 1)))
+        batch = next(iter(sampling.full_pass(source, config.row, 1)))
         _check_batch(config, recipe, prepared.tokenizer, "data.corpus", batch)
     if isinstance(sampling, Examples):
         for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
-            if cut := sampling.count_cut(source, config.row_length):
+            if cut := sampling.count_cut(source, config.row):
                 message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
                 log.warning(message, split, cut, source.n_examples, config.window)
+    _tell_of_ends(config, recipe, prepared)
+    _tell_of_classes(prepared)
     return prepared
+
+
+def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
+    """Several documents, and no id that ends one: says so once, or raises InputError where rows cannot be read."""
+    sampling, documents = config.data.sampling, max(len(source.starts) for source in prepared.train + prepared.valid)
+    if prepared.tokenizer.end is not None:
+        return
+    remedy = "set data.tokenizer.end_token=true, or take data.tokenizer=BPE"
+    tokenizer = f"data.tokenizer={type(config.data.tokenizer).__name__} has no id that ends a text"
+    if isinstance(sampling, Examples) and sampling.joined:
+        kind = type(recipe.objective).__name__
+        sentence = f"{tokenizer}, so that nothing tells where the second of two joined texts begins: (ab, c) is (a, bc)"
+        if recipe.model.writes:
+            raise InputError(f"objective={kind}: {sentence}; {remedy}")
+        log.warning("%s; %s", sentence, remedy)
+    elif documents > 1 and not sampling.whole_documents:
+        log.warning("%s: the %s documents run together; %s", tokenizer, f"{documents:,}", remedy)
+    elif documents > 1 and recipe.model.writes and isinstance(sampling, Examples | PackedDocuments):
+        log.warning("%s: of %s documents it learns no end, and samples have none; %s", tokenizer, documents, remedy)
+
+
+def _tell_of_classes(prepared: Prepared) -> None:
+    """Classes of which there is no example to train on, or none to validate on."""
+    for column, classes in prepared.classes.items():
+        if column not in prepared.train[0].labels:
+            continue
+        counts = [_count(prepared.train[0], column, len(classes)), _count(prepared.valid[0], column, len(classes))]
+        for name, train, valid in zip(classes, *counts, strict=True):
+            if not train or not valid:
+                where = "train on" if not train else "validate on"
+                log.warning("class %r of %r has no example to %s (%d, %d)", name, column, where, train, valid)
+
+
+def _count(source: Source, column: str, n_classes: int) -> NDArray[np.int64]:
+    """How many examples have each class."""
+    labels = source.labels[column]
+    return labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=n_classes)
 
 
 def _check_batch(config: Config, recipe: Recipe, tokenizer: Tokenizer, field: str, batch: Batch) -> None:

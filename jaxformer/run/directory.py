@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def check_begun(config: Config) -> bool:
     directory = Path(config.directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
-    if (directory / "config.json").exists() and ((directory / "metrics.jsonl").exists() or has_checkpoint(directory)):
+    if has_begun(directory):
         _check_same(config, config_lib.read(directory / "config.json"))
         return True
     ours = {"lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints"}
@@ -69,6 +69,19 @@ def check_begun(config: Config) -> bool:
             f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
         )
     return False
+
+
+def has_begun(directory: Path) -> bool:
+    stored, rows = (directory / name for name in ("config.json", "metrics.jsonl"))
+    return stored.exists() and (rows.exists() or has_checkpoint(directory))
+
+
+def as_begun(configs: Sequence[Config]) -> list[Config]:
+    """The configs as the runs in their directories mean them: defaults may have changed since one of these began."""
+    for stored in (Path(config.directory) / "config.json" for config in configs):
+        if has_begun(stored.parent) and config_lib.format_of(stored) < config_lib.FORMAT:
+            return [config_lib.as_begun(config, config_lib.read(stored)) for config in configs]
+    return list(configs)
 
 
 def has_checkpoint(directory: Path) -> bool:

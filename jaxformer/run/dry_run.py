@@ -10,7 +10,7 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.platform import set_flags
-from jaxformer.run.directory import check_begun
+from jaxformer.run.directory import as_begun, check_begun
 from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of, planned_recipe, planned_tokenizer
 from jaxformer.run.step import train_steps
 from jaxformer.run.warm_start import compare, open_source
@@ -23,7 +23,7 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
     The corpus is read only if the size of the vocabulary depends on it; nothing is allocated on the device. Raises
     InputError as `train` would, but for what the corpus itself may bring.
     """
-    config = config_lib.resolve(config, overrides)
+    (config,) = as_begun([config_lib.resolve(config, overrides)])
     for writer in config.writers:
         writer.require()
     set_flags()

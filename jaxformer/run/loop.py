@@ -3,10 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +16,19 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Examples
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
-from jaxformer.model.models import Decoder
 from jaxformer.platform import check_numerics, set_flags
-from jaxformer.run.checkpoint import Checkpoints, restore_together
-from jaxformer.run.checks import checked_data, rank_of
-from jaxformer.run.directory import check_directory, claimed, has_checkpoint, noticed
+from jaxformer.run.checkpoint import CheckpointWriter, restore_together
+from jaxformer.run.checks import checked_data
+from jaxformer.run.directory import as_begun, check_directory, claimed, has_checkpoint
 from jaxformer.run.members import Members, batches_of
-from jaxformer.run.metrics import Profile, Reports, last_seeds, record_start
+from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
+from jaxformer.run.pauses import Pauses, lacks, until_pause
 from jaxformer.run.plan import abstract_state, hyper_of, recipe_of
+from jaxformer.run.profile import Profile
+from jaxformer.run.reports import Reports
+from jaxformer.run.signals import Interrupted, collected
+from jaxformer.run.starts import last_seeds, record_start, starts_of
 from jaxformer.run.step import TrainState, init_state, train_steps
 from jaxformer.run.warm_start import compare, open_source, take, tell
 from jaxformer.spec import InputError
@@ -36,14 +37,6 @@ log = logging.getLogger(__name__)
 
 
 Beginning = Callable[[], tuple[TrainState, dict[str, Any] | None]]
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the run, after its state was saved."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"{signal.Signals(signum).name} at step {step}; the state is saved, the same command goes on")
-        self.signum = signum
 
 
 def train(
@@ -121,6 +114,7 @@ def build(
 
 def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
     """A run, or several that differ in their seed and directory."""
+    configs = as_begun(configs)
     for writer in configs[0].writers:
         writer.require()
     set_flags()
@@ -148,7 +142,7 @@ def _groups(configs: Sequence[Config]) -> list[list[int]]:
     """
     groups: dict[tuple[int, ...] | None, list[int]] = {}
     for i, directory in enumerate(Path(config.directory) for config in configs):
-        begun = last_seeds(directory / "starts.jsonl") if has_checkpoint(directory) else None
+        begun = last_seeds(starts_of(configs[i])) if has_checkpoint(directory) else None
         groups.setdefault(begun, []).append(i)
     for begun, group in groups.items():  # in the order of then
         order = {seed: place for place, seed in enumerate(begun or ())}
@@ -160,71 +154,55 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
     config, directories = configs[0], [Path(config.directory) for config in configs]
     knobs, members = config.train, Members(configs, prepared)
     keep = knobs.keep if len(configs) == 1 else max(knobs.keep, 2)  # a kill between two saves leaves a step to all
-    with _signals() as received, contextlib.ExitStack() as stack:
+    with collected() as received, contextlib.ExitStack() as stack:
         places = [directory / "checkpoints" for directory in directories]
-        saved = [stack.enter_context(contextlib.closing(Checkpoints(place, keep))) for place in places]
+        saved = [stack.enter_context(contextlib.closing(CheckpointWriter(place, keep))) for place in places]
         states, starts = restore_together(saved, abstract_state(config, members.recipe)), []
         if states is None:
             if (directories[0] / "metrics.jsonl").exists():
                 log.warning("%s holds no checkpoint: the run begins anew", directories[0])
             states, starts = zip(*(begin() for begin in begins), strict=True)
+            tell_beginning(config)
         opened = zip(configs, states, strict=True)
         runs = [Run(each, prepared.tokenizer, state, prepared.classes) for each, state in opened]
         step = int(states[0].step)
-        if step >= knobs.steps:
+        if step >= knobs.steps and not any(lacks(each, step) for each in configs):
             log.info("%s is finished: it has made %d of %d steps", directories[0], step, knobs.steps)
             if received:
                 raise Interrupted(received[0], step)
             return runs
-        for path, change in noticed(config).items():
-            log.warning("%s was %s and is %s from here on", path, *change)
-        seeds = [config.train.seed for config in configs]
-        for each, directory, checkpoints in zip(configs, directories, saved, strict=True):
-            config_lib.save(each, directory / "config.json")
-            record_start(directory / "starts.jsonl", step, seeds)
+        tell_changes(config, step)
+        for each, checkpoints in zip(configs, saved, strict=True):
+            stored = Path(each.directory) / "config.json"
+            config_lib.save(each, stored, config_lib.format_of(stored))
+            record_start(each, step, [own.train.seed for own in configs], devices_of(states))
             checkpoints.forget_after(step)
-        best = [checkpoints.best_rank() for checkpoints in saved]
-        _summarize(runs, prepared)
+        summarize(runs, prepared)
         for report, directory in zip(starts, directories, strict=False):
             if report:
                 tell(report, directory)
-        state, buffer = members.together(states), members.buffer(step)
-        members.call(state, buffer, 0)  # compiles, so that no row counts that as training
+        state = members.together(states)
 
         with contextlib.closing(Reports(configs, step)) as reports, contextlib.closing(profile):
-            stop = False
+            pauses = Pauses(runs, members, saved, reports, received)
+            pauses.catch_up(step, state)
+            buffer = members.buffer(step)
+            if step < knobs.steps:
+                members.call(state, buffer, 0)  # compiles, so that no row counts that as training
+            reports.resume()
             profile.reach(step, state)
-            while step < knobs.steps and not stop:
-                count = profile.until_pause(step, min(_until_pause(config, step), members.same_shapes(step)))
+            while step < knobs.steps and not received:
+                most = min(until_pause(config, step), members.same_shapes(step))
+                count = profile.until_pause(step, most)
                 state, rows = members.call(state, buffer, count)
                 tokens = members.real_tokens(buffer, count)
                 step += count
                 buffer = members.buffer(step)  # while the device works
                 reports.add(step, count, tokens, rows)
                 profile.reach(step, state)
-                stop = bool(received)
-                evaluates = step % knobs.eval_every == 0 or step == knobs.steps
-                saves = step % knobs.save_every == 0 or step == knobs.steps or stop
-                if not (evaluates or saves):
-                    continue
-                reports.drain()
-                ranks = [None] * len(runs)
-                if evaluates:
-                    found = members.evaluate(state)
-                    reports.write(step, found)
-                    ranks = [rank_of(config, row) for row in found]
-                    log.info("step %d: validation %s", step, _sentence(found))
-                    for i, rank in enumerate(ranks):
-                        if math.isfinite(rank) and rank < best[i]:
-                            best[i], saves = rank, True
-                if saves:
-                    for checkpoints in saved:  # so that the step before this one is on disk for all
-                        checkpoints.wait()
-                    for checkpoints, own, rank in zip(saved, members.apart(state), ranks, strict=True):
-                        checkpoints.save(own, step, rank)
-                if evaluates and knobs.sample_tokens:
-                    _show_sample(dataclasses.replace(runs[0], state=next(members.apart(state))), prepared)
-                reports.resume()
+                pauses.after(step, state)
+            if received:
+                pauses.save(step, state)
     if received:
         raise Interrupted(received[0], step)
     log.info("done: %d steps in %s", step, ", ".join(map(str, directories)))
@@ -243,74 +221,3 @@ def _beginning(config: Config, prepared: Prepared, source: Run | None) -> Beginn
         return lambda: (init_state(recipe, hyper), None)
     report = compare(recipe.model, source, source.tokenizer == prepared.tokenizer)
     return lambda: (take(init_state(recipe, hyper), source, report), report)
-
-
-def _until_pause(config: Config, step: int) -> int:
-    """Steps of the next call: at most up to the next evaluation, save or end."""
-    knobs = config.train
-    pauses = (knobs.eval_every - step % knobs.eval_every, knobs.save_every - step % knobs.save_every)
-    return min(knobs.steps_per_call, knobs.steps - step, *pauses)
-
-
-# --- what a user sees
-
-
-def _summarize(runs: Sequence[Run], prepared: Prepared) -> None:
-    run, device = runs[0], jax.devices()[0]
-    config, model = run.config, run.model
-    n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
-    counts = prepared.manifest
-    stacks = [model.kinds(name) for name in model.stacks] if isinstance(model, Decoder) else []
-    kernels = {type(kind.kernel).__name__ for kinds in stacks for kind in kinds if kind.kernel}
-    rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
-    rows |= {
-        "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
-        "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
-        "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
-        "attention": f"{', '.join(sorted(kernels)) or 'none'}, in XLA",
-        "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
-        "data": f"{counts['train_tokens']:,} tokens for training, {counts['valid_tokens']:,} for validation",
-        "step": f"{config.data.batch_size * config.window:,} tokens; {config.train.steps_per_call} steps per call",
-    }
-    for name, text in rows.items():
-        log.info("%-10s %s", name, text)
-
-
-def _sentence(found: Sequence[Mapping[str, Any]]) -> str:
-    """Each number, of several runs the mean and the range."""
-    parts: list[str] = []
-    for name in (name for name, value in found[0].items() if isinstance(value, float)):
-        values = [row[name] for row in found]
-        spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-        parts.append(f"{name.replace('_', ' ')} {sum(values) / len(values):.4f}{spread}")
-    return ", ".join(parts)
-
-
-def _show_sample(run: Run, prepared: Prepared) -> None:
-    tokens = run.config.train.sample_tokens
-    if not run.writes:
-        return
-    if run.model.encodes and prepared.valid[0].texts == 2:
-        log.info("%s", run.show(prepared.valid[0]))
-    elif not run.model.encodes:
-        log.info("%s", run.sample(tokens=tokens, temperature=0.8, seed=run.config.train.seed))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them. Outside the main thread, they stay as they are."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        received.append(signum)
-        log.warning("%s: saving, then stopping", signal.Signals(signum).name)
-
-    old = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)

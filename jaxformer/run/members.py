@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Batches
 from jaxformer.data.datasets import Prepared
-from jaxformer.run.plan import evaluate, evaluate_together, hyper_of, recipe_of
+from jaxformer.run.plan import Judged, evaluate, evaluate_together, hyper_of, recipe_of
 from jaxformer.run.step import TrainState, train_members, train_steps
 
 log = logging.getLogger(__name__)
@@ -80,16 +80,16 @@ class Members:
             log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
         return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
 
-    def evaluate(self, state: TrainState) -> list[dict[str, Any]]:
-        """What a full pass of the validation split finds, of each."""
-        more = state.eval_params, self.prepared.valid, self.configs[0], self.prepared.tokenizer
+    def evaluate(self, state: TrainState, tokens: int | None, between: Callable[[], None]) -> list[dict[str, Any]]:
+        """What a full pass of the validation split finds, or one of about so many tokens, of each (`evaluate`)."""
+        more = state.eval_params, Judged.of(self.prepared), self.configs[0], self.prepared.tokenizer, tokens, between
         return evaluate_together(self.recipe, *more) if self._several else [evaluate(self.recipe, *more)]
 
 
 def batches_of(config: Config, prepared: Prepared) -> Batches:
     """The batches of a run, each a function of its step."""
     data = config.data
-    more = data.sampling, config.row_length, data.batch_size, config.train.seed
+    more = data.sampling, config.row, data.batch_size, config.train.seed
     return Batches(prepared.train, prepared.weights, *more)
 
 

@@ -1,8 +1,9 @@
 """A run opened for use: sample from it, evaluate it, look inside. Opening executes nothing that the run holds."""
 
 import dataclasses
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +30,12 @@ from jaxformer.model.heads import (
 from jaxformer.model.models import Model
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run import inspection
-from jaxformer.run.checkpoint import Checkpoints, sha256
+from jaxformer.run.checkpoint import Checkpoints, Gone
 from jaxformer.run.directory import read_classes, verify_data
+from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import (
     Classes,
+    Judged,
     abstract_batches,
     abstract_state,
     evaluate,
@@ -43,6 +46,7 @@ from jaxformer.run.plan import (
 from jaxformer.run.step import Recipe, TrainState
 from jaxformer.spec import InputError, checked, to_json
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -77,12 +81,13 @@ class Run:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """Texts that begin with the prompt; without one, what follows the tokenizer's start token.
 
         A text ends before `tokens` are drawn if the tokenizer's end token comes. `temperature`, `top_k`, `top_p` and
-        `min_p` act on the logits in this order. Raises InputError for a character of the prompt that the tokenizer
-        does not know, and for numbers out of their range.
+        `min_p` act on the logits in this order; `between` is that of `generate`. Raises InputError for a character of
+        the prompt that the tokenizer does not know, and for numbers out of their range.
         """
         for name, value, least in (("tokens", tokens, 0), ("samples", samples, 1)):
             if value < least:
@@ -99,19 +104,19 @@ class Run:
             raise InputError(f"prompt: {error}") from None
         context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
         how = self.model, self.state.eval_params
-        if not self.writes:
+        if not self.model.writes:
             raise InputError(
                 f"{self.config.directory}: its model writes no text; see what it says of one by predict.py"
             )
         if self.model.encodes:
             sources = [self.tokenizer.document(prompt or "")] * samples
             starts = [[self.tokenizer.start]] * samples
-            new = generate(*how, starts, tokens, tuple(processors), seed, context, end, sources)
+            new = generate(*how, starts, tokens, tuple(processors), seed, context, end, sources, between)
             return [self.tokenizer.decode(_until(row, end)) for row in new.tolist()]
         start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
         if ids and self.joins:  # the prompt is a first text, which the second follows
             start = self.tokenizer.document(prompt or "")
-        new = generate(*how, [start] * samples, tokens, tuple(processors), seed, context, end)
+        new = generate(*how, [start] * samples, tokens, tuple(processors), seed, context, end, between=between)
         head = self.tokenizer.decode(ids)
         texts = [self.tokenizer.decode([*ids, *_until(row, self.tokenizer.end)]) for row in new.tolist()]
         return [(prompt or "") + text.removeprefix(head) for text in texts]
@@ -122,18 +127,15 @@ class Run:
         sampling = self.config.data.sampling
         return isinstance(sampling, Examples) and sampling.joined
 
-    @property
-    def writes(self) -> bool:
-        """Whether the model writes text."""
-        return self.model.generates and any(isinstance(head, LanguageHead) for head in self.model.heads)
-
-    def answers(self, texts: Sequence[str], tokens: int | None = None) -> list[str]:
+    def answers(
+        self, texts: Sequence[str], tokens: int | None = None, between: Callable[[], None] = lambda: None
+    ) -> list[str]:
         """What an encoder–decoder writes for each text, always the likeliest token, up to its end token."""
         tokenizer, found = self.tokenizer, list[str]()
         tokens = self.config.window if tokens is None else tokens
         for some in _batched(texts, self.config.data.batch_size):
             sources = [tokenizer.document(text) for text in some]
-            more = self.config.window, tokenizer.end, sources
+            more = self.config.window, tokenizer.end, sources, between
             starts = [[tokenizer.start]] * len(some)
             greedy = (Temperature(0.0),)
             new = generate(self.model, self.state.eval_params, starts, tokens, greedy, 0, *more)
@@ -193,18 +195,19 @@ class Run:
                 row["embedding"] = values.tolist()
         return row
 
-    def show(self, source: Source) -> str:
+    def show(self, source: Source, between: Callable[[], None] = lambda: None) -> str:
         """The first pair of texts, and what the model answers to the first of them."""
         first, second = (self.tokenizer.decode(ids) for ids in source.example(0))
-        return f"{first} → {self.answers([first], self.config.train.sample_tokens)[0]} (right: {second})"
+        return f"{first} → {self.answers([first], self.config.train.sample_tokens, between)[0]} (right: {second})"
 
-    def evaluate(self, *sources: Source, split: str = "valid") -> dict[str, Any]:
+    def evaluate(self, judged: Judged | Source, split: str = "valid") -> dict[str, Any]:
         """Loss in nats per token, each predicted once; perplexity; bits per byte; the number of tokens."""
-        for source in sources:
+        judged = Judged((judged,), (1.0,), ("",)) if isinstance(judged, Source) else judged
+        for source in judged.sources:
             check_ids(source.tokens, self.tokenizer.vocab_size)
-        found = evaluate(self.recipe, self.state.eval_params, sources, self.config, self.tokenizer)
+        found = evaluate(self.recipe, self.state.eval_params, judged, self.config, self.tokenizer)
         if math.isnan(found["loss"]) and not found.get("tokens", found.get("examples")):
-            count = sum(source.n_tokens for source in sources)
+            count = sum(source.n_tokens for source in judged.sources)
             raise InputError(f"{split}: {count} tokens cannot be predicted from one another; give at least 2")
         perplexity = {"perplexity": math.exp(min(found["loss"], 700))} if "tokens" in found else {}
         return {"step": int(self.state.step), "split": split, "loss": found["loss"]} | perplexity | found
@@ -227,7 +230,8 @@ class Run:
         """`evaluate` on the validation split of the run's corpus, which must be what it was."""
         data = self.config.data
         verify_data(Path(self.config.directory), fingerprints(data.corpus, data.valid))
-        return self.evaluate(*prepare_data(self.config, self.tokenizer, self.classes).valid)
+        prepared = prepare_data(self.config, self.tokenizer, self.classes)
+        return self.evaluate(Judged.of(prepared), "valid" if data.valid_tokens is None else "valid_full")
 
     def inspect(self) -> dict[str, Any]:
         """What is in the run, as JSON values."""
@@ -277,22 +281,45 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     abstract = abstract_state(config, recipe_of(config, tokenizer, classes))
     if not (directory / "checkpoints").is_dir():
         raise InputError(f"{directory} holds no checkpoint yet; train it until it saves one")
-    checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
-    steps = checkpoints.steps()
-    if step == "best":
-        best = checkpoints.best()
-        if best is None:
+    return Run(config, tokenizer, _restored(Checkpoints(directory / "checkpoints"), abstract, step), classes)
+
+
+def _restored(checkpoints: Checkpoints, abstract: Any, step: int | str | None) -> TrainState:
+    """The state of a step, or the newest one whose parameters are finite numbers."""
+    directory, newest = checkpoints.directory.parent, None
+    if step is not None:
+        return _named(checkpoints, abstract, step)
+    for at, state in checkpoints.newest_states(abstract):
+        if _finite(state):
+            return state
+        newest = state if newest is None else newest
+        log.warning("%s holds parameters that are no finite numbers; an older one is looked for", directory / str(at))
+    if newest is None:
+        raise InputError(f"{directory} holds no checkpoint that can be read; train it until it saves one")
+    log.warning("%s has no checkpoint of finite numbers: the newest is taken", directory)
+    return newest
+
+
+def _named(checkpoints: Checkpoints, abstract: Any, step: int | str) -> TrainState:
+    directory = checkpoints.directory.parent
+    while True:
+        steps, best = checkpoints.steps(), checkpoints.best() if step == "best" else None
+        if step == "best" and best is None:
             raise InputError(f"step='best': no checkpoint of {directory} was evaluated; it has {_list(steps)}")
-        step = best[0]
-    if step is None:
-        state = checkpoints.restore_newest(abstract, set_aside=False)
-        if state is None:
-            raise InputError(f"{directory} holds no checkpoint yet; train it until it saves one")
-    elif isinstance(step, int) and step in steps:
-        state = checkpoints.restore(abstract, step)
-    else:
-        raise InputError(f"step={step!r} must be one of the checkpoints of {directory}: {_list(steps)} or 'best'")
-    return Run(config, tokenizer, state, classes)
+        at = step if best is None else best[0]
+        if not isinstance(at, int) or at not in steps:
+            raise InputError(f"step={at!r} must be one of the checkpoints of {directory}: {_list(steps)} or 'best'")
+        try:
+            state = checkpoints.restore(abstract, at)
+        except Gone:  # a run that trains has replaced it
+            continue
+        if not _finite(state):
+            log.warning("%s holds parameters that are no finite numbers", checkpoints.directory / str(at))
+        return state
+
+
+def _finite(state: TrainState) -> bool:
+    return all(bool(np.isfinite(np.asarray(a, np.float32)).all()) for a in jax.tree.leaves(state.eval_params))
 
 
 def _list(steps: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer | None = None, classes: Cl
         tokenizer or data.tokenizer,
         data.valid,
         data.valid_fraction,
-        data.split_seed,
+        data.split_seed if data.sampling.whole_documents else None,
         data.sampling.examples,
         known,
     )
@@ -63,7 +63,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     head = heads if isinstance(config.model.head, tuple) else heads[0]
     model = dataclasses.replace(config.model, vocab_size=size, head=head)
     try:
-        objective = config.objective.filled(special, size, config.row_length + 1)
+        objective = config.objective.filled(special, size, config.row.tokens)
         for each in heads:
             each.params()
     except ValueError as error:
@@ -80,7 +80,7 @@ def _with_classes(head: Head, classes: Classes) -> Head:
 
 def abstract_batches(config: Config, recipe: Recipe, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of `count` batches, [count, B, ...], as large as they may be; the corpus is not read."""
-    shapes = config.data.sampling.shapes(config.data.corpus, config.row_length)
+    shapes = config.data.sampling.shapes(config.data.corpus, config.row)
     shapes |= {f"labels_{name}": shape for name, shape in recipe.objective.label_shapes(recipe.model).items()}
     leading = count, config.data.batch_size
     return {name: jax.ShapeDtypeStruct((*leading, *shape), jnp.int32) for name, shape in shapes.items()}
@@ -99,48 +99,101 @@ def abstract_state(config: Config, recipe: Recipe) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
 
 
+class Judged(NamedTuple):
+    """What a run is validated on: sources, their shares of the whole, and what they are called."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> "Judged":
+        return cls(prepared.valid, prepared.valid_weights, prepared.valid_names)
+
+
 def evaluate(
-    recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
+    recipe: Recipe,
+    params: Any,
+    judged: Judged,
+    config: Config,
+    tokenizer: Tokenizer,
+    tokens: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The objective's summary of a full pass of the sources."""
-    total = _sums(functools.partial(evaluate_batch, recipe, params), recipe, sources, config, tokenizer)
-    return _summary(recipe, total)
+    """The objective's summary of a full pass or, given `tokens`, of about so many, spread over it.
+
+    Of several sources, the whole is what a text is that has of each its share, and each is told beside it, by its
+    name. `between` is called between batches; what it raises ends the evaluation.
+    """
+    evaluated = functools.partial(evaluate_batch, recipe, params)
+    return _summary(recipe, judged, _sums(evaluated, recipe, judged, config, tokenizer, tokens, between))
 
 
 def evaluate_together(
-    recipe: Recipe, params: Any, sources: Sequence[Source], config: Config, tokenizer: Tokenizer
+    recipe: Recipe,
+    params: Any,
+    judged: Judged,
+    config: Config,
+    tokenizer: Tokenizer,
+    tokens: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """`evaluate` for each member of parameters that have a leading axis for them."""
-    total = _sums(functools.partial(evaluate_members, recipe, params), recipe, sources, config, tokenizer)
-    count = len(jax.tree.leaves(params)[0])
-    return [_summary(recipe, {name: values[i] for name, values in total.items()}) for i in range(count)]
+    evaluated = functools.partial(evaluate_members, recipe, params)
+    sums = _sums(evaluated, recipe, judged, config, tokenizer, tokens, between)
+    own = lambda i: [{name: values[i] for name, values in each.items()} for each in sums]
+    return [_summary(recipe, judged, own(i)) for i in range(len(jax.tree.leaves(params)[0]))]
 
 
-def _summary(recipe: Recipe, total: dict[str, Any]) -> dict[str, Any]:
-    total = {name: float(value) for name, value in total.items()}
-    return recipe.objective.summary(total) if total else {"loss": math.nan, "tokens": 0}
+def _summary(recipe: Recipe, judged: Judged, sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    each = [{name: float(value) for name, value in source.items()} for source in sums]
+    if not any(source.get("weight", 0) for source in each):
+        return {"loss": math.nan, "tokens": 0}
+    found = recipe.objective.summary(_whole(each, judged.weights))
+    if len(each) > 1:
+        for name, own in zip(judged.names, each, strict=True):
+            own = recipe.objective.summary(own) if own.get("weight") else {"loss": math.nan, "tokens": 0}
+            found |= {f"{key}_{name}": value for key, value in own.items()}
+    return found
+
+
+def _whole(each: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """The sums of a text as long as all sources together, of which each has its share."""
+    if len(each) == 1:
+        return dict(each[0])
+    some = [(own, share) for own, share in zip(each, weights, strict=True) if own.get("weight")]
+    total, shares = sum(own["weight"] for own, _ in some), sum(share for _, share in some)
+    scaled = [(own, share / shares * total / own["weight"]) for own, share in some]
+    whole = {name: sum(factor * own[name] for own, factor in scaled) for name in some[0][0]}
+    return whole | {"weight": total}
 
 
 def _sums(
     evaluated: Callable[..., dict[str, jax.Array]],
     recipe: Recipe,
-    sources: Sequence[Source],
+    judged: Judged,
     config: Config,
     tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """What batches of a full pass add up to, in double precision."""
+    tokens: int | None,
+    between: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """What the batches of each source add up to, in double precision."""
     lengths = tokenizer.byte_lengths()
     known = np.zeros(recipe.model.vocab_size or 0, np.float32) if lengths is None else lengths.astype(np.float32)
-    total: dict[str, Any] = {}
-    in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-    passes = (config.data.sampling.full_pass(s, config.row_length, config.data.batch_size) for s in sources)
-    for number, batch in enumerate(itertools.chain.from_iterable(passes)):
-        in_flight.append(evaluated(batch, np.int32(number), known))
-        if len(in_flight) == 2:
-            _add(total, in_flight.popleft())
-    for sums in in_flight:
-        _add(total, sums)
-    return total
+    sampling, number, found = config.data.sampling, itertools.count(), list[dict[str, Any]]()
+    for source, share in zip(judged.sources, judged.weights, strict=True):
+        every = 1 if tokens is None else max(1, math.ceil(source.n_tokens / (tokens * share)))
+        total: dict[str, Any] = {}
+        in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
+        for batch in sampling.full_pass(source, config.row, config.data.batch_size, every):
+            in_flight.append(evaluated(batch, np.int32(next(number)), known))
+            if len(in_flight) == 2:
+                _add(total, in_flight.popleft())
+                between()
+        for sums in in_flight:
+            _add(total, sums)
+        found.append(total)
+    return found
 
 
 def _add(total: dict[str, Any], sums: dict[str, jax.Array]) -> None:

@@ -11,7 +11,7 @@ import jax
 from jaxformer.data.files import write
 from jaxformer.model.heads import ClassificationHead
 from jaxformer.model.models import Model
-from jaxformer.run.checkpoint import sha256
+from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, open_run
 from jaxformer.run.step import TrainState
 from jaxformer.spec import InputError, is_declared, path_name

@@ -1,0 +1,142 @@
+"""The manifest of a checkpoint: a digest of each array, and how good its evaluation found it to be.
+
+It is written once all of the checkpoint is on disk: a step without one does not count.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformer.data.files import write
+from jaxformer.spec import path_name
+
+
+def sha256(tree: Any) -> str:
+    """SHA-256 over path, dtype, shape and bytes of every array, in the order of the paths, however they are sharded."""
+    digest = hashlib.sha256()
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    for path in sorted(leaves):
+        array = np.asarray(leaves[path])
+        digest.update(f"{path} {array.dtype} {array.shape} ".encode())
+        digest.update(_bytes(array))
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` of a step holds: the layout and SHA-256 of each array, and the step's rank.
+
+    `before` is the record of steps that were saved before there were manifests.
+    """
+
+    arrays: Mapping[str, Mapping[str, Any]]  # name -> {"dtype", "shape", "sha256"}
+    rank: float | None = None  # the least is best; None: not evaluated, or not finite
+    before: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, state: Any) -> "Manifest":
+        hashed = {name: np.asarray(leaf) for name, leaf in _leaves(state)}
+        return cls({name: _layout(a) | {"sha256": hashlib.sha256(_bytes(a)).hexdigest()} for name, a in hashed.items()})
+
+    def ranked(self, rank: float) -> "Manifest":
+        return dataclasses.replace(self, rank=rank if math.isfinite(rank) else None)
+
+    def other_layout(self, state: Any) -> str | None:
+        """What is not as `state` has it, arrays or abstract ones; None if all is."""
+        if self.before is not None:
+            return None if self.before.get("layout") in (None, _layout_before(state)) else "other shapes"
+        new = {name: _layout(leaf) for name, leaf in _leaves(state)}
+        old = {name: {"dtype": a["dtype"], "shape": a["shape"]} for name, a in self.arrays.items()}
+        for name in (*old, *new):
+            if old.get(name) != new.get(name):
+                there, here = (_shown(layouts.get(name)) for layouts in (old, new))
+                return f"{name} as {there}, not {here}"
+        return None
+
+    def damaged(self, state: Any) -> str | None:
+        """Which array of a restored state is not what was saved; None if all are."""
+        if self.before is not None:
+            return None if sha256(state) == self.before.get("state_sha256") else "the state"
+        for name, leaf in _leaves(state):
+            if hashlib.sha256(_bytes(np.asarray(leaf))).hexdigest() != self.arrays[name]["sha256"]:
+                return name
+        return None
+
+    def write(self, directory: Path) -> None:
+        """To a step's directory; all of it, or what was there before."""
+        if self.before is not None:
+            write(_record_before(directory), json.dumps(dict(self.before) | {"rank": self.rank}))
+        else:
+            body = {"rank": self.rank, "arrays": dict(self.arrays)}
+            write(directory / "manifest.json", json.dumps({"sha256": _digest(body)} | body, indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a step's directory; None if there is none. Raises ValueError if it is damaged."""
+    before = False
+    try:
+        text = (directory / "manifest.json").read_bytes()
+    except FileNotFoundError:
+        try:
+            text, before = _record_before(directory).read_bytes(), True
+        except FileNotFoundError:
+            return None
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    rank = found.pop("rank", None)
+    rank = rank if isinstance(rank, float) and math.isfinite(rank) else None
+    if before:
+        return Manifest({}, rank, found)
+    if found.get("sha256") != _digest({"rank": rank, "arrays": found.get("arrays")}):
+        raise ValueError("it is not what was written")
+    return Manifest(found["arrays"], rank)
+
+
+def has_manifest(directory: Path) -> bool:
+    """Whether a step's directory counts as a checkpoint."""
+    return (directory / "manifest.json").exists() or _record_before(directory).exists()
+
+
+def withdraw(directory: Path) -> None:
+    """Takes the manifest away, so that a checkpoint that is being deleted does not count from the first moment on."""
+    (directory / "manifest.json").unlink(missing_ok=True)
+    _record_before(directory).unlink(missing_ok=True)
+
+
+def _record_before(directory: Path) -> Path:
+    return directory / "info" / "metadata"
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return sorted((path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _layout(array: Any) -> dict[str, Any]:
+    return {"dtype": str(array.dtype), "shape": list(array.shape)}
+
+
+def _shown(layout: Mapping[str, Any] | None) -> str:
+    return "none" if layout is None else f"{layout['dtype']}{layout['shape']}"
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _layout_before(tree: Any) -> str:
+    """SHA-256 over path, dtype and shape of every array."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    lines = sorted(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}" for path, leaf in leaves)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

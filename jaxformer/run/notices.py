@@ -1,0 +1,75 @@
+"""What a run says of itself when it starts."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxformer.config import Config
+from jaxformer.data.datasets import Prepared
+from jaxformer.model.models import Decoder
+from jaxformer.run.directory import noticed
+from jaxformer.run.opened import Run
+from jaxformer.run.starts import changed_sources
+
+log = logging.getLogger(__name__)
+
+
+def devices_of(state: Any) -> list[Any]:
+    """Those that hold a state."""
+    found = {device for array in jax.tree.leaves(state) for device in array.devices()}
+    return sorted(found, key=lambda device: device.id)
+
+
+def tell_changes(config: Config, step: int) -> None:
+    """What is other than when the run was left; to be told before the new config is stored."""
+    for path, (old, new) in noticed(config).items():
+        more = _rates(config, step, old, new) if path == "train.steps" else ""
+        log.warning("%s was %s and is %s from here on%s", path, old, new, more)
+    if names := changed_sources(config):
+        log.warning(
+            "%s: the code has changed since the run's last start; it goes on with the new one", ", ".join(names)
+        )
+
+
+def _rates(config: Config, step: int, old: int, new: int) -> str:
+    """A schedule may depend on the length of the run."""
+    rate = config.optimizer.learning_rate
+    before, after = (float(rate(*map(jax.numpy.int32, at))) for at in ((max(step - 1, 0), old), (step, new)))
+    return f"; the learning rate goes from {before:.3g} at step {step} to {after:.3g} at step {step + 1}"
+
+
+def tell_beginning(config: Config) -> None:
+    """What a new run does not do as its config says."""
+    if notice := config.optimizer.learning_rate.notice(config.train.steps):
+        log.warning("optimizer.learning_rate.%s", notice)
+
+
+def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
+    run, devices = runs[0], devices_of(runs[0].state)
+    config, model, device = run.config, run.model, devices[0]
+    n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
+    counts = prepared.manifest
+    stacks = [model.kinds(name) for name in model.stacks] if isinstance(model, Decoder) else []
+    kernels = {type(kind.kernel).__name__ for kinds in stacks for kind in kinds if kind.kernel}
+    rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
+    rows |= {
+        "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
+        "device": f"{len(devices)} × {device.platform} ({device.device_kind})",
+        "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
+        "attention": f"{', '.join(sorted(kernels)) or 'none'}, in XLA",
+        "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
+        "data": f"{counts['train_tokens']:,} tokens for training, {counts['valid_tokens']:,} for validation",
+        "step": f"{config.data.batch_size * config.window:,} tokens; {config.train.steps_per_call} steps per call",
+    }
+    for name, text in rows.items():
+        log.info("%-10s %s", name, text)
+    if idle := jax.device_count() - len(devices):
+        log.warning(
+            "%d of %d devices are idle: a run uses one; start others beside it, each with a device of its own "
+            "(CUDA_VISIBLE_DEVICES=1), or train seeds together (--seeds=%d)",
+            idle,
+            jax.device_count(),
+            idle + 1,
+        )

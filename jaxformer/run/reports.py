@@ -1,0 +1,141 @@
+"""What is said of a run while it trains: rows, a progress bar or lines in its place, and warnings."""
+
+import collections
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxformer.config import Config
+from jaxformer.run.metrics import Rows
+
+log = logging.getLogger(__name__)
+
+QUIET = 50.0  # seconds between two lines where there is no terminal for a bar
+
+
+class Reports:
+    """Takes the metrics of calls as they are dispatched, and writes them to the rows of each run and the bar as they
+    arrive. Metrics of several runs have a leading axis for them.
+
+    Never more than two calls are in flight: with more, simulated devices deadlock. Speed and seconds are those of
+    training alone, of all runs together; pauses (evaluation, sampling, saving) are left out.
+    """
+
+    def __init__(self, configs: Sequence[Config], step: int):
+        knobs = configs[0].train
+        self._runs = [Rows(config, step) for config in configs]
+        self._seeds = [config.train.seed for config in configs]
+        self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self._log_every = knobs.log_every
+        self._in_flight: collections.deque[tuple[int, int, int, Mapping[str, Any]]] = collections.deque()
+        self._seconds, self._elapsed = self._runs[0].seconds, 0.0
+        self._first, self._begun = step, self._seconds
+        self._steps, self._step, self._loss, self._speed = knobs.steps, step, math.nan, 0.0
+        self._told: set[str] = set()
+        self._doing = ""
+        self._lines = Every(QUIET, self._say) if self._bar.disable else None
+        self.resume()
+
+    def pause(self, doing: str) -> None:
+        """Waits for all calls; training stops for something else."""
+        while self._in_flight:
+            self._report()
+        self._doing = doing
+
+    def resume(self) -> None:
+        """Training begins, or goes on after a pause; speed is the mean since then."""
+        self._seconds, self._elapsed = self._seconds + self._elapsed, 0.0
+        self._since, self._tokens = time.perf_counter(), 0
+        self._doing = ""
+
+    def add(self, step: int, count: int, tokens: int, rows: Mapping[str, Any]) -> None:
+        """A call of `count` steps up to `step`, of so many tokens, was dispatched; waits until at most one is in
+        flight."""
+        self._in_flight.append((step, count, tokens, rows))
+        if len(self._in_flight) == 2:
+            self._report()
+
+    def write(self, step: int, split: str, found: Sequence[Mapping[str, Any]]) -> None:
+        """What an evaluation at `step` has found, of each run that has not got its row already."""
+        for run, row in zip(self._runs, found, strict=True):
+            if not run.has(step, split):
+                run.write(step=step, split=split, **row, seconds=round(self._seconds + self._elapsed, 3))
+
+    def missing(self, step: int, split: str) -> bool:
+        """Whether a run has no row of an evaluation that was made before this start."""
+        return not all(run.has(step, split) for run in self._runs)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.stop()
+        self._bar.close()
+        for run in self._runs:
+            run.close()
+
+    def _report(self) -> None:
+        last, count, tokens, arrays = self._in_flight.popleft()
+        rows = jax.tree.map(np.asarray, arrays)  # waits
+        weights = rows.pop("weight", None)
+        self._tokens += tokens
+        self._elapsed = time.perf_counter() - self._since
+        self._speed, seconds = self._tokens / self._elapsed, round(self._seconds + self._elapsed, 3)
+        self._warn(last - count, rows["loss"][..., :count], weights)
+        for i, step in enumerate(range(last - count + 1, last + 1)):
+            if step % self._log_every == 0:
+                for member, run in enumerate(self._runs):
+                    at = (member, i) if len(self._runs) > 1 else i
+                    row = jax.tree.map(lambda values, at=at: values[at].tolist(), rows)
+                    speeds = {"tokens_per_second": round(self._speed), "seconds": seconds}
+                    run.write(step=step, split="train", loss=row.pop("loss"), **row, **speeds)
+        self._step, self._loss = last, float(rows["loss"][..., count - 1].mean())
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {self._speed:,.0f} tokens/s", refresh=False)
+        self._bar.update(count)
+
+    def _warn(self, before: int, losses: np.ndarray, weights: np.ndarray | None) -> None:
+        """Tells the first batch of which nothing is asked, and the first loss that is no finite number."""
+        losses = np.atleast_2d(losses)
+        empty = np.zeros(losses.shape, bool) if weights is None else np.atleast_2d(weights)[:, : losses.shape[1]] == 0
+        told = {
+            "empty": (empty, "no token of the batch is asked for (all weights are 0): nothing is learned from it"),
+            "loss": (~np.isfinite(losses) & ~empty, "the loss is {}, no finite number: what follows is worth nothing"),
+        }
+        for name, (found, sentence) in told.items():
+            if found.any() and name not in self._told:
+                i = int(found.any(0).argmax())
+                member = int(found[:, i].argmax())
+                seed = f" of seed {self._seeds[member]}" if len(self._seeds) > 1 else ""
+                log.warning("step %d%s: %s", before + i + 1, seed, sentence.format(losses[member, i]))
+                self._told.add(name)
+
+    def _say(self) -> None:
+        """One line, of what is known by now."""
+        made, seconds = self._step - self._first, self._seconds + self._elapsed - self._begun
+        left = f", {timedelta(seconds=round((self._steps - self._step) * seconds / made))} left" if made else ""
+        numbers = f": loss {self._loss:.4f}, {self._speed:,.0f} tokens/s{left}" if made else ": no step is done yet"
+        doing = f"; {self._doing}" if self._doing else ""
+        log.info("step %d of %d%s%s", self._step, self._steps, numbers, doing)
+
+
+class Every:
+    """Calls a function every so many seconds, from a thread of its own, so that it is heard while the device works."""
+
+    def __init__(self, seconds: float, call: Callable[[], None]):
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(seconds, call), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self, seconds: float, call: Callable[[], None]) -> None:
+        while not self._done.wait(seconds):
+            call()

@@ -1,0 +1,123 @@
+"""The record of each start of a run, `starts.jsonl`: what its numbers may depend on besides its config."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxformer.config import Config
+from jaxformer.spec import Spec, class_name
+
+PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+
+
+def record_start(config: Config, step: int, seeds: Sequence[int], devices: Sequence[Any]) -> None:
+    """Appends a row; `seeds` are those of the runs trained together, its own among them, `devices` those used."""
+    row = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "seeds": list(seeds),
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        "idle_devices": jax.device_count() - len(devices),
+        "processor": processor(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "git": _git(),
+        "sources": sources(config),
+    }
+    with open(starts_of(config), "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def starts_of(config: Config) -> Path:
+    return Path(config.directory) / "starts.jsonl"
+
+
+def last_start(path: Path) -> dict[str, Any]:
+    """What `record_start` appended last."""
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+def last_seeds(path: Path) -> tuple[int, ...]:
+    """The seeds of the last start, () if none can be read."""
+    try:
+        return tuple(last_start(path)["seeds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
+
+
+def changed_sources(config: Config) -> list[str]:
+    """The parts from outside the package whose code is not that of the run's last start."""
+    try:
+        before = last_start(starts_of(config))["sources"]
+        return sorted(name for name, digest in sources(config).items() if before.get(name, digest) != digest)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # of a run that recorded none
+        return []
+
+
+def sources(config: Config) -> dict[str, str]:
+    """SHA-256 of the source of each class in the config that is not of this package, and of the rest of its module."""
+    others = {"jaxformer", *sys.stdlib_module_names}
+    classes = {c for spec in _specs(config) for c in type(spec).__mro__ if c.__module__.split(".")[0] not in others}
+    texts = {class_name(c): _source(c) for c in classes}
+    for name in {c.__module__ for c in classes}:
+        rest = _source(sys.modules[name])
+        for text in texts.values():
+            rest = rest.replace(text, "")
+        texts[name] = rest
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(texts.items())}
+
+
+def _specs(value: Any) -> Iterator[Spec]:
+    if isinstance(value, tuple):
+        for inner in value:
+            yield from _specs(inner)
+    elif isinstance(value, Spec):
+        yield value
+        for field in dataclasses.fields(value):
+            yield from _specs(getattr(value, field.name))
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # none, as of a class that was typed in
+        return ""
+
+
+def processor() -> str:
+    """The machine's, and how many of its cores this process may use."""
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found[1] if found else platform.processor()}, {cores} cores"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """Commit of the working directory, with -dirty behind it if files differ; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
