@@ -3,12 +3,17 @@
 import importlib
 import inspect
 import os
+import signal
 
 CACHE = os.path.join(os.path.dirname(os.path.dirname(__file__)), ".jax_cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)  # the commands that tests start share it
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA writes a page for each program that it loads from that cache
+
+for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(ending) is signal.SIG_IGN:  # as of a job in the background: the commands of tests would be deaf
+        signal.signal(ending, signal.SIG_DFL)
 
 import jax
 import pytest

@@ -1,7 +1,6 @@
 """Checkpoints: what comes back is what was saved, or it is refused."""
 
 import gc
-import json
 from pathlib import Path
 
 import jax

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import jaxformer
-from jaxformer.run.manifest import sha256
 from jaxformer.run.directory import has_checkpoint
+from jaxformer.run.manifest import sha256
 from jaxformer.spec import InputError
 
 ROOT = Path(__file__).parent.parent

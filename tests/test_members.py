@@ -26,6 +26,7 @@ from jaxformer.model.heads import BinaryHead
 from jaxformer.run import loop
 from jaxformer.run.manifest import sha256
 from jaxformer.run.members import Members
+from jaxformer.run.signals import Interrupted, Received
 from jaxformer.spec import InputError
 
 SEEDS = 5, 0, 3
@@ -167,12 +168,12 @@ def test_seeds_begin_with_another_run(home, whole, tmp_path):
 @pytest.mark.parametrize("seeds", [(5,), SEEDS], ids=["one", "several"])
 def test_a_signal_behind_the_last_step_is_heard(home, tmp_path, monkeypatch, seeds):
     """The state is saved, and whoever would train something next is stopped; on a finished run, too."""
-    received = []
-    monkeypatch.setattr(loop, "_signals", lambda: contextlib.nullcontext(received))
+    received = Received()
+    monkeypatch.setattr(loop, "collected", lambda: contextlib.nullcontext(received))
     evaluate = Members.evaluate
     monkeypatch.setattr(Members, "evaluate", lambda *a: received.append(signal.SIGTERM) or evaluate(*a))
     for _ in range(2):
-        with pytest.raises(loop.Interrupted, match="SIGTERM at step 5"):
+        with pytest.raises(Interrupted, match="SIGTERM at step 5"):
             jaxformer.train_seeds(text(home), seeds, {"train.steps": 5}, tmp_path)
     assert [int(run.state.step) for run in opened(tmp_path, seeds)] == [5] * len(seeds)
 

@@ -13,10 +13,9 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Examples, PackedDocuments
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import Source
-from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.learning.objectives import Classification
 from jaxformer.model.heads import TokenClassificationHead
-from jaxformer.run.plan import hyper_of, prepare_data, recipe_of
+from jaxformer.run.plan import Judged, hyper_of, prepare_data, recipe_of, summary
 from jaxformer.run.step import Recipe, evaluate_batch, init_state
 from jaxformer.spec import InputError
 
@@ -43,10 +42,12 @@ def checked_data(config: Config) -> Prepared:
         what = "no example" if sampling.examples else "no 2 tokens, one of which predicts the other"
         raise InputError(f"{which}: has for validation {what}; {remedy}")
     field = "data.corpus" if config.data.valid is None else "data.valid"
-    _check_batch(config, recipe, prepared.tokenizer, field, found)
+    _check_batch(config, recipe, field, found)
+    if config.train.best_by != "loss":
+        _check_best_by(config, recipe, prepared, found)
     for source in prepared.train:
         batch = next(iter(sampling.full_pass(source, config.row, 1)))
-        _check_batch(config, recipe, prepared.tokenizer, "data.corpus", batch)
+        _check_batch(config, recipe, "data.corpus", batch)
     if isinstance(sampling, Examples):
         for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
             if cut := sampling.count_cut(source, config.row):
@@ -94,9 +95,8 @@ def _count(source: Source, column: str, n_classes: int) -> NDArray[np.int64]:
     return labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=n_classes)
 
 
-def _check_batch(config: Config, recipe: Recipe, tokenizer: Tokenizer, field: str, batch: Batch) -> None:
-    """Raises InputError for batches without what the objective needs, or with labels that are not of its kind; and if
-    no evaluation tells what the best checkpoint is."""
+def _check_batch(config: Config, recipe: Recipe, field: str, batch: Batch) -> None:
+    """Raises InputError for batches without what the objective needs, or with labels that are not of its kind."""
     name = type(recipe.objective).__name__
     if "source" in batch and "source" not in recipe.objective.needs:
         raise InputError(
@@ -130,14 +130,17 @@ def _check_batch(config: Config, recipe: Recipe, tokenizer: Tokenizer, field: st
                 f"model.head: a row of {field} has {several} of {column!r}, which is not what the head says; "
                 "MultiLabelHead and the corpus's `several` go together"
             )
-    if config.train.best_by != "loss":
-        params = jax.eval_shape(lambda: init_state(recipe, hyper_of(config))).params
-        lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
-        sums = jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
-        known = dict.fromkeys(sums, 1.0)
-        if "bytes" in known and tokenizer.byte_lengths() is None:
-            known["bytes"] = 0.0
-        rank_of(config, recipe.objective.summary(known))
+
+
+def _check_best_by(config: Config, recipe: Recipe, prepared: Prepared, batch: Batch) -> None:
+    """Raises InputError if no evaluation tells what the best checkpoint is."""
+    params = jax.eval_shape(lambda: init_state(recipe, hyper_of(config))).params
+    lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
+    sums = jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
+    known = dict.fromkeys(sums, 1.0)
+    if "bytes" in known and prepared.tokenizer.byte_lengths() is None:
+        known["bytes"] = 0.0
+    rank_of(config, summary(recipe, Judged.of(prepared), [known] * len(prepared.valid)))
 
 
 def rank_of(config: Config, found: Mapping[str, Any]) -> float:
@@ -146,4 +149,4 @@ def rank_of(config: Config, found: Mapping[str, Any]) -> float:
     if not isinstance(value, float):
         names = ", ".join(name for name, value in found.items() if isinstance(value, float))
         raise InputError(f"train.best_by={config.train.best_by!r} must be a number of the evaluation: {names}")
-    return value if config.train.best_by in ("loss", "bits_per_byte") else -value
+    return value if config.train.best_by.startswith(("loss", "bits_per_byte")) else -value

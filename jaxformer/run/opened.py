@@ -23,7 +23,6 @@ from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP
 from jaxformer.generation.predict import predict
 from jaxformer.model.heads import (
     ClassificationHead,
-    LanguageHead,
     MultiLabelHead,
     TokenClassificationHead,
 )
@@ -293,7 +292,9 @@ def _restored(checkpoints: Checkpoints, abstract: Any, step: int | str | None) -
         if _finite(state):
             return state
         newest = state if newest is None else newest
-        log.warning("%s holds parameters that are no finite numbers; an older one is looked for", directory / str(at))
+        log.warning(
+            "%s holds parameters that are no finite numbers; an older one is taken", checkpoints.directory / str(at)
+        )
     if newest is None:
         raise InputError(f"{directory} holds no checkpoint that can be read; train it until it saves one")
     log.warning("%s has no checkpoint of finite numbers: the newest is taken", directory)

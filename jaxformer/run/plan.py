@@ -126,7 +126,7 @@ def evaluate(
     name. `between` is called between batches; what it raises ends the evaluation.
     """
     evaluated = functools.partial(evaluate_batch, recipe, params)
-    return _summary(recipe, judged, _sums(evaluated, recipe, judged, config, tokenizer, tokens, between))
+    return summary(recipe, judged, _sums(evaluated, recipe, judged, config, tokenizer, tokens, between))
 
 
 def evaluate_together(
@@ -142,10 +142,11 @@ def evaluate_together(
     evaluated = functools.partial(evaluate_members, recipe, params)
     sums = _sums(evaluated, recipe, judged, config, tokenizer, tokens, between)
     own = lambda i: [{name: values[i] for name, values in each.items()} for each in sums]
-    return [_summary(recipe, judged, own(i)) for i in range(len(jax.tree.leaves(params)[0]))]
+    return [summary(recipe, judged, own(i)) for i in range(len(jax.tree.leaves(params)[0]))]
 
 
-def _summary(recipe: Recipe, judged: Judged, sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(recipe: Recipe, judged: Judged, sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the sums of each source come to."""
     each = [{name: float(value) for name, value in source.items()} for source in sums]
     if not any(source.get("weight", 0) for source in each):
         return {"loss": math.nan, "tokens": 0}

@@ -1,0 +1,350 @@
+"""Saves before evaluations, signals between batches, rows without a gap; what is evaluated, and what is told."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jaxformer
+from jaxformer import Config, Data, Decoder, Train
+from jaxformer.data.corpora import Mixture, TextFiles
+from jaxformer.learning.optimizers import SGD, AdamW
+from jaxformer.learning.schedules import Constant
+from jaxformer.run import loop, pauses, plan, reports
+from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
+from jaxformer.run.manifest import read_manifest, sha256
+from jaxformer.run.signals import ENDING, Interrupted, Received, collected
+from jaxformer.spec import InputError
+
+SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 14, "d_ff": 11, "context_length": 7}
+TRAIN = Train(steps=20, steps_per_call=5, log_every=5, eval_every=10, save_every=10, sample_tokens=0)
+CLOCK = {"tokens_per_second", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    path = tmp_path_factory.mktemp("home")
+    (path / "text.txt").write_text("".join(f"{i} and {i}\n" for i in range(211)))
+    (path / "other.txt").write_text("".join(f"{i * i} is {i} x {i}\n" for i in range(67)))
+    return path
+
+
+def text(home, **train):
+    data = Data(TextFiles(str(home / "text.txt")), batch_size=3)
+    return Config(
+        "none", Decoder(**SIZES), data, optimizer=AdamW(Constant(3e-3)), train=dataclasses.replace(TRAIN, **train)
+    )
+
+
+def rows(directory, split=None):
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{n: v for n, v in row.items() if n not in CLOCK} for row in found if split in (None, row["split"])]
+
+
+def saved(directory):
+    return Checkpoints(directory / "checkpoints").steps()
+
+
+@pytest.fixture
+def received(monkeypatch):
+    """The signals of a run, to which a test may add."""
+    found = Received()
+
+    class Context:
+        def __enter__(self):
+            found.clear()
+            return found
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(loop, "collected", Context)
+    return found
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Counts the batches that evaluations take; `at` maps such a count to what is called then."""
+    calls = {"count": 0}
+    evaluated = plan.evaluate_batch
+
+    def counted(*arguments):
+        calls["count"] += 1
+        calls.get("at", {}).get(calls["count"], lambda: None)()
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(plan, "evaluate_batch", counted)
+    return calls
+
+
+# --- saves, signals, and rows
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXFORMER_CACHE", str(home / "cache"))
+        jaxformer.train(text(home), directory=directory)
+    return directory
+
+
+def test_what_is_due_is_saved_before_the_evaluation(home, whole, tmp_path, batches):
+    """A process that dies in an evaluation has lost nothing: its step is on disk, and the evaluation is made up for."""
+
+    class Killed(BaseException):
+        pass
+
+    def die():
+        writers[0].wait()
+        raise Killed
+
+    writers, init = [], CheckpointWriter.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "__init__", lambda self, *a: (writers.append(self), init(self, *a))[1])
+        batches["at"] = {1: die}
+        with pytest.raises(Killed):
+            jaxformer.train(text(home), directory=tmp_path / "run")
+    assert saved(tmp_path / "run") == [10] and rows(tmp_path / "run", "valid") == []
+    jaxformer.train(text(home), directory=tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(whole)
+    assert sha256(jaxformer.open_run(tmp_path / "run").state) == sha256(jaxformer.open_run(whole).state)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").rank(10) == rows(whole, "valid")[0]["loss"]
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_signal_ends_an_evaluation_between_two_batches(home, whole, tmp_path, received, batches, step):
+    """The last one of a run, too; when the run goes on, it is made first, and the rows are those of a whole run."""
+    per_pass = 11
+    before = per_pass * (step // 10 - 1)
+    batches["at"] = {before + 3: lambda: received.append(signal.SIGTERM)}
+    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}"):
+        jaxformer.train(text(home), directory=tmp_path / "run")
+    assert before + 3 <= batches["count"] <= before + 4 and saved(tmp_path / "run")[-1] == step
+    assert [row["step"] for row in rows(tmp_path / "run", "valid")] == [10, 20][: step // 10 - 1]
+    batches["at"] = {}
+    jaxformer.train(text(home), directory=tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(whole)
+    count = batches["count"]
+    jaxformer.train(text(home), directory=tmp_path / "run")
+    assert batches["count"] == count  # nothing is left to do
+
+
+def test_a_signal_in_an_evaluation_saves_a_step_that_was_not_due(home, tmp_path, received, batches):
+    config = text(home, save_every=1000)
+    batches["at"] = {2: lambda: received.append(signal.SIGUSR1)}
+    with pytest.raises(Interrupted, match="SIGUSR1 at step 10"):
+        jaxformer.train(config, directory=tmp_path / "run")
+    assert saved(tmp_path / "run") == [10]
+    run = jaxformer.train(config, directory=tmp_path / "run")
+    assert int(run.state.step) == 20 and [row["step"] for row in rows(tmp_path / "run", "valid")] == [10, 20]
+
+
+def test_a_signal_ends_a_sample(home, tmp_path, received, monkeypatch):
+    """200 tokens are drawn in stretches; after one of them nothing more is."""
+    drawn, decode = [], jaxformer.generation.decode._decode
+    monkeypatch.setattr(
+        "jaxformer.generation.decode._decode",
+        lambda *a: (drawn.append(1), received.append(signal.SIGHUP), decode(*a))[2],
+    )
+    config = text(home, sample_tokens=200)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, context_length=211))
+    with pytest.raises(Interrupted, match="SIGHUP at step 10"):
+        jaxformer.train(config, {"data.window": 7}, directory=tmp_path / "run")
+    assert len(drawn) == 1 and saved(tmp_path / "run") == [10]
+
+
+def test_signals_are_collected_unless_they_were_ignored(monkeypatch):
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} == set(ENDING)
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with collected() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGUSR1, signal.SIGTERM] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_slurm_end_a_command_at_once(signum):
+    """Before there is anything to save, with the status of the signal; one that is ignored stays so."""
+    code = "import os, sys; from jaxformer import commands; sys.argv = ['x', 'nothing']; "
+    code += f"commands._run = lambda *a: os.kill(os.getpid(), {int(signum)}) or 7; commands.main()"
+    for ignored, status in ((False, 128 + signum), (True, 7)):
+        first = f"import signal; signal.signal({int(signum)}, signal.SIG_IGN); " if ignored else ""
+        assert subprocess.run([sys.executable, "-c", first + code], check=False).returncode == status
+
+
+def test_an_evaluation_that_finds_the_best_saves_it(home, tmp_path):
+    run = jaxformer.train(text(home, save_every=1000), directory=tmp_path / "run")
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run", "valid")}
+    assert losses[20] < losses[10] and saved(tmp_path / "run") == [10, 20]
+    for step, loss in losses.items():
+        assert read_manifest(tmp_path / "run" / "checkpoints" / str(step)).rank == loss
+    assert int(jaxformer.open_run(tmp_path / "run", step="best").state.step) == 20 == int(run.state.step)
+
+
+# --- what is evaluated
+
+
+def test_a_part_of_the_split_is_evaluated_along_the_way(home, whole, tmp_path, batches):
+    """The same part each time; the whole at the end, in a row of its own, and by `evaluate`; the part ranks."""
+    config = text(home)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, valid_tokens=130))
+    run = jaxformer.train(config, directory=tmp_path / "run")
+    found = rows(tmp_path / "run")
+    assert [(row["step"], row["split"]) for row in found if row["split"] != "train"] == [
+        (10, "valid"),
+        (20, "valid"),
+        (20, "valid_full"),
+    ]
+    part, last, full = (row for row in found if row["split"] != "train")
+    assert part["tokens"] == last["tokens"] <= 130 and last["tokens"] > 60
+    assert full["tokens"] == rows(whole, "valid")[-1]["tokens"] > 200
+    assert full["loss"] == rows(whole, "valid")[-1]["loss"] != last["loss"]
+    again = run.evaluate_valid()
+    assert (again["split"], again["loss"], again["tokens"]) == ("valid_full", full["loss"], full["tokens"])
+    assert Checkpoints(tmp_path / "run" / "checkpoints").best() == (20, last["loss"])
+    with pytest.raises(InputError, match="valid_tokens=0 must be at least 1"):
+        jaxformer.train(config, {"data.valid_tokens": 0}, directory=tmp_path / "none")
+
+
+def mixed(home, **fields):
+    parts = TextFiles(str(home / "text.txt")), TextFiles(str(home / "other.txt"))
+    data = Data(Mixture(parts, (0.95, 0.05), **fields), batch_size=3)
+    return dataclasses.replace(text(home), data=data)
+
+
+def test_each_corpus_of_a_mixture_is_validated_apart(home, tmp_path):
+    run = jaxformer.train(mixed(home), {"train.best_by": "loss_other"}, directory=tmp_path / "run")
+    row = rows(tmp_path / "run", "valid")[-1]
+    assert list(row)[2:] == [
+        *("loss", "bits_per_byte", "tokens", "loss_text", "bits_per_byte_text", "tokens_text"),
+        *("loss_other", "bits_per_byte_other", "tokens_other"),
+    ]
+    prepared = plan.prepare_data(run.config, run.tokenizer)
+    for name, source in zip(("text", "other"), prepared.valid, strict=True):
+        alone = run.evaluate(source)
+        assert (
+            row[f"loss_{name}"] == pytest.approx(alone["loss"], rel=1e-6) and row[f"tokens_{name}"] == alone["tokens"]
+        )
+        assert row[f"bits_per_byte_{name}"] == pytest.approx(alone["bits_per_byte"], rel=1e-6)
+    assert row["loss"] == pytest.approx(0.95 * row["loss_text"] + 0.05 * row["loss_other"], rel=1e-6)
+    assert row["tokens"] == row["tokens_text"] + row["tokens_other"]
+    assert abs(row["loss_text"] - row["loss_other"]) > 0.1  # so that another mean would be another number
+    assert Checkpoints(tmp_path / "run" / "checkpoints").best()[1] in [
+        r["loss_other"] for r in rows(tmp_path / "run", "valid")
+    ]
+    with pytest.raises(InputError, match=r"best_by='loss_third' must be a number of the evaluation: .*loss_other"):
+        jaxformer.train(mixed(home), {"train.best_by": "loss_third"}, directory=tmp_path / "none")
+
+
+def test_the_parts_of_a_mixture_have_names():
+    twice = TextFiles("a/web.jsonl.gz"), TextFiles("b/web.txt"), TextFiles("c")
+    weights = 1.0, 1.0, 1.0
+    assert Mixture(twice, weights).part_names() == ("web_1", "web_2", "c")
+    assert Mixture(twice, weights, ("x", "y", "z")).part_names() == ("x", "y", "z")
+    with pytest.raises(ValueError, match="must be one for each"):
+        Mixture(twice, weights, ("x", "y", "x")).check()
+
+
+def test_members_of_a_mixture_are_evaluated_as_each_alone(home, tmp_path):
+    jaxformer.train_seeds(mixed(home), [0, 1], directory=tmp_path / "both")
+    jaxformer.train(mixed(home), {"train.seed": 1}, tmp_path / "one")
+    for row, other in zip(rows(tmp_path / "both" / "seed-1", "valid"), rows(tmp_path / "one", "valid"), strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
+
+
+# --- what is told
+
+
+def test_the_first_loss_that_is_not_finite_is_told_with_its_step(home, tmp_path, caplog):
+    """And of the checkpoints the newest finite one is opened, unless another is named."""
+    config = dataclasses.replace(text(home, eval_every=1000, save_every=5, keep=9), optimizer=SGD(Constant(1e3)))
+    with pytest.MonkeyPatch.context() as patch:  # the first steps are sound
+        patch.setattr(SGD, "transform", lambda self, declared, rate: jax_sgd(rate))
+        jaxformer.train(config, directory=tmp_path / "run")
+    losses = [row["loss"] for row in rows(tmp_path / "run", "train")]
+    assert losses[0] is not None and losses[-1] is None
+    told = [r.getMessage() for r in caplog.records if "no finite number" in r.getMessage()]
+    assert len(told) == 1 and re.match(r"step 9: the loss is (nan|inf), no finite number", told[0])
+    caplog.clear()
+    assert int(jaxformer.open_run(tmp_path / "run").state.step) == 5
+    assert [int(m) for m in re.findall(r"checkpoints.(\d+) holds parameters that are no finite", caplog.text)] == [
+        20,
+        15,
+        10,
+    ]
+    caplog.clear()
+    assert int(jaxformer.open_run(tmp_path / "run", step=15).state.step) == 15
+    assert "15 holds parameters that are no finite numbers" in caplog.text
+
+
+def jax_sgd(rate):
+    """Steps that are small up to the seventh, and then are not."""
+    import optax
+
+    def update(grads, count, params=None):
+        factor = jax.numpy.where(count < 7, 1e-3, jax.numpy.inf)
+        return jax.tree.map(lambda g: -factor * g, grads), count + 1
+
+    return optax.GradientTransformation(lambda params: jax.numpy.int32(0), update)
+
+
+def test_nothing_but_infinite_checkpoints_is_said(home, tmp_path, caplog):
+    config = text(home, eval_every=1000, save_every=20, keep=1)
+    run = jaxformer.train(config, directory=tmp_path / "run")
+    writer = CheckpointWriter(tmp_path / "run" / "checkpoints", 1)
+    bad = jax.tree.map(lambda a: a * np.nan if a.dtype == np.float32 else a, run.state)
+    writer.save(bad, 21)
+    writer.close()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    assert math.isnan(float(jax.tree.leaves(jaxformer.open_run(tmp_path / "run").state.params)[0].ravel()[0]))
+    assert "has no checkpoint of finite numbers: the newest is taken" in caplog.text
+
+
+def test_a_batch_of_which_nothing_is_asked_is_told_once(caplog):
+    """And not as a loss that is no number."""
+    told = reports.Reports.__new__(reports.Reports)
+    told._told, told._seeds = set(), [4, 5]
+    losses = np.array([[1.0, np.nan, 2.0, np.inf], [1.0, 2.0, 2.0, 2.0]])
+    weights = np.array([[7.0, 0.0, 7.0, 7.0, 7.0], [7.0, 7.0, 0.0, 7.0, 7.0]])
+    for _ in range(2):
+        told._warn(40, losses, weights)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "step 42 of seed 4",
+        "step 44 of seed 4",
+    ]
+    assert "all weights are 0" in caplog.messages[0] and "the loss is inf" in caplog.messages[1]
+
+
+def test_without_a_terminal_no_minute_is_silent(home, tmp_path, caplog, monkeypatch):
+    """A line of loss, speed and time left every so many seconds, in evaluations as well."""
+    assert reports.QUIET < 60
+    monkeypatch.setattr(reports, "QUIET", 0.01)
+    caplog.set_level(logging.INFO, "jaxformer")
+    jaxformer.train(text(home, steps=400, eval_every=200), directory=tmp_path / "run")
+    lines = [m for m in caplog.messages if re.match(r"step \d+ of 400: ", m)]
+    pattern = r"step \d+ of 400: loss \d\.\d{4}, [\d,]+ tokens/s, \d+:\d\d:\d\d left(; (evaluating|saving))?"
+    full = [line for line in lines if re.fullmatch(pattern, line)]
+    assert full and len(full) >= len(lines) - 5 and any("evaluating" in line for line in lines)
+    assert pauses.SPLITS["valid"] == "validation"
+
+
+def test_the_lines_are_for_no_terminal(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = reports.Reports([dataclasses.replace(text(home), directory=str(tmp_path))], 0)
+    assert shown._lines is None
+    shown.close()
