@@ -25,6 +25,7 @@ class RandomWindows(Spec):
 
     whole_documents = False  # True: rows are made of documents, so that a source may be split between any two
     examples = False  # True: rows are examples, with their labels
+    several = False  # True: rows may hold several documents, each a segment
     bucket_steps = 1  # steps after which another bucket may have its turn
 
     def buckets(self, source: Source, length: int) -> tuple[Source, ...]:
@@ -179,6 +180,7 @@ class PackedDocuments(RandomWindows):
     """
 
     whole_documents = True
+    several = True
 
     def check_source(self, source: Source, length: int) -> None:
         if not len(_plan(source, length).ends):
