@@ -377,6 +377,14 @@ def test_special_tokens_are_never_missing():
     assert (np.asarray(example.targets) == START).sum() == 0  # it begins the targets, and comes from no text
 
 
+def test_a_text_beside_special_ids_alone_is_one_text():
+    """Its first token stays: of the other document nothing can be missing."""
+    tokens = integers(0, 97, 50, 21)
+    tokens[:, -1] = END
+    example = corrupted(spans_missing(0.5), tokens, np.broadcast_to(packed([20, 1]), tokens.shape), KEY)
+    assert np.array_equal(example.source.ids[:, 0], tokens[:, 0])
+
+
 def test_spans_have_all_lengths_equally_often():
     """Three of six tokens in two spans: kept and lost are 1 + 2 or 2 + 1 each. The first token stays."""
     objective = SpanCorruption(density=0.5, mean_span=1.5)
