@@ -222,7 +222,12 @@ def test_buckets_do_not_depend_on_calls_or_interruptions(home):
         (Masked(), Encoder(**SIZE), {}, "objective=Masked needs a mask token"),
         (Masked(mask=99), Encoder(**SIZE), {}, "objective.mask and objective.special: 99 must be"),
         (SpanCorruption(), EncoderDecoder(**SIZE), {}, "objective=SpanCorruption needs sentinels"),
-        (SpanCorruption(sentinels=(1,), mean_span=1.0), EncoderDecoder(**SIZE), {}, "has 1 sentinels, but 4 spans"),
+        (
+            SpanCorruption(sentinels=(1,), mean_span=1.0),
+            EncoderDecoder(**SIZE),
+            {},
+            "has 1 sentinels, but up to 5 spans",
+        ),
         (Masked(mask=1), Encoder(**SIZE), {"target": "upper"}, "objective=Masked reads one text, but examples"),
         (Classification(), Encoder(**SIZE, head=TokenClassificationHead("long")), {"labels": ("long",)}, "each token"),
         (Classification(z_loss=1.0), Encoder(**SIZE, head=BinaryHead("long")), {}, "z_loss=1.0 must be 0"),

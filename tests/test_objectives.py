@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from tiny import decoder
 
+from jaxformer.config import Config, Data
+from jaxformer.data.batches import Examples, PackedDocuments, RandomWindows
+from jaxformer.data.tokenizers import Bytes
 from jaxformer.learning.objectives import (
     Classification,
     Contrastive,
@@ -18,10 +21,12 @@ from jaxformer.learning.objectives import (
     SequenceToSequence,
     SpanCorruption,
 )
-from jaxformer.learning.rows import composition
+from jaxformer.learning.rows import composition, same_texts
 from jaxformer.model import heads
 from jaxformer.model.masks import Bidirectional, Either, Local, Prefix, Window
 from jaxformer.model.models import Encoder, EncoderDecoder, Model
+from jaxformer.run.plan import recipe_of
+from jaxformer.spec import InputError
 
 rng = np.random.default_rng(0)
 B, T, V = 5, 13, 29
@@ -92,9 +97,10 @@ def test_next_token(smoothing, z_loss):
     logits, targets = TABLES["table"][tokens[:, :-1]], tokens[:, 1:]
     weights = (SEGMENTS[:, 1:] == SEGMENTS[:, :-1]) & (SEGMENTS[:, 1:] > 0)
     nats = cross_entropy(logits, targets, smoothing) + z_loss * np.log(np.exp(logits).sum(-1)) ** 2
-    total, weight = objective.loss(ROWS, j(TABLES), example, None)
+    total, (plain, weight) = objective.loss(ROWS, j(TABLES), example, None)
     close(total, (nats * weights).sum(), 1e-3)
-    assert weight == weights.sum()
+    close(plain, (cross_entropy(logits, targets) * weights).sum(), 1e-3)
+    assert weight == weights.sum() and objective.regularized == (smoothing > 0 or z_loss > 0)
     sums = objective.sums(ROWS, j(TABLES), example, LENGTHS)
     close(sums["nats"], (cross_entropy(logits, targets) * weights).sum(), 1e-3)
     assert sums["bytes"] == (np.asarray(LENGTHS)[targets] * weights).sum() and sums["weight"] == weights.sum()
@@ -194,7 +200,13 @@ def test_sums_of_masked_tokens():
 
 # --- missing spans
 
-START, END, SENTINELS = 100, 101, tuple(range(120, 102, -1))
+START, END, INNER, SENTINELS = 100, 101, 102, tuple(range(220, 102, -1))
+
+
+def spans_missing(density=0.15, mean_span=3.0, several=True, sentinels=SENTINELS):
+    return SpanCorruption(
+        density=density, mean_span=mean_span, sentinels=sentinels, start=START, end=END, several=several
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -253,7 +265,7 @@ ROWS_OF_SPANS = [  # lengths of documents; the rest of the row is padding
 @pytest.mark.parametrize(("density", "mean_span"), [(0.15, 3.0), (0.5, 2.0), (0.3, 1.0), (0.9, 30.0)])
 def test_span_corruption_can_be_undone(density, mean_span):
     """Each text is that of its source, its target's spans in place of the sentinels."""
-    objective = SpanCorruption(density=density, mean_span=mean_span, sentinels=SENTINELS, start=START, end=END)
+    objective = spans_missing(density, mean_span)
     tokens, segments = integers(0, 97, 8, WIDTH), np.zeros((8, WIDTH), np.int32)
     for row, lengths in enumerate(ROWS_OF_SPANS):
         segments[row, : sum(lengths)] = np.repeat(np.arange(1, 1 + len(lengths)), lengths)
@@ -266,30 +278,97 @@ def test_span_corruption_can_be_undone(density, mean_span):
                 text, *more = rebuilt(*found[s])
                 assert text == tokens[row, segments[row] == s].tolist(), (key, row, s)
                 counts += more
-            missing = min(max(round(n * density), 1), n - 1) if n > 1 else 0
-            spans = min(max(round(missing / mean_span), 1), n - missing) if missing else 0
-            if len(lengths) > 1:  # documents for whose spans there is no more room stay whole
-                assert 0 < counts[0] <= missing and counts[1] < spans + len(lengths)
+            missing, spans = counts
+            most = n if len(lengths) > 1 else n - 1  # the first token of one text stays
+            assert missing in (int(n * density), min(int(n * density) + 1, most)) if n else missing == 0
+            drawn = min(max(round(missing / mean_span), 1), max(n - missing, 1)) if missing else 0
+            if len(lengths) > 1:  # cut between documents, and where the row ends
+                assert drawn <= spans <= drawn + len(lengths)
             else:
-                assert (counts == (missing, spans)).all()
+                assert spans == drawn
+
+
+def packed(lengths):
+    return np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)
 
 
 @pytest.mark.parametrize(
-    ("density", "mean_span", "lengths"), [(0.15, 3.0, [2]), (0.5, 1.0, [20]), (0.9, 3.0, [20]), (0.15, 3.0, [3] * 20)]
+    ("density", "mean_span", "lengths"),
+    [
+        (0.15, 3.0, [50, 30, 48]),
+        (0.15, 3.0, [3, 1, 2, 5, 8, 1, 13, 21, 40]),
+        (0.02, 3.0, [20, 5]),
+        (0.7, 2.0, [1, 1, 4, 2]),
+        (0.9, 30.0, [1, 1]),
+    ],
 )
-def test_nothing_is_lost_where_targets_have_no_room(density, mean_span, lengths):
-    """In short rows, where most is missing, in rows of many documents: what does not fit stays in the source."""
-    objective = SpanCorruption(density=density, mean_span=mean_span, sentinels=SENTINELS, start=START, end=END)
-    tokens = integers(0, 97, 1, sum(lengths))
-    segments = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)[None]
-    for key in range(5):
-        found = spans_of(corrupted(objective, jnp.asarray(tokens), jnp.asarray(segments), jax.random.key(key)), 0)
-        for s in range(1, 1 + len(lengths)):
-            assert rebuilt(*found[s])[0] == tokens[segments == s].tolist()
+def test_every_document_misses_its_share(density, mean_span, lengths):
+    """Chi-square over documents, of what is asked for of each; and the share of the whole row, more exactly."""
+    rows, segments = 6000, packed(lengths)
+    tokens = np.broadcast_to(integers(0, 97, 1, len(segments)), (rows, len(segments)))
+    example = corrupted(spans_missing(density, mean_span), tokens, np.broadcast_to(segments, tokens.shape), KEY)
+    asked = (np.asarray(example.weights) > 0) & (np.asarray(example.targets) < 97)
+    of = np.asarray(example.at.segment)
+    counts = np.stack([(asked & (of == s)).sum(1) for s in range(1, 1 + len(lengths))], 1)
+    z = (counts.mean(0) - density * np.array(lengths)) / (counts.std(0) / rows**0.5)
+    assert (z**2).sum() < len(lengths) + 4 * (2 * len(lengths)) ** 0.5, z
+    assert counts.sum(1).mean() == pytest.approx(density * len(segments), abs=3 * 0.5 / rows**0.5)
+
+
+KEY = jax.random.key(3)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_every_token_is_as_likely_to_be_missing(several):
+    """In rows of several documents; of one, the first stays. The number is right in the mean."""
+    objective, free = SpanCorruption(density=0.27, mean_span=2.0), jnp.ones(11, bool)
+    draw = jax.jit(jax.vmap(lambda key: objective.spans(key, free, jnp.bool_(several))))
+    share = np.asarray(draw(jax.random.split(KEY, 20_000))).mean(0)
+    assert share.mean() == pytest.approx(0.27, abs=0.001)
+    if several:
+        close(share, 0.27, 0.012)
+    else:
+        assert share[0] == 0 and share[-1] == 1  # and ends with a span, as T5
+
+
+@pytest.mark.parametrize(("density", "mean_span"), [(0.15, 3.0), (0.5, 1.0), (0.93, 3.0)])
+@pytest.mark.parametrize("lengths", [[2], [20], [61], [3] * 20, [1] * 37, [60, 1], [30, 1, 30]])
+def test_nothing_is_lost_in_the_targets(density, mean_span, lengths):
+    """In rows of one token each, where most is missing, where special ids cut spans: there is room for all of it."""
+    several, n = len(lengths) > 1, sum(lengths)
+    objective = spans_missing(density, mean_span, several, (*SENTINELS, INNER))
+    tokens, segments, some = integers(0, 97, 30, n), packed(lengths), rng.random((30, n))
+    tokens[10:20] = np.where(some[10:20] < 0.1, INNER, tokens[10:20])  # these stay where they are
+    tokens[20:] = np.where((some[20:] < 0.4) | (np.arange(n) % 2 == 1), INNER, tokens[20:])
+    segments = np.broadcast_to(segments, tokens.shape)
+    for key in range(4):
+        example = corrupted(objective, tokens, segments, jax.random.key(key))
+        assert example.targets.shape[1] == objective.target_width(n) - 1
+        position, real = np.asarray(example.at.position), np.asarray(example.at.segment) > 0
+        assert position[real].max(initial=0) < objective.longest_target(n)
+        for row in range(30):
+            found, free, counts = spans_of(example, row), (tokens[row] != INNER).sum(), 0
+            for s in range(1, 1 + len(lengths)):
+                text, missing, _ = rebuilt(*found[s])
+                assert text == tokens[row, segments[row] == s].tolist()
+                counts += missing
+            documents = len({int(s) for s in segments[row][tokens[row] != INNER]})
+            whole = free if documents > 1 else max(free - 1, 0)
+            assert counts in {min(int(free * density) + more, whole) for more in (0, 1)}
+
+
+def test_targets_are_no_wider_than_need_be():
+    """There are rows that fill them."""
+    for several, lengths, missing in ((False, [40], 20), (True, [1] * 40, 20)):
+        objective = spans_missing(0.5, 1.0, several)
+        tokens, segments = integers(0, 97, 9, 40), np.broadcast_to(packed(lengths), (9, 40))
+        example = corrupted(objective, tokens, segments, KEY)
+        width = 4 * missing if several else 2 * missing + 2
+        assert example.ids.shape[1] == width - 1 and (np.asarray(example.at.segment) > 0).all()
 
 
 def test_special_tokens_are_never_missing():
-    objective = SpanCorruption(density=0.5, sentinels=SENTINELS, start=START, end=END)
+    objective = spans_missing(0.5, several=False)
     tokens = integers(0, 97, 41, 31)
     tokens[:, 0], tokens[:, -1], tokens[:, 7] = START, END, SENTINELS[3]
     example = corrupted(objective, jnp.asarray(tokens), jnp.ones((41, 31), jnp.int32), jax.random.key(0))
@@ -298,11 +377,21 @@ def test_special_tokens_are_never_missing():
     assert (np.asarray(example.targets) == START).sum() == 0  # it begins the targets, and comes from no text
 
 
+def test_a_text_beside_special_ids_alone_is_one_text():
+    """Its first token stays: of the other document nothing can be missing."""
+    tokens = integers(0, 97, 50, 21)
+    tokens[:, -1] = END
+    example = corrupted(spans_missing(0.5), tokens, np.broadcast_to(packed([20, 1]), tokens.shape), KEY)
+    assert np.array_equal(example.source.ids[:, 0], tokens[:, 0])
+
+
 def test_spans_have_all_lengths_equally_often():
     """Three of six tokens in two spans: kept and lost are 1 + 2 or 2 + 1 each. The first token stays."""
     objective = SpanCorruption(density=0.5, mean_span=1.5)
     free = jnp.asarray([True, False, *[True] * 5, False])
-    masks = jax.jit(jax.vmap(lambda key: objective.spans(key, free)))(jax.random.split(jax.random.key(0), 4000))
+    masks = jax.jit(jax.vmap(lambda key: objective.spans(key, free, jnp.bool_(False))))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
     patterns, counts = np.unique(np.asarray(masks)[:, np.asarray(free)], axis=0, return_counts=True)
     assert not np.asarray(masks)[:, ~np.asarray(free)].any()
     assert ["".join("x" if m else "." for m in p) for p in patterns] == ["..x.xx", "..xx.x", ".x..xx", ".xx..x"]
@@ -316,14 +405,53 @@ def test_composition():
     ways, counts = np.unique(lengths, axis=0, return_counts=True)
     assert len(ways) == 15 and (ways.sum(1) == 7).all() and (ways[:, :3] > 0).all() and not ways[:, 3:].any()
     close(counts / 6000, 1 / 15, 0.015)
+    assert not composition(KEY, jnp.int32(0), jnp.int32(1), 11).any()
 
 
 def test_sentinels_run_out():
     """The last one stands for all further spans."""
-    objective = SpanCorruption(density=0.5, mean_span=1.0, sentinels=SENTINELS[:2], start=START, end=END)
+    objective = spans_missing(0.5, 1.0, False, SENTINELS[:2])
     example = corrupted(objective, integers(0, 97, 1, 41), np.ones((1, 41), np.int32), jax.random.key(0))
     marks = [i for i in example.source.ids[0].tolist() if i in SENTINELS]
     assert marks[:2] == list(SENTINELS[:2]) and set(marks[2:]) == {SENTINELS[1]} and len(marks) == 20
+
+
+SPECIAL = {"sentinels": SENTINELS, "start": (START,), "end": (END,)}
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("density", "mean_span"), [(0.5, 1.0), (0.75, 3.0), (0.8, 3.0), (0.9, 8.0)])
+def test_targets_that_the_model_cannot_read_are_refused(density, mean_span, several):
+    """By name, value, rule, remedy; with longer spans they can be read."""
+    name = rf"objective.density={density} and objective.mean_span={mean_span} make targets of 66 tokens from rows of 64"
+    with pytest.raises(ValueError, match=rf"{name}, more than data.window=64 .* or a larger mean_span"):
+        SpanCorruption(density=density, mean_span=mean_span).filled(SPECIAL, 300, 64, several)
+    fit = SpanCorruption(density=density, mean_span=4 * mean_span).filled(SPECIAL, 300, 64, several)
+    assert fit.several == several and fit.longest_target(64) <= 65
+
+
+@pytest.mark.parametrize(("several", "lengths"), [(False, [64]), (True, [2, 62])])
+@pytest.mark.parametrize(("density", "mean_span"), [(0.3, 1.0), (0.8, 8.0)])
+def test_as_many_sentinels_as_a_text_may_need(density, mean_span, several, lengths):
+    """With one fewer they are refused; with just these none stands for two spans."""
+    objective = SpanCorruption(density=density, mean_span=mean_span, several=several)
+    n = objective.most_spans(64)
+    with pytest.raises(ValueError, match=f"has {n - 1} sentinels, but up to {n} spans .*sentinels={n}, or a larger"):
+        objective.filled(SPECIAL | {"sentinels": SENTINELS[: n - 1]}, 300, 64, several)
+    filled = objective.filled(SPECIAL | {"sentinels": SENTINELS[:n]}, 300, 64, several)
+    tokens = integers(0, 97, 700, 64)
+    source = np.asarray(corrupted(filled, tokens, np.broadcast_to(packed(lengths), tokens.shape), KEY).source.ids)
+    assert (source == SENTINELS[n - 1]).sum(1).max() == 1
+
+
+def test_whether_rows_hold_several_documents_is_the_samplings():
+    model = EncoderDecoder(n_layers=1, n_heads=1, d_model=2, context_length=61)
+    tokenizer = Bytes(end_token=True, sentinels=20)
+    for sampling, several in ((RandomWindows(), False), (Examples(), False), (PackedDocuments(), True)):
+        config = Config("run", model, Data(sampling=sampling), SpanCorruption())
+        assert recipe_of(config, tokenizer, {}).objective.several is several  # pyright: ignore
+    with pytest.raises(InputError, match=r"objective.several=False must be True: rows of data.sampling hold several"):
+        recipe_of(dataclasses.replace(config, objective=SpanCorruption(several=False)), tokenizer, {})
 
 
 # --- classes
@@ -353,11 +481,12 @@ def test_classification_by_two_heads(smoothing):
         logits[name] = np.stack(pooled) @ p["kernel"] + p["bias"]
     logits["kind"] = np.pad(logits["kind"], ((0, 0), (1, 0)))  # of two classes, the first one's is 0
     example = prepared(objective, batch)
-    total, weight = objective.loss(model, j(params), example, None)
+    total, (plain, weight) = objective.loss(model, j(params), example, None)
     nats = {n: cross_entropy(z, labels[n][real], smoothing).sum() for n, z in logits.items()}
     if smoothing:  # of the sigmoid, which is the softmax of 0 and its logit
         assert nats["kind"] != pytest.approx(cross_entropy(logits["kind"], labels["kind"][real]).sum())
     close(total, sum(nats.values()))
+    close(plain, sum(cross_entropy(z, labels[n][real]).sum() for n, z in logits.items()))
     assert weight == 4
     sums = {n: float(x) for n, x in objective.sums(model, j(params), example, LENGTHS).items()}
     summary = objective.summary(sums)
@@ -377,7 +506,8 @@ def test_classification_of_tokens():
     chosen = (segments > 0) & (labels >= 0)
     logits = (TABLES["table"][tokens] @ p["kernel"] + p["bias"])[chosen]
     nats = cross_entropy(logits, labels[chosen])
-    total, weight = objective.loss(model, params, example, None)
+    total, (plain, weight) = objective.loss(model, params, example, None)
+    assert plain == total
     rows = np.nonzero(chosen)[0]
     close(total / weight, sum(nats[rows == row].mean() for row in set(rows)) / (segments > 0).any(1).sum())
     sums = objective.sums(model, params, example, LENGTHS)
@@ -390,7 +520,7 @@ def test_texts_without_a_label_count_nothing():
     params = j(TABLES | {"head_classes_of_tone": {"kernel": draws(V, 3), "bias": draws(3)}})
     batch = {"tokens": integers(0, V, B, T), "labels_tone": np.array([2, -1, 0, 1, -1], np.int32)}
     some = {n: a[[0, 2, 3]] for n, a in batch.items()}
-    ratio = lambda batch: np.divide(*objective.loss(model, params, prepared(objective, batch), None))
+    ratio = lambda batch: np.divide(*objective.loss(model, params, prepared(objective, batch), None)[1])
     close(ratio(batch), ratio(some) * 3 / 5)
     sums = objective.sums(model, params, prepared(objective, batch), LENGTHS)
     assert sums["weight of tone"] == 3
@@ -417,8 +547,8 @@ def test_contrastive(smoothing):
         cross_entropy(scores, np.arange(B), smoothing) + cross_entropy(scores.T, np.arange(B), smoothing)
     ).sum()
     example = prepared(objective, batch)
-    total, weight = objective.loss(EMBEDS, j(TABLES), example, None)
-    close(total, nats(smoothing) / 2)
+    total, (plain, weight) = objective.loss(EMBEDS, j(TABLES), example, None)
+    close([total, plain], [nats(smoothing) / 2, nats(0) / 2])
     sums = objective.sums(EMBEDS, j(TABLES), example, LENGTHS)
     close(sums["nats"], nats(0) / 2)
     assert weight == B == sums["weight"] and sums["right"] == (scores.argmax(1) == np.arange(B)).sum()
@@ -435,11 +565,68 @@ def test_padding_pairs_change_nothing(smoothing):
     for given in (batch, some):
         example = prepared(objective, given)
         value = lambda params, example=example: objective.loss(EMBEDS, params, example, None)
-        (total, weight), gradient = jax.value_and_grad(value, has_aux=True)(j(TABLES))
+        (total, aside), gradient = jax.value_and_grad(value, has_aux=True)(j(TABLES))
         sums = objective.sums(EMBEDS, j(TABLES), example, LENGTHS)
-        outs.append([total, weight, gradient["table"], *sums.values()])
+        outs.append([total, *aside, gradient["table"], *sums.values()])
     for padded, alone in zip(*outs, strict=True):
         close(padded, alone, 1e-3)
+
+
+def test_same_texts():
+    """Of the same tokens in the same places; what padding holds does not count."""
+    ids = np.array([[5, 7, 0], [5, 7, 9], [5, 7, 0], [5, 8, 0], [0, 5, 7]])
+    segments = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0], [0, 1, 1]])
+    expected = np.eye(5, dtype=bool)
+    expected[0, 1] = expected[1, 0] = True
+    assert np.array_equal(same_texts(jnp.asarray(ids), jnp.asarray(segments)), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_duplicates_are_no_negatives(smoothing):
+    """Against loops over the pairs: equal first texts, equal second ones, a pair twice, and padding."""
+    n, objective = 7, Contrastive(smoothing, temperature=0.4)
+    batch = pairs(n)
+    batch["source"][3], batch["tokens"][4] = batch["source"][1], batch["tokens"][0]
+    for name in ("source", "tokens"):
+        batch[name][6] = batch[name][2]
+    batch["segments"][[0, 4], -3:] = 0  # equal but for what the padding holds
+    batch["tokens"][4, -3:] = (batch["tokens"][0, -3:] + 1) % V
+    for name in ("source_segments", "segments"):
+        batch[name][5] = 0
+    same = {(1, 3), (0, 4), (2, 6)}
+    real = [i for i in range(n) if i != 5]
+    vectors = {}
+    for name, own in (("source", "source_segments"), ("tokens", "segments")):
+        mean = np.stack([TABLES["table"][batch[name][i]][batch[own][i] > 0].mean(0) for i in real])
+        vectors[name] = dict(zip(real, mean / np.linalg.norm(mean, axis=1, keepdims=True), strict=True))
+    total = plain = right = 0
+    for a, b in (("source", "tokens"), ("tokens", "source")):
+        for i in real:
+            choices = [k for k in real if not {(i, k), (k, i)} & same]
+            scores = np.array([vectors[a][i] @ vectors[b][k] / 0.4 for k in choices])
+            own = choices.index(i)
+            total += cross_entropy(scores[None], [own], smoothing)[0] / 2
+            plain += cross_entropy(scores[None], [own])[0] / 2
+            right += (scores.argmax() == own) * (a == "source")
+    example = prepared(objective, batch)
+    found, (aside, weight) = objective.loss(EMBEDS, j(TABLES), example, None)
+    close([found, aside], [total, plain])
+    sums = objective.sums(EMBEDS, j(TABLES), example, LENGTHS)
+    close(sums["nats"], plain)
+    assert weight == sums["weight"] == 6 and sums["right"] == right
+
+
+def test_a_perfect_encoder_has_no_loss():
+    """Twelve questions about three cities, each question's vector its city's."""
+    city = np.arange(12) % 3
+    table = np.eye(V, dtype=np.float32)[np.r_[np.arange(12) % 3, :3, [0] * (V - 15)]]
+    batch = {"source": np.arange(12, dtype=np.int32)[:, None], "tokens": (12 + city).astype(np.int32)[:, None]}
+    batch |= {"source_segments": np.ones((12, 1), np.int32), "segments": np.ones((12, 1), np.int32)}
+    objective = Contrastive()
+    example, params = prepared(objective, batch), j({"table": table})
+    total, (_, weight) = objective.loss(EMBEDS, params, example, None)
+    summary = objective.summary({n: float(x) for n, x in objective.sums(EMBEDS, params, example, LENGTHS).items()})
+    assert float(total) / float(weight) < 1e-6 and summary["loss"] < 1e-6 and summary["accuracy"] == 1
 
 
 # --- which models they take

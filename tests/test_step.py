@@ -8,14 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import B, T, decoder
+from tiny import B, T, decoder, loud
 
 from jaxformer.keys import PURPOSES, fold, key_for
+from jaxformer.learning.objectives import Classification, Contrastive, NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupCosine
+from jaxformer.model.baselines import TokenEmbedding
+from jaxformer.model.heads import (
+    BinaryHead,
+    ClassificationHead,
+    EmbeddingHead,
+    LanguageHead,
+    TokenClassificationHead,
+)
 from jaxformer.model.layers import FeedForward
 from jaxformer.model.positions import Learned
-from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state, train_step, train_steps
+from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state, train_members, train_step, train_steps
 
 RECIPE = Recipe(decoder(n_layers=2, dropout=0.2))
 OPTIMIZER = AdamW(learning_rate=WarmupCosine(1e-2, 1e-3, 2))
@@ -101,6 +110,8 @@ def test_one_batch_is_memorised():
 def test_metrics():
     recipe = Recipe(decoder(n_layers=2))
     _, row = train_steps(recipe, init_state(recipe, hyper()), batches(2), np.int32(2), hyper())
+    assert row.keys() == {"loss", "weight", "grad_norm", "learning_rate"}
+    assert row["weight"].tolist() == [12 + 8 + 13] * 2 and row["weight"].dtype == "float32"
     assert float(row["loss"][0]) == pytest.approx(np.log(29), abs=0.1)
     assert float(row["learning_rate"][0]) == pytest.approx(1e-2 / 3)
     state = init_state(recipe, hyper())
@@ -111,6 +122,78 @@ def test_metrics():
 
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(jax.grad(loss)(state.params))))
     assert float(row["grad_norm"][0]) == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_a_batch_of_which_nothing_is_learned_says_so(slices):
+    """It has no loss, a weight of 0, and an update that leaves all as it is; its neighbours are as ever."""
+    recipe = Recipe(decoder(n_layers=2), NextToken(label_smoothing=0.1), slices=slices)
+    buffer, same = batches(2), hyper(weight_decay=0.0)
+    buffer["segments"] = np.array(buffer["segments"])
+    buffer["segments"][0] = np.arange(T + 1) % 2 + 1  # every token a document of its own
+    before = jax.tree.map(np.array, init_state(recipe, same).params)
+    state, row = train_steps(recipe, init_state(recipe, same), buffer, np.int32(1), same)
+    chex.assert_trees_all_equal(state.params, before)
+    assert np.isnan(row["loss"][0]) and np.isnan(row["objective_loss"][0])
+    assert row["weight"][0] == 0 and row["grad_norm"][0] == 0
+    _, row = train_steps(recipe, state, buffer, np.int32(2), same)
+    assert row["weight"].tolist() == [0, 12 + 8 + 13] and np.isfinite([row["loss"][1], row["objective_loss"][1]]).all()
+
+
+REGULARIZED = [
+    NextToken(label_smoothing=0.2),
+    NextToken(z_loss=0.03),
+    Classification(label_smoothing=0.2),
+    Contrastive(label_smoothing=0.2),
+]
+HEADS = (
+    ClassificationHead("a", tuple("xyz")),
+    BinaryHead("b", tuple("no")),
+    TokenClassificationHead("c", tuple("uvw")),
+    EmbeddingHead(),
+    LanguageHead(),
+)
+
+
+@pytest.mark.parametrize("objective", REGULARIZED, ids=lambda o: f"{type(o).__name__}-z{o.z_loss}")
+def test_losses_are_plain_and_gradients_the_objectives(objective):
+    """`loss` is that of the objective without smoothing and z-loss, `objective_loss` what is minimised: of a batch, of
+    its slices, of seeds together."""
+    model = TokenEmbedding(d_model=17, context_length=T, vocab_size=29, head=HEADS)
+    draw = np.random.default_rng(1)
+    batch = at(0, batches(1, 6)) | {
+        "labels_a": np.array([0, 2, 1, -1, 1, 0], np.int32),
+        "labels_b": np.array([1, 0, 1, 0, -1, 0], np.int32),
+        "labels_c": draw.integers(-1, 3, (6, T + 1), dtype=np.int32),
+        "source": draw.integers(0, 29, (6, 5), dtype=np.int32),
+        "source_segments": np.ones((6, 5), np.int32),
+    }
+    params = loud(model)
+
+    def minimised(objective, params, batch):
+        total, (_, weight) = objective.loss(model, params, objective.prepare(batch, jax.random.key(0)), None)
+        return total / weight
+
+    value_and_grad = jax.jit(jax.value_and_grad(minimised, 1), static_argnums=0)
+    loss, grads = value_and_grad(objective, params, batch)
+    plain, _ = value_and_grad(dataclasses.replace(objective, label_smoothing=0.0, z_loss=0.0), params, batch)
+    assert abs(plain - loss) > 1e-3
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    expected = {"loss": float(plain), "objective_loss": float(loss), "grad_norm": norm}
+    recipe = Recipe(model, objective)
+    for slices in (1,) if isinstance(objective, Contrastive) else (1, 3):
+        own = dataclasses.replace(recipe, slices=slices)
+        start = init_state(own, hyper()).replace(params=params)
+        _, row = jax.jit(functools.partial(train_step, own))(start, batch, hyper())
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4), slices
+    stack = lambda tree: jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * 2), tree)
+    buffer = jax.tree.map(lambda a: np.stack([a[None]] * 2), batch)
+    seeds = hyper()._replace(seed=np.array([5, 6], np.uint32))
+    _, row = train_members(
+        recipe, stack(init_state(recipe, hyper()).replace(params=params)), buffer, np.int32(1), seeds
+    )
+    for name, value in expected.items():
+        np.testing.assert_allclose(row[name], [[value]] * 2, rtol=1e-4)
 
 
 def test_the_gradients_norm_of_every_parameter_and_layer():

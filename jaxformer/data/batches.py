@@ -37,7 +37,7 @@ class RandomWindows(Spec):
 
     whole_documents = False  # True: rows are made of documents, so that a source may be split between any two
     examples = False  # True: rows are examples, with their labels
-    several = False  # True: a row may hold several documents
+    several = False  # True: rows may hold several documents, each a segment
     bucket_steps = 1  # steps after which another bucket may have its turn
 
     def buckets(self, source: Source, size: RowSize) -> tuple[Source, ...]:

@@ -1,4 +1,4 @@
-"""Objectives: from a batch of tokens to inputs, targets and weights, and to a sum of nats and a sum of weights."""
+"""Objectives: from a batch of tokens to inputs, targets and weights, and to sums of nats and of weights."""
 
 import dataclasses
 import math
@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.keys import fold
-from jaxformer.learning.rows import any_of_document, compact, composition, last_index, second_parts
+from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
 from jaxformer.model.heads import (
     ClassificationHead,
     EmbeddingHead,
@@ -25,6 +26,7 @@ from jaxformer.spec import Spec
 
 Batch = Mapping[str, Any]
 Key = jax.Array | None
+Number = Float[Array, ""]
 
 
 class Text(NamedTuple):
@@ -65,6 +67,11 @@ class NextToken(Spec):
         if self.z_loss < 0:
             raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
 
+    @property
+    def regularized(self) -> bool:
+        """Whether what is minimised is more than plain nats: there is label smoothing or a z-loss."""
+        return bool(self.label_smoothing or self.z_loss)
+
     def check_model(self, model: Model) -> None:
         """Raises ValueError if the model cannot learn this."""
         model.head_of(LanguageHead)
@@ -74,10 +81,13 @@ class NextToken(Spec):
     def _refuse(self, model: Model, what: str) -> None:
         raise ValueError(f"objective={type(self).__name__} must have {what}; model={type(model).__name__} is none")
 
-    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> Self:
-        """The objective with the tokenizer's special ids, by name, for rows of at most `length` tokens.
+    def filled(
+        self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
+    ) -> Self:
+        """The objective with the tokenizer's special ids, by name, for rows of at most `length` tokens, each of one
+        text or, as it may be, of `several`.
 
-        Raises ValueError if one is missing, or is none of the vocabulary.
+        Raises ValueError if an id is missing or is none of the vocabulary, or if such rows cannot be learned from.
         """
         return self
 
@@ -95,14 +105,20 @@ class NextToken(Spec):
         at = places(segments[:, :-1], None if parts is None else parts[:, :-1])
         return Example(tokens[:, :-1], at, tokens[:, 1:], inside.astype(jnp.float32))
 
-    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The sum of weighted nats, and the sum of weights; a key of None means evaluation."""
+    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Number, tuple[Number, Number]]:
+        """The sum that is minimised; and besides the sum of weighted nats, without smoothing and z-loss, and that of
+        weights. Where the objective is not `regularized`, the first two are the same. A key of None means evaluation.
+        """
         logits = self._logits(model, params, example, key)
+        nats = cross_entropy(logits, example.targets)
+        weights = jnp.broadcast_to(example.weights, nats.shape)
+        plain = (nats * weights).sum()
+        if not self.regularized:
+            return plain, (plain, weights.sum())
         nats = cross_entropy(logits, example.targets, self.label_smoothing)
         if self.z_loss:
             nats = nats + self.z_loss * jax.nn.logsumexp(logits, -1) ** 2
-        weights = jnp.broadcast_to(example.weights, nats.shape)
-        return (nats * weights).sum(), weights.sum()
+        return (nats * weights).sum(), (plain, weights.sum())
 
     def sums(
         self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
@@ -172,7 +188,9 @@ class Masked(NextToken):
         if model.encodes or not model.sees_ahead:
             self._refuse(model, "an Encoder, which sees what comes after a token")
 
-    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> "Masked":
+    def filled(
+        self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
+    ) -> "Masked":
         if self.mask is None and not special["mask"]:
             raise ValueError("objective=Masked needs a mask token: data.tokenizer.mask_token=true, or objective.mask")
         mask = special["mask"][0] if self.mask is None else self.mask
@@ -220,7 +238,9 @@ class SequenceToSequence(NextToken):
         if not model.encodes or model.sees_ahead:
             self._refuse(model, "an EncoderDecoder whose decoder's masks are causal")
 
-    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> Self:
+    def filled(
+        self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
+    ) -> Self:
         if not special["end"]:
             raise ValueError(
                 "objective=SequenceToSequence needs an id at which texts begin and end: data.tokenizer.end_token=true"
@@ -245,9 +265,13 @@ class SpanCorruption(NextToken):
     """Predict spans that are missing from a text, each marked by a sentinel (T5, arXiv:1910.10683, section 3.1.4).
 
     A batch holds `tokens` and `segments` int32[B, T]. A text `a b c d e f` becomes the source `a X d e Y` and the
-    target `X b c Y f`, between the ids that begin and end a text. Spans do not cross documents of a packed row, and
-    the sentinels of each document begin anew. A target row has room for what is missing of one text as long as the
-    row: of many short ones, the last stay whole, and nothing of them is predicted.
+    target `X b c Y f`, between the ids that begin and end a text. Of a row that is one text the first token stays.
+    Where a row holds several documents, every token is as likely to be missing as any other; spans are drawn over the
+    row and cut between documents, and the sentinels of each document begin anew.
+
+    Nothing that is missing is left out of the targets, so that a target row is as wide as the worst case: of T tokens
+    about density · T and a sentinel for each span, and up to twice density · T where special ids inside the text cut
+    spans; but four times density · T if rows may hold several documents, which may each be short and miss one token.
     """
 
     density: float = 0.15  # the share of tokens that is missing
@@ -255,6 +279,7 @@ class SpanCorruption(NextToken):
     sentinels: tuple[int, ...] | None = None  # ids; None: the tokenizer's
     start: int | None = None  # id that a target begins with; None: the tokenizer's
     end: int | None = None
+    several: bool | None = None  # whether rows may hold several documents; None: the sampling's
 
     lookahead = 0
 
@@ -268,7 +293,9 @@ class SpanCorruption(NextToken):
     def check_model(self, model: Model) -> None:
         SequenceToSequence.check_model(self, model)  # pyright: ignore[reportArgumentType]
 
-    def filled(self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int) -> "SpanCorruption":
+    def filled(
+        self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
+    ) -> "SpanCorruption":
         fields: dict[str, Any] = {"sentinels": self.sentinels or special["sentinels"]}
         for name in ("start", "end"):
             given = getattr(self, name)
@@ -280,30 +307,37 @@ class SpanCorruption(NextToken):
             )
         ids = (*fields["sentinels"], fields["start"], fields["end"])
         _check_ids("objective.sentinels, start and end", ids, vocab_size)
-        n_spans = max(1, round(max(1, round(length * self.density)) / self.mean_span))
-        if n_spans > len(fields["sentinels"]):
+        if several and self.several is False:
+            raise ValueError("objective.several=False must be True: rows of data.sampling hold several documents")
+        found = dataclasses.replace(self, **fields, several=several if self.several is None else self.several)
+        n_sentinels, n_spans, longest = len(fields["sentinels"]), found.most_spans(length), found.longest_target(length)
+        if n_spans > n_sentinels:
             raise ValueError(
-                f"objective=SpanCorruption has {len(fields['sentinels'])} sentinels, but {n_spans} spans are missing "
-                f"of a row of {length} tokens; data.tokenizer.sentinels={n_spans}, or a larger objective.mean_span"
+                f"objective=SpanCorruption has {n_sentinels} sentinels, but up to {n_spans} spans are missing of a "
+                f"text in a row of {length} tokens; data.tokenizer.sentinels={n_spans}, or a larger objective.mean_span"
             )
-        return dataclasses.replace(self, **fields)
+        if longest - 1 > length:  # the last one is predicted, and not read
+            raise ValueError(
+                f"objective.density={self.density} and objective.mean_span={self.mean_span} make targets of {longest} "
+                f"tokens from rows of {length}, more than data.window={length} and the last, which is not read; "
+                "take a smaller density or a larger mean_span"
+            )
+        return found
 
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
         tokens = batch["tokens"]
         segments = batch.get("segments", jnp.ones_like(tokens))
-        assert self.sentinels and self.start is not None and self.end is not None
+        assert self.sentinels and self.start is not None and self.end is not None and self.several is not None
         T, sentinels = tokens.shape[1], jnp.asarray(self.sentinels)
         special = jnp.asarray((self.start, self.end, *self.sentinels))
         free = (segments > 0) & (tokens[..., None] != special[None, None]).all(-1)
-        missing = jax.vmap(self.spans)(jax.random.split(key, len(tokens)), free)
-        at, width = places(segments), min(T, self.target_width(T))
+        at = places(segments)
         alike = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))  # with the token before
         begins, ends = (segments > 0) & ~alike, (segments > 0) & ~jnp.pad(alike[:, 1:], ((0, 0), (0, 1)))
+        documents = (begins & any_of_document(free, at, segments)).sum(1)  # of which something can be missing
+        missing = jax.vmap(self.spans)(jax.random.split(key, len(tokens)), free, documents > 1)
         some = any_of_document(missing, at, segments)
         first = missing & ~(jnp.pad(missing[:, :-1], ((0, 0), (1, 0))) & alike)  # of a span
-        size = jnp.cumsum(jnp.stack([missing, first, begins & some, ends & some]).sum(0), 1)  # of the target so far
-        fits = jnp.take_along_axis(size, last_index(at, segments), 1) <= width + 1  # else the document stays whole
-        missing, first, some = missing & fits, first & fits, some & fits
         count = jnp.cumsum(first, 1)
         before = jnp.take_along_axis(count - first, jnp.arange(T)[None] - at.position, 1)  # spans of documents before
         number = jnp.minimum(count - before, len(self.sentinels)) - 1
@@ -315,30 +349,63 @@ class SpanCorruption(NextToken):
         parts = [(jnp.full_like(tokens, self.start), begins & some), (marks, first), (tokens, missing)]
         parts.append((jnp.full_like(tokens, self.end), ends & some))
         ids, kept = (jnp.stack(arrays, -1).reshape(len(tokens), 4 * T) for arrays in zip(*parts, strict=True))
-        target, target_segments = compact(ids, jnp.repeat(segments, 4, axis=1), kept, width + 1)
+        target, target_segments = compact(ids, jnp.repeat(segments, 4, axis=1), kept, self.target_width(T))
         text = NextToken.prepare(self, {"tokens": target, "segments": target_segments}, key)
         return text._replace(source=Text(source, places(source_segments)))
 
     def target_width(self, length: int) -> int:
-        """Enough for what is missing of one text, its sentinels and end; a document that finds no room stays whole."""
-        missing = max(1, round(length * self.density))
-        return missing + max(1, round(missing / self.mean_span)) + 2
+        """Tokens that the targets of a row of `length` take at most.
 
-    def spans(self, key: jax.Array, free: Bool[Array, "T"]) -> Bool[Array, "T"]:
-        """Which tokens of a text are missing: as many as `density` says, in as many spans as `mean_span` says.
+        Of several documents the worst are those of which one token each is missing: a start, a sentinel, the token
+        and an end. Positions begin anew with each, so that such a row may be wider than what the model sees at once.
+        """
+        return 4 * math.ceil(length * self.density) if self.several else self.longest_target(length)
 
-        Spans and what lies between them have lengths drawn evenly from all that add up. The first token stays.
+    def longest_target(self, length: int) -> int:
+        """Tokens that the target of one document in a row of `length` takes at most: a start, what is missing, a
+        sentinel for each span, an end. A special id inside the text is not missing, and may cut a span."""
+
+        def inner(free: int) -> int:
+            missing = max(min(math.ceil(free * self.density), free - 1), 0)
+            return missing + min(missing, self._n_spans(missing, free - missing) + length - free)
+
+        return 2 + max(inner(free) for free in range(length + 1))
+
+    def most_spans(self, length: int) -> int:
+        """Spans that one document in a row of `length` misses at most, but for those that a special id inside of it
+        cuts. Of several documents, one may have both ends of a span that goes round the row."""
+
+        def spans(missing: int) -> int:
+            n = self._n_spans(missing, length - missing)
+            return max(n, min(n + 1, missing - 1)) if self.several else n
+
+        return max(spans(math.floor(length * self.density)), spans(math.ceil(length * self.density)))
+
+    def _n_spans(self, missing: int, kept: int) -> int:
+        """Before each span a token is kept."""
+        return min(max(round(missing / self.mean_span), 1), kept)
+
+    def spans(self, key: jax.Array, free: Bool[Array, "T"], several: Bool[Array, ""]) -> Bool[Array, "T"]:
+        """Which tokens of a row are missing: of the free ones the share `density`, exactly so in the mean over keys,
+        in as many spans as `mean_span` says.
+
+        Spans and what lies between them have lengths drawn evenly from all that add up. Of one text the first token
+        stays. Of `several` the whole is turned round the row by chance: no token is likelier to be missing.
         """
         T, n = free.shape[0], free.sum()
-        n_missing = jnp.clip(jnp.round(n * self.density), 1, jnp.maximum(n - 1, 1)).astype(jnp.int32)
-        n_spans = jnp.clip(jnp.round(n_missing / self.mean_span), 1, jnp.maximum(n - n_missing, 1)).astype(jnp.int32)
-        keys = jax.random.split(key)
-        kept = composition(keys[0], n - n_missing, n_spans, T)
-        lost = composition(keys[1], n_missing, n_spans, T)
+        of_missing, of_kept, of_lost, of_turn = jax.random.split(key, 4)
+        share = np.arange(T + 1) * self.density  # exact where float32 is not: the width of targets relies on it
+        more = jax.random.uniform(of_missing) < jnp.asarray(share % 1, jnp.float32)[n]
+        n_missing = jnp.asarray(share.astype(np.int32))[n] + more
+        n_missing = jnp.where(several, n_missing, jnp.minimum(n_missing, jnp.maximum(n - 1, 0)))
+        by_mean = jnp.asarray(np.round(np.arange(T + 1) / self.mean_span).astype(np.int32))
+        n_spans = jnp.clip(by_mean[n_missing], 1, jnp.maximum(n - n_missing, 1))
+        kept = composition(of_kept, n - n_missing, n_spans, T)
+        lost = composition(of_lost, n_missing, n_spans, T)
         edges = jnp.cumsum(jnp.stack([kept, lost], 1).ravel())
-        place = jnp.cumsum(free) - 1  # among the free tokens
-        turn = jnp.searchsorted(edges, place, side="right")
-        return free & (turn % 2 == 1) & (turn < 2 * n_spans) & (n > 1)
+        turned = jnp.where(several, jax.random.randint(of_turn, (), 0, jnp.maximum(n, 1)), 0)
+        place = (jnp.cumsum(free) - 1 + turned) % jnp.maximum(n, 1)  # among the free tokens
+        return free & (jnp.searchsorted(edges, place, side="right") % 2 == 1)
 
 
 class Classification(NextToken):
@@ -375,13 +442,15 @@ class Classification(NextToken):
         real = (segments > 0).any(1).astype(jnp.float32)
         return Example(tokens, places(segments, batch.get("parts")), labels, real)
 
-    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        nats = jnp.float32(0)
+    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Number, tuple[Number, Number]]:
+        total = plain = jnp.float32(0)
         for head, logits, labels, weights in self._heads(model, params, example, key):
             if weights.ndim == 2:  # of tokens: each text counts as one
                 weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
-            nats += (head.nats(logits, jnp.maximum(labels, 0), self.label_smoothing) * weights).sum()
-        return nats, example.weights.sum()
+            labels = jnp.maximum(labels, 0)
+            total += (head.nats(logits, labels, self.label_smoothing) * weights).sum()
+            plain += (head.nats(logits, labels, 0.0) * weights).sum()
+        return total, (plain if self.regularized else total, example.weights.sum())
 
     def sums(
         self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
@@ -421,6 +490,8 @@ class Contrastive(NextToken):
     arXiv:1807.03748; both directions as in arXiv:2103.00020).
 
     A batch holds `source`, `source_segments` int32[B, S] and `tokens`, `segments` int32[B, T], the pairs' two texts.
+    A text that belongs to a first text as well is not told from its own: of two pairs whose first or second texts are
+    equal, neither has the other's among those to choose from.
     """
 
     temperature: float = 0.05
@@ -444,28 +515,38 @@ class Contrastive(NextToken):
         real = (batch["segments"] > 0).any(1).astype(jnp.float32)
         return Example(batch["tokens"], places(batch["segments"]), (), real, source)
 
-    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        scores, own = self._scores(model, params, example, key), jnp.arange(len(example.ids))
-        nats = sum(cross_entropy(s, own) for s in (scores, scores.T)) / 2
-        if self.label_smoothing:  # spread over the real texts
-            real, n = example.weights > 0, jnp.maximum(example.weights.sum(), 1)
-            even = [jnp.where(real[None], s, 0).sum(1) / n for s in (scores, scores.T)]
-            nats += self.label_smoothing * (jnp.diagonal(scores) - sum(even) / 2)
-        return (nats * example.weights).sum(), example.weights.sum()
+    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Number, tuple[Number, Number]]:
+        scores, choices = self._scores(model, params, example, key)
+        nats = self._nats(scores)
+        plain, weight = (nats * example.weights).sum(), example.weights.sum()
+        if not self.regularized:
+            return plain, (plain, weight)
+        n = choices.sum(1)  # the target's weight is spread over the choices
+        even = [jnp.where(choices, s, 0).sum(1) / n for s in (scores, scores.T)]
+        nats += self.label_smoothing * (jnp.diagonal(scores) - sum(even) / 2)
+        return (nats * example.weights).sum(), (plain, weight)
 
     def sums(
         self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
     ) -> dict[str, Float[Array, ""]]:
-        scores, own = self._scores(model, params, example, None), jnp.arange(len(example.ids))
-        nats = sum(cross_entropy(s, own) for s in (scores, scores.T)) / 2
-        right = (scores.argmax(1) == own) * example.weights
-        return {"nats": (nats * example.weights).sum(), "right": right.sum(), "weight": example.weights.sum()}
+        scores, _ = self._scores(model, params, example, None)
+        right = (scores.argmax(1) == jnp.arange(len(scores))) * example.weights
+        nats = (self._nats(scores) * example.weights).sum()
+        return {"nats": nats, "right": right.sum(), "weight": example.weights.sum()}
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "examples": int(sums["weight"])}
 
-    def _scores(self, model: Model, params: Any, example: Example, key: Key) -> Float[Array, "B B"]:
-        """Cosines over the temperature; padding rows score against themselves alone."""
+    def _nats(self, scores: Float[Array, "B B"]) -> Float[Array, "B"]:
+        """The mean of both directions'."""
+        own = jnp.arange(len(scores))
+        return (cross_entropy(scores, own) + cross_entropy(scores.T, own)) / 2
+
+    def _scores(
+        self, model: Model, params: Any, example: Example, key: Key
+    ) -> tuple[Float[Array, "B B"], Bool[Array, "B B"]]:
+        """Cosines over the temperature, −1e30 where there is no choice; and what each row chooses from: its own
+        partner and, unless it is padding, those of other rows, but no duplicates."""
         assert example.source is not None
         head = model.head_of(EmbeddingHead)
         vectors = []
@@ -475,7 +556,9 @@ class Contrastive(NextToken):
             vectors.append(model.read(params, head, h, at.segment > 0))
         scores = jnp.einsum("BM,CM->BC", *vectors) / self.temperature
         real = example.weights > 0
-        return jnp.where((real[:, None] & real[None]) | jnp.eye(len(real), dtype=bool), scores, -1e30)
+        same = same_texts(example.source.ids, example.source.at.segment) | same_texts(example.ids, example.at.segment)
+        choices = (real[:, None] & real[None] & ~same) | jnp.eye(len(real), dtype=bool)
+        return jnp.where(choices, scores, -1e30), choices
 
 
 def _check_ids(fields: str, ids: tuple[int, ...], vocab_size: int) -> None:

@@ -31,12 +31,21 @@ def any_of_document(chosen: Bool[Array, "B T"], at: Places, segments: Int[Array,
     return jnp.take_along_axis(count, last_index(at, segments) + 1, 1) > jnp.take_along_axis(count, start, 1)
 
 
+def same_texts(ids: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, "B B"]:
+    """Which rows hold the same tokens in the same places, whatever their padding holds."""
+    alike = (ids[:, None] == ids[None]) | (segments[:, None] == 0)
+    return (alike & (segments[:, None] == segments[None])).all(-1)
+
+
 def composition(key: jax.Array, total: jax.Array, parts: jax.Array, size: int) -> Int[Array, "T"]:
-    """`parts` lengths of at least 1 that add up to `total`, all ways equally likely; then zeros: int32[size]."""
+    """`parts` lengths of at least 1 that add up to `total`, all ways equally likely; then zeros: int32[size].
+
+    Of a total of 0 all are zeros.
+    """
     place = jnp.arange(1, size + 1)  # a part may end behind each token but the last
     rank = jnp.argsort(jnp.argsort(jnp.where(place < total, jax.random.uniform(key, (size,)), 2.0)))
     ends = jnp.where((rank < parts - 1) | (place == total), place, 0)
-    edges = jnp.sort(jnp.where(ends > 0, ends, size + 1))
+    edges = jnp.sort(jnp.where(ends > 0, ends, total))
     edges = jnp.where(jnp.arange(size) < parts, edges, 0)
     lengths = jnp.diff(edges, prepend=0)
     return jnp.where(jnp.arange(size) < parts, lengths, 0)

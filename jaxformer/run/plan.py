@@ -63,7 +63,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     head = heads if isinstance(config.model.head, tuple) else heads[0]
     model = dataclasses.replace(config.model, vocab_size=size, head=head)
     try:
-        objective = config.objective.filled(special, size, config.row.tokens)
+        objective = config.objective.filled(special, size, config.row.tokens, config.data.sampling.several)
         for each in heads:
             each.params()
     except ValueError as error:

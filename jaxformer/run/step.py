@@ -57,14 +57,17 @@ def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
-    """One update. Metrics: loss (nats per token, before the update), grad_norm (before clipping), learning_rate.
+    """One update. Metrics: loss (plain nats per token, before the update), objective_loss (the same with smoothing and
+    z-loss, which is minimised, where there are any), grad_norm (before clipping), learning_rate, weight (the sum of
+    weights: of most objectives, how many tokens were predicted). Where that is 0 there is no loss: it is NaN.
 
     The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it forgets the first parameters.
     """
     example = recipe.objective.prepare(batch, key_for(hyper.seed, state.step, "objective"))
-    nats, weight, grads = _gradients(recipe, state.params, example, key_for(hyper.seed, state.step, "dropout"))
-    weight = jnp.maximum(weight, 1)  # a batch of padding alone changes nothing but the decay
-    grads = jax.tree.map(lambda g: g / weight, grads)
+    key = key_for(hyper.seed, state.step, "dropout")
+    (total, nats, weight), grads = _gradients(recipe, state.params, example, key)
+    count = jnp.maximum(weight, 1)  # a batch of padding alone changes nothing but the decay
+    grads = jax.tree.map(lambda g: g / count, grads)
     rate = hyper.optimizer.learning_rate(state.step, hyper.steps)
     declared = recipe.model.declared()
     transform = hyper.optimizer.transform(declared, rate)
@@ -74,7 +77,10 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     if hyper.ema_decay is not None:
         decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
-    metrics: dict[str, Any] = {"loss": nats / weight, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+    metrics: dict[str, Any] = {"loss": jnp.where(weight > 0, nats / count, jnp.nan), "weight": weight}
+    if recipe.objective.regularized:
+        metrics["objective_loss"] = jnp.where(weight > 0, total / count, jnp.nan)
+    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     if recipe.grad_norms:
         metrics["grad_norms"] = norms(declared, grads)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
@@ -90,15 +96,15 @@ def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
     return {path_name(path): value for path, value in paths}
 
 
-def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-    """Sums of nats, weights and gradients over the slices of a batch."""
+def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) -> Any:
+    """(What is minimised, nats, weights), gradients: sums over the slices of a batch."""
 
     def one(example: Example, index: int | jax.Array) -> Any:
-        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        def loss(params: Any) -> Any:
             return recipe.objective.loss(recipe.model, _cast(recipe, params), example, jax.random.fold_in(key, index))
 
-        (nats, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return nats, weight, grads
+        (total, (nats, weight)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return (total, nats, weight), grads
 
     n = recipe.slices
     if n == 1:
@@ -110,7 +116,7 @@ def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) ->
     def add(total: Any, xs: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, one(*xs)), None
 
-    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.float32(0),) * 3, jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, zero, (jax.tree.map(slices, example), jnp.arange(n)))[0]
 
 
