@@ -15,7 +15,18 @@ FLOORS = [
     *("spec", "platform", "keys"),
     *(
         f"data.{n}"
-        for n in ("files", "hashes", "corpora", "tables", "tasks", "tokenizers", "sources", "datasets", "batches")
+        for n in (
+            "files",
+            "locks",
+            "hashes",
+            "corpora",
+            "tables",
+            "tasks",
+            "tokenizers",
+            "sources",
+            "datasets",
+            "batches",
+        )
     ),
     *(f"model.{n}" for n in ("masks", "layers", "positions", "kernels", "cache", "attention", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import itertools
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from jaxformer.data.corpora import Corpus, Piece, joined
 from jaxformer.data.files import cache_directory, file_sha256, write
+from jaxformer.data.locks import locked
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tokenizers import Ids, Tokenizer, read_tokenizer
 from jaxformer.spec import InputError, dumps
@@ -219,14 +219,8 @@ def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
 @contextlib.contextmanager
 def _alone(name: str) -> Iterator[None]:
     """While another process prepares the same, this one waits."""
-    path = cache_directory() / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process prepares this corpus; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    taken = lambda: log.info("another process prepares this corpus; waiting for it")
+    with locked(cache_directory() / "locks" / name, taken):
         yield
 
 
