@@ -163,6 +163,10 @@ def test_ids_that_lie_ready_are_taken_as_they_are(tmp_path, cache):
     train = TokenFile(str(tmp_path / "train.bin"))
     (source,) = prepare(train, Bytes(end_token=True), train).train
     assert np.array_equal(source.tokens, ids) and source.starts.tolist() == [0, 2, 4, 5]
+    same = encode(train, Bytes(end_token=True))
+    assert np.array_equal(same.tokens, ids) and same.starts.tolist() == [0, 2, 4, 5] and same.shared == 1
+    with pytest.raises(InputError, match="token id 256 must be at least 0 and less than vocab_size=256"):
+        encode(train, Bytes())
     with pytest.raises(InputError, match=r"train.bin.*token id 256 must be at least 0 and less than vocab_size=256"):
         prepare(TokenFile(str(tmp_path / "train.bin")), Bytes())
     assert encode(Documents(("x",)), Bytes()).starts.tolist() == [0]

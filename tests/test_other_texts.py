@@ -242,11 +242,13 @@ def test_each_line_that_is_not_blank_is_answered_with_its_line(tmp_path):
 def test_names_tell_how_a_file_is_read(tmp_path):
     """By the fields of the run's own corpus where it has files of that name, else by a table's defaults."""
     run = classifier(JSONLines("own.jsonl", "body"))
-    path = put(tmp_path / "q.jsonl", '{"text": "a", "body": "eins"}\n\n{"body": "zwei"}')
+    path = put(tmp_path / "q.jsonl", '{"text": "a", "body": "eins"}\n\n{"body": null}\n{"body": "zwei"}')
     assert said(run.predict_file(path)) == alone(run, ["eins", "zwei"])
-    assert places(run.predict_file(path)) == [{"line": 1}, {"line": 3}]
+    assert places(run.predict_file(path)) == [{"line": 1}, {"line": 4}]
     path = write_csv(tmp_path / "q.csv", ("body", "text"), ("eins", "zwei"))
     assert said(run.predict_file(path)) == alone(run, ["zwei"])
+    (tmp_path / "q.csv.gz").write_bytes(gzip.compress((tmp_path / "q.csv").read_bytes()))
+    assert said(run.predict_file(f"{path}.gz")) == alone(run, ["zwei"])
     run = classifier(Parquet("own.parquet", "body"))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["eins", "zwei"]}), tmp_path / "q.parquet")
     rows = run.predict_file(str(tmp_path / "q.parquet"))
@@ -314,6 +316,15 @@ def test_pairs_that_are_joined_are_answered_by_both_texts(tmp_path):
         run.predict_file(write_csv(tmp_path / "q.csv", ("text", "target"), ("eins", "zwei")))
 
 
+class Doubtful(Corpus):
+    """Second texts of characters that no one knows, and is not asked for."""
+
+    texts = 2
+
+    def documents(self):
+        yield from ("1", "?", "2", "??")
+
+
 def test_pairs_apart_are_answered_by_the_first_text(tmp_path):
     own = Table("own.csv", "word", "other")
     run = run_of(own, Encoder(**SIZE, head=EmbeddingHead(width=7)), Contrastive(), Examples())
@@ -323,7 +334,9 @@ def test_pairs_apart_are_answered_by_the_first_text(tmp_path):
         assert row["embedding"] == pytest.approx(run.predict([text])[0]["embedding"], abs=1e-5)
     only = write_csv(tmp_path / "q.csv", ("word",), ("zwei",), ("vier",))
     assert [row["line"] for row in run.predict_file(only)] == [2, 3]
-    run = run_of(Reverse(), EncoderDecoder(**SIZE), SequenceToSequence(), Examples())
+    tokenizer = Characters("0123456789", end_token=True)
+    run = run_of(Reverse(), EncoderDecoder(**SIZE), SequenceToSequence(), Examples(), tokenizer=tokenizer)
+    assert len(run.predict_corpus(Doubtful())) == 2
     task = Reverse(4, examples=3, seed=1)
     found = run.predict_corpus(task)
     assert places(found) == [{"example": i} for i in (1, 2, 3)]

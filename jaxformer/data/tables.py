@@ -183,7 +183,7 @@ def asked_in(path: str, own: Corpus) -> tuple[Corpus, ...]:
     def kind(file: Path) -> Corpus:
         if plain_name(file).endswith(of_own):
             return own.at(str(file))
-        return Table(str(file)) if file in tables else TextLines(str(file))
+        return (Table if plain_name(file).endswith(Table.suffixes) else TextLines)(str(file))
 
     return tuple(kind(file) for file in tables or files)
 
