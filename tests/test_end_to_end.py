@@ -366,6 +366,7 @@ def listing(home):
         ("evaluate run --data.corpus=TextLines", "data.corpus.path must be given, as --data.corpus.path=VALUE"),
         ("evaluate run --data.corpus TextLines --data.corpus.pth one.txt", "no such field; did you mean path?"),
         ("evaluate run --data.corpos=TextLines", "data.corpos: Data has no such field; did you mean corpus?"),
+        ("evaluate run --data.corpus=exits:Part", "data.corpus=exits:Part: SystemExit: 3; mend the module"),
         ("evaluate run --model.n_layers=3", "model.n_layers=3 is as it was in training; only data.corpus may differ"),
         ("evaluate run --data.corpus", "'--data.corpus' must be --field.path=value"),
         ("evaluate run --datacorpus=TextLines", "unrecognized arguments: --datacorpus=TextLines"),

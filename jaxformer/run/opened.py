@@ -176,8 +176,9 @@ class Run:
         """`predict` for each example of a file, or of a folder's files, in order: {"line": where it begins, ...}; of a
         folder also "file".
 
-        A table (.csv, .tsv, .jsonl, .ndjson, also .gz or .zst) is read by the columns of the run's own, if that is a
-        table; its labels are not needed. Anything else has a text in each line that is not blank.
+        A table (.csv, .tsv, .jsonl, .ndjson, also .gz or .zst) is read by the fields of the run's own corpus, if that
+        has files of this name, else as `Table` is by default; labels are not needed. Anything else has a text in each
+        line that is not blank. Raises InputError for what cannot be read or answered.
         """
         with _naming(f"file={path!r}"):
             return self._predicted(asked_in(str(path), self.config.data.corpus), located(str(path)).is_dir())
