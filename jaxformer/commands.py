@@ -7,10 +7,11 @@ import inspect as inspect_module
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -103,19 +104,32 @@ def sample(
     print("\n---------------\n".join(texts))
 
 
-def evaluate(run: str, file: str | None = None, step: str | None = None, json: bool = False) -> None:
+def evaluate(
+    run: str,
+    file: str | None = None,
+    step: str | None = None,
+    json: bool = False,
+    overrides: Mapping[str, str] | None = None,
+) -> None:
     """Prints the loss of a trained run.
 
     Args:
         run: The run's directory.
-        file: A text file or folder; by default the validation split of the run's corpus.
+        file: A file or folder, read as the run's own corpus is; by default the run's validation split.
         step: A checkpoint's step, or "best"; by default the newest.
         json: Print one JSON object.
+        overrides: Another corpus instead of a file, and its fields, as in --data.corpus=JSONLines --data.corpus.path=F.
     """
     from jaxformer.run.opened import open_run
+    from jaxformer.spec import InputError
 
+    if file is not None and overrides:
+        raise InputError(f"file={file!r} must not be given beside {', '.join(overrides)}; leave one of them out")
     opened = open_run(run, _step(step))
-    row = opened.evaluate_valid() if file is None else opened.evaluate_file(file)
+    if overrides:
+        row = opened.evaluate_corpus(opened.corpus_of(overrides))
+    else:
+        row = opened.evaluate_valid() if file is None else opened.evaluate_file(file)
     _print(row, json)
 
 
@@ -126,6 +140,7 @@ def predict(
     file: str | None = None,
     step: str | None = None,
     json: bool = False,
+    overrides: Mapping[str, str] | None = None,
 ) -> None:
     """Prints what a trained run says of a text: its class, its vector, or the text that answers it.
 
@@ -133,18 +148,24 @@ def predict(
         run: The run's directory.
         text: The text.
         second: The second text, of a run that was trained on pairs as one row.
-        file: A UTF-8 file with a text in each line, instead of one text; each is answered by a JSON object.
+        file: Instead of one text a table (.csv, .tsv, .jsonl), or a text in each line; each gets a JSON object.
         step: A checkpoint's step, or "best"; by default the newest.
         json: Print one JSON object.
+        overrides: Another corpus instead of a file, and its fields, as in --data.corpus=Table --data.corpus.path=F.
     """
-    from jaxformer.data.corpora import TextLines
     from jaxformer.run.opened import open_run
     from jaxformer.spec import InputError
 
-    if (text is None) == (file is None) or (file and second is not None):
-        raise InputError("predict needs --text TEXT, and --second TEXT for a pair, or --file FILE alone")
-    texts = [text] if text is not None else list(TextLines(str(file)).documents())
-    rows = open_run(run, _step(step)).predict(texts, None if second is None else [second])
+    if (text is not None) + (file is not None) + bool(overrides) != 1 or (text is None and second is not None):
+        raise InputError(
+            "predict needs --text TEXT, and --second TEXT for a pair, or --file FILE alone, or --data.corpus=CLASS and "
+            "its fields alone"
+        )
+    opened = open_run(run, _step(step))
+    if text is None:
+        rows = opened.predict_file(str(file)) if not overrides else opened.predict_corpus(opened.corpus_of(overrides))
+    else:
+        rows = opened.predict([text], None if second is None else [second])
     for row in rows:
         if not json and text is not None and set(row) == {"text"}:
             print(row["text"])
@@ -254,16 +275,36 @@ def _call(function: Callable[..., None], arguments: Sequence[str], program: str)
     more = "--import=MODULE imports a module of your own first, for parts that the run was made of."
     parser = Parser(prog=program, description=head, epilog=more, allow_abbrev=False)
     hints = typing.get_type_hints(function)
+    rest, given = list(arguments), {}
     for name, parameter in inspect_module.signature(function).parameters.items():
         kind = (typing.get_args(hints[name]) or (hints[name],))[0]
         if parameter.default is parameter.empty:
             parser.add_argument(name, help=meanings[name])
+        elif name == "overrides":
+            rest, given[name] = _dotted(rest)
+            parser.add_argument("--data.corpus", help=meanings[name], metavar="CLASS", default=argparse.SUPPRESS)
         elif kind is bool:
             parser.add_argument(f"--{name}", action="store_true", help=meanings[name])
         else:
             default = {"type": kind, "default": parameter.default, "metavar": kind.__name__.upper()}
             parser.add_argument(f"--{name}", help=meanings[name], **default)
-    function(**vars(parser.parse_args(arguments)))
+    function(**vars(parser.parse_args(rest)), **given)
+
+
+def _dotted(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments that are no paths of fields, and what those are given: --field.path=value or --field.path value."""
+    rest, dotted, waiting = list[str](), list[str](), list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not re.match(r"--\w+\.[^\s=]*(=|$)", argument):
+            rest.append(argument)
+            continue
+        dotted.append(argument)
+        if "=" not in argument and waiting:
+            dotted.append(waiting.pop(0))
+    if dotted:
+        _find_modules_here()
+    return rest, _overrides(dotted)
 
 
 def _imported(arguments: Sequence[str]) -> list[str]:

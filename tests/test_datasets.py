@@ -11,13 +11,26 @@ import sys
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import test_tokenizers
 
 from jaxformer.data import datasets
-from jaxformer.data.corpora import PIECE, Corpus, Mixture, TextFiles, TinyShakespeare, TokenFile
+from jaxformer.data.corpora import (
+    PIECE,
+    Corpus,
+    JSONLines,
+    Mixture,
+    Parquet,
+    TextFiles,
+    TextLines,
+    TinyShakespeare,
+    TokenFile,
+)
 from jaxformer.data.datasets import encode, prepare
 from jaxformer.data.sources import Source, check_ids
+from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
 from jaxformer.spec import InputError
 
@@ -91,8 +104,49 @@ def test_a_validation_corpus_of_its_own(tmp_path, cache):
     prepared = prepare(corpus(tmp_path), Characters(), corpus(tmp_path, TEXT[:30], "valid.txt"))
     assert prepared.tokenizer.decode(prepared.train[0].tokens) == TEXT
     assert prepared.tokenizer.decode(prepared.valid[0].tokens) == TEXT[:30]
-    with pytest.raises(InputError, match=r"data.valid=.*valid.txt.*character '!'.*is not among"):
+    with pytest.raises(InputError, match=r"data.valid=.*: character '!' \(U\+0021, .*valid.txt, line 1\) is not known"):
         prepare(corpus(tmp_path), Characters(), corpus(tmp_path, "!", "valid.txt"))
+
+
+KNOWN = Characters("\n abcdefghijklmnopqrstuvwxyz")
+
+
+def test_unknown_characters_of_a_corpus_are_named_all_at_once(tmp_path, cache):
+    """Wherever they stand: in any file and piece of it, each with the place where it is first."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    corpus(folder, "word\n" * PIECE + "!\n" * PIECE + "?", "a")
+    corpus(folder, "one\n!\n", "b")
+    corpus(folder, "one\ntwo #\n?", "c")
+    a, c = folder / "a", folder / "c"
+    first = f"'!' (U+0021, {a}, line {PIECE + 1}), '?' (U+003F, {a}, line {2 * PIECE + 1})"
+    for found in (prepare, encode):
+        with pytest.raises(InputError) as error:
+            found(TextFiles(str(folder)), KNOWN)
+        assert f"characters {first}, '#' (U+0023, {c}, line 2) are not known" in str(error.value)
+    assert list((cache / "tokens").iterdir()) == []
+
+
+def test_unknown_characters_of_records_are_named_with_their_line(tmp_path, cache):
+    """The line of the file, whatever breaks there are in a text of one."""
+    for name, text in {
+        "a.txt": "one\n\ntwo !\n",
+        "a.jsonl": '\n{"text": "one"}\n{"text": "two\\n!"}\n',
+        "a.csv": 'text\n"one\ntwo"\n"three\n!"\n',
+    }.items():
+        corpus(tmp_path, text, name)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"] * 300 + ["two\n!"]}), tmp_path / "a.parquet")
+    mixture = Mixture((Documents(("one",)), Documents(("one", "a\nb\n!"))), (1.0, 1.0))
+    for found, place in (
+        (TextLines(str(tmp_path / "a.txt")), f"{tmp_path}/a.txt, line 3"),
+        (JSONLines(str(tmp_path / "a.jsonl")), f"{tmp_path}/a.jsonl, line 3"),
+        (Table(str(tmp_path / "a.csv")), f"{tmp_path}/a.csv, line 4"),
+        (Parquet(str(tmp_path / "a.parquet")), f"{tmp_path}/a.parquet, row 301, line 2"),
+        (mixture, "document 2, line 3"),
+    ):
+        with pytest.raises(InputError) as error:
+            prepare(found, KNOWN)
+        assert f"character '!' (U+0021, {place}) is not known" in str(error.value)
 
 
 def test_the_parts_of_a_mixture_share_a_tokenizer(tmp_path, cache):
@@ -109,6 +163,10 @@ def test_ids_that_lie_ready_are_taken_as_they_are(tmp_path, cache):
     train = TokenFile(str(tmp_path / "train.bin"))
     (source,) = prepare(train, Bytes(end_token=True), train).train
     assert np.array_equal(source.tokens, ids) and source.starts.tolist() == [0, 2, 4, 5]
+    same = encode(train, Bytes(end_token=True))
+    assert np.array_equal(same.tokens, ids) and same.starts.tolist() == [0, 2, 4, 5] and same.shared == 1
+    with pytest.raises(InputError, match="token id 256 must be at least 0 and less than vocab_size=256"):
+        encode(train, Bytes())
     with pytest.raises(InputError, match=r"train.bin.*token id 256 must be at least 0 and less than vocab_size=256"):
         prepare(TokenFile(str(tmp_path / "train.bin")), Bytes())
     assert encode(Documents(("x",)), Bytes()).starts.tolist() == [0]
@@ -214,6 +272,7 @@ KILLED = """
 import sys, time
 from jaxformer.data import datasets
 from jaxformer.data.corpora import TextFiles
+from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import BPE
 datasets.SAVE_EVERY = 40_000
 encode = datasets._encoded

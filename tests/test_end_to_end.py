@@ -216,6 +216,10 @@ def test_evaluate(home, whole):
     (home / "part.txt").write_text((home / "text.txt").read_text()[-row["tokens"] - 1 :])
     out, _ = finish(command(home, "evaluate", "run", "--file=part.txt", "--json"))
     assert json.loads(out) == row | {"split": "part.txt"}
+    (home / "part.jsonl").write_text(json.dumps({"body": (home / "part.txt").read_text()}))
+    other = ["--data.corpus=JSONLines", "--data.corpus.path", "part.jsonl", "--data.corpus.field=body"]
+    out, _ = finish(command(home, "evaluate", "run", *other, "--json"))
+    assert json.loads(out) == row | {"split": "part.jsonl"}
     out, _ = finish(command(home, "evaluate", "run", "--step=best"))
     best = min((row for row in whole["rows"] if row["split"] == "valid"), key=lambda row: row["loss"])
     assert f"step            {best['step']}\n" in out and f"{best['loss']:.4f}" in out
@@ -324,7 +328,7 @@ def listing(home):
         ("train config.py --model.d_model=28", "holds another run: model.d_model was 14 and is 28"),
         ("train config.py --train.seed=1 --train.steps=9", "holds another run: train.seed was 0 and is 1"),
         ("sample nowhere", "'nowhere' holds no run"),
-        ("sample run --prompt=é", "prompt: character 'é' (U+00E9) is not among the 17"),
+        ("sample run --prompt=é", "prompt: character 'é' (U+00E9, line 1) is not known to the tokenizer"),
         ("sample run --temperature=-1", "temperature=-1.0 must be at least 0"),
         ("sample run --temperature=nan", "temperature=nan must be a finite number"),
         ("sample run --step=" + "9" * 5000, "must be one of the checkpoints of run: "),
@@ -352,9 +356,24 @@ def listing(home):
             "init_from='nowhere': 'nowhere' holds no run",
         ),
         ("evaluate run --file=nowhere.txt", "file='nowhere.txt': corpus 'nowhere.txt' does not exist in "),
-        ("evaluate run --file=short.txt", "file='short.txt': character 'o'"),
+        (
+            "evaluate run --file=short.txt",
+            "file='short.txt': characters 'o' (U+006F, short.txt, line 1), 'h' (U+0068, short.txt",
+        ),
         ("evaluate run --file=empty.txt", "empty.txt: 0 tokens"),
         ("evaluate run --file=one.txt", "one.txt: 1 tokens"),
+        ("evaluate run --file=one.txt --data.corpus=TextLines", "file='one.txt' must not be given beside data.corpus;"),
+        ("evaluate run --data.corpus=TextLines", "data.corpus.path must be given, as --data.corpus.path=VALUE"),
+        ("evaluate run --data.corpus TextLines --data.corpus.pth one.txt", "no such field; did you mean path?"),
+        ("evaluate run --data.corpos=TextLines", "data.corpos: Data has no such field; did you mean corpus?"),
+        ("evaluate run --data.corpus=exits:Part", "data.corpus=exits:Part: SystemExit: 3; mend the module"),
+        ("evaluate run --model.n_layers=3", "model.n_layers=3 is as it was in training; only data.corpus may differ"),
+        ("evaluate run --data.corpus", "'--data.corpus' must be --field.path=value"),
+        ("evaluate run --datacorpus=TextLines", "unrecognized arguments: --datacorpus=TextLines"),
+        ("sample run --data.corpus=TextLines", "unrecognized arguments: --data.corpus=TextLines"),
+        ("predict run --file=one.txt --text=1", "predict needs --text TEXT"),
+        ("predict run --file=one.txt --data.corpus.path=one.txt", "predict needs --text TEXT"),
+        ("predict run --file=nowhere.csv", "file='nowhere.csv': corpus 'nowhere.csv' does not exist in "),
         ("inspect notes", "'notes' holds no run"),
     ],
 )
@@ -577,6 +596,8 @@ def test_help(home, whole):
     assert "--model.position.base=10000.0\n" in out and "--data.batch_size=3\n" in out
     out, _ = finish(command(home, "sample", "--help"))
     assert "--prompt_file" in out and "A UTF-8 file that holds the prompt." in out and "--import=MODULE" in out
+    out, _ = finish(command(home, "predict", "--help"))
+    assert "--data.corpus CLASS" in out and "as in --data.corpus=Table" in " ".join(out.split())
 
 
 def test_a_dry_run_prints_the_config_and_writes_nothing(home, whole):

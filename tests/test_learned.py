@@ -8,6 +8,7 @@ import pytest
 
 import jaxformer
 from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
+from jaxformer.commands import _run as run_command
 from jaxformer.commands import predict as predict_command
 from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextLines
@@ -124,6 +125,12 @@ def test_classes_of_every_kind_at_once(home, capsys):
     predict_command(str(home / "classes"), file=str(home / "some.txt"))
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["first"] for line in lines] == [row["first"] for row in found[:2]]
+    assert [json.loads(line)["line"] for line in lines] == [1, 3]
+    (home / "some.csv").write_text(f"n,question\n1,{rows[0]['word']}\n2,{rows[1]['word']}\n")
+    other = ["--data.corpus=Table", f"--data.corpus.path={home / 'some.csv'}", "--data.corpus.text", "question"]
+    assert run_command("predict", [str(home / "classes"), *other]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["line"], row["first"]) for row in lines] == [(2, found[0]["first"]), (3, found[1]["first"])]
     with pytest.raises(InputError, match="its model writes no text"):
         run.sample()
     with pytest.raises(InputError, match="character 'z'"):

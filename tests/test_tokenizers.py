@@ -8,7 +8,8 @@ import pytest
 import tokenizers as library
 
 from jaxformer.data.corpora import PythonTopics
-from jaxformer.data.tokenizers import BPE, Bytes, Characters, Subwords, TokenizerFile, read_tokenizer
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, Subwords, TokenizerFile, Unknown, read_tokenizer
+from jaxformer.learning.objectives import Masked
 from jaxformer.spec import InputError, checked, dumps
 
 TEXT = "naïve café — 数学 🦜\nzwölf Boxkämpfer\r\n\t  e\u0301 <|endoftext|>\x00'll  \n\n x" * 7
@@ -53,8 +54,42 @@ def test_characters_are_numbered_by_code_point():
 
 @pytest.mark.parametrize("wrong", ["é", "\x00", "\udcff", "🦜", "d"])
 def test_an_unknown_character_is_named(wrong):
-    with pytest.raises(InputError, match=rf"U\+{ord(wrong):04X}\) after 'ab' is not among the 3"):
-        Characters("abc").encode("ab" + wrong)
+    with pytest.raises(InputError, match=rf"character .* \(U\+{ord(wrong):04X}, line 2\) is not known to the"):
+        Characters("\nabc").encode("a\nb" + wrong)
+
+
+def test_unknown_characters_are_named_all_at_once():
+    """In the order of the text, each once, with its first line; no more than one can read."""
+    with pytest.raises(Unknown) as error:
+        Characters("\nabc").encode("ab\nzya\nzx\n🦜")
+    named = "'z' (U+007A, line 2), 'y' (U+0079, line 2), 'x' (U+0078, line 3), '🦜' (U+1F99C, line 4)"
+    assert str(error.value).startswith(f"characters {named} are not known to the tokenizer; remove them, or train with")
+    assert "data.tokenizer=Bytes or BPE" in str(error.value) and "data.tokenizer.unknown_token=true" in str(error.value)
+    for count in (50, 51, 1234):
+        with pytest.raises(Unknown) as error:
+            Characters("abc").encode("".join(chr(0x4E00 + i) for i in range(count)))
+        assert str(error.value).count("U+") == 50
+        assert (f"and {count - 50:,} more are not" in str(error.value)) == (count > 50)
+
+
+def test_an_id_for_unknown_characters(tmp_path):
+    """Behind the others, which stay where they were; it is never predicted by Masked, nor are bytes known of it."""
+    fields = {"end_token": True, "mask_token": True, "sentinels": 2}
+    plain, more = (Characters("abc", **fields, unknown_token=unknown) for unknown in (False, True))
+    assert (plain.vocab_size, more.vocab_size, more.start, more.end) == (7, 8, 3, 3)
+    assert more.special == plain.special | {"others": (7,)} and "others" not in plain.special
+    assert more.encode("ab\u732bcz").tolist() == [0, 1, 7, 2, 7] and more.encode("cab").tolist() == [2, 0, 1]
+    assert more.decode([3, 0, 4, 7, 5, 6, 2, 3]) == "a\ufffdc" and more.unknown("z") == {} != plain.unknown("z")
+    assert more.byte_lengths() is None and plain.byte_lengths() is not None
+    assert Characters(unknown_token=True).fit(["ab"]).encode("b?").tolist() == [1, 2]
+    assert 7 in Masked().filled(more.special, 8, 9).special
+    stored = tmp_path / "tokenizer.json"
+    stored.write_text(dumps(more))
+    assert read_tokenizer(stored) == more
+    fields = json.loads(dumps(plain))
+    del fields["unknown_token"]  # as runs have it that began before there was one
+    stored.write_text(json.dumps(fields))
+    assert read_tokenizer(stored) == plain
 
 
 def test_bytes_that_are_no_utf8_decode_to_the_replacement_character():

@@ -20,6 +20,16 @@ class Piece(NamedTuple):
 
     text: str
     ends: bool  # it is the last of its document
+    line: int = 1  # of the document, where it begins
+    record: tuple[str, int] | None = None  # what of its file the document is, as ("line", 7); None: all of it
+    path: str = ""  # of the file
+
+    def place(self, at: int = 0) -> str:
+        """Where a character of the text stands, as "notes.txt, line 7"; in a record that is a line, that line."""
+        unit, number = self.record or ("", 0)
+        breaks = self.text.count("\n", 0, at)
+        lines = [] if unit == "line" else [f"line {self.line + breaks}"]
+        return ", ".join([self.path] * bool(self.path) + [f"{unit} {number}"] * bool(unit) + lines)
 
 
 class Corpus(Spec):
@@ -41,8 +51,23 @@ class Corpus(Spec):
 
     def pieces(self) -> Iterator[Piece]:
         """The documents, long ones in several pieces; the text alone decides where they are cut."""
-        for document in self.documents():
-            yield from cut([document])
+        for number, document in enumerate(self.documents(), 1):
+            yield from cut([document], ("document", number))
+
+    def questions(self) -> Iterator[tuple[Piece, ...]]:
+        """The texts of each example, whole, with their places; a document without text is none."""
+        documents = (piece for piece in joined(self.pieces()) if self.aligned or piece.text.strip())
+        return zip(*[documents] * self.texts, strict=False)
+
+    def at(self, path: str) -> "Corpus":
+        """The same kind of text, read from another file or folder. Raises InputError if it is read from none."""
+        if "path" not in {field.name for field in dataclasses.fields(self)}:
+            raise InputError(f"{type(self).__name__} is read from no file; {name_class(path)}")
+        return dataclasses.replace(self, path=path)
+
+    def asked(self, pairs: bool) -> "Corpus":
+        """The corpus as one to be answered: without labels, and without second texts unless pairs are."""
+        return self
 
     def __iter__(self) -> Iterator[str]:
         return (piece.text for piece in self.pieces())
@@ -80,6 +105,9 @@ class PythonTopics(Corpus):
 
         yield "\n\n".join(topics[name] for name in sorted(topics))
 
+    def at(self, path: str) -> Corpus:
+        return TextFiles(path)
+
 
 class TextFiles(Corpus):
     """UTF-8 files, each a document: one, or all of a folder and its subfolders in the order of their paths.
@@ -96,7 +124,10 @@ class TextFiles(Corpus):
 
     def pieces(self) -> Iterator[Piece]:
         for path in self.files():
-            yield from self.read(path)
+            name, number = str(path), 1
+            for text, ends, line, record, _ in self.read(path):
+                yield Piece(text, ends, line, record or (None if number == 1 else ("document", number)), name)
+                number += ends
 
     def read(self, path: Path) -> Iterator[Piece]:
         """The documents of one file."""
@@ -136,7 +167,7 @@ class TextLines(TextFiles):
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}, line {number} is not UTF-8 ({error.reason}); convert the file") from None
             if text.strip():
-                yield from cut([text])
+                yield from cut([text], ("line", number))
 
 
 class JSONLines(TextFiles):
@@ -161,7 +192,7 @@ class JSONLines(TextFiles):
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 reason = f"no object with a {self.field!r}" if isinstance(error, KeyError | TypeError) else error
                 raise InputError(f"{path}, line {number}: {reason}; mend the line, or leave it out") from None
-            yield from cut([text or ""])
+            yield from cut([text or ""], ("line", number))
 
 
 class Parquet(TextFiles):
@@ -184,9 +215,10 @@ class Parquet(TextFiles):
                 kind = file.schema_arrow.field(self.column).type
                 if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                     raise InputError(f"{path}: column {self.column!r} holds {kind}; it must hold strings")
-                for rows in file.iter_batches(256, columns=[self.column]):
-                    for text in rows.column(0).to_pylist():
-                        yield from cut([text or ""])
+                batches = file.iter_batches(256, columns=[self.column])
+                rows = (text for batch in batches for text in batch.column(0).to_pylist())
+                for number, text in enumerate(rows, 1):
+                    yield from cut([text or ""], ("row", number))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read ({error}); restore the file") from None
 
@@ -253,6 +285,20 @@ class Mixture(Corpus):
         for corpus in self.corpora:
             yield from corpus.pieces()
 
+    def questions(self) -> Iterator[tuple[Piece, ...]]:
+        for corpus in self.corpora:
+            yield from corpus.questions()
+
+    def at(self, path: str) -> Corpus:
+        """What all the parts would read there, if that is one thing."""
+        first, *others = (corpus.at(path) for corpus in self.corpora)
+        if any(other != first for other in others):
+            raise InputError(f"Mixture has parts of several kinds; {name_class(path)}")
+        return first
+
+    def asked(self, pairs: bool) -> "Mixture":
+        return dataclasses.replace(self, corpora=tuple(corpus.asked(pairs) for corpus in self.corpora))
+
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join(corpus.fingerprint() for corpus in self.corpora).encode()).hexdigest()
 
@@ -277,36 +323,45 @@ class TinyShakespeare(Corpus):
     def documents(self) -> Iterator[str]:
         yield from TextFiles(str(fetch("tinyshakespeare.txt", TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256))).documents()
 
+    def at(self, path: str) -> Corpus:
+        return TextFiles(path)
+
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def cut(chunks: Iterable[str]) -> Iterator[Piece]:
-    """The pieces of one document that comes in chunks of any size.
+def name_class(path: str, example: str = "--data.corpus=JSONLines", more: str = "") -> str:
+    """The end of a sentence about a file of which it is not known how to read it."""
+    return f"name the class that reads the file, as {example} --data.corpus.path={path}{more}"
+
+
+def cut(chunks: Iterable[str], record: tuple[str, int] | None = None) -> Iterator[Piece]:
+    """The pieces of one document that comes in chunks of any size; `record` tells what of its file it is.
 
     They end at a line break, or else before a space, that stands alone between two other characters: where byte-level
     tokenizers split in any case, so that the ids are those of the whole document. Text that has none within a piece,
     as some languages, is cut all the same, at the cost of a token at the seam.
     """
-    rest = ""
+    rest, line = "", 1
     for chunk in chunks:
         text, at = rest + chunk, 0
         while len(text) - at > PIECE:
             end = _boundary(text, at)
-            yield Piece(text[at:end], False)
+            yield Piece(text[at:end], False, line, record)
+            line += text.count("\n", at, end)
             at = end
         rest = text[at:]
-    yield Piece(rest, True)
+    yield Piece(rest, True, line, record)
 
 
 def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Whole documents, of their pieces."""
-    document: list[str] = []
+    document: list[Piece] = []
     for piece in pieces:
-        document.append(piece.text)
+        document.append(piece)
         if piece.ends:
-            yield Piece("".join(document), True)
+            yield document[0]._replace(text="".join(part.text for part in document), ends=True)
             document = []
 
 

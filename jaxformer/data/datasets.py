@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import itertools
@@ -24,8 +23,9 @@ from tqdm import tqdm
 
 from jaxformer.data.corpora import Corpus, Piece, joined
 from jaxformer.data.files import cache_directory, file_sha256, write
+from jaxformer.data.locks import locked
 from jaxformer.data.sources import Source, check_ids
-from jaxformer.data.tokenizers import Ids, Tokenizer, read_tokenizer
+from jaxformer.data.tokenizers import Ids, Tokenizer, Unknown, read_tokenizer
 from jaxformer.spec import InputError, dumps
 
 log = logging.getLogger(__name__)
@@ -143,15 +143,33 @@ def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None)
 
 def encode(corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]] | None = None) -> Source:
     """The ids of a corpus in memory; with classes, as examples."""
-    ids, starts, count = [np.empty(0, np.uint32)], [], 0
-    for found, begins, _ in _framed(_encoded(_pieces(corpus, tokenizer), tokenizer), tokenizer, False, corpus.aligned):
+    ready = corpus.ids()
+    tokens, starts = _in_memory(corpus, tokenizer) if ready is None else (ready, _starts(ready, tokenizer))
+    source = Source(tokens, np.concatenate([np.empty(0, np.int64), *starts]), tokenizer.padding, _shared(tokenizer))
+    return _as_examples(source, corpus, tokenizer, classes, "corpus")
+
+
+def _in_memory(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Ids, list[NDArray[np.int64]]]:
+    ids, starts, count = [np.empty(0, np.uint32)], list[int](), 0
+    encoded = _known(_encoded(_pieces(corpus, tokenizer), tokenizer), corpus, tokenizer)
+    for found, begins, _ in _framed(encoded, tokenizer, False, corpus.aligned):
         if begins:
             starts.append(count)
         ids.append(found)
         count += len(found)
     ids.append(_last(tokenizer, len(starts)))
-    source = Source(np.concatenate(ids), np.array(starts, np.int64), tokenizer.padding, _shared(tokenizer))
-    return _as_examples(source, corpus, tokenizer, classes, "corpus")
+    return np.concatenate(ids), [np.array(starts, np.int64)]
+
+
+def check_known(pieces: Iterable[Piece], tokenizer: Tokenizer) -> None:
+    """Raises Unknown for characters that the tokenizer does not know, with the place of each."""
+    places: dict[str, str] = {}
+    for piece in pieces:
+        for character, at in tokenizer.unknown(piece.text).items():
+            if character not in places:
+                places[character] = piece.place(at)
+    if places:
+        raise Unknown(places)
 
 
 # --- on disk
@@ -223,14 +241,8 @@ def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
 @contextlib.contextmanager
 def _alone(name: str) -> Iterator[None]:
     """While another process prepares the same, this one waits."""
-    path = cache_directory() / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process prepares this corpus; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    taken = lambda: log.info("another process prepares this corpus; waiting for it")
+    with locked(cache_directory() / "locks" / name, taken):
         yield
 
 
@@ -252,16 +264,21 @@ def _mapped(path: Path, dtype: np.dtype) -> NDArray[Any]:
 
 
 def _scan(ids: NDArray[Any], tokenizer: Tokenizer, part: Path) -> np.dtype:
-    """Writes where the documents of ids that lie ready begin: behind each end, or with it if it is a start, too."""
     with open(part / "documents.bin", "wb") as file:
-        file.write(np.int64(0).tobytes())
-        for at in range(0, len(ids), 1 << 24):
-            block = np.asarray(ids[at : at + (1 << 24)])
-            check_ids(block, tokenizer.vocab_size)
-            if tokenizer.end is not None:
-                starts = np.flatnonzero(block == tokenizer.end) + at + 1 - _shared(tokenizer)
-                file.write(starts[(starts > 0) & (starts < len(ids) - _shared(tokenizer))].astype(np.int64).tobytes())
+        for starts in _starts(ids, tokenizer):
+            file.write(starts.tobytes())
     return ids.dtype
+
+
+def _starts(ids: NDArray[Any], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
+    """Where the documents of ids that lie ready begin: behind each end, or with it if it is a start, too."""
+    yield np.zeros(1, np.int64)
+    for at in range(0, len(ids), 1 << 24):
+        block = np.asarray(ids[at : at + (1 << 24)])
+        check_ids(block, tokenizer.vocab_size)
+        if tokenizer.end is not None:
+            starts = np.flatnonzero(block == tokenizer.end) + at + 1 - _shared(tokenizer)
+            yield starts[(starts > 0) & (starts < len(ids) - _shared(tokenizer))].astype(np.int64)
 
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
@@ -282,7 +299,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
                 unsaved += len(piece.text)
                 yield piece
 
-        encoded = _encoded(counted(), tokenizer)
+        encoded = _known(_encoded(counted(), tokenizer), corpus, tokenizer)
         for ids, begins, inside in _framed(encoded, tokenizer, done["inside"], corpus.aligned):
             check_ids(ids, tokenizer.vocab_size)
             if begins:
@@ -332,6 +349,15 @@ def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Pi
                 yield first, future.result()
         for piece, future in ahead:
             yield piece, future.result()
+
+
+def _known(encoded: Iterable[tuple[Piece, Ids]], corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[Piece, Ids]]:
+    """What is encoded; of a corpus with unknown characters all are named, not those of one piece alone."""
+    try:
+        yield from encoded
+    except Unknown:
+        check_known(corpus.pieces(), tokenizer)
+        raise
 
 
 def _framed(

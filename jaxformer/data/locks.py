@@ -1,36 +1,64 @@
-"""Locks between processes, by files."""
+"""Locks on files and folders, by which processes keep out of each other's way: the one place that needs Unix."""
 
 import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxformer.spec import InputError
 
-def held(path: Path) -> bool:
-    """Whether another process holds a lock of the file or folder, or reads it."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(file)
-    return False
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked(path: Path, taken: Callable[[], None]) -> Iterator[None]:
+    """While this process alone holds the lock of a file, which is made if it is not there.
+
+    If another process holds it, `taken` is called; unless it raises, this process waits. Raises InputError on systems
+    that have no such locks, before anything is written.
+    """
+    if fcntl is None:
+        raise InputError("jaxformer trains and prepares corpora on Linux and macOS; on Windows run it inside WSL 2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """As long as a file or folder is read, `held` says so to others. Raises FileNotFoundError if it is not there."""
-    file = os.open(path, os.O_RDONLY)
+    """While a folder is read; `is_read` tells others so. Raises FileNotFoundError if it is not there."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_SH)
         yield
     finally:
-        os.close(file)
+        os.close(folder)
+
+
+def is_read(path: Path) -> bool:
+    """Whether a folder is being read, perhaps by this process; False where that cannot be known."""
+    if fcntl is None:
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(folder)
+    return False

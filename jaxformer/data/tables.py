@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import itertools
 import json
 import logging
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxformer.data.corpora import Piece, TextFiles, cut
+from jaxformer.data.corpora import Corpus, Piece, TextFiles, TextLines, cut
 from jaxformer.data.files import lines, plain_name
 from jaxformer.spec import InputError
 
@@ -23,6 +24,7 @@ class Row(NamedTuple):
 
     texts: tuple[str, ...]
     labels: tuple[Labels, ...]  # one for each column of labels
+    line: int  # of the file, where it begins
 
 
 class Malformed(ValueError):
@@ -65,6 +67,9 @@ class Table(TextFiles):
     def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 1 if self.target is None else 2
 
+    def asked(self, pairs: bool) -> "Table":
+        return dataclasses.replace(self, labels=(), several=(), target=self.target if pairs else None)
+
     def label_values(self) -> dict[str, list[Labels]]:
         found: dict[str, list[Labels]] = {name: [] for name in self.labels}
         if not found:
@@ -77,7 +82,7 @@ class Table(TextFiles):
     def read(self, path: Path) -> Iterator[Piece]:
         for row in self._rows_of(path):
             for text in row.texts:
-                yield from cut([text])
+                yield from cut([text], ("line", row.line))
 
     def rows(self, quiet: bool = False) -> Iterator[Row]:
         """The examples of all files, in order."""
@@ -93,7 +98,7 @@ class Table(TextFiles):
             try:
                 if isinstance(found, Malformed):
                     raise found
-                yield self._row(found)
+                yield self._row(found, line)
             except Malformed as error:
                 if self.malformed == "stop":
                     raise InputError(
@@ -103,7 +108,7 @@ class Table(TextFiles):
         if skipped and not quiet:
             log.warning("%s: %d malformed rows left out, the first in %s", path, skipped, first)
 
-    def _row(self, cells: Mapping[str, Any]) -> Row:
+    def _row(self, cells: Mapping[str, Any], line: int) -> Row:
         texts = tuple(_text(cells, name) for name in ([self.text] if self.target is None else [self.text, self.target]))
         labels: list[Labels] = []
         for name in self.labels:
@@ -117,7 +122,7 @@ class Table(TextFiles):
                 kind = "missing" if value is None else type(value).__name__
                 raise Malformed(f"{name!r} is {kind}; it must be a list")
             labels.append(tuple(sorted({_label(item, name) for item in value})))
-        return Row(texts, tuple(labels))
+        return Row(texts, tuple(labels), line)
 
     def _columns(self) -> list[str]:
         return [self.text, *([] if self.target is None else [self.target]), *self.labels]
@@ -163,6 +168,24 @@ class Table(TextFiles):
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(line)
             yield number, value if isinstance(value, dict) else Malformed("no JSON object")
+
+
+def asked_in(path: str, own: Corpus) -> tuple[Corpus, ...]:
+    """How texts to be answered are read from a file, or from those of a folder, each by its name.
+
+    What is named as a corpus's own files are is read as those; other tables as such; anything else has a text in each
+    line that is not blank. In a folder with tables only these are read. Raises InputError for what is not there.
+    """
+    files = TextFiles(path).files()
+    of_own = own.suffixes if isinstance(own, TextFiles) and any(own.suffixes) else ()
+    tables = [file for file in files if plain_name(file).endswith((*of_own, *Table.suffixes))]
+
+    def kind(file: Path) -> Corpus:
+        if plain_name(file).endswith(of_own):
+            return own.at(str(file))
+        return (Table if plain_name(file).endswith(Table.suffixes) else TextLines)(str(file))
+
+    return tuple(kind(file) for file in tables or files)
 
 
 def _text(cells: Mapping[str, Any], name: str) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxformer.data.corpora import Corpus
+from jaxformer.data.corpora import Corpus, Piece, cut, name_class
 from jaxformer.data.hashes import mix
+from jaxformer.spec import InputError
 
 SYMBOLS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -41,6 +42,10 @@ class Copy(Corpus):
             yield source
             yield target
 
+    def pieces(self) -> Iterator[Piece]:
+        for number, document in enumerate(self.documents()):
+            yield from cut([document], ("example", number // 2 + 1))
+
     def pairs(self) -> Iterator[tuple[str, str]]:
         """First and second text of each example."""
         seed = mix(mix(np.array([self.seed], np.uint64)))
@@ -55,6 +60,10 @@ class Copy(Corpus):
 
     def answer(self, text: str) -> str:
         return text
+
+    def at(self, path: str) -> Corpus:
+        more = " --data.corpus.text=COLUMN --data.corpus.target=COLUMN"
+        raise InputError(f"{type(self).__name__} is made up; {name_class(path, '--data.corpus=Table', more)}")
 
 
 class Reverse(Copy):

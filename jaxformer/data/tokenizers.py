@@ -5,17 +5,34 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxformer.data.corpora import Piece
 from jaxformer.data.files import located
 from jaxformer.spec import InputError, Spec, from_json
 
 Ids = NDArray[np.uint32]
+
+
+class Unknown(InputError):
+    """Text has characters that the tokenizer does not know; each is named, with the place where it first stands."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        named = [f"{c!r} (U+{ord(c):04X}, {place})" for c, place in itertools.islice(places.items(), NAMED)]
+        more = f" and {len(places) - NAMED:,} more" if len(places) > NAMED else ""
+        what, are, them = ("character", "is", "it") if len(places) == 1 else ("characters", "are", "them")
+        super().__init__(
+            f"{what} {', '.join(named)}{more} {are} not known to the tokenizer; remove {them}, or train with "
+            "data.tokenizer=Bytes or BPE, which know every character, or with data.tokenizer.unknown_token=true"
+        )
+
+
+NAMED = 50  # at most, of unknown characters
 
 
 class Tokenizer(Spec):
@@ -79,6 +96,10 @@ class Tokenizer(Spec):
     def encode(self, text: str) -> Ids:
         """Ids of the text, special ones never. Raises InputError for text that the tokenizer cannot encode."""
         raise NotImplementedError
+
+    def unknown(self, text: str) -> dict[str, int]:
+        """The characters for which `encode` raises Unknown, in the text's order, and where each first stands."""
+        return {}
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
         """Text of the ids; special ones have none, and bytes that are no UTF-8 become U+FFFD."""
@@ -160,6 +181,7 @@ class Characters(Plain):
     """One id for each character of the corpus, in the order of their code points."""
 
     alphabet: str | None = None  # None: found in the corpus
+    unknown_token: bool = dataclasses.field(default=False, kw_only=True)  # an id for characters that it does not know
 
     def check(self, at: str = "") -> None:
         super().check(at)
@@ -182,6 +204,19 @@ class Characters(Plain):
         return len(self._fitted())
 
     @property
+    def n_special(self) -> int:
+        return super().n_special + self.unknown_token
+
+    @property
+    def special(self) -> dict[str, tuple[int, ...]]:
+        return super().special | ({"others": (self._unknown_id,)} if self.unknown_token else {})
+
+    @property
+    def _unknown_id(self) -> int:
+        """Behind the other special ids."""
+        return self.n_ordinary + self.n_special - 1
+
+    @property
     def start(self) -> int:
         """The end token or, without one, a line break, or the first character if the corpus has none."""
         return max(0, self._fitted().find("\n")) if self.end is None else self.end
@@ -200,21 +235,31 @@ class Characters(Plain):
     def encode(self, text: str) -> Ids:
         known, points = _id_of_each_code_point(self._fitted()), _code_points(text)
         ids = known[np.minimum(points, len(known) - 1)]
-        wrong = np.flatnonzero(ids == len(known))
-        if len(wrong):
-            at = int(wrong[0])
-            before = f" after {text[max(0, at - 20) : at]!r}" if at else ""
-            raise InputError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}){before} is not among the "
-                f"{len(self._fitted())} that the tokenizer knows; remove it"
-            )
-        return ids
+        wrong = ids == len(known)
+        if not wrong.any():
+            return ids
+        if not self.unknown_token:
+            raise Unknown({c: Piece(text, True).place(at) for c, at in self.unknown(text).items()})
+        return np.where(wrong, np.uint32(self._unknown_id), ids)
+
+    def unknown(self, text: str) -> dict[str, int]:
+        if self.unknown_token:
+            return {}
+        known, points = _id_of_each_code_point(self._fitted()), _code_points(text)
+        wrong = np.flatnonzero(known[np.minimum(points, len(known) - 1)] == len(known))
+        _, first = np.unique(points[wrong], return_index=True)
+        return {text[at]: at for at in np.sort(wrong[first]).tolist()}
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
         found, known = np.asarray(ids, np.int64), _code_points(self._fitted())
+        if self.unknown_token:
+            known = np.append(known, np.full(self.n_special, ord("\ufffd"), np.uint32))
+            found = found[(found < self.n_ordinary) | (found == self._unknown_id)]
         return known[found[found < len(known)]].tobytes().decode("utf-32-le", "surrogatepass")
 
-    def byte_lengths(self) -> NDArray[np.int64]:
+    def byte_lengths(self) -> NDArray[np.int64] | None:
+        if self.unknown_token:
+            return None
         lengths = [len(c.encode("utf-8", "surrogatepass")) for c in self._fitted()]
         return np.array(lengths + [0] * self.n_special, np.int64)
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxformer.data.locks import held, reading
+from jaxformer.data.locks import is_read, reading
 from jaxformer.run.manifest import Manifest, has_manifest, read_manifest, withdraw
 from jaxformer.spec import InputError
 
@@ -210,7 +210,7 @@ class CheckpointWriter(Checkpoints):
         best = min(steps, key=lambda step: self._ranks.get(step, math.inf), default=None)
         evaluated = best is not None and math.isfinite(self._ranks.get(best, math.inf))
         for step in {*steps} - {*steps[-self._keep :], *([best] if evaluated else [])}:
-            if not held(self.directory / str(step)):  # by one that reads it: it goes the next time
+            if not is_read(self.directory / str(step)):  # by one that reads it: it goes the next time
                 _remove(self.directory / str(step))
                 self._ranks.pop(step, None)
 

@@ -1,7 +1,6 @@
 """The directory of a run: whose it is, and what it says of its beginning."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.files import write
+from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.spec import InputError, dumps
 
@@ -21,14 +21,11 @@ FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  #
 def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
     """A directory that holds this run and no other, for this process alone; `check_directory` was called before."""
     directory = Path(config.directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"directory={config.directory!r} is being trained by another process; wait for it"
-            ) from None
+
+    def taken() -> None:
+        raise InputError(f"directory={config.directory!r} is being trained by another process; wait for it")
+
+    with locked(directory / "lock", taken):
         if not check_directory(config, prepared):  # again, behind the lock: another process may have been faster
             write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
             write(directory / "tokenizer.json", dumps(prepared.tokenizer))

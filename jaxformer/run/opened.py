@@ -1,9 +1,10 @@
 """A run opened for use: sample from it, evaluate it, look inside. Opening executes nothing that the run holds."""
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +13,12 @@ import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.batches import Examples
-from jaxformer.data.corpora import TextFiles
-from jaxformer.data.datasets import encode, fingerprints
+from jaxformer.data.batches import Batch, Examples
+from jaxformer.data.corpora import Corpus, Piece, TextFiles
+from jaxformer.data.datasets import check_known, encode, fingerprints
+from jaxformer.data.files import located
 from jaxformer.data.sources import Source, check_ids
-from jaxformer.data.tables import Table
+from jaxformer.data.tables import asked_in
 from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP, Unchanged
@@ -43,7 +45,7 @@ from jaxformer.run.plan import (
     recipe_of,
 )
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, checked, to_json
+from jaxformer.spec import InputError, checked, override, to_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -171,6 +173,37 @@ class Run:
             found += [self._named({name: rows[i] for name, rows in said.items()}) for i in range(len(some))]
         return found
 
+    def predict_file(self, path: str) -> list[dict[str, Any]]:
+        """`predict` for each example of a file, or of a folder's files, in order: {"line": where it begins, ...}; of a
+        folder also "file".
+
+        A table (.csv, .tsv, .jsonl, .ndjson, also .gz or .zst) is read by the fields of the run's own corpus, if that
+        has files of this name, else as `Table` is by default; labels are not needed. Anything else has a text in each
+        line that is not blank. Raises InputError for what cannot be read or answered.
+        """
+        with _naming(f"file={path!r}"):
+            return self._predicted(asked_in(str(path), self.config.data.corpus), located(str(path)).is_dir())
+
+    def predict_corpus(self, corpus: Corpus) -> list[dict[str, Any]]:
+        """`predict` for each example of a corpus, as `predict_file`."""
+        with _naming(f"data.corpus={corpus}"):
+            return self._predicted([corpus], not located(getattr(corpus, "path", "")).is_file())
+
+    def _predicted(self, corpora: Sequence[Corpus], several: bool) -> list[dict[str, Any]]:
+        found = [texts for corpus in corpora for texts in corpus.asked(self.joins).questions()]
+        if not found:
+            raise InputError("holds no text to be answered; give one that does")
+        asked = [texts[: 1 + self.joins] for texts in found]
+        if self.joins and min(map(len, asked)) < 2:
+            raise InputError(
+                f"{self.config.directory} was trained on pairs of texts; give a table of both, as "
+                "--data.corpus=Table --data.corpus.path=FILE --data.corpus.text=COLUMN --data.corpus.target=COLUMN"
+            )
+        check_known((text for texts in asked for text in texts), self.tokenizer)
+        seconds = [texts[1].text for texts in asked] if self.joins else None
+        rows = self.predict([texts[0].text for texts in asked], seconds)
+        return [_place(texts[0], several) | row for texts, row in zip(asked, rows, strict=True)]
+
     def _pair(self, text: str, second: str | None) -> tuple[list[int], int]:
         """Ids of one text or two, and where the second begins."""
         first = self.tokenizer.document(text)
@@ -212,18 +245,56 @@ class Run:
         return {"step": int(self.state.step), "split": split, "loss": found["loss"]} | perplexity | found
 
     def evaluate_file(self, path: str) -> dict[str, Any]:
-        """`evaluate` on the text of a file or folder; on the rows of a table, if the run was trained on one."""
-        table = self.config.data.corpus
-        corpus = dataclasses.replace(table, path=path) if isinstance(table, Table) else TextFiles(path)
-        if corpus.texts != table.texts:
-            raise InputError(f"file={path!r}: the run was trained on pairs of texts, which no text file holds")
-        try:
-            source = encode(corpus, self.tokenizer, self.classes if self.config.data.sampling.examples else None)
-            if self.config.data.sampling.examples and not source.n_examples:
-                raise InputError("it holds no example; give one with rows")
-        except InputError as error:
-            raise InputError(f"file={path!r}: {error}") from None
-        return self.evaluate(source, split=str(path))
+        """`evaluate` on the text of a file or folder, which is read as the run's own corpus is, by its fields."""
+        with _naming(f"file={path!r}"):
+            judged = self._judged(self.config.data.corpus.at(str(path)))
+        return self.evaluate(judged, split=str(path))
+
+    def evaluate_corpus(self, corpus: Corpus) -> dict[str, Any]:
+        """`evaluate` on all of a corpus; its "split" is the path, or the class where there is none."""
+        with _naming(f"data.corpus={corpus}"):
+            judged = self._judged(corpus)
+        return self.evaluate(judged, split=getattr(corpus, "path", type(corpus).__name__))
+
+    def _judged(self, corpus: Corpus) -> Judged:
+        """The ids of a corpus. Raises InputError if it has not what the run was trained on."""
+        sampling, texts = self.config.data.sampling, self.config.data.corpus.texts
+        if corpus.texts != texts:
+            what = "single texts, and these are pairs" if texts == 1 else "pairs of texts, and these are single ones"
+            remedy = "leave the target out" if texts == 1 else "give a corpus of pairs, as a Table with a target"
+            raise InputError(f"{self.config.directory} was trained on {what}; {remedy}")
+        classes = self.classes if sampling.examples else None
+        sources = [encode(part, self.tokenizer, classes) for part, _ in corpus.parts()]
+        if sampling.examples and not any(source.n_examples for source in sources):
+            raise InputError("it holds no example; give one with rows")
+        if shapes := self.recipe.objective.label_shapes(self.model):
+            for source in sources:
+                self._check_labels(next(iter(sampling.full_pass(source, self.config.row, 1)), {}), shapes)
+        return Judged(tuple(sources), tuple(share for _, share in corpus.parts()), corpus.part_names())
+
+    def _check_labels(self, batch: Batch, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for column, shape in shapes.items() if batch else ():
+            labels = batch.get(f"labels_{column}")
+            if labels is None:
+                raise InputError(f"{self.config.directory} predicts {column!r}; name that column in data.corpus.labels")
+            if labels.shape[1:] != shape:
+                has, had = ("any number of classes", "one") if labels.ndim > 1 else ("one class", "any number")
+                raise InputError(f"{has} of {column!r} in a row, where training had {had}; mend data.corpus.several")
+
+    def corpus_of(self, overrides: Mapping[str, Any]) -> Corpus:
+        """The run's corpus with fields replaced by their paths, as {"data.corpus": "JSONLines", "data.corpus.path": F}.
+
+        A path without a class is read as the run's own corpus is. Raises InputError for fields of anything else.
+        """
+        config, rest = self.config, dict(overrides)
+        if "data.corpus" not in rest and "data.corpus.path" in rest:
+            corpus = config.data.corpus.at(str(rest.pop("data.corpus.path")))
+            config = override(config, "data.corpus", corpus)
+        for path, value in sorted(rest.items(), key=lambda item: item[0].count(".")):  # parts before their fields
+            config = override(config, path, value)
+            if not f"{path}.".startswith("data.corpus."):
+                raise InputError(f"{path}={value} is as it was in training; only data.corpus may differ: leave it out")
+        return checked(config.data.corpus, "data.corpus.")
 
     def evaluate_valid(self) -> dict[str, Any]:
         """`evaluate` on the validation split of the run's corpus, which must be what it was."""
@@ -236,6 +307,21 @@ class Run:
         """What is in the run, as JSON values."""
         hashes = {"params_sha256": sha256(self.state.params), "state_sha256": sha256(self.state)}
         return {"step": int(self.state.step), **describe(self.config, self.recipe), **hashes}
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Says in errors what they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
+
+
+def _place(piece: Piece, several: bool) -> dict[str, Any]:
+    """Where an example begins: the line, and of several files which one."""
+    unit, number = piece.record or ("line", piece.line)
+    return ({"file": piece.path} if several and piece.path else {}) | {unit: number}
 
 
 def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
