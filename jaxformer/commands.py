@@ -180,8 +180,8 @@ def inspect(run: str, json: bool = False) -> None:
         run: The run's directory, or a config file.
         json: Print one JSON object.
     """
-    from jaxformer.run.inspection import render
-    from jaxformer.run.opened import inspect_config, open_run
+    from jaxformer.run.inspection import inspect_config, render
+    from jaxformer.run.opened import open_run
 
     found = inspect_config(run) if Path(run).suffix == ".py" and not Path(run).is_dir() else open_run(run).inspect()
     if json:

@@ -43,6 +43,10 @@ def fill(directory, losses, keep=2):
     checkpoints.close()
 
 
+def newest(directory, abstract=ABSTRACT):
+    return Checkpoints(directory).chosen(abstract, None, lambda state: True)
+
+
 @pytest.mark.parametrize(
     ("losses", "kept"),
     [
@@ -82,7 +86,7 @@ def test_every_flipped_file_is_found_and_the_last_good_step_taken(tmp_path):
     for path in sorted(p for p in (tmp_path / "c" / "2").rglob("*") if p.is_file() and p.stat().st_size):
         data = path.read_bytes()
         flip(path)
-        found = Checkpoints(tmp_path / "c").restore_newest(ABSTRACT)
+        found = newest(tmp_path / "c")
         fallen += int(found["step"]) == 1
         assert sha256(found) == sha256(state(int(found["step"])))
         path.write_bytes(data)
@@ -95,14 +99,14 @@ def test_every_emptied_checkpoint_falls_back(tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     checkpoints = Checkpoints(tmp_path / "c")
-    assert int(checkpoints.restore_newest(ABSTRACT)["step"]) == 1 and checkpoints.best() == (1, 1.0)
+    assert int(checkpoints.chosen(ABSTRACT, None, lambda state: True)["step"]) == 1 and checkpoints.best() == (1, 1.0)
 
 
 def test_another_shape_is_no_damage(tmp_path):
     fill(tmp_path / "c", {1: 1.0})
     other = ABSTRACT | {"step": jax.ShapeDtypeStruct((3,), "int32", sharding=ABSTRACT["step"].sharding)}
     with pytest.raises(InputError, match="was saved with other shapes than those of this config and tokenizer"):
-        Checkpoints(tmp_path / "c").restore_newest(other)
+        newest(tmp_path / "c", other)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is no folder of checkpoints"):
         Checkpoints(tmp_path / "file")
@@ -120,23 +124,27 @@ def test_damage_is_named_set_aside_and_written_anew(tmp_path, caplog):
     assert (tmp_path / "c" / "2.damaged").is_dir() and checkpoints.steps() == [1]
     checkpoints.save(state(2), 2)
     checkpoints.close()
-    assert int(Checkpoints(tmp_path / "c").restore_newest(ABSTRACT)["step"]) == 2
+    assert int(newest(tmp_path / "c")["step"]) == 2
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_nothing_but_damage_is_said(tmp_path):
-    assert Checkpoints(tmp_path / "none").restore_newest(ABSTRACT) is None
+    assert restore_together([CheckpointWriter(tmp_path / "none", 1)], ABSTRACT) is None
+    with pytest.raises(InputError, match="holds no checkpoint yet; train it until it saves one"):
+        newest(tmp_path / "none")
     fill(tmp_path / "c", {1: 1.0})
     largest(tmp_path / "c" / "1").unlink()
     with pytest.raises(InputError, match="every checkpoint is damaged"):
         restore_together([CheckpointWriter(tmp_path / "c", 1)], ABSTRACT)
+    with pytest.raises(InputError, match="every checkpoint is damaged"):
+        newest(tmp_path / "c")
     assert (tmp_path / "c" / "1").exists()  # nothing is removed where nothing better is at hand
 
 
 def test_an_unfinished_save_is_skipped(tmp_path):
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
     (tmp_path / "c" / "2").rename(tmp_path / "c" / "2.orbax-checkpoint-tmp")
-    assert int(Checkpoints(tmp_path / "c").restore_newest(ABSTRACT)["step"]) == 1
+    assert int(newest(tmp_path / "c")["step"]) == 1
 
 
 def test_saving_does_not_race_with_the_donated_state(tmp_path):

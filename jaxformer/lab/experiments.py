@@ -25,8 +25,8 @@ Metrics = Sequence[Mapping[str, Any]]  # the rows of a run's metrics.jsonl
 
 
 def final_loss(rows: Metrics) -> float:
-    """That of the validation split at the end, in nats."""
-    return [row["loss"] for row in rows if row["split"] == "valid"][-1]
+    """That of the whole validation split at the end, in nats."""
+    return [row["loss"] for row in rows if row["split"].startswith("valid")][-1]
 
 
 def best_accuracy(rows: Metrics) -> float:
@@ -36,7 +36,7 @@ def best_accuracy(rows: Metrics) -> float:
 
 def final_exact(rows: Metrics) -> float:
     """The share of validation examples whose answer was exact at the end."""
-    return [row["exact"] for row in rows if row["split"] == "valid"][-1]
+    return [row["exact"] for row in rows if row["split"].startswith("valid")][-1]
 
 
 def late_training_loss(rows: Metrics) -> float:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,41 @@ class Checkpoints:
                 tried.add(steps[-1])
                 yield steps[-1], state
 
-    def restore_newest(self, abstract: Any) -> Any:
-        """The newest state that is whole, None if there is no checkpoint."""
-        for _, state in self.newest_states(abstract):
+    def chosen(self, abstract: Any, step: int | str | None, finite: Callable[[Any], bool]) -> Any:
+        """The state of a step or of the "best" one; None: the newest that is whole and, by `finite`, of finite numbers.
+
+        Says if it is not of finite numbers. Raises InputError if there is none.
+        """
+        wrong = "%s holds parameters that are no finite numbers%s"
+        if step is not None:
+            at, state = self._named(abstract, step)
+            if not finite(state):
+                log.warning(wrong, self.directory / str(at), "")
             return state
-        _refuse_if_any([self])
-        return None
+        newest = None
+        for at, state in self.newest_states(abstract):
+            if finite(state):
+                return state
+            newest = state if newest is None else newest
+            log.warning(wrong, self.directory / str(at), "; an older checkpoint is looked for")
+        if newest is None:
+            _refuse_if_any([self])
+            raise InputError(f"{self.directory.parent} holds no checkpoint yet; train it until it saves one")
+        log.warning("%s has no checkpoint of finite numbers: the newest is taken", self.directory.parent)
+        return newest
+
+    def _named(self, abstract: Any, step: int | str) -> tuple[int, Any]:
+        run = self.directory.parent
+        while True:
+            steps, best = self.steps(), self.best() if step == "best" else None
+            known = ", ".join(map(str, steps)) or "none"
+            if step == "best" and best is None:
+                raise InputError(f"step='best': no checkpoint of {run} was evaluated; it has {known}")
+            at = step if best is None else best[0]
+            if not isinstance(at, int) or at not in steps:
+                raise InputError(f"step={at!r} must be one of the checkpoints of {run}: {known} or 'best'")
+            with contextlib.suppress(Gone):  # a run that trains has replaced it
+                return at, self.restore(abstract, at)
 
 
 class CheckpointWriter(Checkpoints):

@@ -13,9 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from jaxformer import config as config_lib
+from jaxformer.config import Config
 from jaxformer.learning.objectives import Batch, Example, NextToken
 from jaxformer.model.models import Model
-from jaxformer.spec import is_declared, path_name
+from jaxformer.run.plan import abstract_batches, planned_recipe
+from jaxformer.run.step import Recipe
+from jaxformer.spec import is_declared, path_name, to_json
 
 Row = dict[str, Any]
 ELSEWHERE = "elsewhere"  # in no module, as the scores of a contrastive objective
@@ -41,6 +45,20 @@ def inspect(objective: NextToken, model: Model, batch: Batch, compute_dtype: str
         "activations": named,
         "table": table,
     }
+
+
+def describe(config: Config, recipe: Recipe) -> dict[str, Any]:
+    """The config, and what its model is made of and costs for one of its batches."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), abstract_batches(config, recipe, 1))
+    found = inspect(recipe.objective, recipe.model, shapes, recipe.compute_dtype)
+    return found | {"config": to_json(config)}
+
+
+def inspect_config(path: str) -> dict[str, Any]:
+    """`Run.inspect` for a config file, without a state; reads the corpus only if its tokenizer learns from it."""
+    config = config_lib.resolve(path)
+    hashes = {"params_sha256": None, "state_sha256": None}
+    return {"step": None, **describe(config, planned_recipe(config)), **hashes}
 
 
 def parameters(model: Model) -> list[Row]:

@@ -31,21 +31,19 @@ from jaxformer.model.heads import (
 from jaxformer.model.models import Model
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run import inspection
-from jaxformer.run.checkpoint import Checkpoints, Gone
+from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import (
     Classes,
     Judged,
-    abstract_batches,
     abstract_state,
     evaluate,
-    planned_recipe,
     prepare_data,
     recipe_of,
 )
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, checked, override, to_json
+from jaxformer.spec import InputError, checked, override
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -306,7 +304,7 @@ class Run:
     def inspect(self) -> dict[str, Any]:
         """What is in the run, as JSON values."""
         hashes = {"params_sha256": sha256(self.state.params), "state_sha256": sha256(self.state)}
-        return {"step": int(self.state.step), **describe(self.config, self.recipe), **hashes}
+        return {"step": int(self.state.step), **inspection.describe(self.config, self.recipe), **hashes}
 
 
 @contextlib.contextmanager
@@ -339,22 +337,9 @@ def read_prompt(path: str) -> str:
     return "".join(TextFiles(path).documents())
 
 
-def describe(config: Config, recipe: Recipe) -> dict[str, Any]:
-    """The config, and what its model is made of and costs for one of its batches."""
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), abstract_batches(config, recipe, 1))
-    found = inspection.inspect(recipe.objective, recipe.model, shapes, recipe.compute_dtype)
-    return found | {"config": to_json(config)}
-
-
-def inspect_config(path: str) -> dict[str, Any]:
-    """`Run.inspect` for a config file, without a state; reads the corpus only if its tokenizer learns from it."""
-    config = config_lib.resolve(path)
-    hashes = {"params_sha256": None, "state_sha256": None}
-    return {"step": None, **describe(config, planned_recipe(config)), **hashes}
-
-
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:
-    """The run of a directory, at its newest checkpoint, at a step, or at its "best" (`train.best_by`)."""
+    """The run of a directory, at its newest checkpoint of finite numbers, at a step, or at its "best"
+    (`train.best_by`)."""
     set_flags()
     check_numerics()
     directory = Path(directory)
@@ -364,50 +349,9 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     tokenizer = read_tokenizer(directory / "tokenizer.json")
     classes = read_classes(directory)
     abstract = abstract_state(config, recipe_of(config, tokenizer, classes))
-    if not (directory / "checkpoints").is_dir():
-        raise InputError(f"{directory} holds no checkpoint yet; train it until it saves one")
-    return Run(config, tokenizer, _restored(Checkpoints(directory / "checkpoints"), abstract, step), classes)
-
-
-def _restored(checkpoints: Checkpoints, abstract: Any, step: int | str | None) -> TrainState:
-    """The state of a step, or the newest one whose parameters are finite numbers."""
-    directory, newest = checkpoints.directory.parent, None
-    if step is not None:
-        return _named(checkpoints, abstract, step)
-    for at, state in checkpoints.newest_states(abstract):
-        if _finite(state):
-            return state
-        newest = state if newest is None else newest
-        log.warning(
-            "%s holds parameters that are no finite numbers; an older one is taken", checkpoints.directory / str(at)
-        )
-    if newest is None:
-        raise InputError(f"{directory} holds no checkpoint that can be read; train it until it saves one")
-    log.warning("%s has no checkpoint of finite numbers: the newest is taken", directory)
-    return newest
-
-
-def _named(checkpoints: Checkpoints, abstract: Any, step: int | str) -> TrainState:
-    directory = checkpoints.directory.parent
-    while True:
-        steps, best = checkpoints.steps(), checkpoints.best() if step == "best" else None
-        if step == "best" and best is None:
-            raise InputError(f"step='best': no checkpoint of {directory} was evaluated; it has {_list(steps)}")
-        at = step if best is None else best[0]
-        if not isinstance(at, int) or at not in steps:
-            raise InputError(f"step={at!r} must be one of the checkpoints of {directory}: {_list(steps)} or 'best'")
-        try:
-            state = checkpoints.restore(abstract, at)
-        except Gone:  # a run that trains has replaced it
-            continue
-        if not _finite(state):
-            log.warning("%s holds parameters that are no finite numbers", checkpoints.directory / str(at))
-        return state
+    state = Checkpoints(directory / "checkpoints").chosen(abstract, step, _finite)
+    return Run(config, tokenizer, state, classes)
 
 
 def _finite(state: TrainState) -> bool:
     return all(bool(np.isfinite(np.asarray(a, np.float32)).all()) for a in jax.tree.leaves(state.eval_params))
-
-
-def _list(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"
