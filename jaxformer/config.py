@@ -83,7 +83,7 @@ class Train(Spec):
     eval_every: int = 250
     save_every: int = 250
     keep: int = 2  # newest checkpoints; the best one is kept besides
-    best_by: str = "loss"  # which number of an evaluation tells the best: "loss", least; any other, as "accuracy", most
+    best_by: str = "loss"  # which number tells the best: a loss or bits per byte, least; any other, as "accuracy", most
     sample_tokens: int = 200  # of text shown at each evaluation
 
     def check(self, at: str = "") -> None:

@@ -62,12 +62,12 @@ class RandomWindows(Spec):
         first = mix(mix(key) + numbers) % np.uint64(len(source.tokens) - size.tokens + 1)
         return self._windows(source, size, first.astype(np.int64))
 
-    def full_pass(self, source: Source, size: RowSize, batch_size: int, every: int = 1) -> Iterator[Batch]:
+    def full_pass(self, source: Source, size: RowSize, batch_size: int, share: float = 1.0) -> Iterator[Batch]:
         """Batches of one shape, in order, in which each token, but for the `lookahead` first, is asked for exactly
-        once; or only every so many of them."""
+        once; or a share of their rows, spread over them."""
         n_windows = -(-(len(source.tokens) - size.lookahead) // size.window)
-        for first in range(0, n_windows, batch_size * every):
-            yield self._windows(source, size, np.arange(first, first + batch_size) * size.window, padded=True)
+        for rows in _spread(n_windows, batch_size, share):
+            yield self._windows(source, size, rows * size.window, padded=True)
 
     def _windows(self, source: Source, size: RowSize, first: NDArray[np.int64], padded: bool = False) -> Batch:
         index = first[:, None] + np.arange(size.tokens)
@@ -138,10 +138,10 @@ class Examples(RandomWindows):
         keys = mix(mix(key) + numbers // count)
         return self._examples(source, size, permuted(numbers % count, int(count), keys).astype(np.int64))
 
-    def full_pass(self, source: Source, size: RowSize, batch_size: int, every: int = 1) -> Iterator[Batch]:
+    def full_pass(self, source: Source, size: RowSize, batch_size: int, share: float = 1.0) -> Iterator[Batch]:
         for bucket in self.buckets(source, size):
-            for first in range(0, bucket.n_examples, batch_size * every):
-                yield self._examples(bucket, size, np.arange(first, first + batch_size))
+            for numbers in _spread(bucket.n_examples, batch_size, share):
+                yield self._examples(bucket, size, numbers)
 
     def _examples(self, source: Source, size: RowSize, numbers: NDArray[np.int64]) -> Batch:
         """The examples of these numbers; those past the last are padding."""
@@ -171,6 +171,16 @@ class Examples(RandomWindows):
         if len(longest) == 1 or self.joined:
             return {"tokens": _rounded(sum(longest), size.tokens)}
         return {"source": _rounded(longest[0], size.window), "tokens": _rounded(longest[1], size.tokens)}
+
+
+def _spread(count: int, batch_size: int, share: float) -> Iterator[NDArray[np.int64]]:
+    """The numbers 0 … count − 1, or a share of them in even distances but at least one, in batches; the last is filled
+    up with `count`, past the end."""
+    kept = min(count, max(1, int(count * share)))
+    numbers = np.arange(kept) * count // max(kept, 1)
+    for first in range(0, kept, batch_size):
+        some = numbers[first : first + batch_size]
+        yield np.pad(some, (0, batch_size - len(some)), constant_values=count)
 
 
 def _rounded(size: int, most: int) -> int:
@@ -205,10 +215,10 @@ class PackedDocuments(RandomWindows):
         keys = mix(mix(key) + numbers // n_rows)
         return plan.batch(source, size, permuted(numbers % n_rows, int(n_rows), keys).astype(np.int64))
 
-    def full_pass(self, source: Source, size: RowSize, batch_size: int, every: int = 1) -> Iterator[Batch]:
+    def full_pass(self, source: Source, size: RowSize, batch_size: int, share: float = 1.0) -> Iterator[Batch]:
         plan = _plan(source, size)
-        for first in range(0, len(plan.ends), batch_size * every):
-            yield plan.batch(source, size, np.arange(first, first + batch_size))
+        for rows in _spread(len(plan.ends), batch_size, share):
+            yield plan.batch(source, size, rows)
 
 
 class _Plan(NamedTuple):

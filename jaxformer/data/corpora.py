@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -142,7 +143,7 @@ class TextFiles(Corpus):
             return [root]
         if not root.is_dir():
             raise InputError(f"corpus {self.path!r} is no regular file, which could be read again; copy it to one")
-        found = [path for path in visible_files(root) if plain_name(path).endswith(self.suffixes)]
+        found = [path for path in visible_files(root) if plain_name(path).lower().endswith(self.suffixes)]
         if not found:
             kinds = " or ".join(self.suffixes) if any(self.suffixes) else "visible"
             raise InputError(f"corpus {self.path!r} holds no {kinds} file; give another folder")
@@ -312,9 +313,11 @@ class Mixture(Corpus):
             return self.names
         paths = [getattr(corpus, "path", "") for corpus in self.corpora]
         own = [plain_name(Path(p)).split(".")[0] or type(c).__name__ for p, c in zip(paths, self.corpora, strict=True)]
-        return tuple(
-            name if own.count(name) == 1 else f"{name}_{own[:i].count(name) + 1}" for i, name in enumerate(own)
-        )
+        found: list[str] = []
+        for name in own:
+            numbered = (f"{name}_{i}" for i in itertools.count(1))
+            found.append(name if own.count(name) == 1 else next(n for n in numbered if n not in {*own, *found}))
+        return tuple(found)
 
 
 class TinyShakespeare(Corpus):

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import logging
 import os
+import re
 import shutil
 import tempfile
 import urllib.request
@@ -96,16 +97,16 @@ def visible_files(root: Path) -> list[Path]:
 
 def plain_name(path: Path) -> str:
     """The name without the ending of a compression."""
-    return path.name.removesuffix(".gz").removesuffix(".zst")
+    return re.sub(r"\.(gz|zst)$", "", path.name, flags=re.IGNORECASE)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
     """The bytes of a file, decompressed if its name says so."""
     try:
-        if path.suffix == ".zst":
+        if path.suffix.lower() == ".zst":
             yield from _decompressed(path)
             return
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
             while chunk := file.read(1 << 20):
                 yield chunk
     except (OSError, EOFError, zlib.error) as error:

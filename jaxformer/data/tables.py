@@ -90,7 +90,7 @@ class Table(TextFiles):
             yield from self._rows_of(path, quiet)
 
     def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
-        name, skipped, first = plain_name(path), 0, ""
+        name, skipped, first = plain_name(path).lower(), 0, ""
         if not name.endswith(self.suffixes):
             raise InputError(f"{path} must end in {', '.join(self.suffixes)}, which tell how to read it; rename it")
         cells = self._json(path) if name.endswith((".jsonl", ".ndjson")) else self._csv(path, name.endswith(".tsv"))
@@ -178,12 +178,13 @@ def asked_in(path: str, own: Corpus) -> tuple[Corpus, ...]:
     """
     files = TextFiles(path).files()
     of_own = own.suffixes if isinstance(own, TextFiles) and any(own.suffixes) else ()
-    tables = [file for file in files if plain_name(file).endswith((*of_own, *Table.suffixes))]
+    tables = [file for file in files if plain_name(file).lower().endswith((*of_own, *Table.suffixes))]
 
     def kind(file: Path) -> Corpus:
-        if plain_name(file).endswith(of_own):
+        name = plain_name(file).lower()
+        if name.endswith(of_own):
             return own.at(str(file))
-        return (Table if plain_name(file).endswith(Table.suffixes) else TextLines)(str(file))
+        return (Table if name.endswith(Table.suffixes) else TextLines)(str(file))
 
     return tuple(kind(file) for file in tables or files)
 

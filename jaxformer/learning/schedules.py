@@ -51,11 +51,9 @@ class WarmupLinear(Constant):
 
     def notice(self, steps: int) -> str | None:
         warmup = int(self.warmup(steps))
-        if warmup == self.warmup_steps:
+        if warmup == self.warmup_steps or type(self).__call__ is not WarmupLinear.__call__:
             return None
-        return (
-            f"warmup_steps={self.warmup_steps} is as long as the run: of its {steps} steps the warm-up takes {warmup}"
-        )
+        return f"warmup_steps={self.warmup_steps} would fill the run of {steps} steps: it is shortened to {warmup}"
 
     def left(self, done: jax.Array) -> jax.Array:
         """How much of the way from `final` to `peak` is left when `done`, from 0 to 1, of the steps after the warm-up

@@ -142,7 +142,7 @@ class Checkpoints:
             steps, best = self.steps(), self.best() if step == "best" else None
             known = ", ".join(map(str, steps)) or "none"
             if step == "best" and best is None:
-                raise InputError(f"step='best': no checkpoint of {run} was evaluated; it has {known}")
+                raise InputError(f"step='best': no evaluation of a checkpoint of {run} was finite; it has {known}")
             at = step if best is None else best[0]
             if not isinstance(at, int) or at not in steps:
                 raise InputError(f"step={at!r} must be one of the checkpoints of {run}: {known} or 'best'")
@@ -252,7 +252,8 @@ class CheckpointWriter(Checkpoints):
 
 
 def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[Any] | None:
-    """The states of all runs at the newest step that each of them has whole; None if none has a checkpoint.
+    """The states of all runs at the newest step that each of them has whole; None if none has a checkpoint, or if
+    their very first save was cut short.
 
     Damaged ones are set aside, if there is a step to go on from.
     """
@@ -271,7 +272,9 @@ def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[An
             for run, bad in damaged:
                 run.set_aside(bad)
             return states
-    _refuse_if_any(runs)
+    counts = [len(run.steps()) for run in runs]
+    if damaged or min(counts) or max(counts) > 1:
+        _refuse_if_any(runs)
     return None
 
 

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,8 +34,8 @@ def checked_data(config: Config) -> Prepared:
             sampling.check_source(source, config.row)
         except InputError as error:
             raise InputError(f"data.corpus={corpus}: has for training {error}; {more}") from None
-    passes = (sampling.full_pass(source, config.row, 1) for source in prepared.valid)
-    found = next(filter(None, (next(batches, None) for batches in passes)), None)
+    firsts = [next(sampling.full_pass(source, config.row, 1), None) for source in prepared.valid]
+    found = next(filter(None, firsts), None)
     if found is None:
         data = config.data
         which = f"data.corpus={data.corpus}" if data.valid is None else f"data.valid={data.valid}"
@@ -44,7 +45,10 @@ def checked_data(config: Config) -> Prepared:
     field = "data.corpus" if config.data.valid is None else "data.valid"
     _check_batch(config, recipe, field, found)
     if config.train.best_by != "loss":
-        _check_best_by(config, recipe, prepared, found)
+        _check_best_by(config, recipe, prepared, firsts, found)
+    for name, first in zip(prepared.valid_names, firsts, strict=True):
+        if first is None:
+            log.warning("%s: the part %r has nothing to validate on", field, name)
     for source in prepared.train:
         batch = next(iter(sampling.full_pass(source, config.row, 1)))
         _check_batch(config, recipe, "data.corpus", batch)
@@ -67,14 +71,15 @@ def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
     tokenizer = f"data.tokenizer={type(config.data.tokenizer).__name__} has no id that ends a text"
     if isinstance(sampling, Examples) and sampling.joined:
         kind = type(recipe.objective).__name__
-        sentence = f"{tokenizer}, so that nothing tells where the second of two joined texts begins: (ab, c) is (a, bc)"
+        sentence = f"{tokenizer}: of two joined texts (ab, c) and (a, bc) would be the same row"
         if recipe.model.writes:
             raise InputError(f"objective={kind}: {sentence}; {remedy}")
-        log.warning("%s; %s", sentence, remedy)
+        if not getattr(recipe.model, "n_parts", 0):
+            log.warning("%s; %s", sentence, remedy)
     elif documents > 1 and not sampling.whole_documents:
         log.warning("%s: the %s documents run together; %s", tokenizer, f"{documents:,}", remedy)
     elif documents > 1 and recipe.model.writes and isinstance(sampling, Examples | PackedDocuments):
-        log.warning("%s: of %s documents it learns no end, and samples have none; %s", tokenizer, documents, remedy)
+        log.warning("%s: where a document ends is not learned, and samples do not end; %s", tokenizer, remedy)
 
 
 def _tell_of_classes(prepared: Prepared) -> None:
@@ -82,11 +87,11 @@ def _tell_of_classes(prepared: Prepared) -> None:
     for column, classes in prepared.classes.items():
         if column not in prepared.train[0].labels:
             continue
-        counts = [_count(prepared.train[0], column, len(classes)), _count(prepared.valid[0], column, len(classes))]
-        for name, train, valid in zip(classes, *counts, strict=True):
-            if not train or not valid:
-                where = "train on" if not train else "validate on"
-                log.warning("class %r of %r has no example to %s (%d, %d)", name, column, where, train, valid)
+        for source, what in ((prepared.train[0], "train"), (prepared.valid[0], "validate")):
+            counts = _count(source, column, len(classes))
+            if none := [name for name, count in zip(classes, counts, strict=True) if not count]:
+                more = f" and {len(none) - 10:,} more" if len(none) > 10 else ""
+                log.warning("%r: there is no example to %s on of %s%s", column, what, ", ".join(none[:10]), more)
 
 
 def _count(source: Source, column: str, n_classes: int) -> NDArray[np.int64]:
@@ -132,15 +137,19 @@ def _check_batch(config: Config, recipe: Recipe, field: str, batch: Batch) -> No
             )
 
 
-def _check_best_by(config: Config, recipe: Recipe, prepared: Prepared, batch: Batch) -> None:
-    """Raises InputError if no evaluation tells what the best checkpoint is."""
+def _check_best_by(
+    config: Config, recipe: Recipe, prepared: Prepared, firsts: Sequence[Batch | None], batch: Batch
+) -> None:
+    """Raises InputError if no evaluation tells what the best checkpoint is; `firsts` are batches of each source."""
     params = jax.eval_shape(lambda: init_state(recipe, hyper_of(config))).params
     lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
     sums = jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
     known = dict.fromkeys(sums, 1.0)
     if "bytes" in known and prepared.tokenizer.byte_lengths() is None:
         known["bytes"] = 0.0
-    rank_of(config, summary(recipe, Judged.of(prepared), [known] * len(prepared.valid)))
+    sums = [{} if first is None else known for first in firsts]
+    if not math.isfinite(rank_of(config, summary(recipe, Judged.of(prepared), sums))):
+        raise InputError(f"train.best_by={config.train.best_by!r} is of a part that has nothing to validate on")
 
 
 def rank_of(config: Config, found: Mapping[str, Any]) -> float:

@@ -12,6 +12,7 @@ from jaxformer.data.datasets import Prepared
 from jaxformer.data.files import write
 from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import read_tokenizer
+from jaxformer.run.manifest import has_manifest
 from jaxformer.spec import InputError, dumps
 
 FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  # field -> its name in data.json
@@ -82,7 +83,8 @@ def as_begun(configs: Sequence[Config]) -> list[Config]:
 
 
 def has_checkpoint(directory: Path) -> bool:
-    return any(path.name.isdecimal() for path in (directory / "checkpoints").glob("*"))
+    """Whether a step was saved whole: until then a run begins as if nothing had been."""
+    return any(path.name.isdecimal() and has_manifest(path) for path in (directory / "checkpoints").glob("*"))
 
 
 def _check_same(config: Config, stored: Config) -> None:

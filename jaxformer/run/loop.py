@@ -23,7 +23,7 @@ from jaxformer.run.directory import as_begun, check_directory, claimed, has_chec
 from jaxformer.run.members import Members, batches_of
 from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
-from jaxformer.run.pauses import Pauses, lacks, until_pause
+from jaxformer.run.pauses import Pauses, owed, until_pause
 from jaxformer.run.plan import abstract_state, hyper_of, recipe_of
 from jaxformer.run.profile import Profile
 from jaxformer.run.reports import Reports
@@ -49,7 +49,7 @@ def train(
 
     `config` is a Config or the path of a file that defines one; `overrides` maps field paths to values
     ({"model.n_layers": 6}). `profile` asks for a trace of the device from after one step to after another, in the
-    run's folder `profile`. Raises InputError before anything is written, and Interrupted after SIGINT or SIGTERM.
+    run's folder `profile`. Raises InputError before anything is written, and Interrupted after a signal that ends runs.
     """
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
@@ -141,8 +141,8 @@ def _groups(configs: Sequence[Config]) -> list[list[int]]:
     Others would have other steps, and other bits than if nothing had interrupted them.
     """
     groups: dict[tuple[int, ...] | None, list[int]] = {}
-    for i, directory in enumerate(Path(config.directory) for config in configs):
-        begun = last_seeds(starts_of(configs[i])) if has_checkpoint(directory) else None
+    for i, config in enumerate(configs):
+        begun = last_seeds(starts_of(config)) if starts_of(config).exists() else None
         groups.setdefault(begun, []).append(i)
     for begun, group in groups.items():  # in the order of then
         order = {seed: place for place, seed in enumerate(begun or ())}
@@ -166,7 +166,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
         opened = zip(configs, states, strict=True)
         runs = [Run(each, prepared.tokenizer, state, prepared.classes) for each, state in opened]
         step = int(states[0].step)
-        if step >= knobs.steps and not any(lacks(each, step) for each in configs):
+        if step >= knobs.steps and not any(owed(configs, saved, step)):
             log.info("%s is finished: it has made %d of %d steps", directories[0], step, knobs.steps)
             if received:
                 raise Interrupted(received[0], step)
@@ -187,8 +187,9 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
             pauses = Pauses(runs, members, saved, reports, received)
             pauses.catch_up(step, state)
             buffer = members.buffer(step)
-            if step < knobs.steps:
-                members.call(state, buffer, 0)  # compiles, so that no row counts that as training
+            if step < knobs.steps and not received:
+                reports.pause("compiling")
+                members.call(state, buffer, 0)  # so that no row counts that as training
             reports.resume()
             profile.reach(step, state)
             while step < knobs.steps and not received:

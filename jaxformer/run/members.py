@@ -12,7 +12,7 @@ import numpy as np
 from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Batches
 from jaxformer.data.datasets import Prepared
-from jaxformer.run.plan import Judged, evaluate, evaluate_together, hyper_of, recipe_of
+from jaxformer.run.plan import Judged, evaluate, hyper_of, recipe_of
 from jaxformer.run.step import TrainState, train_members, train_steps
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Members:
     def evaluate(self, state: TrainState, tokens: int | None, between: Callable[[], None]) -> list[dict[str, Any]]:
         """What a full pass of the validation split finds, or one of about so many tokens, of each (`evaluate`)."""
         more = state.eval_params, Judged.of(self.prepared), self.configs[0], self.prepared.tokenizer, tokens, between
-        return evaluate_together(self.recipe, *more) if self._several else [evaluate(self.recipe, *more)]
+        return evaluate(self.recipe, *more, len(self.configs) if self._several else None)
 
 
 def batches_of(config: Config, prepared: Prepared) -> Batches:

@@ -66,10 +66,4 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
     for name, text in rows.items():
         log.info("%-10s %s", name, text)
     if idle := jax.device_count() - len(devices):
-        log.warning(
-            "%d of %d devices are idle: a run uses one; start others beside it, each with a device of its own "
-            "(CUDA_VISIBLE_DEVICES=1), or train seeds together (--seeds=%d)",
-            idle,
-            jax.device_count(),
-            idle + 1,
-        )
+        log.warning("%d of %d devices are idle: a run, or seeds together, use one", idle, jax.device_count())

@@ -235,7 +235,7 @@ class Run:
         judged = Judged((judged,), (1.0,), ("",)) if isinstance(judged, Source) else judged
         for source in judged.sources:
             check_ids(source.tokens, self.tokenizer.vocab_size)
-        found = evaluate(self.recipe, self.state.eval_params, judged, self.config, self.tokenizer)
+        (found,) = evaluate(self.recipe, self.state.eval_params, judged, self.config, self.tokenizer)
         if math.isnan(found["loss"]) and not found.get("tokens", found.get("examples")):
             count = sum(source.n_tokens for source in judged.sources)
             raise InputError(f"{split}: {count} tokens cannot be predicted from one another; give at least 2")
@@ -349,9 +349,9 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     tokenizer = read_tokenizer(directory / "tokenizer.json")
     classes = read_classes(directory)
     abstract = abstract_state(config, recipe_of(config, tokenizer, classes))
-    state = Checkpoints(directory / "checkpoints").chosen(abstract, step, _finite)
+    state = Checkpoints(directory / "checkpoints").chosen(abstract, step, finite)
     return Run(config, tokenizer, state, classes)
 
 
-def _finite(state: TrainState) -> bool:
+def finite(state: TrainState) -> bool:
     return all(bool(np.isfinite(np.asarray(a, np.float32)).all()) for a in jax.tree.leaves(state.eval_params))

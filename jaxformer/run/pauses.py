@@ -35,7 +35,7 @@ class Pauses:
         received: Received,
     ):
         self._runs, self._members, self._saved, self._reports, self._received = runs, members, saved, reports, received
-        self._config = runs[0].config
+        self._configs, self._config = members.configs, members.configs[0]
         self._best = [checkpoints.best_rank() for checkpoints in saved]
 
     def after(self, step: int, state: TrainState) -> None:
@@ -50,8 +50,10 @@ class Pauses:
             self._reports.resume()
 
     def catch_up(self, step: int, state: TrainState) -> None:
-        """Makes the evaluations of the step at which the run goes on that no row tells of."""
-        missing = [split for split in evaluations(self._config, step) if self._reports.missing(step, split)]
+        """Makes up for evaluations that the step at which the run goes on lacks, and for ranks of its checkpoints."""
+        missing, found = owed(self._configs, self._saved, step)
+        if found:
+            self._rank(step, state, found)
         if missing:
             self._evaluate(step, state, missing)
             self._reports.resume()
@@ -120,10 +122,21 @@ def evaluations(config: Config, step: int) -> list[str]:
     return [*due, "valid_full"] if last and config.data.valid_tokens is not None else due
 
 
-def lacks(config: Config, step: int) -> bool:
-    """Whether a run that has come to a step has no row of an evaluation that was due there."""
-    made = {(row["step"], row.get("split")) for row in read_rows(rows_of(config), step)[0]}
-    return any((step, split) not in made for split in evaluations(config, step))
+def owed(
+    configs: Sequence[Config], saved: Sequence[CheckpointWriter], step: int
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """What a process that died owes the step that the runs have come to: the splits of which some run has no row, and
+    the rows that tell how good the step is, if a checkpoint does not know."""
+    due = evaluations(configs[0], step)
+    made = [
+        {row.get("split"): row for row in read_rows(rows_of(config), step)[0] if row["step"] == step}
+        for config in configs
+    ]
+    missing = [split for split in due if not all(split in own for own in made)]
+    best_by, found = configs[0].train.best_by, [own["valid"] for own in made if "valid" in own]
+    ranked = len(found) == len(configs) and all(isinstance(row.get(best_by), float) for row in found)
+    unknown = any(math.isinf(checkpoints.rank(step)) for checkpoints in saved)
+    return missing, found if ranked and unknown and "valid" in due else []
 
 
 def saves_at(config: Config, step: int) -> bool:

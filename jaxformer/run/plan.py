@@ -119,30 +119,20 @@ def evaluate(
     tokenizer: Tokenizer,
     tokens: int | None = None,
     between: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """The objective's summary of a full pass or, given `tokens`, of about so many, spread over it.
+    members: int | None = None,
+) -> list[dict[str, Any]]:
+    """The objective's summary of a full pass or, given `tokens`, of about so many, spread over it; of each of several
+    `members`, if the parameters have a leading axis for them.
 
     Of several sources, the whole is what a text is that has of each its share, and each is told beside it, by its
     name. `between` is called between batches; what it raises ends the evaluation.
     """
-    evaluated = functools.partial(evaluate_batch, recipe, params)
-    return summary(recipe, judged, _sums(evaluated, recipe, judged, config, tokenizer, tokens, between))
-
-
-def evaluate_together(
-    recipe: Recipe,
-    params: Any,
-    judged: Judged,
-    config: Config,
-    tokenizer: Tokenizer,
-    tokens: int | None = None,
-    between: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """`evaluate` for each member of parameters that have a leading axis for them."""
-    evaluated = functools.partial(evaluate_members, recipe, params)
+    evaluated = functools.partial(evaluate_batch if members is None else evaluate_members, recipe, params)
     sums = _sums(evaluated, recipe, judged, config, tokenizer, tokens, between)
+    if members is None:
+        return [summary(recipe, judged, sums)]
     own = lambda i: [{name: values[i] for name, values in each.items()} for each in sums]
-    return [summary(recipe, judged, own(i)) for i in range(len(jax.tree.leaves(params)[0]))]
+    return [summary(recipe, judged, own(i)) for i in range(members)]
 
 
 def summary(recipe: Recipe, judged: Judged, sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -183,10 +173,10 @@ def _sums(
     known = np.zeros(recipe.model.vocab_size or 0, np.float32) if lengths is None else lengths.astype(np.float32)
     sampling, number, found = config.data.sampling, itertools.count(), list[dict[str, Any]]()
     for source, share in zip(judged.sources, judged.weights, strict=True):
-        every = 1 if tokens is None else max(1, math.ceil(source.n_tokens / (tokens * share)))
+        part = 1.0 if tokens is None else min(1.0, tokens * share / max(source.n_tokens, 1))
         total: dict[str, Any] = {}
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-        for batch in sampling.full_pass(source, config.row, config.data.batch_size, every):
+        for batch in sampling.full_pass(source, config.row, config.data.batch_size, part):
             in_flight.append(evaluated(batch, np.int32(next(number)), known))
             if len(in_flight) == 2:
                 _add(total, in_flight.popleft())

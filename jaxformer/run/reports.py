@@ -69,10 +69,6 @@ class Reports:
             if not run.has(step, split):
                 run.write(step=step, split=split, **row, seconds=round(self._seconds + self._elapsed, 3))
 
-    def missing(self, step: int, split: str) -> bool:
-        """Whether a run has no row of an evaluation that was made before this start."""
-        return not all(run.has(step, split) for run in self._runs)
-
     def close(self) -> None:
         if self._lines is not None:
             self._lines.stop()
@@ -118,10 +114,10 @@ class Reports:
     def _say(self) -> None:
         """One line, of what is known by now."""
         made, seconds = self._step - self._first, self._seconds + self._elapsed - self._begun
-        left = f", {timedelta(seconds=round((self._steps - self._step) * seconds / made))} left" if made else ""
-        numbers = f": loss {self._loss:.4f}, {self._speed:,.0f} tokens/s{left}" if made else ": no step is done yet"
+        left = timedelta(seconds=round((self._steps - self._step) * seconds / max(made, 1)))
+        numbers = f"loss {self._loss:.4f}, {self._speed:,.0f} tokens/s, {left} of training left"
         doing = f"; {self._doing}" if self._doing else ""
-        log.info("step %d of %d%s%s", self._step, self._steps, numbers, doing)
+        log.info("step %d of %d: %s%s", self._step, self._steps, numbers if made else "no step is done yet", doing)
 
 
 class Every:

@@ -1,5 +1,6 @@
 """The record of each start of a run, `starts.jsonl`: what its numbers may depend on besides its config."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -48,8 +49,11 @@ def starts_of(config: Config) -> Path:
 
 
 def last_start(path: Path) -> dict[str, Any]:
-    """What `record_start` appended last."""
-    return json.loads(path.read_text().splitlines()[-1])
+    """What `record_start` appended last; a line that a killed process left unfinished is passed over."""
+    for line in reversed(path.read_text().splitlines()):
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+    raise LookupError(f"{path} has no start")
 
 
 def last_seeds(path: Path) -> tuple[int, ...]:
@@ -70,16 +74,31 @@ def changed_sources(config: Config) -> list[str]:
 
 
 def sources(config: Config) -> dict[str, str]:
-    """SHA-256 of the source of each class in the config that is not of this package, and of the rest of its module."""
-    others = {"jaxformer", *sys.stdlib_module_names}
-    classes = {c for spec in _specs(config) for c in type(spec).__mro__ if c.__module__.split(".")[0] not in others}
+    """SHA-256 of the source of each class in the config that is not of this package, and of what else its module and
+    the user's modules behind that hold."""
+    classes = {c for spec in _specs(config) for c in type(spec).__mro__ if _of_user(c.__module__)}
     texts = {class_name(c): _source(c) for c in classes}
-    for name in {c.__module__ for c in classes}:
+    for name in _reached({c.__module__ for c in classes}):
         rest = _source(sys.modules[name])
-        for text in texts.values():
+        for text in list(texts.values()):
             rest = rest.replace(text, "")
         texts[name] = rest
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(texts.items())}
+
+
+def _reached(names: set[str]) -> set[str]:
+    """The modules, and those of the user's whose things they name."""
+    things = [thing for name in names for thing in vars(sys.modules[name]).values()]
+    named = {getattr(thing, "__name__" if inspect.ismodule(thing) else "__module__", None) for thing in things}
+    more = {name for name in named if isinstance(name, str) and _of_user(name)} - names
+    return _reached(names | more) if more else names
+
+
+def _of_user(name: str) -> bool:
+    """Whether a module is neither of this package, nor of Python, nor installed."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    ours = name.split(".")[0] in {"jaxformer", *sys.stdlib_module_names}
+    return not ours and file is not None and not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
 def _specs(value: Any) -> Iterator[Spec]:

@@ -12,7 +12,7 @@ from jaxformer.data.files import write
 from jaxformer.model.heads import ClassificationHead
 from jaxformer.model.models import Model
 from jaxformer.run.manifest import sha256
-from jaxformer.run.opened import Run, open_run
+from jaxformer.run.opened import Run, finite, open_run
 from jaxformer.run.step import TrainState
 from jaxformer.spec import InputError, is_declared, path_name
 
@@ -27,6 +27,8 @@ def open_source(init_from: str) -> Run:
         run = open_run(path.parent.parent, int(path.name)) if at_step else open_run(path)
     except InputError as error:
         raise InputError(f"init_from={init_from!r}: {error}") from None
+    if not finite(run.state):
+        raise InputError(f"init_from={init_from!r} has no parameters of finite numbers; take another run or checkpoint")
     return dataclasses.replace(run, state=TrainState(run.state.step, run.state.eval_params, opt_state=()))
 
 
