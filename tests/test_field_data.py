@@ -1,0 +1,164 @@
+"""Kinds of fault that users of other libraries reported of text, tokenizers, drawing, evaluation and answers."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_other_texts import SIZE, TOKENIZER, run_of
+from tiny import hidden, log_softmax
+
+from jaxformer import Encoder, EncoderDecoder
+from jaxformer.data.batches import Batches, Examples, PackedDocuments, RowSize
+from jaxformer.data.corpora import Corpus, JSONLines, TextLines
+from jaxformer.data.datasets import classes_of, encode, prepare
+from jaxformer.data.tables import Table
+from jaxformer.data.tasks import Reverse
+from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.learning.objectives import Classification, NextToken, SequenceToSequence
+from jaxformer.model.heads import ClassificationHead, LanguageHead
+from jaxformer.model.masks import one_document
+
+TEXTS = ("a", "abcabca", "abc", "aabbccaabbcc", "cc", "bcaabcab", "cba")
+
+
+class Documents(Corpus):
+    texts_: tuple[str, ...]
+
+    def documents(self):
+        yield from self.texts_
+
+
+# --- text
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_feeds_end_lines(tmp_path, mark):
+    """What Python's splitlines takes for an end of line, too, is text (datasets #3729)."""
+    text, path = f"one{mark}two", tmp_path / "a"
+    path.write_text(f"{text}\nthree\n", encoding="utf-8")
+    assert list(TextLines(str(path)).documents()) == [text, "three"]
+    for name, row in (("a.csv", text), ("a.tsv", text), ("a.jsonl", json.dumps({"text": text}, ensure_ascii=False))):
+        lines = [row, '{"text": "three"}'] if name == "a.jsonl" else ["text", row, "three"]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+        rows = list(Table(str(tmp_path / name)).rows())
+        assert [each.texts for each in rows] == [(text,), ("three",)] and rows[1].line == len(lines)
+    assert list(JSONLines(str(tmp_path / "a.jsonl")).documents()) == [text, "three"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_cells_are_texts_whatever_they_look_like(tmp_path, name):
+    """Neither missing, nor numbers, nor truth values (datasets #4467)."""
+    cells = ["null", "NA", "nan", "None", "N/A", "007", "1e5", "True", "1.0", "-"]
+    with open(tmp_path / name, "w", newline="") as file:
+        csv.writer(file, delimiter="," if name == "t.csv" else "\t").writerows(
+            [("text", "y"), *zip(cells, cells, strict=True)]
+        )
+    corpus = Table(str(tmp_path / name), labels=("y",))
+    assert list(corpus.documents()) == cells and corpus.label_values() == {"y": cells}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl"])
+def test_tables_from_windows(tmp_path, name):
+    """A byte order mark is no part of the first column's name, nor a carriage return of the last cell (pandas #4793,
+    tfjs #1393)."""
+    tab = "\t" if name == "t.tsv" else ","
+    header = f'"y"{tab}text' if name == "t.csv" else f"y{tab}text"
+    lines = [header, *(f"{y}{tab}{text}" for y, text in (("1", "a"), ("0", "b ")))]
+    if name == "t.jsonl":
+        lines = ['{"y": 1, "text": "a"}', '{"y": 0, "text": "b "}']
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "".join(line + "\r\n" for line in lines).encode())
+    rows = list(Table(str(tmp_path / name), labels=("y",)).rows())
+    assert [(row.texts, row.labels) for row in rows] == [(("a",), ("1",)), (("b ",), ("0",))]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_the_largest_id_fits_the_file(size, dtype):
+    """Ids of special tokens count; none is taken modulo 2¹⁶ (LLM-Shearing #65, open-instruct #1862)."""
+    tokenizer = Characters("".join(map(chr, range(0x10000, 0x10000 + size - 1))), end_token=True)
+    prepared = prepare(
+        Documents((tokenizer.alphabet[-1] + tokenizer.alphabet[0],)), tokenizer, Documents(("\U00010000",))
+    )
+    assert prepared.train[0].tokens.tolist() == [size - 1, size - 2, 0, size - 1]
+    assert prepared.train[0].tokens.dtype == dtype and tokenizer.vocab_size == size
+
+
+# --- tokenizers
+
+
+# --- drawing
+
+
+# --- evaluation and answers
+
+
+def test_the_end_is_learned_where_it_fills_rows_too():
+    """Padding with the end token hides no end (trl #976)."""
+    tokenizer = Characters("abc", end_token=True)
+    source = encode(Documents(TEXTS), tokenizer, {})
+    assert source.padding == tokenizer.end
+    for sampling in (Examples(), Examples(n_buckets=3), PackedDocuments()):
+        ends = asked = 0
+        for batch in sampling.full_pass(source, RowSize(17), 3):
+            example = NextToken().prepare({name: jnp.asarray(a) for name, a in batch.items()}, jax.random.key(0))
+            ends += int((example.weights * (example.targets == tokenizer.end)).sum())
+            asked += int(example.weights.sum())
+        assert ends == len(TEXTS) and asked == sum(map(len, TEXTS)) + ends
+    (batch,) = (
+        Batches((encode(Reverse(5, 2, 3, 9), Bytes(end_token=True), {}),), (1.0,), Examples(), RowSize(9), 9, 0).at(0),
+    )
+    example = SequenceToSequence().prepare({name: jnp.asarray(a) for name, a in batch.items()}, jax.random.key(0))
+    assert (example.weights * (example.targets == 256)).sum(1).tolist() == [1.0] * 9
+
+
+@pytest.mark.parametrize("sampling", [Examples(), Examples(n_buckets=3), PackedDocuments()], ids=str)
+def test_the_loss_is_that_of_all_tokens_whatever_the_batches(sampling):
+    """Batches of unequal weight, the last of fewer rows (transformers #16716, #24839, #41898)."""
+    tokenizer = Characters("abc", end_token=True)
+    run = run_of(Documents(TEXTS), sampling=sampling, tokenizer=tokenizer)
+    nats = []
+    for text in TEXTS:
+        ids = np.array(tokenizer.document(text))
+        h, _ = hidden(run.model, run.state.params, jnp.asarray(ids[None, :-1], jnp.int32), one_document(len(ids) - 1))
+        nats += (-log_softmax(run.model.logits(run.state.params, h)[0])[np.arange(len(ids) - 1), ids[1:]]).tolist()
+    for batch_size in (1, 2, 3, 5, 7):
+        row = sized(run, batch_size).evaluate(encode(Documents(TEXTS), tokenizer, {} if sampling.examples else None))
+        assert row["tokens"] == len(nats) and row["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+        assert row["bits_per_byte"] == pytest.approx(np.sum(nats) / sum(map(len, TEXTS)) / np.log(2), rel=1e-5)
+
+
+def sized(run, batch_size):
+    data = dataclasses.replace(run.config.data, batch_size=batch_size)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+
+
+def test_accuracy_is_that_of_all_examples(tmp_path):
+    """Rows that fill the last batch are neither right nor wrong (transformers #16716)."""
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["text,y", *(f"{text},{len(text) % 2}" for text in TEXTS)]))
+    corpus = Table(str(path), labels=("y",))
+    head = ClassificationHead("y", classes=("0", "1"))
+    run = run_of(corpus, Encoder(**SIZE, head=head), Classification(), Examples(n_buckets=2))
+    chances = [row["y probabilities"] for row in run.predict(TEXTS)]
+    nats = [-np.log(chance[str(len(text) % 2)]) for text, chance in zip(TEXTS, chances, strict=True)]
+    right = [chance[str(len(text) % 2)] > 0.5 for text, chance in zip(TEXTS, chances, strict=True)]
+    assert 0 < sum(right) < len(right)
+    for batch_size in (1, 2, 3, 5):
+        row = sized(run, batch_size).evaluate(encode(corpus, TOKENIZER, classes_of(corpus)))
+        assert row["examples"] == len(TEXTS) and row["loss"] == pytest.approx(np.mean(nats), rel=1e-4)
+        assert row["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_an_answer_does_not_depend_on_others():
+    """Padding of what is read beside a longer text is not attended to (transformers #17195, trl #975)."""
+    tokenizer = Characters("0123456789", end_token=True)
+    model = EncoderDecoder(**SIZE, head=LanguageHead(tied=False))
+    run = run_of(Reverse(), model, SequenceToSequence(), Examples(), tokenizer=tokenizer)
+    texts = ["1", "0123456789012345", "27", "18281828", "314"]
+    alone = [run.answers([text])[0] for text in texts]
+    assert len(set(alone)) > 2
+    for batch_size in (2, 3, 5):
+        assert sized(run, batch_size).answers(texts) == alone
