@@ -8,19 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as library
 from test_other_texts import SIZE, TOKENIZER, run_of
+from test_tokenizers import definition, metaspace
 from tiny import hidden, log_softmax
 
 from jaxformer import Encoder, EncoderDecoder
 from jaxformer.data.batches import Batches, Examples, PackedDocuments, RowSize
-from jaxformer.data.corpora import Corpus, JSONLines, TextLines
+from jaxformer.data.corpora import Corpus, JSONLines, TextLines, cut
 from jaxformer.data.datasets import classes_of, encode, prepare
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Reverse
-from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
 from jaxformer.learning.objectives import Classification, NextToken, SequenceToSequence
 from jaxformer.model.heads import ClassificationHead, LanguageHead
 from jaxformer.model.masks import one_document
+from jaxformer.spec import InputError
 
 TEXTS = ("a", "abcabca", "abc", "aabbccaabbcc", "cc", "bcaabcab", "cba")
 
@@ -30,6 +33,23 @@ class Documents(Corpus):
 
     def documents(self):
         yield from self.texts_
+
+
+def stored(path, tokenizer):
+    tokenizer.save(str(path / "tokenizer.json"))
+    return TokenizerFile(str(path / "tokenizer.json")).fit(())
+
+
+def byte_level(path, use_regex=True, alphabet=None):
+    """Merges learned from a line break between two letters."""
+    found = library.Tokenizer(library.models.BPE())
+    found.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    found.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=260, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet or [], show_progress=False
+    )
+    found.train_from_iterator(["x\ny"] * 9, trainer)
+    return stored(path, found)
 
 
 # --- text
@@ -87,6 +107,69 @@ def test_the_largest_id_fits_the_file(size, dtype):
 
 
 # --- tokenizers
+
+
+def test_ids_are_the_same_every_time(tmp_path):
+    """A tokenizer.json that says to leave out merges by chance (tokenizers #644)."""
+    fitted = BPE(400).fit(["the cat sat on the mat with the hat " * 50])
+    parts = json.loads(fitted.definition)
+    parts["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    drawn = TokenizerFile(str(tmp_path / "tokenizer.json")).fit(())
+    text = "the cat sat on the mat"
+    for _ in range(5):
+        assert np.array_equal(drawn.encode(text), fitted.encode(text))
+
+
+def unigram():
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -3.0) for piece in "</s>▁a")]
+    return definition(
+        library.models.Unigram(pieces, unk_id=0), ["<unk>", "</s>"], pre_tokenizer=library.pre_tokenizers.Metaspace()
+    )
+
+
+def word_level():
+    words = {"<unk>": 0, "</s>": 1, "a": 2}
+    splits = library.pre_tokenizers.WhitespaceSplit()
+    return definition(library.models.WordLevel(words, unk_token="<unk>"), ["<unk>", "</s>"], pre_tokenizer=splits)
+
+
+@pytest.mark.parametrize("make", [unigram, word_level])
+def test_text_never_ends_a_document(tmp_path, make):
+    """Markup such as </s>, which a model has among its words, is not the end token (sentencepiece #777, tokenizers
+    #1263); unknown words stay what they are."""
+    tokenizer = stored(tmp_path, make())
+    assert tokenizer.end == 1 and 0 in tokenizer.encode("a b a <unk>").tolist()
+    with pytest.raises(InputError, match="the text holds '</s>', which the tokenizer takes for its special token"):
+        tokenizer.encode("a </s> a")
+    assert metaspace().encode("h</s>").ids and 1 not in stored(tmp_path, metaspace()).encode("h </s>").tolist()
+
+
+def test_no_character_is_left_out_without_a_word(tmp_path):
+    """A BPE that has neither all bytes nor a token for what is unknown (tokenizers #517)."""
+    few = byte_level(tmp_path)
+    assert few.decode(few.encode("y\nx")) == "y\nx"
+    with pytest.raises(InputError, match="has no token for 'a', 'b', nor one for unknown characters"):
+        few.encode("xbay")
+    whole = byte_level(tmp_path, alphabet=library.pre_tokenizers.ByteLevel.alphabet())
+    assert whole.decode(whole.encode("xbay\u732b")) == "xbay\u732b"
+    plain = definition(library.models.BPE({"<s>": 0, "x": 1, "y</w>": 2}, [], end_of_word_suffix="</w>"), ["<s>"])
+    plain.add_tokens(["猫"])
+    plain = stored(tmp_path, plain)
+    assert plain.encode("xy猫").tolist() == [1, 2, 3]
+    with pytest.raises(InputError, match="has no token for 's', nor one"):
+        plain.encode("xsy")
+    assert metaspace().token_to_id("é") is None and stored(tmp_path, metaspace()).encode("é").size == 3  # by its bytes
+
+
+@pytest.mark.parametrize("use_regex", [True, False])
+def test_tokens_that_go_across_lines_are_not_cut(tmp_path, use_regex):
+    """A long document has the ids of the whole where a tokenizer merges across spaces."""
+    tokenizer = byte_level(tmp_path, use_regex, library.pre_tokenizers.ByteLevel.alphabet())
+    text = "x\ny" * 9000
+    assert len(list(cut([text]))) > 1
+    assert encode(Documents((text,)), tokenizer).tokens[1:-1].tolist() == tokenizer.encode(text).tolist()
+    assert (len(tokenizer.encode("x\ny")) == 1) == (not use_regex)
 
 
 # --- drawing
