@@ -23,6 +23,7 @@ from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
 from jaxformer.learning.objectives import Classification, NextToken, SequenceToSequence
 from jaxformer.model.heads import ClassificationHead, LanguageHead
 from jaxformer.model.masks import one_document
+from jaxformer.run import opened
 from jaxformer.spec import InputError
 
 TEXTS = ("a", "abcabca", "abc", "aabbccaabbcc", "cc", "bcaabcab", "cba")
@@ -173,6 +174,17 @@ def test_tokens_that_go_across_lines_are_not_cut(tmp_path, use_regex):
 
 
 # --- drawing
+
+
+def test_a_prompt_is_not_repeated(tmp_path, monkeypatch):
+    """Bytes drawn behind those of "é" that are no UTF-8 make all of them undecodable: what is drawn is shown, and the
+    prompt as it was (llm-foundry #384)."""
+    tokenizer = stored(tmp_path, metaspace())
+    run = run_of(Documents(("x",)), tokenizer=tokenizer)
+    assert tokenizer.decode([*tokenizer.encode("hi é"), 3 + 0xE9]) == "hi \ufffd\ufffd\ufffd"
+    for drawn, text in (([3 + 0xE9, 260], "hi é\ufffdh"), ([262, 260], "hi é hh"), ([261, 1, 261], "hi éi")):
+        monkeypatch.setattr(opened, "generate", lambda *_, drawn=drawn, **__: np.array([drawn] * 2))
+        assert run.samples("hi é", 2, 2) == [text] * 2
 
 
 # --- evaluation and answers

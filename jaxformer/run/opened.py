@@ -119,8 +119,14 @@ class Run:
             start = self.tokenizer.document(prompt or "")
         new = generate(*how, [start] * samples, tokens, tuple(processors), seed, context, end, between=between)
         head = self.tokenizer.decode(ids)
-        texts = [self.tokenizer.decode([*ids, *_until(row, self.tokenizer.end)]) for row in new.tolist()]
-        return [(prompt or "") + text.removeprefix(head) for text in texts]
+        return [(prompt or "") + self._rest(ids, head, _until(row, end)) for row in new.tolist()]
+
+    def _rest(self, ids: list[int], head: str, new: list[int]) -> str:
+        """The text of new ids behind others, whose text alone is `head`."""
+        text = self.tokenizer.decode([*ids, *new])
+        if text.startswith(head):
+            return text.removeprefix(head)
+        return self.tokenizer.decode(new)  # bytes that are no UTF-8 may have changed what stood before them
 
     @property
     def joins(self) -> bool:
