@@ -20,6 +20,7 @@ from jaxformer.data.datasets import classes_of, encode, prepare
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Reverse
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
+from jaxformer.generation.logits_processors import Temperature
 from jaxformer.learning.objectives import Classification, NextToken, SequenceToSequence
 from jaxformer.model.heads import ClassificationHead, LanguageHead
 from jaxformer.model.masks import one_document
@@ -185,6 +186,17 @@ def test_a_prompt_is_not_repeated(tmp_path, monkeypatch):
     for drawn, text in (([3 + 0xE9, 260], "hi é\ufffdh"), ([262, 260], "hi é hh"), ([261, 1, 261], "hi éi")):
         monkeypatch.setattr(opened, "generate", lambda *_, drawn=drawn, **__: np.array([drawn] * 2))
         assert run.samples("hi é", 2, 2) == [text] * 2
+
+
+@pytest.mark.parametrize("temperature", [1e-44, 1.2e-38, 2e-38, 1e-37, 1e-35, 1e-29, 1e-8])
+def test_very_low_temperatures_take_the_likeliest(temperature):
+    """Quotients are not infinite, so that no less likely token is drawn (vllm #1623, #2937)."""
+    logits = jnp.asarray(np.random.default_rng(0).permutation(np.arange(-30.0, 30.0, 0.5)).astype(np.float32))[None]
+    key = jax.random.key(0)
+    for run in (lambda f: f, jax.jit):
+        out = run(lambda t, x: t(x))(Temperature(temperature), logits)
+        assert np.isfinite(out).any() and not np.isposinf(out).any() and not np.isnan(out).any()
+        assert jax.random.categorical(key, out)[0] == logits[0].argmax()
 
 
 # --- evaluation and answers
