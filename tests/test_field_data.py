@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,25 @@ def test_very_low_temperatures_take_the_likeliest(temperature):
         out = run(lambda t, x: t(x))(Temperature(temperature), logits)
         assert np.isfinite(out).any() and not np.isposinf(out).any() and not np.isnan(out).any()
         assert jax.random.categorical(key, out)[0] == logits[0].argmax()
+
+
+def test_texts_that_are_cut_are_told(tmp_path, caplog):
+    """Of a text longer than the window the rest is not read: that is said (sentence-transformers #4060)."""
+    head = ClassificationHead("y", classes=("0", "1"))
+    classifier = run_of(Table("own.csv"), Encoder(**SIZE, head=head), Classification(), Examples())
+    tokenizer = Characters("0123456789", end_token=True)
+    answering = run_of(Reverse(), EncoderDecoder(**SIZE), SequenceToSequence(), Examples(), tokenizer=tokenizer)
+    width = classifier.config.window
+    with caplog.at_level(logging.WARNING):
+        for count in (width - 2, width - 1):  # and the start and the end
+            caplog.clear()
+            classifier.predict(["1", "1" * count, "1"])
+            answering.predict(["1" * count])
+            run_of(Documents(("x",))).samples("1" * (count + 1), 1)
+            told = [
+                f"{n} texts are longer than data.window={width}, and are cut" for n in ("1 of 3", "1 of 1", "1 of 1")
+            ]
+            assert [record.getMessage() for record in caplog.records] == told[: 3 * (count == width - 1)]
 
 
 # --- evaluation and answers
