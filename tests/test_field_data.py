@@ -26,6 +26,8 @@ from jaxformer.learning.objectives import Classification, NextToken, SequenceToS
 from jaxformer.model.heads import ClassificationHead, LanguageHead
 from jaxformer.model.masks import one_document
 from jaxformer.run import opened
+from jaxformer.run.checks import checked_data
+from jaxformer.run.plan import prepare_data
 from jaxformer.spec import InputError
 
 TEXTS = ("a", "abcabca", "abc", "aabbccaabbcc", "cc", "bcaabcab", "cba")
@@ -107,6 +109,23 @@ def test_the_largest_id_fits_the_file(size, dtype):
     )
     assert prepared.train[0].tokens.tolist() == [size - 1, size - 2, 0, size - 1]
     assert prepared.train[0].tokens.dtype == dtype and tokenizer.vocab_size == size
+
+
+def test_examples_on_both_sides_are_told(tmp_path, caplog):
+    """Rows that come several times are trained on and validated on (datasets #4261)."""
+    words = [f"word {i % 30}" for i in range(60)] + [f"other {i}" for i in range(60)]
+    for texts, told in ((words, True), (sorted(set(words)), False)):
+        (tmp_path / "t.csv").write_text("\n".join(["text", *texts]))
+        run = run_of(Table(str(tmp_path / "t.csv")), sampling=Examples())
+        prepared = prepare_data(run.config)
+        train, valid = (
+            {tuple(map(bytes, s.example(i))) for i in range(s.n_examples)} for s in (*prepared.train, *prepared.valid)
+        )
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            checked_data(run.config)
+        assert bool(train & valid) == told
+        assert (f"valid: {len(train & valid)} of 12 examples have the texts of" in caplog.text) == told
 
 
 # --- tokenizers

@@ -55,6 +55,7 @@ def checked_data(config: Config) -> Prepared:
                 log.warning(message, split, cut, source.n_examples, config.window)
     _tell_of_ends(config, recipe, prepared)
     _tell_of_classes(prepared)
+    _tell_of_duplicates(prepared)
     return prepared
 
 
@@ -87,6 +88,18 @@ def _tell_of_classes(prepared: Prepared) -> None:
             if not train or not valid:
                 where = "train on" if not train else "validate on"
                 log.warning("class %r of %r has no example to %s (%d, %d)", name, column, where, train, valid)
+
+
+def _tell_of_duplicates(prepared: Prepared) -> None:
+    """Examples to validate on that are to be trained on, too: a model that has learned them by heart knows them."""
+    texts = lambda source: (hash(tuple(ids.tobytes() for ids in source.example(i))) for i in range(source.n_examples))
+    if not prepared.train[0].examples:
+        return
+    known = {text for source in prepared.train for text in texts(source)}
+    again = sum(text in known for source in prepared.valid for text in texts(source))
+    if again:
+        count, remedy = sum(source.n_examples for source in prepared.valid), "leave out duplicates"
+        log.warning("valid: %d of %d examples have the texts of others to train on; %s", again, count, remedy)
 
 
 def _count(source: Source, column: str, n_classes: int) -> NDArray[np.int64]:
