@@ -30,7 +30,7 @@ from jaxformer.spec import InputError, dumps
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised by a change that makes other ids of the same text
+FORMAT = 2  # to be raised by a change that makes other ids of the same text
 SAVE_EVERY = 1 << 26  # characters after which a killed preparation need not start anew
 
 

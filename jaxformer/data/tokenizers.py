@@ -319,7 +319,9 @@ class Subwords(Tokenizer):
         """Whether words are split as in GPT-2, with nothing before the text and no normal form."""
         parts = json.loads(self.definition)
         splits = parts.get("pre_tokenizer") or {}
-        return splits.get("type") == "ByteLevel" and not splits.get("add_prefix_space") and not parts.get("normalizer")
+        if splits.get("type") != "ByteLevel" or not splits.get("use_regex", True):  # else tokens go across spaces
+            return False
+        return not splits.get("add_prefix_space") and not parts.get("normalizer")
 
     @property
     def vocab_size(self) -> int:
@@ -356,7 +358,19 @@ class Subwords(Tokenizer):
             raise InputError("the text holds half of a surrogate pair, which is no character; remove it") from None
         except Exception as error:  # as for an unknown word where no token stands for those
             raise InputError(f"the tokenizer cannot encode the text ({error}); give another one") from None
-        return np.array(found.ids, np.uint32)
+        ids = np.array(found.ids, np.uint32)
+        if (wrong := _never(self.definition)[ids]).any():
+            token = _library(self.definition).id_to_token(int(ids[wrong.argmax()]))
+            raise InputError(
+                f"the text holds {token!r}, which the tokenizer takes for its special token; remove it, or give "
+                "another tokenizer"
+            )
+        if lost := _lost(self.definition, text):
+            raise InputError(
+                f"the tokenizer has no token for {', '.join(map(repr, sorted(lost)[:NAMED]))}, nor one for unknown "
+                "characters, and would leave them out; remove them, or give another tokenizer"
+            )
+        return ids
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
         return _library(self.definition).decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
@@ -548,6 +562,56 @@ def _library(definition: str) -> Any:
         import tokenizers
     except ImportError:
         raise InputError("this tokenizer needs the package tokenizers; pip install tokenizers") from None
+    parts = json.loads(definition)
+    if parts["model"].get("dropout"):  # of merges (arXiv:1910.13267): other ids of the same text every time
+        definition = json.dumps(parts | {"model": parts["model"] | {"dropout": None}})
     library = tokenizers.Tokenizer.from_str(definition)
     library.encode_special_tokens = True  # the text "<|endoftext|>" is text
     return library
+
+
+@functools.lru_cache(maxsize=4)
+def _never(definition: str) -> NDArray[np.bool_]:
+    """[largest id + 1]: whether it is that of a special token, other than the one for what is unknown. A model that has
+    the token among its words would find it in text."""
+    library, model = _library(definition), json.loads(definition)["model"]
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    found = np.zeros(max(library.get_vocab().values(), default=0) + 1, bool)
+    found[[i for i in _special(library) if library.id_to_token(i) != unknown]] = True
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _alphabet(definition: str) -> frozenset[str] | None:
+    """The characters that have a token, of a model that passes over all others; None of any other model."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    parts = json.loads(definition)
+    model = parts["model"]
+    if model.get("type") != "BPE" or model.get("unk_token") is not None:
+        return None
+    if model.get("byte_fallback") and all(f"<0x{i:02X}>" in model["vocab"] for i in range(256)):
+        return None
+    before, after = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    tokens = (token.removeprefix(before).removesuffix(after) for token in model["vocab"])
+    known = frozenset(token for token in tokens if len(token) == 1)
+    of_bytes = '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("normalizer")])
+    return None if of_bytes and known.issuperset(ByteLevel.alphabet()) else known
+
+
+def _lost(definition: str, text: str) -> set[str]:
+    """The characters that would have no id, as the model sees them."""
+    known = _alphabet(definition)
+    if known is None:
+        return set()
+    library, found = _library(definition), set[str]()
+    added = [re.escape(token.content) for token in library.get_added_tokens_decoder().values() if not token.special]
+    for part in re.split("|".join(added), text) if added else [text]:
+        if library.normalizer is not None:
+            part = library.normalizer.normalize_str(part)
+        if library.pre_tokenizer is not None:
+            part = "".join(word for word, _ in library.pre_tokenizer.pre_tokenize_str(part))
+        found.update(part)
+    return found - known

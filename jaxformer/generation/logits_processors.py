@@ -28,7 +28,8 @@ class Temperature(Unchanged):
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         first = jnp.arange(logits.shape[-1])[None] == logits.argmax(-1, keepdims=True)
         greedy = jnp.where(first, logits, -jnp.inf)
-        return jnp.where(self.temperature == 0, greedy, logits / jnp.where(self.temperature == 0, 1, self.temperature))
+        cold = self.temperature < 1e-30  # as good as 0; the quotient might be infinite
+        return jnp.where(cold, greedy, logits / jnp.where(cold, 1, self.temperature))
 
 
 class TopK(Unchanged):

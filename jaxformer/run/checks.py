@@ -59,6 +59,7 @@ def checked_data(config: Config) -> Prepared:
                 log.warning(message, split, cut, source.n_examples, config.window)
     _tell_of_ends(config, recipe, prepared)
     _tell_of_classes(prepared)
+    _tell_of_duplicates(prepared)
     return prepared
 
 
@@ -92,6 +93,18 @@ def _tell_of_classes(prepared: Prepared) -> None:
             if none := [name for name, count in zip(classes, counts, strict=True) if not count]:
                 more = f" and {len(none) - 10:,} more" if len(none) > 10 else ""
                 log.warning("%r: there is no example to %s on of %s%s", column, what, ", ".join(none[:10]), more)
+
+
+def _tell_of_duplicates(prepared: Prepared) -> None:
+    """Examples to validate on that are to be trained on, too: a model that has learned them by heart knows them."""
+    texts = lambda source: (hash(tuple(ids.tobytes() for ids in source.example(i))) for i in range(source.n_examples))
+    if not prepared.train[0].examples:
+        return
+    known = {text for source in prepared.train for text in texts(source)}
+    again = sum(text in known for source in prepared.valid for text in texts(source))
+    if again:
+        count, remedy = sum(source.n_examples for source in prepared.valid), "leave out duplicates"
+        log.warning("valid: %d of %d examples have the texts of others to train on; %s", again, count, remedy)
 
 
 def _count(source: Source, column: str, n_classes: int) -> NDArray[np.int64]:

@@ -109,16 +109,31 @@ class Run:
             )
         if self.model.encodes:
             sources = [self.tokenizer.document(prompt or "")] * samples
+            self._tell_cut(sources[:1])
             starts = [[self.tokenizer.start]] * samples
             new = generate(*how, starts, tokens, tuple(processors), seed, context, end, sources, between)
             return [self.tokenizer.decode(_until(row, end)) for row in new.tolist()]
         start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
         if ids and self.joins:  # the prompt is a first text, which the second follows
             start = self.tokenizer.document(prompt or "")
+        self._tell_cut([start])
         new = generate(*how, [start] * samples, tokens, tuple(processors), seed, context, end, between=between)
         head = self.tokenizer.decode(ids)
-        texts = [self.tokenizer.decode([*ids, *_until(row, self.tokenizer.end)]) for row in new.tolist()]
-        return [(prompt or "") + text.removeprefix(head) for text in texts]
+        return [(prompt or "") + self._rest(ids, head, _until(row, end)) for row in new.tolist()]
+
+    def _tell_cut(self, texts: Sequence[Sequence[int]]) -> None:
+        """Says how many texts are longer than what the model reads of them."""
+        if cut := sum(len(ids) > self.config.window for ids in texts):
+            log.warning(
+                "%d of %d texts are longer than data.window=%d, and are cut", cut, len(texts), self.config.window
+            )
+
+    def _rest(self, ids: list[int], head: str, new: list[int]) -> str:
+        """The text of new ids behind others, whose text alone is `head`."""
+        text = self.tokenizer.decode([*ids, *new])
+        if text.startswith(head):
+            return text.removeprefix(head)
+        return self.tokenizer.decode(new)  # bytes that are no UTF-8 may have changed what stood before them
 
     @property
     def joins(self) -> bool:
@@ -155,10 +170,12 @@ class Run:
                 raise InputError("text: must not be empty; give one")
         try:
             if self.model.encodes:
+                self._tell_cut([self.tokenizer.document(text) for text in texts])
                 return [{"text": text} for text in self.answers(texts)]
             pairs = [self._pair(*pair) for pair in zip(texts, seconds or [None] * len(texts), strict=True)]
         except InputError as error:
             raise InputError(f"text: {error}") from None
+        self._tell_cut([ids for ids, _ in pairs])
         found: list[dict[str, Any]] = []
         for some in _batched(pairs, self.config.data.batch_size):
             ids, places = zip(*some, strict=True)
