@@ -68,7 +68,7 @@ def test_a_sorted_table_is_validated_on_all_of_its_classes(tmp_path, caplog):
     names = [prepared.classes["label"][i] for i in prepared.valid[0].labels["label"]]
     assert sorted(names) == ["mixed"] * 4 + ["neg"] * 18 + ["pos"] * 18
     jaxformer.train(config, {"train.steps": 5})
-    assert not [message for message in warnings_of(caplog) if "class" in message]
+    assert not [message for message in warnings_of(caplog) if "there is no example" in message]
     last = prepare_data(dataclasses.replace(config, data=dataclasses.replace(config.data, split_seed=None)))
     assert set(last.valid[0].labels["label"]) == {
         last.classes["label"].index("mixed"),
@@ -84,11 +84,10 @@ def test_a_class_that_is_missing_on_one_side_is_told(tmp_path, caplog, several):
         model = dataclasses.replace(config.model, head=MultiLabelHead("label"))
         config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, corpus=corpus))
     jaxformer.train(config, {"train.steps": 5})
-    told = [message for message in warnings_of(caplog) if message.startswith("class")]
+    told = [message for message in warnings_of(caplog) if "there is no example" in message]
     assert told == [
-        "class 'mixed' of 'label' has no example to train on (0, 20)",
-        "class 'neg' of 'label' has no example to validate on (90, 0)",
-        "class 'pos' of 'label' has no example to validate on (90, 0)",
+        "'label': there is no example to train on of mixed",
+        "'label': there is no example to validate on of neg, pos",
     ]
 
 
@@ -117,7 +116,7 @@ def test_windows_are_validated_on_the_end_and_documents_drawn_if_there_are_some(
         ({}, "has no id that ends a text: the 9. documents run together; set data.tokenizer.end_token=true"),
         (
             {"sampling": PackedDocuments()},
-            "of .* documents it learns no end, and samples have none; set data.tokenizer",
+            "where a document ends is not learned, and samples do not end; set data.tokenizer",
         ),
         ({"tokenizer": Characters(end_token=True)}, None),
         ({"tokenizer": Characters(end_token=True), "sampling": PackedDocuments()}, None),
@@ -139,7 +138,9 @@ def test_pairs_without_an_end_between_them_are_refused(tmp_path, objective):
     (tmp_path / "p.csv").write_text("q,a\n" + "".join(f"{i}?,{i * i}\n" for i in range(31)))
     pairs = Table(str(tmp_path / "p.csv"), "q", "a")
     config = dataclasses.replace(text(tmp_path, pairs, sampling=Examples(joined=True)), objective=objective)
-    with pytest.raises(InputError, match=r"begins: \(ab, c\) is \(a, bc\); set data.tokenizer.end_token=true"):
+    with pytest.raises(
+        InputError, match=r"\(ab, c\) and \(a, bc\) would be the same row; set data.tokenizer.end_token=true"
+    ):
         jaxformer.train(config)
     assert not (tmp_path / "run").exists()
     jaxformer.train(config, {"data.tokenizer.end_token": True, "train.steps": 5})
@@ -162,14 +163,14 @@ def test_a_warm_up_as_long_as_the_run_is_a_tenth_of_it(kind):
     assert rate_at(long, 99, 101) == pytest.approx(100 / 101)
     kept = dataclasses.replace(long, shortens=False)
     assert rate_at(kept, 79, 80) == pytest.approx(80 / 101) and kept.notice(80) is None
-    assert long.notice(80) == "warmup_steps=100 is as long as the run: of its 80 steps the warm-up takes 8"
+    assert long.notice(80) == "warmup_steps=100 would fill the run of 80 steps: it is shortened to 8"
     assert long.notice(100) and long.notice(101) is None and Constant().notice(1) is None
 
 
 def test_a_shortened_warm_up_is_told_once_and_an_extended_run_says_both_rates(tmp_path, caplog):
     config = dataclasses.replace(text(tmp_path), optimizer=AdamW(WarmupCosine(peak=1e-2, final=1e-3, warmup_steps=50)))
     jaxformer.train(config)
-    notice = "optimizer.learning_rate.warmup_steps=50 is as long as the run: of its 20 steps the warm-up takes 2"
+    notice = "optimizer.learning_rate.warmup_steps=50 would fill the run of 20 steps: it is shortened to 2"
     assert warnings_of(caplog).count(notice) == 1
     caplog.clear()
     jaxformer.train(config, {"train.steps": 30})
@@ -249,7 +250,9 @@ def test_a_format_of_the_future_is_refused(tmp_path):
 
 # --- code, devices, readers
 
+HELP = "def same(x):\n    return x * 1\n"
 MODULE = """
+from edited_help import same
 from jaxformer.model.positions import NoPosition
 from jaxformer.model.kernels import Softmax
 
@@ -258,7 +261,7 @@ FACTOR = 1.0
 
 class Decay(NoPosition):
     def bias(self, params, view, new, seen):
-        return -0.5 * FACTOR * view.distance()
+        return same(-0.5 * FACTOR * view.distance())
 
 
 class Same(Softmax):
@@ -268,24 +271,32 @@ class Same(Softmax):
 
 @pytest.mark.parametrize(
     ("edit", "named"),
-    [(("-0.5", "-0.7"), "edited_parts:Decay"), (("= 1.0", "= 1.5"), "edited_parts"), (("", ""), None)],
+    [
+        (("-0.5", "-0.7"), "edited_parts:Decay"),
+        (("= 1.0", "= 1.5"), "edited_parts"),
+        (("x * 1", "x * 2"), "edited_help"),
+        (("", ""), None),
+    ],
 )
 def test_code_that_was_edited_is_named_when_a_run_goes_on(tmp_path, monkeypatch, caplog, edit, named):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "edited_parts.py").write_text(MODULE)
+    (tmp_path / "edited_help.py").write_text(HELP)
     overrides = {"model.position": "edited_parts:Decay", "model.kernel": "edited_parts:Same"}
 
     def go_on(steps):
-        sys.modules.pop("edited_parts", None)
+        for name in ("edited_parts", "edited_help"):
+            sys.modules.pop(name, None)
         importlib.invalidate_caches()
         importlib.import_module("linecache").checkcache()
         jaxformer.train(text(tmp_path), overrides | {"train.steps": steps})
 
     go_on(10)
     start = json.loads((tmp_path / "run" / "starts.jsonl").read_text().splitlines()[-1])
-    assert set(start["sources"]) == {"edited_parts", "edited_parts:Decay", "edited_parts:Same"}
-    (tmp_path / "edited_parts.py").write_text(MODULE.replace(*edit) if edit[0] else MODULE)
-    os.utime(tmp_path / "edited_parts.py", ns=(1, 1))
+    assert set(start["sources"]) == {"edited_help", "edited_parts", "edited_parts:Decay", "edited_parts:Same"}
+    for name, code in (("edited_parts", MODULE), ("edited_help", HELP)):
+        (tmp_path / f"{name}.py").write_text(code.replace(*edit) if edit[0] else code)
+        os.utime(tmp_path / f"{name}.py", ns=(1, 1))
     for steps in (15, 20):  # told once: the next start compares with this one
         caplog.clear()
         go_on(steps)
@@ -306,7 +317,7 @@ def test_the_devices_that_are_used_are_told_and_those_that_are_idle(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert re.search(r"device +1 × cpu \(", done.stderr) and "4 × cpu" not in done.stderr
-    assert "3 of 4 devices are idle: a run uses one" in done.stderr
+    assert "3 of 4 devices are idle: a run, or seeds together, use one" in done.stderr
     (start,) = map(json.loads, (tmp_path / "run" / "starts.jsonl").read_text().splitlines())
     assert len(start["devices"]) == 1 and start["idle_devices"] == 3
 
