@@ -257,6 +257,19 @@ def config(directory, steps=4, **fields):
     )
 
 
+def test_a_tilde_is_the_users_home(home, monkeypatch):
+    """A folder of the name ~ in the working directory is not what was asked for (transformers #10628,
+    pytorch-lightning #19058, #19059); no shell expands it behind --directory=, and a corpus has it expanded."""
+    monkeypatch.setenv("SCRATCH", str(home / "scratch"))
+    jaxformer.train(config("~/runs/a"))
+    run = jaxformer.train(config("x", init_from="~/runs/a"), directory="$SCRATCH/b")
+    assert sorted(path.name for path in home.iterdir() if path.is_dir()) == ["own", "scratch"]
+    assert (home / "own" / "runs" / "a" / "metrics.jsonl").exists()
+    assert run.config.directory == str(home / "scratch" / "b")
+    assert int(jaxformer.open_run("~/runs/a", step=2).state.step) == 2
+    jaxformer.train(config("~/runs/a"))  # goes on, which is nothing
+
+
 @pytest.mark.parametrize("name", ["Läufe/a b#%20 {x}]", 'it\'s:"so"'])
 def test_a_runs_path_is_nothing_but_a_name(home, name):
     """A blank ended a name (cromwell #7441): such names are names, and the run is found again."""

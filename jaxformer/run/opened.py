@@ -334,7 +334,7 @@ def _until(ids: list[int], end: int | None) -> list[int]:
 
 def read_prompt(path: str) -> str:
     """The whole text of a file."""
-    if not Path(path).is_file():
+    if not located(path).is_file():
         raise InputError(f"prompt_file={path!r} is no file; give the path of a UTF-8 text")
     return "".join(TextFiles(path).documents())
 
@@ -357,7 +357,7 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     """The run of a directory, at its newest checkpoint, at a step, or at its "best" (`train.best_by`)."""
     set_flags()
     check_numerics()
-    directory = Path(directory)
+    directory = located(str(directory))
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(directory)!r} holds no run (no config.json); give a directory that train.py wrote")
     config = dataclasses.replace(config_lib.read(directory / "config.json"), directory=str(directory))
