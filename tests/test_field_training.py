@@ -26,6 +26,7 @@ from jaxformer.model.masks import Places
 from jaxformer.model.models import EncoderDecoder
 from jaxformer.model.positions import Learned, Rotary
 from jaxformer.run.checkpoint import CheckpointWriter
+from jaxformer.run.starts import changed_sources, last_seeds
 from jaxformer.run.step import Hyper, Recipe, init_state, train_step
 from jaxformer.spec import path_name
 
@@ -298,3 +299,19 @@ def test_a_run_goes_on_where_it_was_moved_and_behind_links(home):
     ]
     plain = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
     assert [*map(plain, rows[0])] == [*map(plain, rows[1])]
+
+
+def test_half_a_line_in_the_record_of_starts_costs_no_other(home, monkeypatch):
+    """A state that breaks off was read as none, without a word (speculators #739, transformers #35782): the next start
+    was written behind the half line, and both were lost, with the seeds trained together and the code of then."""
+    jaxformer.train(config("run", 2))
+    path = Path("run/starts.jsonl")
+    whole = path.read_text()
+    path.write_text(whole + whole[: len(whole) // 2])
+    assert last_seeds(path) == (0,)
+    jaxformer.train(config("run", 4))
+    assert last_seeds(path) == (0,) and changed_sources(config("run", 4)) == []
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[0])["step"] == 0 and json.loads(lines[2])["step"] == 2
+    path.write_text("half a l")
+    assert last_seeds(path) == ()

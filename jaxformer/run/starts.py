@@ -1,5 +1,6 @@
 """The record of each start of a run, `starts.jsonl`: what its numbers may depend on besides its config."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -39,8 +40,12 @@ def record_start(config: Config, step: int, seeds: Sequence[int], devices: Seque
         "git": _git(),
         "sources": sources(config),
     }
-    with open(starts_of(config), "a") as file:
-        file.write(json.dumps(row) + "\n")
+    path = starts_of(config)
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # as a killed process or a full disk leaves it
+    with open(path, "a") as file:
+        file.write("\n" * torn + json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def starts_of(config: Config) -> Path:
@@ -48,8 +53,12 @@ def starts_of(config: Config) -> Path:
 
 
 def last_start(path: Path) -> dict[str, Any]:
-    """What `record_start` appended last."""
-    return json.loads(path.read_text().splitlines()[-1])
+    """What `record_start` appended last, of the rows that can be read. Raises LookupError if there is none."""
+    for line in reversed(path.read_text(errors="replace").split("\n")):
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict):
+                return row
+    raise LookupError(path)
 
 
 def last_seeds(path: Path) -> tuple[int, ...]:
