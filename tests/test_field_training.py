@@ -175,6 +175,23 @@ def test_slices_add_up_in_float32():
     assert errors[0] < 0.01 and errors[1] < 1.2 * errors[0]
 
 
+@pytest.mark.parametrize("slices", [1, 2])
+def test_many_tokens_do_not_overflow_float16(slices):
+    """The gradient of a frequent token's row is a sum over all tokens, and float16 ends at 65,504: the norm would be
+    infinite and clipping make every parameter NaN (fairseq #512, #4293)."""
+    model = Decoder(vocab_size=11, d_model=8, n_layers=1, n_heads=2, d_ff=16, context_length=128)
+    draw = np.random.default_rng(0)
+    tokens = np.where(draw.random((1400, 129)) < 0.95, 3, draw.integers(0, 11, (1400, 129))).astype(np.int32)
+    found = []
+    for dtype in ("float32", "float16"):
+        recipe, how = Recipe(model, compute_dtype=dtype, slices=slices), hyper(SGD(Constant(1.0)))
+        state = init_state(recipe, how)
+        after, row = stepped(recipe, state, {"tokens": tokens}, how)
+        found.append((jax.tree.map(jnp.subtract, after.params, state.params), float(row["grad_norm"])))
+    assert np.isfinite(found[1][1]) and found[1][1] == pytest.approx(found[0][1], rel=0.01)
+    assert distance(found[0][0], found[1][0]) < 0.01 * found[0][1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rotary_angles_are_not_of_half_precision(dtype):
     """In bfloat16 the position 8,191 is 8,192, and an angle of a thousand is wrong by turns (gpt-neox #1003,
