@@ -28,7 +28,7 @@ from jaxformer.model.positions import Learned, Rotary
 from jaxformer.run.checkpoint import CheckpointWriter
 from jaxformer.run.starts import changed_sources, last_seeds
 from jaxformer.run.step import Hyper, Recipe, init_state, train_step
-from jaxformer.spec import path_name
+from jaxformer.spec import InputError, path_name
 
 T = 13
 
@@ -296,6 +296,15 @@ def test_a_runs_path_is_nothing_but_a_name(home, name):
     assert sorted(path.name for path in Path(name, "checkpoints").iterdir())[-2:] == ["4", "6"]
     run = jaxformer.open_run(name, step="best")
     assert np.isfinite(run.evaluate_valid()["loss"]) and len(run.sample("1 ", tokens=3)) == 5
+
+
+@pytest.mark.parametrize("name", ["runs [1]/a", "run*", "why?", "back\\slash"])
+def test_a_path_that_would_be_read_as_a_pattern_is_refused(home, name):
+    """With brackets in the path every checkpoint was saved and none found again (tensorflow #34290, #35489): so it is
+    by Orbax, and the run is refused before it has trained for nothing. What has begun already goes on."""
+    with pytest.raises(InputError, match="give a path without"):
+        jaxformer.train(config(name))
+    assert [path.name for path in home.iterdir() if path.is_dir() and path.name != "own"] == []
 
 
 def test_a_run_goes_on_where_it_was_moved_and_behind_links(home):
