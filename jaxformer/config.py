@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from jaxformer.data import tables, tasks
 from jaxformer.data.batches import Examples, RandomWindows, RowSize
 from jaxformer.data.corpora import Corpus, PythonTopics
-from jaxformer.data.files import write
+from jaxformer.data.files import expanded, located, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.learning.objectives import Contrastive, NextToken
 from jaxformer.learning.optimizers import SGD, AdamW
@@ -175,7 +175,7 @@ BEFORE: tuple[
 
 def load(path: str | Path) -> Config:
     """The `config` that a Python file defines. Raises InputError if there is none."""
-    path = Path(path)
+    path = located(str(path))
     if not path.is_file():
         raise InputError(
             f"config {str(path)!r} is no file; give the path of a Python file such as configs/quickstart.py"
@@ -215,12 +215,16 @@ def _reason(error: BaseException) -> str:
 
 
 def resolve(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The config, or that of a file, with fields replaced by their paths ("model.n_layers": 6), and checked."""
+    """The config, or that of a file, with fields replaced by their paths ("model.n_layers": 6), and checked.
+
+    No shell expands the ~ or $NAME of a directory that stands in a file, or behind --directory=.
+    """
     found = config if isinstance(config, Config) else load(config)
     parts_first = sorted((overrides or {}).items(), key=lambda item: item[0].count("."))  # before their fields
     for path, value in parts_first:
         found = override(found, path, value)
-    return checked(found)
+    found = checked(found)
+    return dataclasses.replace(found, directory=expanded(found.directory))
 
 
 def check_storable(config: Config) -> None:

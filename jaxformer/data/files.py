@@ -85,9 +85,13 @@ def file_sha256(path: Path) -> str:
     return found
 
 
-def located(path: str) -> Path:
+def expanded(path: str) -> str:
     """The path, with ~ for the user's home and $NAME for an environment variable."""
-    return Path(os.path.expandvars(os.path.expanduser(path)))
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def located(path: str) -> Path:
+    return Path(expanded(path))
 
 
 def visible_files(root: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from jaxformer.run.manifest import has_manifest
 from jaxformer.spec import InputError, dumps
 
 FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  # field -> its name in data.json
+WILD = set("*?[\\")  # Orbax looks for the files that it merges by a pattern that the whole path is part of
 
 
 @contextlib.contextmanager
@@ -60,6 +61,11 @@ def check_begun(config: Config) -> bool:
     if has_begun(directory):
         _check_same(config, config_lib.read(directory / "config.json"))
         return True
+    if wild := sorted(WILD & set(str(directory.absolute()))):
+        raise InputError(
+            f"directory={str(directory.absolute())!r} has {' '.join(wild)} in it, with which Orbax does not find again "
+            "what it has saved; give a path without"
+        )
     ours = {"lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints"}
     names = {path.name for path in directory.iterdir() if path.suffix != ".part"} if directory.exists() else set()
     if names - ours:

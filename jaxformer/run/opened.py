@@ -349,7 +349,7 @@ def _until(ids: list[int], end: int | None) -> list[int]:
 
 def read_prompt(path: str) -> str:
     """The whole text of a file."""
-    if not Path(path).is_file():
+    if not located(path).is_file():
         raise InputError(f"prompt_file={path!r} is no file; give the path of a UTF-8 text")
     return "".join(TextFiles(path).documents())
 
@@ -359,7 +359,7 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     (`train.best_by`)."""
     set_flags()
     check_numerics()
-    directory = Path(directory)
+    directory = located(str(directory))
     if not (directory / "config.json").is_file():
         raise InputError(f"{str(directory)!r} holds no run (no config.json); give a directory that train.py wrote")
     config = dataclasses.replace(config_lib.read(directory / "config.json"), directory=str(directory))

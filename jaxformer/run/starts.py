@@ -40,8 +40,12 @@ def record_start(config: Config, step: int, seeds: Sequence[int], devices: Seque
         "git": _git(),
         "sources": sources(config),
     }
-    with open(starts_of(config), "a") as file:
-        file.write(json.dumps(row) + "\n")
+    path = starts_of(config)
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # as a killed process or a full disk leaves it
+    with open(path, "a") as file:
+        file.write("\n" * torn + json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def starts_of(config: Config) -> Path:
@@ -49,11 +53,12 @@ def starts_of(config: Config) -> Path:
 
 
 def last_start(path: Path) -> dict[str, Any]:
-    """What `record_start` appended last; a line that a killed process left unfinished is passed over."""
-    for line in reversed(path.read_text().splitlines()):
+    """What `record_start` appended last, of the rows that can be read. Raises LookupError if there is none."""
+    for line in reversed(path.read_text(errors="replace").split("\n")):
         with contextlib.suppress(ValueError):
-            return json.loads(line)
-    raise LookupError(f"{path} has no start")
+            if isinstance(row := json.loads(line), dict):
+                return row
+    raise LookupError(path)
 
 
 def last_seeds(path: Path) -> tuple[int, ...]:

@@ -99,14 +99,18 @@ def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
 def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) -> Any:
     """(What is minimised, nats, weights), gradients: sums over the slices of a batch."""
 
+    n = recipe.slices
+    scale = _loss_scale(recipe.compute_dtype, example.ids.size // n)
+
     def one(example: Example, index: int | jax.Array) -> Any:
         def loss(params: Any) -> Any:
-            return recipe.objective.loss(recipe.model, _cast(recipe, params), example, jax.random.fold_in(key, index))
+            key_of_slice = jax.random.fold_in(key, index)
+            total, sums = recipe.objective.loss(recipe.model, _cast(recipe, params), example, key_of_slice)
+            return total * scale, (total, *sums)
 
-        (total, (nats, weight)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return (total, nats, weight), grads
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return sums, jax.tree.map(lambda g: g / scale, grads)
 
-    n = recipe.slices
     if n == 1:
         return one(example, 0)
 
@@ -118,6 +122,12 @@ def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) ->
 
     zero = (jnp.float32(0),) * 3, jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, zero, (jax.tree.map(slices, example), jnp.arange(n)))[0]
+
+
+def _loss_scale(dtype: str, tokens: int) -> float:
+    """What a sum over so many tokens is multiplied by, so that its gradient fits the dtype: float16 ends at 65,504,
+    which the gradient of a frequent token's row passes from some 40,000 tokens on. A power of 2: it rounds nothing."""
+    return 1.0 if dtype != "float16" else 2.0 ** min(0, 14 - (tokens - 1).bit_length())
 
 
 def _cast(recipe: Recipe, params: Any) -> Any:
