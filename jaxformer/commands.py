@@ -282,7 +282,7 @@ def _call(function: Callable[..., None], arguments: Sequence[str], program: str)
         if parameter.default is parameter.empty:
             parser.add_argument(name, help=meanings[name])
         elif name == "overrides":
-            rest, given[name] = _dotted(rest, [f"--{other}" for other in hints if hints[other] is not bool])
+            rest, given[name] = _dotted(rest)
             parser.add_argument("--data.corpus", help=meanings[name], metavar="CLASS", default=argparse.SUPPRESS)
         elif kind is bool:
             parser.add_argument(f"--{name}", action="store_true", help=meanings[name])
@@ -292,18 +292,13 @@ def _call(function: Callable[..., None], arguments: Sequence[str], program: str)
     function(**vars(parser.parse_args(rest)), **given)
 
 
-def _dotted(arguments: Sequence[str], valued: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments that are no paths of fields, and what those are given: --field.path=value or --field.path value.
-
-    `valued` are options that a value follows.
-    """
+def _dotted(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments that are no paths of fields, and what those are given: --field.path=value or --field.path value."""
     rest, dotted, waiting = list[str](), list[str](), list(arguments)
     while waiting:
         argument = waiting.pop(0)
         if not re.match(r"--\w+\.[^\s=]*(=|$)", argument):
             rest.append(argument)
-            if argument in valued and waiting:  # whatever it is
-                rest.append(waiting.pop(0))
             continue
         dotted.append(argument)
         if "=" not in argument and waiting:

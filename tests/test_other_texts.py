@@ -207,25 +207,26 @@ def alone(run, texts, seconds=None):
 OWN = Table("own.csv", "word", labels=("long",), separator=";")
 
 
-@pytest.mark.parametrize("name", ["q.csv", "q.csv.gz", "q.jsonl", "q.tsv"])
+@pytest.mark.parametrize("name", ["q.csv", "q.csv.gz", "q.jsonl", "q.tsv", "Q.CSV", "q.JSONL.GZ"])
 def test_each_row_of_a_table_is_answered_with_its_line(tmp_path, name):
     """By the columns of the run's own; whether there are labels or not; a cell may hold a line break."""
-    run, words = classifier(OWN), ["eins", "zwei\ndrei" if name.startswith("q.csv") else "zwei", "vier"]
+    kind = name.lower().removesuffix(".gz")
+    run, words = classifier(OWN), ["eins", "zwei\ndrei" if kind == "q.csv" else "zwei", "vier"]
     for labels in (["no", "?", ""], None):
         cells = [words] if labels is None else [words, labels]
         names = ["word"] if labels is None else ["word", "long"]
-        if name == "q.jsonl":
+        if kind == "q.jsonl":
             text = "\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in zip(*cells, strict=True))
-        elif name == "q.tsv":
+        elif kind == "q.tsv":
             text = "\n".join("\t".join(row) for row in [names, *zip(*cells, strict=True)])
         else:
             write_csv(tmp_path / "plain", names, *zip(*cells, strict=True))
             text = (tmp_path / "plain").read_bytes().decode()
-        data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        data = gzip.compress(text.encode()) if name.lower().endswith(".gz") else text.encode()
         (tmp_path / name).write_bytes(data)
         rows = run.predict_file(str(tmp_path / name))
-        first = 1 if name == "q.jsonl" else 2
-        after = 5 if name.startswith("q.csv") else first + 2
+        first = 1 if kind == "q.jsonl" else 2
+        after = 5 if kind == "q.csv" else first + 2
         assert places(rows) == [{"line": first}, {"line": first + 1}, {"line": after}]
         assert said(rows) == alone(run, words) and len(set(said(rows))) == 3
 
