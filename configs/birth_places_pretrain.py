@@ -4,7 +4,8 @@
 
 It reads $JAXFORMER_DATA/birth_places/wiki.txt and is validated on the text that it learns: what counts is what it
 remembers of it. 4,622,272 parameters; after 4,600 steps 2.171 nats per token of the targets, in 43 minutes on 2 cores
-(AMD EPYC, jax 0.10.1) while other programs ran beside it.
+(AMD EPYC, jax 0.10.1) while other programs ran beside it. That was before spans were drawn as they are now, by the
+exact share of each text; not measured again since.
 """
 
 from jaxformer import Config, Data, EncoderDecoder, Train

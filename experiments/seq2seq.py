@@ -17,17 +17,18 @@ from jaxformer.model.positions import Sinusoidal
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALTERNATING, REVERSE = load(CONFIGS / "alternating.py"), load(CONFIGS / "reverse.py")
+LAST = {"data.split_seed": None}  # the split that RESULTS.md was made with: the last examples
 SENTENCE, TRANSLATION = "the cat sat on the mat", "le chat dormait sur le tapis"
 
 
 def exact(name: str, **changes) -> Row:
     """A row of the share of unseen texts whose answer is exact."""
-    fields = {path.replace("__", "."): value for path, value in changes.items()}
+    fields = LAST | {path.replace("__", "."): value for path, value in changes.items()}
     return Row(name, REVERSE, 0.99, 2, fields, measure=final_exact, higher=True, reached=mean_or_better)
 
 
 ROWS = (
-    Row("1 0 1 0 …: loss", ALTERNATING, 0.01, 2),
+    Row("1 0 1 0 …: loss", ALTERNATING, 0.01, 2, LAST),
     exact("copy 20 digits: exact", data__corpus=Copy(length=20, examples=50_000)),
     exact("reverse 20 digits: exact"),
     exact("sort 20 digits: exact", data__corpus=Sort(length=20, examples=50_000)),

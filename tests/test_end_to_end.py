@@ -489,7 +489,9 @@ def test_a_warm_start_killed_in_its_first_save_is_a_warm_start(home, whole, tmp_
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
     (tmp_path / "checkpoints" / "4.damaged").mkdir()
     assert not has_checkpoint(tmp_path)
-    (tmp_path / "checkpoints" / "3").mkdir()
+    (tmp_path / "checkpoints" / "3").mkdir()  # Orbax was through, but the manifest is not written
+    assert not has_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "3" / "manifest.json").touch()
     assert has_checkpoint(tmp_path)
 
 
@@ -665,7 +667,7 @@ def test_rows_that_are_none_are_dropped_and_a_diverged_run_keeps_its_best(home, 
     with open(home / "run-nan" / "metrics.jsonl", "ab") as file:
         file.write(b'junk\n{}\n\n5\n{"step": "x"}\n\xff\xfe\n\0\0\0')
     poison = "import jaxformer.run.members as members\n"
-    poison += "members.evaluate = lambda *a: dict(loss=float('nan'), bits_per_byte=1.0, tokens=5)\n"
+    poison += "members.evaluate = lambda *a: [dict(loss=float('nan'), bits_per_byte=1.0, tokens=5)]\n"
     (home / "poisoned.py").write_text(poison + (home / "config.py").read_text())
     _, err = finish(command(home, "train", "poisoned.py", *arguments[1:], "--train.steps=60"))
     assert "6 lines that are no rows are dropped" in err

@@ -147,7 +147,7 @@ def test_a_resumed_average_and_the_parameters_are_their_own(tmp_path):
             writer = CheckpointWriter(tmp_path / "checkpoints")
             writer.save(state, i)
             writer.wait()
-            kept = writer.restore_newest(jax.tree.map(jnp.zeros_like, state))
+            kept = writer.restore(jax.tree.map(jnp.zeros_like, state), i)
             writer.close()
         state, _ = stepped(recipe, state, batch(), how)
     for _ in range(3):

@@ -188,10 +188,9 @@ def test_a_prefix_and_its_answer(home):
     model = Decoder(**SIZE, mask=Prefix())
     data = {"sampling": Examples(joined=True)}
     run = run_of(home, "prefix", model, PrefixLM(), table(home, target="upper"), 10, data)
-    answers = sum(
-        len(row["upper"]) + 1 for row in map(json.loads, (home / "words.jsonl").read_text().splitlines()[-10:])
-    )
-    assert last(home, "prefix")["tokens"] == answers  # of the second texts, with their ends
+    (valid,) = run_data(run)
+    answers = sum(valid.sizes[:, 1] - 1)  # of the second texts, with their ends
+    assert last(home, "prefix")["tokens"] == answers and valid.n_examples == 10
     assert isinstance(run.sample("ab", 5), str)
 
 
