@@ -124,7 +124,9 @@ def evaluate(
     from jaxformer.spec import InputError
 
     if file is not None and overrides:
-        raise InputError(f"file={file!r} must not be given beside {', '.join(overrides)}; leave one of them out")
+        raise InputError(
+            f"file={file!r} must not be given beside {', '.join(overrides)}; give --data.corpus.path={file}"
+        )
     opened = open_run(run, _step(step))
     if overrides:
         row = opened.evaluate_corpus(opened.corpus_of(overrides))

@@ -31,11 +31,9 @@ class Data(Spec):
     """Text, and how batches are made of it."""
 
     corpus: Corpus = PythonTopics()
-    valid: Corpus | None = None  # None: the end of the corpus, or of each of a mixture
-    valid_fraction: float = 0.1  # how much of it
-    split_seed: int | None = (
-        0  # draws the examples or documents to validate on, of each class its share; None: the last
-    )
+    valid: Corpus | None = None  # what to validate on; None: a part of the corpus, or of each of a mixture
+    valid_fraction: float = 0.1  # how much of it: of windows the end
+    split_seed: int | None = 0  # draws it of examples and documents, of each class its share; None: the last ones
     valid_tokens: int | None = None  # evaluated along the way, spread over the split, the same each time; None: all
     tokenizer: Tokenizer = Characters()
     sampling: RandomWindows = RandomWindows()
@@ -165,12 +163,8 @@ NOTICE = MOVED | {
 
 
 FORMAT = 2  # of stored configs
-BEFORE: tuple[
-    tuple[type[Spec], str, Any], ...
-] = (  # what runs of format 1 did by fields that had another default, or none
-    (Data, "split_seed", None),
-    (WarmupLinear, "shortens", False),
-)
+# Class, field, value: what runs of format 1 did where a field has another default since, or was not there.
+BEFORE: tuple[tuple[type[Spec], str, Any], ...] = ((Data, "split_seed", None), (WarmupLinear, "shortens", False))
 
 
 def load(path: str | Path) -> Config:

@@ -27,6 +27,7 @@ from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
 from jaxformer.model.heads import ClassificationHead, MultiLabelHead
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
+from jaxformer.run.dry_run import dry_run
 from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import prepare_data
 from jaxformer.spec import InputError
@@ -169,6 +170,9 @@ def test_a_warm_up_as_long_as_the_run_is_a_tenth_of_it(kind):
 
 def test_a_shortened_warm_up_is_told_once_and_an_extended_run_says_both_rates(tmp_path, caplog):
     config = dataclasses.replace(text(tmp_path), optimizer=AdamW(WarmupCosine(peak=1e-2, final=1e-3, warmup_steps=50)))
+    dry_run(config)
+    assert len(warnings_of(caplog)) == 1
+    caplog.clear()
     jaxformer.train(config)
     notice = "optimizer.learning_rate.warmup_steps=50 would fill the run of 20 steps: it is shortened to 2"
     assert warnings_of(caplog).count(notice) == 1

@@ -22,7 +22,7 @@ from jaxformer.spec import InputError
 def validation_rows(run: Run, count: int) -> Int[np.ndarray, "B T"]:
     """The first `count` windows of the run's validation split, side by side, each with the token that follows it; of a
     mixture, of its first corpus."""
-    source, length = prepare_data(run.config, run.tokenizer, run.classes).valid[0], run.config.row.tokens - 1
+    source, length = prepare_data(run.config, run.tokenizer, run.classes).valid[0], run.config.window
     if source.examples:
         raise InputError(f"{run.config.directory}: it is validated on examples, of which no windows can be cut")
     tokens = source.tokens

@@ -11,6 +11,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.platform import set_flags
 from jaxformer.run.directory import as_begun, check_begun
+from jaxformer.run.notices import tell_beginning
 from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of, planned_recipe, planned_tokenizer
 from jaxformer.run.step import train_steps
 from jaxformer.run.warm_start import compare, open_source
@@ -29,9 +30,11 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
     set_flags()
     tokenizer = planned_tokenizer(config)
     recipe, hyper = planned_recipe(config, tokenizer), hyper_of(config)
-    if not check_begun(config) and config.init_from is not None:
-        source = open_source(config.init_from)
-        compare(recipe.model, source, source.tokenizer == tokenizer)
+    if not check_begun(config):
+        tell_beginning(config)
+        if config.init_from is not None:
+            source = open_source(config.init_from)
+            compare(recipe.model, source, source.tokenizer == tokenizer)
     state = abstract_state(config, recipe)
     n_tokens = config.data.batch_size * config.window
     batches = abstract_batches(config, recipe, min(config.train.steps_per_call, config.train.steps))
