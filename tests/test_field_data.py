@@ -30,6 +30,8 @@ from jaxformer.run.checks import checked_data
 from jaxformer.run.plan import prepare_data
 from jaxformer.spec import InputError
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ("a", "abcabca", "abc", "aabbccaabbcc", "cc", "bcaabcab", "cba")
 
 

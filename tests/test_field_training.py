@@ -30,6 +30,8 @@ from jaxformer.run.starts import changed_sources, last_seeds
 from jaxformer.run.step import Hyper, Recipe, init_state, train_step
 from jaxformer.spec import InputError, path_name
 
+pytestmark = pytest.mark.slow
+
 T = 13
 
 

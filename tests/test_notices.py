@@ -277,9 +277,9 @@ class Same(Softmax):
     ("edit", "named"),
     [
         (("-0.5", "-0.7"), "edited_parts:Decay"),
-        (("= 1.0", "= 1.5"), "edited_parts"),
+        pytest.param(("= 1.0", "= 1.5"), "edited_parts", marks=pytest.mark.slow),
         (("x * 1", "x * 2"), "edited_help"),
-        (("", ""), None),
+        pytest.param(("", ""), None, marks=pytest.mark.slow),
     ],
 )
 def test_code_that_was_edited_is_named_when_a_run_goes_on(tmp_path, monkeypatch, caplog, edit, named):
