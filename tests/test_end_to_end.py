@@ -108,7 +108,9 @@ def test_a_run_says_what_it_does(home, whole):
     assert start["step"] == 0 and start["versions"]["jax"] and start["devices"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
 def test_an_interrupted_run_ends_as_if_nothing_had_been(home, whole, signum):
     """Twice interrupted, dropout on: the same bits in the whole state, the same rows, none twice and none missing."""
     run = f"run-{signum.name}"
@@ -129,6 +131,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(home, whole, signum):
     assert len((home / run / "starts.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_other_calls_and_layouts_give_the_same_parameters(home, whole):
     """One step a call, saved elsewhere, evaluated elsewhere: the same bits."""
     other = ["--train.steps_per_call=1", "--train.save_every=90", "--train.eval_every=1000", "--train.log_every=100"]

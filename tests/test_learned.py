@@ -81,6 +81,7 @@ def last(home, name):
     return json.loads((home / name / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_sequence_to_sequence(home):
     """What is said to be exact is what greedy decoding writes, on texts that it has not seen."""
     model = EncoderDecoder(**SIZE, scale_embedding=True)
@@ -102,6 +103,7 @@ def run_data(run):
     return prepare_data(run.config, run.tokenizer, run.classes).valid
 
 
+@pytest.mark.slow
 def test_classes_of_every_kind_at_once(home, capsys):
     heads = ClassificationHead("first"), BinaryHead("long", hidden=13), MultiLabelHead("vowels")
     labels = {"labels": ("first", "long", "vowels"), "several": ("first", "vowels")}
@@ -137,6 +139,7 @@ def test_classes_of_every_kind_at_once(home, capsys):
         run.predict(["z"])
 
 
+@pytest.mark.slow
 def test_several_labels(home):
     head = MultiLabelHead("vowels")
     corpus = table(home, labels=("vowels",), several=("vowels",))
@@ -144,6 +147,7 @@ def test_several_labels(home):
     assert run.predict(["abob"])[0]["vowels"] == ["a", "o"] and last(home, "vowels")["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_masked_then_classes(home):
     """The encoder is taken, heads are not; and the special ids are those of the first run."""
     size = SIZE | {"n_layers": 2}
@@ -174,6 +178,7 @@ def test_span_corruption_then_answers(home):
     assert not report["not_taken"] and not report["unused"] and 0 <= last(home, "upper")["exact"] <= 1
 
 
+@pytest.mark.slow
 def test_pairs_that_belong_together(home):
     model = Encoder(**SIZE, head=EmbeddingHead(width=11))
     run = run_of(home, "pairs", model, Contrastive(), table(home, target="upper"), 150)
