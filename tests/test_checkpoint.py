@@ -178,3 +178,14 @@ def test_a_digest_covers_path_dtype_shape_and_bytes():
     trees = [{"w": w}, {"v": w}, {"w": w.reshape(2, 3)}, {"w": w.view(np.int32)}, {"w": w + 1}, {"a": {"w": w}}]
     assert len({sha256(tree) for tree in trees}) == len(trees)
     assert sha256({"b": w, "a": w.reshape(2, 3).T}) == sha256({"a": np.ascontiguousarray(w.reshape(2, 3).T), "b": w})
+
+
+def test_a_rank_that_was_changed_is_no_rank(tmp_path):
+    """A flipped digit would make another checkpoint the best."""
+    fill(tmp_path / "c", {1: 1.0, 2: 2.0})
+    manifest = tmp_path / "c" / "2" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rank": 2.0', '"rank": 0.5'))
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert checkpoints.rank(2) == float("inf") and checkpoints.best() == (1, 1.0)
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        checkpoints.restore(ABSTRACT, 2)
