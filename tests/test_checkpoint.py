@@ -187,5 +187,5 @@ def test_a_rank_that_was_changed_is_no_rank(tmp_path):
     manifest.write_text(manifest.read_text().replace('"rank": 2.0', '"rank": 0.5'))
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.rank(2) == float("inf") and checkpoints.best() == (1, 1.0)
-    with pytest.raises(InputError, match="manifest.json is damaged"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         checkpoints.restore(ABSTRACT, 2)
