@@ -28,7 +28,7 @@ FLOORS = [
             "batches",
         )
     ),
-    *(f"model.{n}" for n in ("masks", "layers", "positions", "kernels", "cache", "attention", "blocks", "heads")),
+    *(f"model.{n}" for n in ("masks", "layers", "positions", "kernels", "cache", "mixers", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),
     *(f"learning.{n}" for n in ("rows", "objectives", "schedules", "optimizers")),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "predict")),

@@ -81,7 +81,7 @@ def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.n
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model: Model, params: Any, ids: jax.Array, segment: jax.Array) -> Any:
-    return model.encode(params, ids, places(segment))
+    return model.encode(params, ids, places(segment)).h
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -101,7 +101,7 @@ def _prefill(
     """The token int32[B] behind each prompt [B, T], padded on the right; who has ended; and the filled cache."""
     at = places(segment, jnp.zeros_like(segment))
     cache = model.cache(len(prompt), context, jax.tree.leaves(params)[0].dtype)
-    h, cache = model.hidden(params, prompt, at, cache=cache, memory=memory)
+    h, cache, *_ = model.hidden(params, prompt, at, cache=cache, memory=memory)
     last = jnp.take_along_axis(h, segment.sum(1)[:, None, None] - 1, axis=1)[:, 0]
     return *_draw(model, params, last, number, seed, processors, end, ended), cache
 
@@ -132,7 +132,7 @@ def _decode(
         i, last, ids, cache, ended = carry
         one = jnp.ones((len(last), 1), jnp.int32)
         at = Places((lengths + i)[:, None], one, one)
-        h, cache = model.hidden(params, last[:, None], at, cache=cache, memory=memory)
+        h, cache, *_ = model.hidden(params, last[:, None], at, cache=cache, memory=memory)
         new, ended = _draw(model, params, h[:, 0], first + i, seed, processors, end, ended)
         return i + 1, new, ids.at[:, i].set(new), cache, ended
 

@@ -33,7 +33,7 @@ def _predict(
     model: Model, params: Any, ids: jax.Array, segments: jax.Array, parts: jax.Array | None
 ) -> dict[str, jax.Array]:
     at = places(segments, parts)
-    h, _ = model.hidden(params, ids, at)
+    h = model.hidden(params, ids, at).h
     found: dict[str, jax.Array] = {}
     for head in model.heads:
         if isinstance(head, ClassificationHead):

@@ -48,7 +48,7 @@ def loss_by_position(run: Run, count: int = 1024) -> Float[np.ndarray, "T"]:
 @functools.partial(jax.jit, static_argnums=0)
 def nats(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, "B T"]:
     """Those of each prediction in windows that are documents; a row has a token more than the model sees."""
-    h, _ = model.hidden(params, rows[:, :-1], one_document(rows.shape[1] - 1))
+    h = model.hidden(params, rows[:, :-1], one_document(rows.shape[1] - 1)).h
     return cross_entropy(model.logits(params, h), rows[:, 1:])
 
 
@@ -69,7 +69,7 @@ def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, 
 
     def last(embedded: Float[Array, "T D"], row: Int[Array, "T1"]) -> Float[Array, ""]:
         own = {**params, "embedding": {**params["embedding"], "table": embedded}}
-        h, _ = body.hidden(own, each, one_document(length))
+        h = body.hidden(own, each, one_document(length)).h
         return cross_entropy(model.logits(params, h[:, -1:]), row[None, -1:])[0, 0]
 
     def one(row: Int[Array, "T1"]) -> Float[Array, "T"]:

@@ -1,5 +1,6 @@
 """Objectives: from a batch of tokens to inputs, targets and weights, and to sums of nats and of weights."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from jaxformer.model.heads import (
     TokenClassificationHead,
     cross_entropy,
 )
+from jaxformer.model.layers import Out
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.model.models import HEAD, Model
 from jaxformer.spec import Spec
@@ -42,44 +44,48 @@ class Example(NamedTuple):
     ids: Int[Array, "B T"]
     at: Places
     targets: Any  # int32[B, T], or labels by column
-    weights: Float[Array, "B ..."]
+    weights: Float[Array, "B ..."]  # of nats
     source: Text | None = None  # what an encoder reads
+    counted: Any = None  # float32[B, ...]: what the sum of nats is divided by the sum of; None: weights
 
 
-class NextToken(Spec):
-    """Predict each token from those before it; also the base of all objectives.
+class Nats(NamedTuple):
+    """Of what is asked, each number."""
 
-    A batch holds `tokens` int32[B, T + 1] and, where rows have padding or several documents, `segments` of that shape:
-    0 is padding, and nothing is predicted across a change of segment.
+    plain: Float[Array, "B ..."]  # −log of the answer's probability
+    total: Float[Array, "B ..."]  # what is minimised: more where there is smoothing, or a z-loss
+    right: Bool[Array, "B ..."]  # whether the answer is the likeliest
+
+
+class Sums(NamedTuple):
+    """Over a batch, or a slice of one."""
+
+    total: Number  # what is minimised
+    nats: Number  # plain ones, weighted
+    weight: Number  # what both are divided by
+    losses: Mapping[str, Number]  # of parts, each times the weight of its rows
+    parts: Any  # for parameters that are not trained: `Param.advance`
+
+
+class Objective(Spec):
+    """From a batch to what a model should say of it, and to nats.
+
+    Three hooks make one: `prepare`, `nats` and `summary`. Where rows are not read one by one, `hidden` is another.
     """
-
-    label_smoothing: float = 0.0  # of the target's weight, what is spread over the vocabulary (arXiv:1512.00567)
-    z_loss: float = 0.0  # times the square of the logarithm of the softmax's sum: keeps logits small (arXiv:2204.02311)
 
     lookahead = 1  # how many tokens more a row has than the model sees
     needs = ("tokens",)  # of a batch
 
-    def check(self, at: str = "") -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"{at}label_smoothing={self.label_smoothing} must be at least 0 and less than 1; 0.1 is usual"
-            )
-        if self.z_loss < 0:
-            raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
-
     @property
     def regularized(self) -> bool:
-        """Whether what is minimised is more than plain nats: there is label smoothing or a z-loss."""
-        return bool(self.label_smoothing or self.z_loss)
+        """Whether what is minimised is more than plain nats."""
+        return False
 
     def check_model(self, model: Model) -> None:
         """Raises ValueError if the model cannot learn this."""
-        model.head_of(LanguageHead)
-        if model.encodes or not model.generates or model.sees_ahead:
-            self._refuse(model, "a decoder whose masks are causal: the answer must not be seen")
 
-    def _refuse(self, model: Model, what: str) -> None:
-        raise ValueError(f"objective={type(self).__name__} must have {what}; model={type(model).__name__} is none")
+    def check_rows(self, at: str, rows: int, accumulation: int) -> None:
+        """Raises ValueError if batches of so many rows, in so many slices, cannot be learned from."""
 
     def filled(
         self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
@@ -95,58 +101,141 @@ class NextToken(Spec):
         """Column → the shape of an example's labels."""
         return {}
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Example:
-        tokens = batch["tokens"]
-        if "segments" not in batch:
-            length = tokens.shape[1] - 1
-            return Example(tokens[:, :-1], one_document(length), tokens[:, 1:], jnp.ones((1, length)))
-        segments, parts = batch["segments"], batch.get("parts")
-        inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        at = places(segments[:, :-1], None if parts is None else parts[:, :-1])
-        return Example(tokens[:, :-1], at, tokens[:, 1:], inside.astype(jnp.float32))
+    @abc.abstractmethod
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
+        """`key` is for draws; `step` counts from 0, traced, and is None in an evaluation."""
 
-    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Number, tuple[Number, Number]]:
-        """The sum that is minimised; and besides the sum of weighted nats, without smoothing and z-loss, and that of
-        weights. Where the objective is not `regularized`, the first two are the same. A key of None means evaluation.
-        """
-        logits = self._logits(model, params, example, key)
-        nats = cross_entropy(logits, example.targets)
-        weights = jnp.broadcast_to(example.weights, nats.shape)
-        plain = (nats * weights).sum()
-        if not self.regularized:
-            return plain, (plain, weights.sum())
-        nats = cross_entropy(logits, example.targets, self.label_smoothing)
-        if self.z_loss:
-            nats = nats + self.z_loss * jax.nn.logsumexp(logits, -1) ** 2
-        return (nats * weights).sum(), (plain, weights.sum())
+    def hidden(self, model: Model, params: Any, example: Example, key: Key) -> Out:
+        """Out of the hidden states that `nats` reads. A key of None means evaluation."""
+        if example.source is None:
+            return model.hidden(params, example.ids, example.at, key)
+        encoded = model.encode(params, *example.source, key=key)
+        out = model.hidden(params, example.ids, example.at, key, memory=encoded.h)
+        return out._replace(sums={**encoded.sums, **out.sums}).beside(out.h, encoded)
+
+    @abc.abstractmethod
+    def nats(self, model: Model, params: Any, h: Any, example: Example, key: Key) -> Nats:
+        """Of hidden states, which may be a chunk of the rows' places, with the example's same chunk."""
+
+    def loss(self, model: Model, params: Any, example: Example, key: Key) -> Sums:
+        """What a step sums up. A key of None means evaluation."""
+        out = self.hidden(model, params, example, key)
+        nats = self.nats(model, params, out.h, example, key)
+        weights = jnp.broadcast_to(example.weights, nats.plain.shape)
+        plain = (nats.plain * weights).sum()
+        total = (nats.total * weights).sum() if self.regularized else plain
+        return self.with_losses(out, example, total, plain, nats.plain.shape)
+
+    def with_losses(
+        self, out: Out, example: Example, total: Number, plain: Number, shape: tuple[int, ...]
+    ) -> Sums:
+        """The sums with the losses of the model's parts, whose rows weigh as what is asked of them does: [B, ...]."""
+        counted = jnp.broadcast_to(example.weights if example.counted is None else example.counted, shape)
+        rows = counted.reshape(len(counted), -1).sum(1)
+        losses = {name: (loss.value * rows).sum() for name, loss in out.losses.items()}
+        total += sum(out.losses[name].weight * value for name, value in losses.items())
+        return Sums(total, plain, rows.sum(), losses, out.sums)
 
     def sums(
         self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
     ) -> dict[str, Float[Array, ""]]:
         """Sums over a batch, without dropout, smoothing and z-loss, from which `summary` makes what is reported."""
-        logits = self._logits(model, params, example, None)
-        nats = cross_entropy(logits, example.targets)
-        weights = jnp.broadcast_to(example.weights, nats.shape)
-        right = logits.argmax(-1) == example.targets
-        more = self._more_sums(right, weights)
-        n_bytes = (byte_lengths[example.targets] * weights).sum()
-        return {"nats": (nats * weights).sum(), "weight": weights.sum(), "bytes": n_bytes} | more
+        out = self.hidden(model, params, example, None)
+        nats = self.nats(model, params, out.h, example, None)
+        weights = jnp.broadcast_to(example.weights, nats.plain.shape)
+        plain = (nats.plain * weights).sum()
+        _, _, weight, losses, _ = self.with_losses(out, example, plain, plain, nats.plain.shape)
+        found = {"nats": plain, "weight": weight} | {f"{LOSS}{name}": value for name, value in losses.items()}
+        return found | self.more_sums(nats, weights, example, byte_lengths)
 
-    def _more_sums(self, right: Bool[Array, "B T"], weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
-        return {}
+    def more_sums(
+        self,
+        nats: Nats,
+        weights: Float[Array, "B ..."],
+        example: Example,
+        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
+    ) -> dict[str, Float[Array, ""]]:
+        """Besides `nats` and `weight`: what `summary` needs."""
+        return {"right": (nats.right * weights).sum()}
+
+    @abc.abstractmethod
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """`loss` in nats, `tokens` or `examples`, and what else the objective is judged by."""
+
+
+LOSS = "loss of "  # a part, in the sums of an evaluation
+
+
+class TokenObjective(Objective):
+    """Predict tokens by the language head; also the base of all objectives that do."""
+
+    label_smoothing: float = 0.0  # of the target's weight, what is spread over the vocabulary (arXiv:1512.00567)
+    z_loss: float = 0.0  # times the square of the logarithm of the softmax's sum: keeps logits small (arXiv:2204.02311)
+
+    def check(self, at: str = "") -> None:
+        _check_smoothing(self.label_smoothing, at)
+        if self.z_loss < 0:
+            raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
+
+    @property
+    def regularized(self) -> bool:
+        return bool(self.label_smoothing or self.z_loss)
+
+    def logits(self, model: Model, params: Any, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return model.logits(params, h)
+
+    def nats(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> Nats:
+        logits = self.logits(model, params, h)
+        plain = total = cross_entropy(logits, example.targets)
+        if self.regularized:
+            total = cross_entropy(logits, example.targets, self.label_smoothing)
+        if self.z_loss:
+            total = total + self.z_loss * jax.nn.logsumexp(logits, -1) ** 2
+        return Nats(plain, total, logits.argmax(-1) == example.targets)
+
+    def more_sums(
+        self,
+        nats: Nats,
+        weights: Float[Array, "B T"],
+        example: Example,
+        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
+    ) -> dict[str, Float[Array, ""]]:
+        return {"bytes": (byte_lengths[example.targets] * weights).sum()}
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
-        """`loss` in nats per token, `tokens`, and what else the objective is judged by."""
         bits = sums["nats"] / sums["bytes"] / math.log(2) if sums["bytes"] else None
         return {"loss": _ratio(sums, "nats"), "bits_per_byte": bits, "tokens": int(sums["weight"])}
 
-    def _logits(self, model: Model, params: Any, example: Example, key: Key) -> Float[Array, "B T V"]:
-        memory = None if example.source is None else model.encode(params, *example.source, key=key)
-        h, _ = model.hidden(params, example.ids, example.at, key, memory=memory)
-        return model.logits(params, h)
+
+class NextToken(TokenObjective):
+    """Predict each token from those before it.
+
+    A batch holds `tokens` int32[B, T + 1] and, where rows have padding or several documents, `segments` of that shape:
+    0 is padding, and nothing is predicted across a change of segment.
+    """
+
+    def check_model(self, model: Model) -> None:
+        model.head_of(LanguageHead)
+        if model.encodes or not model.generates or model.sees_ahead:
+            _refuse(self, model, "a decoder whose masks are causal: the answer must not be seen")
+
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
+        return next_tokens(batch)
 
 
-class PrefixLM(NextToken):
+def next_tokens(batch: Batch) -> Example:
+    """Of rows that are a token longer than what the model sees: each token, from those before it."""
+    tokens = batch["tokens"]
+    if "segments" not in batch:
+        length = tokens.shape[1] - 1
+        return Example(tokens[:, :-1], one_document(length), tokens[:, 1:], jnp.ones((1, length)))
+    segments, parts = batch["segments"], batch.get("parts")
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    at = places(segments[:, :-1], None if parts is None else parts[:, :-1])
+    return Example(tokens[:, :-1], at, tokens[:, 1:], inside.astype(jnp.float32))
+
+
+class PrefixLM(TokenObjective):
     """Predict each token of a document's second part; its first is seen whole (arXiv:1910.10683, section 3.2.1).
 
     Where a batch has `parts`, they say which is which (0, 1); else each document is divided anywhere, by chance.
@@ -155,16 +244,16 @@ class PrefixLM(NextToken):
     def check_model(self, model: Model) -> None:
         model.head_of(LanguageHead)
         if model.encodes or not model.generates or model.sees_answers:
-            self._refuse(model, "a decoder with the mask Prefix, or a causal one")
+            _refuse(self, model, "a decoder with the mask Prefix, or a causal one")
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         segments = batch.get("segments", jnp.ones_like(batch["tokens"]))
         parts = batch["parts"] if "parts" in batch else second_parts(key, segments)
-        example = super().prepare({"tokens": batch["tokens"], "segments": segments, "parts": parts}, key)
+        example = next_tokens({"tokens": batch["tokens"], "segments": segments, "parts": parts})
         return example._replace(weights=example.weights * parts[:, 1:])
 
 
-class Masked(NextToken):
+class Masked(TokenObjective):
     """Predict a share of the tokens, of which 80 % are replaced by the mask, 10 % by any token, 10 % stay (BERT,
     arXiv:1810.04805, section 3.1).
 
@@ -186,7 +275,7 @@ class Masked(NextToken):
     def check_model(self, model: Model) -> None:
         model.head_of(LanguageHead)
         if model.encodes or not model.sees_ahead:
-            self._refuse(model, "an Encoder, which sees what comes after a token")
+            _refuse(self, model, "an Encoder, which sees what comes after a token")
 
     def filled(
         self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
@@ -201,7 +290,7 @@ class Masked(NextToken):
             raise ValueError(f"objective.vocab_size={self.vocab_size} must be {vocab_size}, the tokenizer's, or None")
         return dataclasses.replace(self, mask=mask, special=every, vocab_size=vocab_size)
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         tokens = batch["tokens"]
         segments = batch.get("segments", jnp.ones_like(tokens))
         assert self.mask is not None and self.special is not None and self.vocab_size is not None
@@ -216,14 +305,20 @@ class Masked(NextToken):
         at = places(segments, batch.get("parts"))
         return Example(jnp.where(chosen, ids, tokens), at, tokens, chosen.astype(jnp.float32))
 
-    def _more_sums(self, right: Bool[Array, "B T"], weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
-        return {"right": (right * weights).sum()}
+    def more_sums(
+        self,
+        nats: Nats,
+        weights: Float[Array, "B T"],
+        example: Example,
+        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
+    ) -> dict[str, Float[Array, ""]]:
+        return {"right": (nats.right * weights).sum()}
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "tokens": int(sums["weight"])}
 
 
-class SequenceToSequence(NextToken):
+class SequenceToSequence(TokenObjective):
     """Predict a text from another, each token from those before it: teacher forcing (arXiv:1409.3215).
 
     A batch holds `source`, `source_segments` int32[B, S] for the encoder, `tokens`, `segments` int32[B, T + 1] for the
@@ -234,9 +329,7 @@ class SequenceToSequence(NextToken):
     needs = ("source", "source_segments", "tokens", "segments")
 
     def check_model(self, model: Model) -> None:
-        model.head_of(LanguageHead)
-        if not model.encodes or model.sees_ahead:
-            self._refuse(model, "an EncoderDecoder whose decoder's masks are causal")
+        _check_pairs(self, model)
 
     def filled(
         self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
@@ -247,21 +340,28 @@ class SequenceToSequence(NextToken):
             )
         return self
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         source = Text(batch["source"], places(batch["source_segments"]))
-        return super().prepare({n: batch[n] for n in ("tokens", "segments")}, key)._replace(source=source)
+        return next_tokens({n: batch[n] for n in ("tokens", "segments")})._replace(source=source)
 
-    def _more_sums(self, right: Bool[Array, "B T"], weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
+    def more_sums(
+        self,
+        nats: Nats,
+        weights: Float[Array, "B T"],
+        example: Example,
+        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
+    ) -> dict[str, Float[Array, ""]]:
         real = (weights > 0).any(1)
-        exact = (right | (weights == 0)).all(1) & real
-        return {"exact": exact.sum().astype(jnp.float32), "texts": real.sum().astype(jnp.float32)}
+        exact = {"exact": (nats.right | (weights == 0)).all(1) & real, "texts": real}
+        more = {name: array.sum().astype(jnp.float32) for name, array in exact.items()}
+        return super().more_sums(nats, weights, example, byte_lengths) | more
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         exact = sums["exact"] / sums["texts"] if sums["texts"] else math.nan
         return super().summary(sums) | {"exact": exact}
 
 
-class SpanCorruption(NextToken):
+class SpanCorruption(TokenObjective):
     """Predict spans that are missing from a text, each marked by a sentinel (T5, arXiv:1910.10683, section 3.1.4).
 
     A batch holds `tokens` and `segments` int32[B, T]. A text `a b c d e f` becomes the source `a X d e Y` and the
@@ -291,7 +391,7 @@ class SpanCorruption(NextToken):
             raise ValueError(f"{at}mean_span={self.mean_span} must be at least 1; 3 is usual")
 
     def check_model(self, model: Model) -> None:
-        SequenceToSequence.check_model(self, model)  # pyright: ignore[reportArgumentType]
+        _check_pairs(self, model)
 
     def filled(
         self, special: Mapping[str, tuple[int, ...]], vocab_size: int, length: int, several: bool = True
@@ -324,7 +424,7 @@ class SpanCorruption(NextToken):
             )
         return found
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         tokens = batch["tokens"]
         segments = batch.get("segments", jnp.ones_like(tokens))
         assert self.sentinels and self.start is not None and self.end is not None and self.several is not None
@@ -350,7 +450,7 @@ class SpanCorruption(NextToken):
         parts.append((jnp.full_like(tokens, self.end), ends & some))
         ids, kept = (jnp.stack(arrays, -1).reshape(len(tokens), 4 * T) for arrays in zip(*parts, strict=True))
         target, target_segments = compact(ids, jnp.repeat(segments, 4, axis=1), kept, self.target_width(T))
-        text = NextToken.prepare(self, {"tokens": target, "segments": target_segments}, key)
+        text = next_tokens({"tokens": target, "segments": target_segments})
         return text._replace(source=Text(source, places(source_segments)))
 
     def target_width(self, length: int) -> int:
@@ -408,7 +508,7 @@ class SpanCorruption(NextToken):
         return free & (jnp.searchsorted(edges, place, side="right") % 2 == 1)
 
 
-class Classification(NextToken):
+class Classification(Objective):
     """Predict a class for each text, by every classification head of the model: its distribution is that of the head.
 
     Each text counts as one, however many of its tokens have a class; one without a label (−1) adds nothing.
@@ -416,16 +516,21 @@ class Classification(NextToken):
     A batch holds `tokens` and `segments` int32[B, T], and for each head `labels_COLUMN`.
     """
 
+    label_smoothing: float = 0.0  # of the target's weight, what is spread over the classes (arXiv:1512.00567)
+
     lookahead = 0
 
     def check(self, at: str = "") -> None:
-        super().check(at)
-        _check_no_z_loss(self, at)
+        _check_smoothing(self.label_smoothing, at)
+
+    @property
+    def regularized(self) -> bool:
+        return bool(self.label_smoothing)
 
     def check_model(self, model: Model) -> None:
         model.head_of(ClassificationHead)
         if model.encodes:
-            self._refuse(model, "an Encoder or a Decoder")
+            _refuse(self, model, "an Encoder or a Decoder")
 
     def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
         heads = [head for head in model.heads if isinstance(head, ClassificationHead)]
@@ -435,33 +540,35 @@ class Classification(NextToken):
             if not isinstance(h, TokenClassificationHead)
         }
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         tokens = batch["tokens"]
         segments = batch.get("segments", jnp.ones_like(tokens))
         labels = {n.removeprefix("labels_"): labels for n, labels in batch.items() if n.startswith("labels_")}
         real = (segments > 0).any(1).astype(jnp.float32)
         return Example(tokens, places(segments, batch.get("parts")), labels, real)
 
-    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Number, tuple[Number, Number]]:
-        total = plain = jnp.float32(0)
-        for head, logits, labels, weights in self._heads(model, params, example, key):
-            if weights.ndim == 2:  # of tokens: each text counts as one
-                weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
-            labels = jnp.maximum(labels, 0)
-            total += (head.nats(logits, labels, self.label_smoothing) * weights).sum()
-            plain += (head.nats(logits, labels, 0.0) * weights).sum()
-        return total, (plain if self.regularized else total, example.weights.sum())
+    def nats(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> Nats:
+        """The sum over heads; right is what is so for all of them."""
+        plain, total, right = jnp.float32(0), jnp.float32(0), jnp.bool_(True)
+        for head, logits, labels, weights in self._heads(model, params, h, example, key):
+            mean = weights / jnp.maximum(weights.sum(1, keepdims=True), 1) if weights.ndim == 2 else weights
+            each = lambda a, mean=mean: (a * mean).reshape(len(a), -1).sum(1)  # each text counts as one
+            plain += each(head.nats(logits, labels, 0.0))
+            total += each(head.nats(logits, labels, self.label_smoothing))
+            right &= (head.right(logits, labels) | (weights == 0)).reshape(len(weights), -1).all(1)
+        return Nats(plain, total, right)
 
     def sums(
         self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
     ) -> dict[str, Float[Array, ""]]:
-        found = {"weight": example.weights.sum()}
-        for head, logits, labels, weights in self._heads(model, params, example, None):
-            labels = jnp.maximum(labels, 0)
+        out, found = self.hidden(model, params, example, None), {}
+        for head, logits, labels, weights in self._heads(model, params, out.h, example, None):
             found[f"nats of {head.column}"] = (head.nats(logits, labels, 0.0) * weights).sum()
             found[f"right of {head.column}"] = (head.right(logits, labels) * weights).sum()
             found[f"weight of {head.column}"] = weights.sum()
-        return found
+        nothing = jnp.float32(0)
+        _, _, weight, losses, _ = self.with_losses(out, example, nothing, nothing, example.weights.shape)
+        return found | {"weight": weight} | {f"{LOSS}{name}": value for name, value in losses.items()}
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         columns = [name.removeprefix("nats of ") for name in sums if name.startswith("nats of ")]
@@ -471,9 +578,8 @@ class Classification(NextToken):
         each = {f"accuracy_{c}": value for c, value in right.items()} if len(columns) > 1 else {}
         return mean | each | {"examples": int(sums["weight"])}
 
-    def _heads(self, model: Model, params: Any, example: Example, key: Key) -> list[Any]:
-        """Head, logits, labels, weights of each classification head; a label of −1 is none."""
-        h, _ = model.hidden(params, example.ids, example.at, key)
+    def _heads(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> list[Any]:
+        """Head, logits, labels, weights of each classification head; the weight of a label of −1, which is none, is 0."""
         real, found = example.at.segment > 0, []
         for i, head in enumerate(model.heads):
             if isinstance(head, ClassificationHead):
@@ -481,11 +587,11 @@ class Classification(NextToken):
                 logits = model.read(params, head, h, real, fold(key, HEAD, i))
                 shape = head.right(logits, labels).shape
                 known = (labels >= 0).reshape(*shape, -1).all(-1) & (real.any(1) if len(shape) == 1 else real)
-                found.append((head, logits, labels, known.astype(jnp.float32)))
+                found.append((head, logits, jnp.maximum(labels, 0), known.astype(jnp.float32)))
         return found
 
 
-class Contrastive(NextToken):
+class Contrastive(Objective):
     """Of all second texts of a batch, tell the one that belongs to a first text, and the reverse (InfoNCE,
     arXiv:1807.03748; both directions as in arXiv:2103.00020).
 
@@ -495,81 +601,92 @@ class Contrastive(NextToken):
     """
 
     temperature: float = 0.05
+    label_smoothing: float = 0.0  # of the target's weight, what is spread over the choices (arXiv:1512.00567)
 
     lookahead = 0
     needs = ("source", "source_segments", "tokens", "segments")
 
     def check(self, at: str = "") -> None:
-        super().check(at)
-        _check_no_z_loss(self, at)
+        _check_smoothing(self.label_smoothing, at)
         if self.temperature <= 0:
             raise ValueError(f"{at}temperature={self.temperature} must be more than 0; 0.05 is usual")
 
     def check_model(self, model: Model) -> None:
         model.head_of(EmbeddingHead)
         if model.encodes:
-            self._refuse(model, "an Encoder or a Decoder")
+            _refuse(self, model, "an Encoder or a Decoder")
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Example:
+    def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         source = Text(batch["source"], places(batch["source_segments"]))
         real = (batch["segments"] > 0).any(1).astype(jnp.float32)
         return Example(batch["tokens"], places(batch["segments"]), (), real, source)
 
-    def loss(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Number, tuple[Number, Number]]:
-        scores, choices = self._scores(model, params, example, key)
-        nats = self._nats(scores)
-        plain, weight = (nats * example.weights).sum(), example.weights.sum()
-        if not self.regularized:
-            return plain, (plain, weight)
-        n = choices.sum(1)  # the target's weight is spread over the choices
-        even = [jnp.where(choices, s, 0).sum(1) / n for s in (scores, scores.T)]
-        nats += self.label_smoothing * (jnp.diagonal(scores) - sum(even) / 2)
-        return (nats * example.weights).sum(), (plain, weight)
+    @property
+    def regularized(self) -> bool:
+        return bool(self.label_smoothing)
 
-    def sums(
-        self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
-    ) -> dict[str, Float[Array, ""]]:
-        scores, _ = self._scores(model, params, example, None)
-        right = (scores.argmax(1) == jnp.arange(len(scores))) * example.weights
-        nats = (self._nats(scores) * example.weights).sum()
-        return {"nats": nats, "right": right.sum(), "weight": example.weights.sum()}
+    def check_rows(self, at: str, rows: int, accumulation: int) -> None:
+        if accumulation > 1 or rows < 2:
+            raise ValueError(
+                f"{at}objective=Contrastive compares the rows of a batch: {at}data.batch_size={rows} "
+                f"must be at least 2, and {at}train.accumulation={accumulation} must be 1"
+            )
+
+    def hidden(self, model: Model, params: Any, example: Example, key: Key) -> Out:
+        """Out of the hidden states of both texts."""
+        assert example.source is not None
+        texts = example.source, Text(example.ids, example.at)
+        first, second = (model.hidden(params, *text, fold(key, i)) for i, text in enumerate(texts))
+        both = jax.tree.map(jnp.add, first.sums, second.sums)
+        return first._replace(sums=both).beside((first.h, second.h), second)
+
+    def nats(self, model: Model, params: Any, h: Any, example: Example, key: Key) -> Nats:
+        """The mean of both directions'."""
+        scores, choices = self._scores(model, params, h, example)
+        own, n = jnp.arange(len(scores)), choices.sum(1)
+        plain = total = (cross_entropy(scores, own) + cross_entropy(scores.T, own)) / 2
+        if self.label_smoothing:  # the target's weight is spread over the choices
+            even = [jnp.where(choices, s, 0).sum(1) / n for s in (scores, scores.T)]
+            total = plain + self.label_smoothing * (jnp.diagonal(scores) - sum(even) / 2)
+        return Nats(plain, total, scores.argmax(1) == own)
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "examples": int(sums["weight"])}
 
-    def _nats(self, scores: Float[Array, "B B"]) -> Float[Array, "B"]:
-        """The mean of both directions'."""
-        own = jnp.arange(len(scores))
-        return (cross_entropy(scores, own) + cross_entropy(scores.T, own)) / 2
-
     def _scores(
-        self, model: Model, params: Any, example: Example, key: Key
+        self, model: Model, params: Any, h: Any, example: Example
     ) -> tuple[Float[Array, "B B"], Bool[Array, "B B"]]:
         """Cosines over the temperature, −1e30 where there is no choice; and what each row chooses from: its own
         partner and, unless it is padding, those of other rows, but no duplicates."""
         assert example.source is not None
-        head = model.head_of(EmbeddingHead)
-        vectors = []
-        for i, (ids, at) in enumerate((example.source, Text(example.ids, example.at))):
-            own = None if key is None else jax.random.fold_in(key, i)
-            h, _ = model.hidden(params, ids, at, own)
-            vectors.append(model.read(params, head, h, at.segment > 0))
+        head, segments = model.head_of(EmbeddingHead), (example.source.at.segment, example.at.segment)
+        vectors = [model.read(params, head, each, s > 0) for each, s in zip(h, segments, strict=True)]
         scores = jnp.einsum("BM,CM->BC", *vectors) / self.temperature
         real = example.weights > 0
-        same = same_texts(example.source.ids, example.source.at.segment) | same_texts(example.ids, example.at.segment)
+        same = same_texts(example.source.ids, segments[0]) | same_texts(example.ids, segments[1])
         choices = (real[:, None] & real[None] & ~same) | jnp.eye(len(real), dtype=bool)
         return jnp.where(choices, scores, -1e30), choices
+
+
+def _refuse(objective: Objective, model: Model, what: str) -> None:
+    raise ValueError(f"objective={type(objective).__name__} must have {what}; model={type(model).__name__} is none")
+
+
+def _check_pairs(objective: Objective, model: Model) -> None:
+    model.head_of(LanguageHead)
+    if not model.encodes or model.sees_ahead:
+        _refuse(objective, model, "an EncoderDecoder whose decoder's masks are causal")
+
+
+def _check_smoothing(label_smoothing: float, at: str) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{at}label_smoothing={label_smoothing} must be at least 0 and less than 1; 0.1 is usual")
 
 
 def _check_ids(fields: str, ids: tuple[int, ...], vocab_size: int) -> None:
     wrong = [i for i in ids if not 0 <= i < vocab_size]
     if wrong:
         raise ValueError(f"{fields}: {wrong[0]} must be at least 0 and less than {vocab_size}, the vocabulary's size")
-
-
-def _check_no_z_loss(objective: NextToken, at: str) -> None:
-    if objective.z_loss:
-        raise ValueError(f"{at}z_loss={objective.z_loss} must be 0: it is for logits over a vocabulary")
 
 
 def _ratio(sums: Mapping[str, float], name: str, weight: str = "weight") -> float:

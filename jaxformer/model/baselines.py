@@ -11,9 +11,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.keys import fold
-from jaxformer.model.attention import record
+from jaxformer.model.blocks import record
 from jaxformer.model.heads import Head, LanguageHead
-from jaxformer.model.layers import GPT2Normal, Normal, TorchUniform, dropout, lookup
+from jaxformer.model.layers import GPT2Normal, Initializer, Out, TorchUniform, dropout, lookup
 from jaxformer.model.masks import Places
 from jaxformer.model.models import Model
 from jaxformer.spec import Arrays, Param, declare
@@ -23,7 +23,9 @@ class TokenEmbedding(Model):
     """The embedding and the head alone: what comes next depends on one token; also the base of the other baselines."""
 
     head: Head | tuple[Head, ...] = LanguageHead(tied=False, bias=True)
-    initializer: Normal = TorchUniform()
+    initializer: Initializer = TorchUniform()
+
+    n_layers = 0
 
     def network(self) -> "Network":
         return Network(self)
@@ -54,7 +56,7 @@ class Bigram(TokenEmbedding):
 
     d_model: int | None = dataclasses.field(default=None, kw_only=True)  # None: vocab_size
     head: Head | tuple[Head, ...] = Rows()
-    initializer: Normal = GPT2Normal()
+    initializer: Initializer = GPT2Normal()
 
     def check(self, at: str = "") -> None:
         super().check(at)
@@ -96,7 +98,7 @@ class RNN(TokenEmbedding):
         state = jax.eval_shape(lambda: self.new_cell().initialize_carry(jax.random.key(0), (batch_size, self.d_model)))
         return jax.tree.map(lambda a: jnp.zeros(a.shape, dtype), state)
 
-    def params(self) -> dict[str, dict[str, Param]]:
+    def of_cell(self) -> dict[str, dict[str, Param]]:
         """What the cell owns, by Flax's names: those of layers that are given the state begin with h."""
         x, state = jnp.zeros((1, self.d_model)), self.new_state(1, jnp.float32)
         owned = jax.eval_shape(self.new_cell().init, jax.random.key(0), state, x)["params"]
@@ -136,7 +138,7 @@ class Recurrent(nn.Module):
         self, x: Float[Array, "B T D"], scanned: Any, at: Places, key: jax.Array | None
     ) -> tuple[Float[Array, "B T D"], Any]:
         s, (layer, cache) = self.spec, scanned
-        params = {name: declare(self, name, group, s.dims) for name, group in s.params().items()}
+        params = {name: declare(self, name, group, s.dims) for name, group in s.of_cell().items()}
         # In half precision too, a gradient is summed over the tokens in float32.
         params = jax.tree.map(lambda a: a.astype(jnp.float32), params)
         cell, dtype = s.new_cell(), x.dtype
@@ -165,14 +167,13 @@ class Network(nn.Module):
     @nn.compact
     def __call__(
         self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None
-    ) -> tuple[jax.Array, Any]:
+    ) -> Out:
         s = self.spec
-        for head in s.heads:
-            declare(self, f"head_{head.name}", head.params(), s.dims)
-        x = lookup(declare(self, "embedding", {"table": Param("VD", decay=True)}, s.dims)["table"], ids)
+        own = {name: declare(self, name, params, s.dims) for name, params in s.params().items()}
+        x = lookup(own["embedding"]["table"], ids)
         record(self, embedded=x)
-        if not isinstance(s, RNN):
-            return x, cache
+        if not s.n_layers:
+            return Out(x, cache)
         layers = nn.scan(
             Recurrent,
             variable_axes={"params": 0, "activations": 0},
@@ -184,7 +185,7 @@ class Network(nn.Module):
         x, cache = layers(x, (jnp.arange(s.n_layers), cache), at, key)
         x = dropout(fold(key, s.n_layers), x, s.dropout)
         record(self, out=x)
-        return x, cache
+        return Out(x, cache)
 
     def everything(self, ids: jax.Array, at: Places) -> None:
         self(ids, at, None)

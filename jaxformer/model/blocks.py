@@ -1,49 +1,73 @@
 """The block, and a stack of blocks that is scanned or unrolled over the same stacked parameters."""
 
+import abc
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxformer.keys import fold
-from jaxformer.model.attention import Attention, record
-from jaxformer.model.kernels import Softmax
-from jaxformer.model.layers import FeedForward, LayerNorm, NoNorm, dropout
-from jaxformer.model.masks import Bidirectional, Causal, Places
-from jaxformer.model.positions import NoPosition
-from jaxformer.spec import Arrays, Spec, declare
+from jaxformer.model.layers import FeedForward, LayerNorm, Norm, Out, dropout
+from jaxformer.model.masks import Places
+from jaxformer.model.mixers import Context, Mixer, MultiHead, Parts
+from jaxformer.model.positions import Position
+from jaxformer.spec import Arrays, Declarations, Spec, declare
 
-EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS = range(6)  # sites of dropout
-
-Norm = Callable[[jax.Array], jax.Array]
+EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE = range(7)  # sites of dropout, and of other draws
 
 
-class PreNorm(Spec):
-    """x + f(norm(x)) (arXiv:2002.04745); also the base of all ways in which a branch f joins the residual stream x.
+class Site(NamedTuple):
+    """Where a branch joins the stream."""
 
-    Where a sum is off, the stream goes through the branch alone.
-    """
+    branch: str  # "attention", "cross_attention" or "feed_forward"
+    layer: Int[Array, ""]  # from 0, traced
+    params: Arrays  # the rule's own, here
+    norms: tuple[Callable[[jax.Array], jax.Array], ...]  # as many as the rule asks for
+
+
+class Residual(Spec):
+    """How branches join the residual stream, which may be any arrays, as long as they keep their shapes."""
+
+    n_norms = 1  # of each branch
+    last_norm = True  # what the stream ends as is normed once more
+
+    def params(self, branch: str, n_layers: int) -> Declarations:
+        """For each layer at a branch, and once for the stack at "begin" and "end"."""
+        return {}
+
+    def begin(self, params: Arrays, x: Float[Array, "B T D"], n_layers: int) -> Any:
+        """The stream before the first layer."""
+        return x
+
+    def end(self, params: Arrays, stream: Any) -> Float[Array, "B T D"]:
+        """What the stream is read as, behind the last layer."""
+        return stream
+
+    @abc.abstractmethod
+    def before(self, stream: Any, site: Site) -> Float[Array, "B T D"]:
+        """What the branch is given."""
+
+    @abc.abstractmethod
+    def after(self, stream: Any, h: Float[Array, "B T D"], site: Site) -> Any:
+        """The stream after the branch has given h. What is not used of h is not computed."""
+
+
+class PreNorm(Residual):
+    """x + f(norm(x)) (arXiv:2002.04745). Where a sum is off, the stream goes through the branch alone."""
 
     attention: bool = True  # whether x is added to what attention gives
     cross_attention: bool = True
     feed_forward: bool = True
 
-    n_norms = 1  # of each branch
-    last_norm = True  # the stream is normed once more after the last block
+    def before(self, stream: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
+        return site.norms[0](stream)
 
-    def before(self, norms: tuple[Norm, ...], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the branch is given."""
-        return norms[0](x)
-
-    def after(
-        self, norms: tuple[Norm, ...], x: Float[Array, "B T D"], h: Float[Array, "B T D"]
-    ) -> Float[Array, "B T D"]:
-        """The stream after the branch has given h; x is 0 where the sum is off."""
-        return x + h
+    def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
+        return stream + h if getattr(self, site.branch) else h
 
 
 class PostNorm(PreNorm):
@@ -51,13 +75,11 @@ class PostNorm(PreNorm):
 
     last_norm = False
 
-    def before(self, norms: tuple[Norm, ...], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return x
+    def before(self, stream: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
+        return stream
 
-    def after(
-        self, norms: tuple[Norm, ...], x: Float[Array, "B T D"], h: Float[Array, "B T D"]
-    ) -> Float[Array, "B T D"]:
-        return norms[0](x + h)
+    def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
+        return site.norms[0](super().after(stream, h, site))
 
 
 class SandwichNorm(PreNorm):
@@ -65,129 +87,116 @@ class SandwichNorm(PreNorm):
 
     n_norms = 2
 
-    def after(
-        self, norms: tuple[Norm, ...], x: Float[Array, "B T D"], h: Float[Array, "B T D"]
-    ) -> Float[Array, "B T D"]:
-        return x + norms[1](h)
+    def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
+        return super().after(stream, site.norms[1](h), site)
 
 
 class BlockSpec(Spec):
     """What a block is made of."""
 
-    position: NoPosition
-    kernel: Softmax | None = Softmax()  # None: no attention of a text to itself
-    mask: Bidirectional = Causal()
-    feed_forward: FeedForward | None = FeedForward()  # None: a block of attention alone
-    norm: NoNorm = LayerNorm()
-    residual: PreNorm = PreNorm()
-    qk_norm: NoNorm = NoNorm()
-    qkv_bias: bool = False
-    output_bias: bool = False
-    output_projection: bool = True
+    parts: Parts
+    mixer: Mixer | None  # None: tokens of a text do not learn of each other
+    cross: Parts | None  # of attention to another text; None: there is none
+    feed_forward: FeedForward | None
+    norm: Norm = LayerNorm()
+    residual: Residual = PreNorm()
     dropout: float = 0.0
-    cross_kernel: Softmax | None = None  # of attention to another text; None: there is none
 
     @property
     def branches(self) -> tuple[str, ...]:
         """Of the residual stream, those that there are."""
-        parts = {"attention": self.kernel, "cross_attention": self.cross_kernel, "feed_forward": self.feed_forward}
+        parts = {"attention": self.mixer, "cross_attention": self.cross, "feed_forward": self.feed_forward}
         return tuple(name for name, part in parts.items() if part is not None)
-
-    def attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
-        """Attention of a text to itself."""
-        assert self.kernel is not None
-        return self._attention(dims, name, (self.kernel, self.position, self.mask))
-
-    def cross_attention(self, dims: Mapping[str, int], name: str | None = None) -> Attention:
-        """The same attention, to all of another text."""
-        assert self.cross_kernel is not None
-        return self._attention(dims, name, (self.cross_kernel, NoPosition(), Bidirectional()))
-
-    def _attention(
-        self, dims: Mapping[str, int], name: str | None, parts: tuple[Softmax, NoPosition, Bidirectional]
-    ) -> Attention:
-        projections = self.qkv_bias, self.output_bias, self.output_projection
-        return Attention(dims, *parts, *projections, self.qk_norm, self.dropout, name=name)
 
 
 class Block(nn.Module):
-    """Attention, attention to another text if there is one, then feed-forward, each a branch of the residual stream."""
+    """A mixer, attention to another text if there is one, then feed-forward, each a branch of the residual stream."""
 
     spec: BlockSpec
-    dims: Mapping[str, int]
+    n_layers: int
+    place: int = 0  # of the first of these layers in the stack
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        at: Places,
-        shared: Arrays,
-        key: jax.Array | None,
-        cache: Arrays | None = None,
-        memory: Arrays | None = None,
-    ) -> tuple[Float[Array, "B T D"], Arrays | None]:
-        s, written = self.spec, cache
-
-        def attend(h: jax.Array) -> jax.Array:
-            nonlocal written
-            h, written = s.attention(self.dims, "attention")(h, at, shared, fold(key, WEIGHTS), cache)
-            return h
-
-        def cross(h: jax.Array) -> jax.Array:
-            attention, seen = s.cross_attention(self.dims, "cross_attention"), memory
-            if seen is None:
-                if not self.is_initializing():
-                    raise ValueError("an encoder–decoder's hidden states need the memory that `encode` returns")
-                seen = attention.remember(h, at, {})
-            return attention(h, at, {}, fold(key, CROSS_WEIGHTS), memory=seen)[0]
-
-        def feed_forward(h: jax.Array) -> jax.Array:
-            assert s.feed_forward is not None
-            own = declare(self, "feed_forward", s.feed_forward.params(), self.dims)
-            with jax.named_scope("feed_forward"):
-                out = s.feed_forward(own, h)
-            inner = type(s.feed_forward).__call__ is FeedForward.__call__  # else there may be none
-            if self.is_mutable_collection("activations"):
-                record(self, feed_forward={"out": out} | ({"inner": s.feed_forward.inner(own, h)} if inner else {}))
-            return out
-
+    def __call__(self, stream: Any, context: Context) -> Out:
+        """Out of the stream; `sums` by branch. `context.key` is the layer's."""
+        s, key, outs = self.spec, context.key, dict[str, Out]()
+        sites = {"attention": ATTENTION, "cross_attention": CROSS, "feed_forward": FEED}
         functions = {
-            "attention": (attend, ATTENTION),
-            "cross_attention": (cross, CROSS),
-            "feed_forward": (feed_forward, FEED),
+            "attention": lambda h: self._attend(h, context._replace(memory=None, key=fold(key, WEIGHTS))),
+            "cross_attention": lambda h: self._cross(h, context._replace(cache=None, key=fold(key, CROSS_WEIGHTS))),
+            "feed_forward": lambda h: self._feed(h, context.at, fold(key, FEED, INSIDE)),
         }
         for name in s.branches:
-            f, site = functions[name]
-            x = self._branch(name, f, x, fold(key, site))
-        return x, written
+            site = self._site(name, context.layer)
+            outs[name] = functions[name](s.residual.before(stream, site))
+            stream = s.residual.after(stream, dropout(fold(key, sites[name]), outs[name].h, s.dropout), site)
+            record(self, **{f"after_{name}": stream})
+        sums = {name: out.sums for name, out in outs.items() if out.sums}
+        handed = {name: value for out in outs.values() for name, value in out.handed.items()}
+        cache = outs["attention"].cache if "attention" in outs else context.cache
+        return Out(stream, cache, sums=sums, handed=handed).beside(stream, *outs.values())
 
-    def _branch(self, name: str, f: Norm, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The stream after branch f."""
+    def _attend(self, h: jax.Array, context: Context) -> Out:
+        s = self.spec
+        assert s.mixer is not None
+        return self._mix("attention", s.mixer, self._declare("attention", s.mixer.params(s.parts)), s.parts, h, context)
+
+    def _mix(self, name: str, mixer: Mixer, params: Any, parts: Parts, h: jax.Array, context: Context) -> Out:
+        with jax.named_scope(name):
+            out = mixer(params, parts, h, context)
+            if self.is_mutable_collection("activations"):
+                record(self, **{name: {"out": out.h} | mixer.recorded(params, parts, h, context)})
+        return out
+
+    def _cross(self, h: jax.Array, context: Context) -> Out:
+        parts, attention = self.spec.cross, MultiHead()
+        assert parts is not None
+        params = self._declare("cross_attention", attention.params(parts))
+        if context.memory is None:
+            if not self.is_initializing():
+                raise ValueError("an encoder–decoder's hidden states need the memory that `encode` returns")
+            context = context._replace(memory=attention.remember(params, parts, h, context))
+        return self._mix("cross_attention", attention, params, parts, h, context)
+
+    def _feed(self, h: jax.Array, at: Places, key: jax.Array | None) -> Out:
+        part = self.spec.feed_forward
+        assert part is not None
+        params = self._declare("feed_forward", part.params())
+        with jax.named_scope("feed_forward"):
+            out = part(params, h, at, key)
+            if self.is_mutable_collection("activations"):
+                record(self, feed_forward={"out": out.h} | part.recorded(params, h))
+        return out
+
+    def _site(self, name: str, layer: jax.Array) -> Site:
         s = self.spec
         labels = [f"norm_{name}", f"norm_{name}_out"][: s.residual.n_norms]
-        norms = tuple(functools.partial(s.norm, declare(self, label, s.norm.params(), self.dims)) for label in labels)
-        h = f(s.residual.before(norms, x))
-        stream = x if getattr(s.residual, name) else jnp.zeros_like(x)
-        x = s.residual.after(norms, stream, dropout(key, h, s.dropout))
-        record(self, **{f"after_{name}": x})
-        return x
+        norms = tuple(functools.partial(s.norm, self._declare(label, s.norm.params())) for label in labels)
+        return Site(name, layer, self._declare(f"residual_{name}", s.residual.params(name, self.n_layers)), norms)
+
+    def _declare(self, name: str, params: Declarations) -> Any:
+        return declare(self, name, params, self.spec.parts.dims, self.place)
 
 
 class Group(nn.Module):
     """One block of each kind: what the scan repeats."""
 
     kinds: tuple[BlockSpec, ...]
-    dims: Mapping[str, int]
+    n_layers: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, scanned: Any, at: Places, shared: Arrays, key: jax.Array | None) -> Any:
-        first, caches, memories = scanned
-        written = {}
+    def __call__(self, stream: Any, scanned: Any, at: Places, shared: Arrays, key: jax.Array | None) -> Any:
+        """The stream; and the written caches, losses, and sums for what is not trained."""
+        (first, caches, memories), found = scanned, Out(stream)
+        written, sums, names = {}, {}, position_names(self.kinds)
         for i, kind in enumerate(self.kinds):
-            block, name = Block(kind, self.dims, name=f"block{i}"), f"block{i}"
+            name = f"block{i}"
             own = caches and caches[name], memories and memories[name]
-            x, written[name] = block(x, at, shared, fold(key, first + i), *own)
-        return x, written
+            context = Context(at, first + i, shared[names[kind.parts.position]], fold(key, first + i), *own, found.handed)
+            out = Block(kind, self.n_layers, i, name=name)(found.h, context)
+            written[name], sums = out.cache, sums | ({name: out.sums} if out.sums else {})
+            found = found.beside(out.h, out)._replace(handed={**found.handed, **out.handed})
+        return found.h, (written, found.losses, sums)
 
 
 class Stack(nn.Module):
@@ -200,21 +209,23 @@ class Stack(nn.Module):
 
     kinds: tuple[BlockSpec, ...]
     n_layers: int
-    dims: Mapping[str, int]
-    embedding_norm: bool = False
+    normed: bool = False  # the embedded input
     unroll: int = 1
     remat: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        s, turns = self.kinds[0], self.n_layers // len(self.kinds)  # position, norm, residual are those of all kinds
-        shared = {} if s.position.per_layer else declare(self, "position", s.position.params(), self.dims)
-        x = s.position.embed(shared, x, at)
-        if self.embedding_norm:
-            x = s.norm(declare(self, "norm_embedding", s.norm.params(), self.dims), x)
-        x = dropout(fold(key, self.n_layers, EMBED), x, s.dropout)
+    ) -> Out:
+        s, turns = self.kinds[0], self.n_layers // len(self.kinds)  # norm, residual, dropout are those of all kinds
+        shared, n_layers = {}, self.n_layers
+        for position, name in position_names(self.kinds).items():
+            own = {} if position.per_layer else position.params()
+            shared[name] = declare(self, name, own, s.parts.dims)
+            x = position.embed(shared[name], x, at)
+        if self.normed:
+            x = self._norm("norm_embedding", x)
+        x = dropout(fold(key, n_layers, EMBED), x, s.dropout)
         record(self, embedded=x)
         group: Any = Group
         if self.remat:  # the scan keeps XLA from merging what is computed anew with what was computed at first
@@ -226,11 +237,33 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=turns,
             unroll=min(self.unroll, turns),
-            metadata_params={nn.PARTITION_NAME: "L"},
-        )(self.kinds, self.dims, name="layers")
-        first = jnp.arange(0, self.n_layers, len(self.kinds))
-        x, cache = layers(x, (first, cache, memory), at, shared, key)
+            metadata_params={nn.PARTITION_NAME: "L", "kinds": len(self.kinds)},
+        )(self.kinds, n_layers, name="layers")
+        own = {name: declare(self, f"residual_{name}", s.residual.params(name, n_layers), s.parts.dims) for name in ("begin", "end")}
+        stream = s.residual.begin(own["begin"], x, n_layers)
+        first = jnp.arange(0, n_layers, len(self.kinds))
+        stream, (cache, losses, sums) = layers(stream, (first, cache, memory), at, shared, key)
+        x = s.residual.end(own["end"], stream)
         if s.residual.last_norm:
-            x = s.norm(declare(self, "norm", s.norm.params(), self.dims), x)
+            x = self._norm("norm", x)
         record(self, out=x)
-        return x, cache
+        losses = {name: loss.replace(value=loss.value.sum(0)) for name, loss in losses.items()}
+        return Out(x, cache, losses, {"layers": sums} if sums else {})
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        s = self.kinds[0]
+        return s.norm(declare(self, name, s.norm.params(), s.parts.dims), x)
+
+
+def position_names(kinds: Sequence[BlockSpec]) -> dict[Position, str]:
+    """What the parameters of each positional scheme of a stack are called; equal schemes share them."""
+    found = list(dict.fromkeys(kind.parts.position for kind in kinds))
+    return {position: f"position{i if len(found) > 1 else ''}" for i, position in enumerate(found)}
+
+
+def record(module: nn.Module, **activations: Any) -> None:
+    """Leaves activations, or dicts of them, under the module's path and these names, where somebody asked for them."""
+    for name, value in activations.items():
+        if isinstance(value, dict):
+            value = {inner: array for inner, array in value.items() if array is not None}
+        module.sow("activations", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))

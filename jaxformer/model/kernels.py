@@ -1,37 +1,86 @@
 """Attention kernels: from queries, and what is remembered of the keys' tokens, to a value per head."""
 
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxformer.model.layers import dropout
 from jaxformer.model.masks import Places, View
-from jaxformer.spec import Arrays, Param, Slot, Spec
+from jaxformer.spec import Arrays, Declarations, Slot, Spec
 
 
-class Softmax(Spec):
-    """Softmax attention (arXiv:1706.03762). A subclass overrides the step in which its idea differs.
+class Kernel(Spec):
+    """How heads of queries make values of what is remembered of the keys' tokens: the function inside attention."""
 
-    `projections` are those that the kernel looks at, of queries, keys and values.
-    """
+    projections = ("q", "k", "v")  # those that it looks at, of queries, keys and values
 
-    projections = ("q", "k", "v")
-
-    def params(self) -> dict[str, Param]:
+    def params(self) -> Declarations:
         return {}
+
+    def slots(self) -> dict[str, Slot]:
+        """Room in the cache; none where it looks at what a layer below has handed on."""
+        return {}
+
+    def remember(
+        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T M"], at: Places, cache: Arrays | None
+    ) -> Arrays:
+        """What the new tokens leave in the declared slots: an entry for each token, or the new running state."""
+        return {}
+
+    def share(self, params: Arrays, seen: Arrays, below: Mapping[str, Any]) -> tuple[Arrays, Mapping[str, Any]]:
+        """What the queries look at, and what is handed on to layers above in the group; `below` is what layers below
+        in the group have handed on. `seen` are the slots of the keys' tokens with their places."""
+        return seen, {}
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        params: Arrays,
+        q: Float[Array, "B H T K"],
+        new: Arrays,
+        seen: Arrays,
+        view: View,
+        bias: Float[Array, "..."] | float,
+        key: jax.Array | None,
+        rate: float,
+    ) -> Float[Array, "B H T M"]:
+        """`new` is remembered of the queries' tokens, `seen` of the keys'; `bias` is the position's, to be added to
+        scores [B, H, T, S]; `key` and `rate` are those of the dropout of weights. M is the width of a value."""
+
+    def recorded(
+        self,
+        params: Arrays,
+        q: Float[Array, "B H T K"],
+        new: Arrays,
+        seen: Arrays,
+        view: View,
+        bias: Float[Array, "..."] | float,
+    ) -> dict[str, jax.Array]:
+        """What is kept of the way there, by name, where activations are asked for."""
+        return {}
+
+
+class Softmax(Kernel):
+    """Softmax attention (arXiv:1706.03762). A subclass overrides the step in which its idea differs."""
+
+    scale: float | None = dataclasses.field(default=None, kw_only=True)  # of scores; None: 1/√K
 
     def slots(self) -> dict[str, Slot]:
         return {"k": Slot("BGSK"), "v": Slot("BGSK")}
 
     def remember(
-        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], at: Places, cache: Arrays | None
+        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T M"], at: Places, cache: Arrays | None
     ) -> Arrays:
-        """What the new tokens leave in the declared slots: an entry for each token, or the new running state."""
         return {"k": k, "v": v}
 
     def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
         """float32 scores before bias and mask; `new` is remembered of the queries' tokens, `seen` of the keys'."""
-        scale = q.shape[-1] ** -0.5  # applied to q: T·K products instead of T·S
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale  # of q: T·K products instead of T·S
         q, k = _grouped(q * scale, seen["k"].shape[1]), seen["k"]
         scores = jnp.einsum("BGRTK,BGSK->BGRTS", q, k, preferred_element_type=jnp.float32)
         return scores.reshape(q.shape[0], -1, *scores.shape[3:])
@@ -69,12 +118,33 @@ class Softmax(Spec):
         bias: Float[Array, "..."] | float,
         key: jax.Array | None,
         rate: float,
-    ) -> Float[Array, "B H T K"]:
-        """`key` and `rate` are those of the dropout of weights."""
+    ) -> Float[Array, "B H T M"]:
         weights, total = self.weights(params, self.masked_scores(params, q, new, seen, view, bias))
         weights = _grouped(dropout(key, weights, rate).astype(q.dtype), seen["v"].shape[1])
         values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, seen["v"], preferred_element_type=jnp.float32)
-        return (values.reshape(q.shape) / jnp.maximum(total, 1e-30)).astype(q.dtype)
+        return (values.reshape(*q.shape[:3], -1) / jnp.maximum(total, 1e-30)).astype(q.dtype)
+
+
+    def recorded(
+        self,
+        params: Arrays,
+        q: Float[Array, "B H T K"],
+        new: Arrays,
+        seen: Arrays,
+        view: View,
+        bias: Float[Array, "..."] | float,
+    ) -> dict[str, jax.Array]:
+        scores = self.masked_scores(params, q, new, seen, view, bias)
+        powers, total = self.weights(params, scores)
+        return {"scores": scores, "weights": powers / jnp.maximum(total, 1e-30)}
+
+
+def plain(
+    q: Float[Array, "*B T K"], k: Float[Array, "*B S K"], v: Float[Array, "*B S K"], mask: Bool[Array, "..."]
+) -> Float[Array, "*B T K"]:
+    """softmax(QKᵀ/√K)V as it is written (arXiv:1706.03762, equation 1): what `Softmax` is tested against."""
+    scores = q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5
+    return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1) @ v
 
 
 class SoftCapped(Softmax):
@@ -99,7 +169,7 @@ class Uniform(Softmax):
         return {"v": Slot("BGSK")}
 
     def remember(
-        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], at: Places, cache: Arrays | None
+        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T M"], at: Places, cache: Arrays | None
     ) -> Arrays:
         return {"v": v}
 

@@ -1,18 +1,62 @@
-"""Initializers, norms, activations, feed-forward layers and dropout."""
+"""Initializers, norms, activations, feed-forward layers and dropout; and what a part returns."""
 
+import abc
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxformer.spec import Arrays, Declared, Initializer, Param, Spec
+from jaxformer.model.masks import Places
+from jaxformer.spec import Arrays, ByLayer, Declarations, Declared, Draw, Param, Spec
 
 zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.nn.initializers.normal
 
 
-class Normal(Spec):
-    """Normal weights, zero biases; also the base of all initializers."""
+class Loss(struct.PyTreeNode):
+    """A number for each row, [B], that is minimised `weight` times beside the objective; 0 only reports it.
+
+    Rows weigh as their tokens do in the objective. What has one name in several layers is summed over them.
+    """
+
+    value: Float[Array, "B"]
+    weight: float = struct.field(pytree_node=False, default=0.0)
+
+
+class Out(NamedTuple):
+    """What a part returns, and a model."""
+
+    h: Any  # hidden states [B, T, D]; of `encode` the memory
+    cache: Any = None  # with the new tokens in it; None if none was given
+    losses: Mapping[str, Loss] = {}
+    sums: Any = {}  # for parameters that are not trained, by their names: `Param.advance`
+    handed: Mapping[str, Any] = {}  # to layers above in the group, by names of the part's choice
+    activations: Mapping[str, Any] = {}  # where they were asked for
+
+    def beside(self, h: Any, *others: "Out") -> "Out":
+        """h with the losses of this and of others."""
+        losses: dict[str, Loss] = {}
+        for name, loss in (item for out in (self, *others) for item in out.losses.items()):
+            before = losses.get(name)
+            if before is not None and before.weight != loss.weight:
+                raise ValueError(f"the loss {name!r} has the weights {before.weight} and {loss.weight}; give it one")
+            losses[name] = loss if before is None else loss.replace(value=before.value + loss.value)
+        return self._replace(h=h, losses=losses)
+
+
+class Initializer(Spec):
+    """How parameters begin that do not say so themselves."""
+
+    @abc.abstractmethod
+    def __call__(self, box: Declared, n_residuals: int) -> Draw | ByLayer:
+        """How to draw one declared array, in a model that adds to its residual stream `n_residuals` times."""
+
+
+class Normal(Initializer):
+    """Normal weights, zero biases."""
 
     std: float = 0.02
 
@@ -20,9 +64,8 @@ class Normal(Spec):
         if self.std < 0:
             raise ValueError(f"{at}std={self.std} must be at least 0; 0.02 is usual")
 
-    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
-        """How to draw one declared array, in a model that adds to its residual stream `n_residuals` times."""
-        return normal(self.std) if "->" in box.letters or is_embedding(box) else zeros
+    def __call__(self, box: Declared, n_residuals: int) -> Draw:
+        return normal(self.std) if box.letters.into or is_embedding(box) else zeros
 
 
 class GPT2Normal(Normal):
@@ -31,18 +74,19 @@ class GPT2Normal(Normal):
     Source: "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
     """
 
-    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
-        writes = box.letters.startswith("L") and box.letters.endswith("->D")  # of a layer; a head writes elsewhere
+    def __call__(self, box: Declared, n_residuals: int) -> Draw:
+        batch, into, out = box.letters
+        writes = "L" in batch and into and out == "D"  # of a layer; a head writes elsewhere
         return normal(self.std / n_residuals**0.5) if writes else super().__call__(box, n_residuals)
 
 
 class TruncatedNormal(Normal):
     """Normal, redrawn outside ± 2 standard deviations, as BERT (arXiv:1810.04805)."""
 
-    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
+    def __call__(self, box: Declared, n_residuals: int) -> Draw:
         # cut off at ± 2, its standard deviation is 0.8796 · std, here as in the paper's code
         drawn = jax.nn.initializers.truncated_normal(self.std)
-        return drawn if "->" in box.letters or is_embedding(box) else zeros
+        return drawn if box.letters.into or is_embedding(box) else zeros
 
 
 class XavierUniform(Normal):
@@ -51,11 +95,11 @@ class XavierUniform(Normal):
     Embeddings are normal with `std`.
     """
 
-    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
-        if "->" not in box.letters:
+    def __call__(self, box: Declared, n_residuals: int) -> Draw:
+        if not box.letters.into:
             return super().__call__(box, n_residuals)
         sizes = box.sizes()
-        fan_out = math.prod(sizes[letter] for letter in box.letters.partition("->")[2])
+        fan_out = math.prod(sizes[letter] for letter in box.letters.out)
         return _uniform((6 / (box.fan_in + fan_out)) ** 0.5)
 
 
@@ -65,8 +109,8 @@ class LeCunNormal(Normal):
     Embeddings are normal with `std`.
     """
 
-    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
-        if "->" not in box.letters:
+    def __call__(self, box: Declared, n_residuals: int) -> Draw:
+        if not box.letters.into:
             return super().__call__(box, n_residuals)
         return jax.nn.initializers.truncated_normal(box.fan_in**-0.5 / 0.87962566103423978)
 
@@ -76,16 +120,16 @@ class TorchUniform(Normal):
 
     std: float = 1.0  # of embeddings
 
-    def __call__(self, box: Declared, n_residuals: int) -> Initializer:
+    def __call__(self, box: Declared, n_residuals: int) -> Draw:
         return _uniform(box.fan_in**-0.5) if box.fan_in else super().__call__(box, n_residuals)
 
 
 def is_embedding(box: Declared) -> bool:
     """Whether the array is a table with a row for each id or place."""
-    return "->" not in box.letters and not box.fan_in and bool(set(box.letters) & set("VCP"))
+    return not box.letters.into and not box.fan_in and bool(set(box.letters.out) & set("VCP"))
 
 
-def _uniform(limit: float) -> Initializer:
+def _uniform(limit: float) -> Draw:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
@@ -113,59 +157,76 @@ def along(v: Float[Array, "*N"], x: Float[Array, "..."]) -> Float[Array, "..."]:
     return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
 
 
-class NoNorm(Spec):
-    """x as it is; also the base of all norms."""
+class Norm(Spec):
+    """What brings numbers to a common scale."""
 
     def check(self, at: str = "") -> None:
         if getattr(self, "eps", 1) <= 0:
             raise ValueError(f"{at}eps={getattr(self, 'eps', 1)} must be more than 0; 1e-5 is usual")
 
-    def params(self, letter: str = "D") -> dict[str, Param]:
+    def params(self, letter: str = "D") -> Declarations:
         """`letter` is that of the normed axis."""
         return {}
+
+    @abc.abstractmethod
+    def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """x, normed over its last axis."""
+
+
+class NoNorm(Norm):
+    """x as it is."""
 
     def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return x
 
 
-class LayerNorm(NoNorm):
+class RMSNorm(Norm):
+    """Unit mean square over D, then a gain (arXiv:1910.07467); computed in float32."""
+
+    eps: float = 1e-6
+    one_plus: bool = False  # the gain is 1 + scale, which begins at zero, as Gemma's (arXiv:2403.08295)
+
+    def params(self, letter: str = "D") -> Declarations:
+        return {"scale": Param(letter, zeros if self.one_plus else ones)}
+
+    def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        h = x.astype(jnp.float32)
+        gain = along(params["scale"], h)
+        h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + self.eps) * (1 + gain if self.one_plus else gain)
+        return h.astype(x.dtype)
+
+
+class LayerNorm(RMSNorm):
     """Zero mean and unit variance over D, then gain and bias (arXiv:1607.06450); computed in float32."""
 
     bias: bool = True
     eps: float = 1e-5
 
-    def params(self, letter: str = "D") -> dict[str, Param]:
-        return {"scale": Param(letter, ones)} | ({"bias": Param(letter, zeros)} if self.bias else {})
+    def params(self, letter: str = "D") -> Declarations:
+        return {**super().params(letter)} | ({"bias": Param(letter, zeros)} if self.bias else {})
 
     def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(jnp.float32)
-        h = h - h.mean(-1, keepdims=True)
-        h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + self.eps) * along(params["scale"], h)
+        h = super().__call__(params, h - h.mean(-1, keepdims=True))
         return (h + along(params["bias"], h) if self.bias else h).astype(x.dtype)
 
 
-class RMSNorm(NoNorm):
-    """Unit mean square over D, then a gain (arXiv:1910.07467); computed in float32."""
+class Activation(Spec):
+    """A function of each number."""
 
-    eps: float = 1e-6
-
-    def params(self, letter: str = "D") -> dict[str, Param]:
-        return {"scale": Param(letter, ones)}
-
-    def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + self.eps) * along(params["scale"], h)
-        return h.astype(x.dtype)
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """Of any shape."""
 
 
-class Identity(Spec):
-    """x as it is; also the base of all activations."""
+class Identity(Activation):
+    """x as it is."""
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
         return x
 
 
-class GELU(Identity):
+class GELU(Activation):
     """x·Φ(x) (arXiv:1606.08415), by default in the tanh approximation that GPT-2 used."""
 
     approximate: bool = True
@@ -174,35 +235,35 @@ class GELU(Identity):
         return jax.nn.gelu(x, approximate=self.approximate)
 
 
-class ReLU(Identity):
+class ReLU(Activation):
     """max(x, 0)."""
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
         return jax.nn.relu(x)
 
 
-class SquaredReLU(Identity):
+class SquaredReLU(Activation):
     """max(x, 0)² (arXiv:2109.08668)."""
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
         return jax.nn.relu(x) ** 2
 
 
-class Tanh(Identity):
+class Tanh(Activation):
     """tanh x."""
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
         return jnp.tanh(x)
 
 
-class Sigmoid(Identity):
+class Sigmoid(Activation):
     """σ(x) = 1 / (1 + e⁻ˣ)."""
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
         return jax.nn.sigmoid(x)
 
 
-class SiLU(Identity):
+class SiLU(Activation):
     """x·σ(x) (arXiv:1702.03118)."""
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -210,12 +271,29 @@ class SiLU(Identity):
 
 
 class FeedForward(Spec):
+    """What is done with each token for itself."""
+
+    sees_ahead = False  # True: what it gives a token depends on later ones too, as experts that choose their tokens
+
+    def params(self) -> Declarations:
+        return {}
+
+    @abc.abstractmethod
+    def __call__(self, params: Arrays, x: Float[Array, "B T D"], at: Places, key: jax.Array | None) -> Out:
+        """Out([B, T, D]). `at` tells tokens from padding; `key` is for draws of its own, None in evaluation."""
+
+    def recorded(self, params: Arrays, x: Float[Array, "B T D"]) -> dict[str, jax.Array]:
+        """What is kept of the way there, by name, where activations are asked for."""
+        return {}
+
+
+class MLP(FeedForward):
     """Two matrices with an activation between them (arXiv:1706.03762, section 3.3)."""
 
-    activation: Identity = GELU()
+    activation: Activation = GELU()
     bias: bool = False
 
-    def params(self) -> dict[str, Param]:
+    def params(self) -> Declarations:
         matrices = {"up": Param("D->F"), "down": Param("F->D")}
         return matrices | (
             {"up_bias": Param("F", fan_in="D"), "down_bias": Param("D", fan_in="F")} if self.bias else {}
@@ -226,31 +304,36 @@ class FeedForward(Spec):
         h = linear(x, params["up"])
         return self.activation(add(h, along(params["up_bias"], h)) if self.bias else h)
 
-    def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, params: Arrays, x: Float[Array, "B T D"], at: Places, key: jax.Array | None) -> Out:
         h = linear(self.inner(params, x), params["down"])
-        return add(h, along(params["down_bias"], h)) if self.bias else h
+        return Out(add(h, along(params["down_bias"], h)) if self.bias else h)
+
+    def recorded(self, params: Arrays, x: Float[Array, "B T D"]) -> dict[str, jax.Array]:
+        return {"inner": self.inner(params, x)}
 
 
 class OneLayer(FeedForward):
     """One matrix, from D to D, and the activation behind it."""
 
-    activation: Identity = ReLU()
+    activation: Activation = ReLU()
+    bias: bool = False
 
-    def params(self) -> dict[str, Param]:
+    def params(self) -> Declarations:
         return {"kernel": Param("D->D")} | ({"bias": Param("D", fan_in="D")} if self.bias else {})
 
-    def __call__(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, params: Arrays, x: Float[Array, "B T D"], at: Places, key: jax.Array | None) -> Out:
         h = linear(x, params["kernel"])
-        return self.activation(add(h, along(params["bias"], h)) if self.bias else h)
+        return Out(self.activation(add(h, along(params["bias"], h)) if self.bias else h))
 
 
-class GatedFeedForward(FeedForward):
+class GatedFeedForward(MLP):
     """An activated matrix times another, then a third; with SiLU it is SwiGLU (arXiv:2002.05202)."""
 
-    activation: Identity = SiLU()
+    activation: Activation = SiLU()
 
-    def params(self) -> dict[str, Param]:
-        return super().params() | {"gate": Param("D->F")} | ({"gate_bias": Param("F", fan_in="D")} if self.bias else {})
+    def params(self) -> Declarations:
+        gate = {"gate": Param("D->F")} | ({"gate_bias": Param("F", fan_in="D")} if self.bias else {})
+        return {**super().params(), **gate}
 
     def inner(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         gate, h = linear(x, params["gate"]), linear(x, params["up"])

@@ -1,5 +1,6 @@
 """Who may look at whom: a rule over the places of tokens, from which masks and distances are made on demand."""
 
+import abc
 import functools
 import operator
 from typing import NamedTuple
@@ -37,8 +38,8 @@ def one_document(length: int) -> Places:
     return Places(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
 
 
-class Bidirectional(Spec):
-    """A token sees all of its document; also the base of all rules."""
+class Mask(Spec):
+    """A rule of who sees whom within a document; padding sees padding only, whatever the rule."""
 
     causal = False  # True: nothing later is ever seen
 
@@ -51,16 +52,23 @@ class Bidirectional(Spec):
         """What the rule needs to know of a cached token besides its position and segment."""
         return {}
 
+    @abc.abstractmethod
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         """Places of a query and a key of the same document, whose arrays broadcast against each other."""
-        return True
 
     def span(self, length: int) -> int:
         """How many cache slots a text of `length` tokens needs, so that nothing visible is overwritten."""
         return length
 
 
-class Causal(Bidirectional):
+class Bidirectional(Mask):
+    """A token sees all of its document."""
+
+    def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
+        return True
+
+
+class Causal(Mask):
     """A token sees itself and the past of its document."""
 
     causal = True
@@ -69,7 +77,7 @@ class Causal(Bidirectional):
         return key.position <= query.position
 
 
-class Prefix(Bidirectional):
+class Prefix(Mask):
     """Causal, but the first part of a document is seen by all of its tokens (arXiv:1910.10683, section 3.2.1)."""
 
     @property
@@ -84,7 +92,7 @@ class Prefix(Bidirectional):
         return past if key.part is None else past | (key.part == 0)
 
 
-class Local(Bidirectional):
+class Local(Mask):
     """A token sees those less than `size` away, on either side (arXiv:2004.05150)."""
 
     size: int = 128
@@ -109,10 +117,10 @@ class Window(Local):
         return (key.position <= query.position) & (key.position > query.position - self.size)
 
 
-class Both(Bidirectional):
+class Both(Mask):
     """What every one of several rules allows, as Both((Prefix(), Local(64)))."""
 
-    rules: tuple[Bidirectional, ...]
+    rules: tuple[Mask, ...]
 
     def check(self, at: str = "") -> None:
         if not self.rules:
@@ -159,7 +167,7 @@ class View(NamedTuple):
 
     query: Places
     key: Places
-    rule: Bidirectional
+    rule: Mask
     n_heads: int  # of the queries
 
     def distance(self) -> Int[Array, "B 1 T S"]:

@@ -1,5 +1,7 @@
 """The families: specs that wire stacks of the one block. Parameters are plain dicts, and functions of them pure."""
 
+import abc
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -7,17 +9,19 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
-from jaxformer.model.blocks import BlockSpec, PreNorm, Stack
+from jaxformer.model.blocks import BlockSpec, PreNorm, Residual, Stack
 from jaxformer.model.heads import ClassificationHead, EmbeddingHead, Head, LanguageHead
-from jaxformer.model.kernels import Softmax
-from jaxformer.model.layers import FeedForward, GPT2Normal, LayerNorm, NoNorm, Normal, lookup
-from jaxformer.model.masks import Bidirectional, Causal, Places, one_document
-from jaxformer.model.positions import Learned, NoPosition
-from jaxformer.spec import Arrays, Param, Spec, declare, draw, path_name
+from jaxformer.model.kernels import Kernel, Softmax
+from jaxformer.model.layers import MLP, FeedForward, GPT2Normal, Initializer, LayerNorm, NoNorm, Norm, Out, lookup
+from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
+from jaxformer.model.mixers import FIELDS, HEADS, Context, Mixer, MultiHead, Parts
+from jaxformer.model.positions import Learned, NoPosition, Position
+from jaxformer.spec import Arrays, Declarations, Param, Spec, declare, draw, path_name, whole
 
 Params = Mapping[str, Any]
 H = TypeVar("H", bound=Head)
@@ -27,7 +31,7 @@ ENCODER, HEAD = 1 << 30, (1 << 30) + 1  # folded into the key of dropout: these 
 
 
 class Model(Spec):
-    """What training and generation ask of a model; the base of all.
+    """What training and generation ask of a model.
 
     A model is a Flax module, its `network`, and what can be said of it without one.
     """
@@ -36,7 +40,7 @@ class Model(Spec):
     context_length: int  # the longest text that the model sees at once
     vocab_size: int | None = None  # None: the tokenizer's
     head: Head | tuple[Head, ...] = LanguageHead()
-    initializer: Normal = GPT2Normal()
+    initializer: Initializer = GPT2Normal()
 
     generates = True  # token after token
     encodes = False  # has `encode`: its hidden states need the memory of another text
@@ -78,9 +82,13 @@ class Model(Spec):
         """How often the longest residual stream is added to."""
         return 1
 
+    def params(self) -> Declarations:
+        """What the model owns outside its layers: the embedding and the heads. `embedding` has a `table` [V, D]."""
+        return {"embedding": {"table": Param("VD", decay=True)}} | {f"head_{h.name}": h.params() for h in self.heads}
+
+    @abc.abstractmethod
     def network(self) -> nn.Module:
         """The Flax module behind the model; its `everything` runs all that has parameters."""
-        raise NotImplementedError
 
     def declared(self) -> Any:
         """The tree of declarations: each parameter's letters, decay and abstract value."""
@@ -100,17 +108,33 @@ class Model(Spec):
         key: jax.Array | None = None,
         cache: Any = None,
         memory: Any = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states, and the cache with the new tokens in it (None if none was given).
+        recorded: bool = False,
+    ) -> Out:
+        """Out of the hidden states [B, T, D] and the cache with the new tokens in it (None if none was given).
 
-        `key` is that of dropout; None means evaluation. `memory` is what `encode` gave, of a model that has it. Ids
-        must be less than vocab_size: JAX clamps without a word.
+        `key` is that of dropout; None means evaluation. `memory` is the h of `encode`, of a model that has it. Ids
+        must be less than vocab_size: JAX clamps without a word. Where `recorded`, Out has activations, by name.
         """
-        return self.network().apply({"params": params}, ids, at, key, cache, memory)  # pyright: ignore
+        return self._apply(recorded, params, ids, at, key, cache, memory)
 
-    def encode(self, params: Params, ids: Int[Array, "B S"], at: Places, key: jax.Array | None = None) -> Any:
-        """The memory of a text, for `hidden` of another: of rows whose segments are the same numbers."""
+    def encode(
+        self,
+        params: Params,
+        ids: Int[Array, "B S"],
+        at: Places,
+        key: jax.Array | None = None,
+        recorded: bool = False,
+    ) -> Out:
+        """Out of the memory of a text, for `hidden` of another: of rows whose segments are the same numbers."""
         raise NotImplementedError
+
+    def _apply(self, recorded: bool, params: Params, *args: Any, method: Any = None) -> Out:
+        network = self.network()
+        if not recorded:
+            return network.apply({"params": params}, *args, method=method)  # pyright: ignore[reportReturnType]
+        out, more = network.apply({"params": params}, *args, method=method, mutable=["activations"])
+        leaves = jax.tree_util.tree_flatten_with_path(more.get("activations", {}))[0]
+        return out._replace(activations={path_name(path): value for path, value in leaves})
 
     def activations(
         self,
@@ -123,19 +147,14 @@ class Model(Spec):
 
         Names are those of the modules, as of parameters, and one more: "decoder/layers/block0/attention/weights".
         """
-        found: dict[str, Any] = {}
-        memory, variables = None, {"params": params}
-        if source is not None:
-            memory = self.encode(params, *source)
-            _, more = self.network().apply(variables, *source, None, method="encode", mutable=["activations"])
-            found |= {path_name(path): value for path, value in _leaves(more.get("activations", {}))}
-        (h, _), more = self.network().apply(variables, ids, at, None, None, memory, mutable=["activations"])
-        found |= {path_name(path): value for path, value in _leaves(more.get("activations", {}))}
+        encoded = Out(None) if source is None else self.encode(params, *source, recorded=True)
+        out = self.hidden(params, ids, at, memory=encoded.h, recorded=True)
+        found = {**encoded.activations, **out.activations}
         real = jnp.broadcast_to(at.segment > 0, ids.shape)
         for head in self.heads:
             if isinstance(head, LanguageHead | EmbeddingHead | ClassificationHead):  # others: who knows what they need
                 given = params["embedding"]["table"] if isinstance(head, LanguageHead) else real
-                found[f"head_{head.name}/out"] = self.read(params, head, h, given)
+                found[f"head_{head.name}/out"] = self.read(params, head, out.h, given)
         return found
 
     def head_of(self, kind: type[H]) -> H:
@@ -165,8 +184,30 @@ def _as_tuple(parts: T | tuple[T, ...]) -> tuple[T, ...]:
     return parts if isinstance(parts, tuple) else (parts,)
 
 
-def _leaves(tree: Any) -> list[tuple[Any, jax.Array]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
+class Embedding(Spec):
+    """Ids to vectors, by a table [V, D]."""
+
+    scaled: bool = False  # by √d_model (arXiv:1706.03762, section 3.4)
+    normed: bool = False  # with positions added, as in BERT
+    token_types: int = 0  # that have a vector each, as BERT's two sentences; 0: there are none
+
+    def check(self, at: str = "") -> None:
+        if self.token_types < 0:
+            raise ValueError(
+                f"{at}token_types={self.token_types} must be at least 0; 2 tells a first text from a second"
+            )
+
+    def params(self) -> Declarations:
+        types = {"parts": Param("PD", decay=True, sizes={"P": self.token_types})} if self.token_types else {}
+        return {"table": Param("VD", decay=True)} | types
+
+    def __call__(self, params: Arrays, ids: Int[Array, "B T"], at: Places) -> Float[Array, "B T D"]:
+        x = lookup(params["table"], ids)
+        if self.scaled:
+            x = x * x.shape[-1] ** 0.5
+        if self.token_types:
+            x = x + lookup(params["parts"], jnp.zeros_like(at.segment) if at.part is None else at.part)
+        return x
 
 
 class Decoder(Model):
@@ -178,19 +219,18 @@ class Decoder(Model):
     head_width: int | None = None  # None: d_model / n_heads
     d_ff: int | None = None  # None: 4 · d_model
     dropout: float = 0.0
-    position: NoPosition = Learned()
-    kernel: Softmax | tuple[Softmax, ...] | None = Softmax()  # None: no attention
-    mask: Bidirectional | tuple[Bidirectional, ...] = Causal()
-    feed_forward: FeedForward | tuple[FeedForward, ...] | None = FeedForward()  # None: attention alone; tuples repeat
-    norm: NoNorm = LayerNorm()
-    residual: PreNorm = PreNorm()
-    qk_norm: NoNorm = NoNorm()  # of each head's queries and keys (arXiv:2010.04245)
+    embedding: Embedding = Embedding()
+    position: Position | tuple[Position, ...] = Learned()  # of this and other parts below, tuples repeat over layers
+    mixer: Mixer | tuple[Mixer, ...] = MultiHead()
+    kernel: Kernel | tuple[Kernel, ...] | None = Softmax()  # None: no attention
+    mask: Mask | tuple[Mask, ...] = Causal()
+    feed_forward: FeedForward | tuple[FeedForward, ...] | None = MLP()  # None: attention alone
+    norm: Norm = LayerNorm()
+    residual: Residual = PreNorm()
+    qk_norm: Norm = NoNorm()  # of each head's queries and keys (arXiv:2010.04245)
     bias: bool = False  # of attention's projections; feed_forward and norm have their own
     qkv_bias: bool | None = None  # of queries, keys and values; None: as bias
     output_projection: bool = True  # False: attention gives its heads side by side, and 0 where d_model is wider
-    scale_embedding: bool = False  # by √d_model (arXiv:1706.03762, section 3.4)
-    embedding_norm: bool = False  # the embedded input is normed, as in BERT
-    n_parts: int = 0  # of a document that have an embedding each, as BERT's two sentences; 0: there is none
     unroll: int = 1  # groups of layers in a turn of the scan, at most all: more is faster on CPU, slower to compile
     remat: str | None = None  # "nothing_saveable": least memory; "dots_saveable": some; None: no recomputation
 
@@ -198,45 +238,7 @@ class Decoder(Model):
 
     def check(self, at: str = "") -> None:
         super().check(at)
-        self.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
-        if self.n_parts < 0:
-            raise ValueError(f"{at}n_parts={self.n_parts} must be at least 0; 2 tells a first text from a second")
-        if self.head_width is None and self.d_model % self.n_heads:
-            fits = max(n for n in range(1, min(self.n_heads, self.d_model) + 1) if self.d_model % n == 0)
-            raise ValueError(f"{at}n_heads={self.n_heads} must divide {at}d_model={self.d_model}; {fits} does")
-        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"{at}n_kv_heads={self.n_kv_heads} must divide {at}n_heads={self.n_heads}; "
-                f"1 always does, and {self.n_heads} gives every query head its own"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
-        if self.remat not in (None, *REMAT):
-            raise ValueError(f"{at}remat={self.remat!r} must be None or one of {', '.join(REMAT)}")
-        heads = self.n_heads * (self.head_width or self.d_model // self.n_heads)
-        if not self.output_projection and heads > self.d_model:
-            raise ValueError(
-                f"{at}output_projection=False leaves the heads side by side, {heads} numbers, more than "
-                f"{at}d_model={self.d_model}; True projects them, and a smaller {at}head_width fits"
-            )
-        if self.feed_forward is None and self.kernel is None:
-            raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
-        for stack in self.stacks:
-            self._check_stack(at, stack)
-        if self.position.per_layer and type(self.position).embed is not NoPosition.embed:
-            name = type(self.position).__name__
-            raise ValueError(f"{at}position={name} embeds above the layers; it cannot have per_layer = True")
-        self.position.check_width(self.head_width or self.d_model // self.n_heads, at)
-
-    def _check_stack(self, at: str, stack: str) -> None:
-        kinds, n_layers = len(self.kinds(stack)), self.layers(stack)
-        if not kinds or n_layers % kinds:
-            raise ValueError(
-                f"{at}mask, {at}kernel and {at}feed_forward make {kinds} kinds of layers, which must divide the "
-                f"{n_layers} layers of the {stack}"
-            )
-        if self.remat and self.unroll >= n_layers // kinds > 1:
-            raise ValueError(f"{at}remat={self.remat!r} needs a scan: {at}unroll={self.unroll} must be less; 1 does")
+        check_transformer(self, at)
 
     @property
     def generates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -244,15 +246,22 @@ class Decoder(Model):
 
     @property
     def sees_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return not all(kind.mask.causal for kind in self.kinds(self.stacks[-1]))
+        return not all(kind.parts.mask.causal for kind in self.kinds(self.stacks[-1]))
 
     @property
     def sees_answers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return any(kind.mask.sees_answers for kind in self.kinds(self.stacks[-1]))
+        return any(kind.parts.mask.sees_answers for kind in self.kinds(self.stacks[-1]))
 
     @property
     def dims(self) -> dict[str, int]:
-        return super().dims | {
+        return super().dims | self.widths
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Letter → size, whatever the vocabulary."""
+        return {
+            "D": self.d_model,
+            "C": self.context_length,
             "H": self.n_heads,
             "G": self.n_kv_heads or self.n_heads,
             "K": self.head_width or self.d_model // self.n_heads,
@@ -263,27 +272,34 @@ class Decoder(Model):
     def n_residuals(self) -> int:
         return max(1, *(len(kind.branches) * self.layers(s) for s in self.stacks for kind in self.kinds(s)))
 
+    def params(self) -> Declarations:
+        return {**super().params(), "embedding": self.embedding.params()}
+
     def layers(self, stack: str) -> int:
         """How many a stack has."""
         return self.n_layers
 
     def kinds(self, stack: str) -> tuple[BlockSpec, ...]:
         """The blocks of a group, which repeats over the layers of a stack."""
-        return self._kinds(self.mask, None)
+        return self._kinds(self.mask, self.mixer, None)
 
     def _kinds(
-        self, mask: Bidirectional | tuple[Bidirectional, ...], cross_kernel: Softmax | None
+        self, masks: Mask | tuple[Mask, ...], mixers: Mixer | tuple[Mixer, ...], cross_kernel: Kernel | None
     ) -> tuple[BlockSpec, ...]:
-        kernels, masks, feeds = _as_tuple(self.kernel), _as_tuple(mask), _as_tuple(self.feed_forward)
+        each = self.position, self.kernel, masks, mixers, self.feed_forward
+        count = math.lcm(*(len(_as_tuple(parts)) for parts in each))
         qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
-        biases = qkv_bias, self.bias, self.output_projection
-        rest = self.norm, self.residual, self.qk_norm, *biases, self.dropout, cross_kernel
+        rest = self.qk_norm, qkv_bias, self.bias, self.output_projection, self.dropout
+        dims = FrozenDict(self.widths | ({"V": self.vocab_size} if self.vocab_size else {}))
+        cross = cross_kernel and Parts(dims, NoPosition(), cross_kernel, Bidirectional(), *rest)
 
         def kind(i: int) -> BlockSpec:
-            own = kernels[i % len(kernels)], masks[i % len(masks)], feeds[i % len(feeds)]
-            return BlockSpec(self.position, *own, *rest)
+            position, kernel, mask, mixer, feed_forward = (_as_tuple(parts)[i % len(_as_tuple(parts))] for parts in each)
+            parts = Parts(dims, position, kernel or Softmax(), mask, *rest)
+            mixer = mixer if kernel else None
+            return BlockSpec(parts, mixer, cross, feed_forward, self.norm, self.residual, self.dropout)
 
-        return tuple(map(kind, range(math.lcm(len(kernels), len(masks), len(feeds)))))
+        return tuple(map(kind, range(count)))
 
     def network(self) -> "Network":
         return Network(self)
@@ -293,9 +309,8 @@ class Decoder(Model):
         turns = self.n_layers // len(kinds)
 
         def one(kind: BlockSpec) -> Arrays:
-            dims = self.dims | {"B": batch_size, "S": kind.mask.span(length)}
-            declared = {} if kind.kernel is None else kind.attention(self.dims).slots()
-            slots = cache_lib.empty(declared, dims, dtype)
+            dims = self.dims | {"B": batch_size, "S": kind.parts.mask.span(length)}
+            slots = cache_lib.empty(kind.mixer.slots(kind.parts) if kind.mixer else {}, dims, dtype)
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (turns, *a.shape)), slots)
 
         return {f"block{i}": one(kind) for i, kind in enumerate(kinds)}
@@ -304,7 +319,7 @@ class Decoder(Model):
 class Encoder(Decoder):
     """A bidirectional encoder (arXiv:1810.04805): each token's hidden state depends on the whole text."""
 
-    mask: Bidirectional | tuple[Bidirectional, ...] = Bidirectional()
+    mask: Mask | tuple[Mask, ...] = Bidirectional()
 
     stacks = ("encoder",)
 
@@ -316,8 +331,9 @@ class EncoderDecoder(Decoder):
     """
 
     n_encoder_layers: int | None = None  # None: n_layers
-    encoder_mask: Bidirectional = Bidirectional()
-    cross_kernel: Softmax = Softmax()  # of the decoder's attention to the encoder
+    encoder_mask: Mask | tuple[Mask, ...] = Bidirectional()
+    encoder_mixer: Mixer | tuple[Mixer, ...] | None = None  # None: mixer
+    cross_kernel: Kernel = Softmax()  # of the decoder's attention to the encoder
 
     stacks = ("encoder", "decoder")
     encodes = True
@@ -330,21 +346,30 @@ class EncoderDecoder(Decoder):
         return (self.n_encoder_layers or self.n_layers) if stack == "encoder" else self.n_layers
 
     def kinds(self, stack: str) -> tuple[BlockSpec, ...]:
-        return self._kinds(*((self.encoder_mask, None) if stack == "encoder" else (self.mask, self.cross_kernel)))
+        if stack == "encoder":
+            return self._kinds(self.encoder_mask, self.encoder_mixer or self.mixer, None)
+        return self._kinds(self.mask, self.mixer, self.cross_kernel)
 
-    def encode(self, params: Params, ids: Int[Array, "B S"], at: Places, key: jax.Array | None = None) -> Any:
-        """Keys, values and places of each of the decoder's layers, stacked; read-only from here on."""
-        network = self.network()
-        x: Any = network.apply({"params": params}, ids, at, fold(key, ENCODER), method="encode")
-        layers = params["decoder"]["layers"]
+    def encode(
+        self,
+        params: Params,
+        ids: Int[Array, "B S"],
+        at: Places,
+        key: jax.Array | None = None,
+        recorded: bool = False,
+    ) -> Out:
+        """The memory is keys, values and places of each of the decoder's layers, stacked; read-only from here on."""
+        out = self._apply(recorded, params, ids, at, fold(key, ENCODER), method="encode")
+        layers, attention = params["decoder"]["layers"], MultiHead()
 
-        def one(kind: BlockSpec, name: str) -> Arrays:
-            attention = kind.cross_attention(self.dims)
-            remember = lambda p: attention.apply({"params": p}, x, at, {}, method="remember")
+        def one(parts: Any, name: str) -> Arrays:
+            own = lambda p: whole(attention.params(parts), p)
+            remember = lambda p: attention.remember(own(p), parts, out.h, Context(at))
             with jax.named_scope(f"decoder/layers/{name}/cross_attention"):
                 return jax.vmap(remember)(layers[name]["cross_attention"])  # pyright: ignore[reportReturnType]
 
-        return {name: one(kind, name) for name, kind in ((f"block{i}", k) for i, k in enumerate(self.kinds("decoder")))}
+        kinds = enumerate(self.kinds("decoder"))
+        return out._replace(h={f"block{i}": one(kind.cross, f"block{i}") for i, kind in kinds})
 
 
 class Network(nn.Module):
@@ -354,31 +379,102 @@ class Network(nn.Module):
 
     def setup(self) -> None:
         s = self.spec
-        parts = {"parts": Param("PD", decay=True, sizes={"P": s.n_parts})} if s.n_parts else {}
-        self.embedding = declare(self, "embedding", {"table": Param("VD", decay=True)} | parts, s.dims)
-        for head in s.heads:
-            declare(self, f"head_{head.name}", head.params(), s.dims)
+        own = {name: declare(self, name, params, s.dims) for name, params in s.params().items()}
+        self.table = own["embedding"]
         for name in s.stacks:
-            setattr(self, name, Stack(s.kinds(name), s.layers(name), s.dims, s.embedding_norm, s.unroll, s.remat))
+            setattr(self, name, Stack(s.kinds(name), s.layers(name), s.embedding.normed, s.unroll, s.remat))
 
     def __call__(
         self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None
-    ) -> tuple[jax.Array, Any]:
-        x, written = getattr(self, self.spec.stacks[-1])(self._embedded(ids, at), at, key, cache, memory)
-        return x, None if cache is None else written
+    ) -> Out:
+        out = self._run(self.spec.stacks[-1], ids, at, key, cache, memory)
+        return out if cache is not None else out._replace(cache=None)
 
-    def encode(self, ids: jax.Array, at: Places, key: jax.Array | None) -> jax.Array:
-        return self.encoder(self._embedded(ids, at), at, key)[0]
+    def encode(self, ids: jax.Array, at: Places, key: jax.Array | None) -> Out:
+        return self._run("encoder", ids, at, key)._replace(cache=None)
 
     def everything(self, ids: jax.Array, at: Places) -> None:
         if self.spec.encodes:
             self.encode(ids, at, None)
         self(ids, at, None)
 
-    def _embedded(self, ids: jax.Array, at: Places) -> jax.Array:
-        x = lookup(self.embedding["table"], ids)
-        if self.spec.scale_embedding:
-            x = x * self.spec.d_model**0.5
-        if self.spec.n_parts:
-            x = x + lookup(self.embedding["parts"], jnp.zeros_like(at.segment) if at.part is None else at.part)
-        return x
+    def _run(self, name: str, ids: jax.Array, at: Places, *rest: Any) -> Out:
+        out = getattr(self, name)(self.spec.embedding(self.table, ids, at), at, *rest)
+        return out._replace(sums={name: out.sums} if out.sums else {})
+
+
+# --- what goes together in a transformer
+
+
+def check_transformer(model: Decoder, at: str) -> None:
+    """Raises ValueError for parts and sizes of which no model can be made."""
+    kinds = [kind for stack in model.stacks for kind in model.kinds(stack)]
+    mixers = {kind.mixer for kind in kinds if kind.mixer}
+    read = {name for mixer in mixers for name in mixer.reads} | {name for k in kinds if k.cross for name in FIELDS}
+    model.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
+    if not 0 <= model.dropout < 1:
+        raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
+    if model.remat not in (None, *REMAT):
+        raise ValueError(f"{at}remat={model.remat!r} must be None or one of {', '.join(REMAT)}")
+    if model.feed_forward is None and model.kernel is None:
+        raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
+    for stack in model.stacks:
+        _check_stack(model, at, stack)
+    _check_read(model, at, read)
+    if {*HEADS} & read:
+        _check_heads(model, at)
+    for position in _as_tuple(model.position):
+        if position.per_layer and type(position).embed is not Position.embed:
+            name = type(position).__name__
+            raise ValueError(f"{at}position={name} embeds above the layers; it cannot have per_layer = True")
+        position.check_width(model.head_width or model.d_model // model.n_heads, at)
+
+
+def _check_stack(model: Decoder, at: str, stack: str) -> None:
+    kinds, n_layers = model.kinds(stack), model.layers(stack)
+    if not kinds or n_layers % len(kinds):
+        raise ValueError(
+            f"{at}position, {at}mixer, {at}kernel, {at}mask and {at}feed_forward make {len(kinds)} kinds of layers, "
+            f"which must divide the {n_layers} layers of the {stack}"
+        )
+    if model.remat and model.unroll >= n_layers // len(kinds) > 1:
+        raise ValueError(f"{at}remat={model.remat!r} needs a scan: {at}unroll={model.unroll} must be less; 1 does")
+    for kind in kinds:
+        mask = type(kind.parts.mask).__name__
+        if kind.mixer and kind.mixer.causal and not kind.parts.mask.causal:
+            raise ValueError(
+                f"{at}mixer={type(kind.mixer).__name__} sees the past alone, but the {stack}'s mask is {mask}; take "
+                f"MultiHead there, or a mixer that heeds the mask"
+            )
+        if kind.feed_forward and kind.feed_forward.sees_ahead and kind.parts.mask.causal:
+            raise ValueError(
+                f"{at}feed_forward={type(kind.feed_forward).__name__} looks ahead, but the {stack}'s mask {mask} is "
+                "causal: it would see the answer; take an Encoder, or another feed-forward"
+            )
+
+
+def _check_read(model: Decoder, at: str, read: set[str]) -> None:
+    """A field that no mixer reads is not to be set in vain."""
+    for field in dataclasses.fields(model):
+        value, names = getattr(model, field.name), ", ".join(sorted({type(m).__name__ for m in _as_tuple(model.mixer)}))
+        embeds = field.name == "position" and all(type(p).embed is not Position.embed for p in _as_tuple(value))
+        if field.name in FIELDS and field.name not in read and value != field.default and model.kernel and not embeds:
+            text = type(value).__name__ if isinstance(value, Spec) else value
+            raise ValueError(f"{at}{field.name}={text} is not read by {at}mixer={names}; leave it at its default")
+
+
+def _check_heads(model: Decoder, at: str) -> None:
+    if model.head_width is None and model.d_model % model.n_heads:
+        fits = max(n for n in range(1, min(model.n_heads, model.d_model) + 1) if model.d_model % n == 0)
+        raise ValueError(f"{at}n_heads={model.n_heads} must divide {at}d_model={model.d_model}; {fits} does")
+    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
+        raise ValueError(
+            f"{at}n_kv_heads={model.n_kv_heads} must divide {at}n_heads={model.n_heads}; "
+            f"1 always does, and {model.n_heads} gives every query head its own"
+        )
+    heads = model.n_heads * (model.head_width or model.d_model // model.n_heads)
+    if not model.output_projection and heads > model.d_model:
+        raise ValueError(
+            f"{at}output_projection=False leaves the heads side by side, {heads} numbers, more than "
+            f"{at}d_model={model.d_model}; True projects them, and a smaller {at}head_width fits"
+        )

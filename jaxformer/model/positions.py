@@ -8,18 +8,18 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.model.layers import add, lookup
 from jaxformer.model.masks import Places, View
-from jaxformer.spec import Arrays, Param, Slot, Spec
+from jaxformer.spec import Arrays, Declarations, Param, Slot, Spec
 
 
-class NoPosition(Spec):
-    """No positional information; also the base of all schemes, whose hooks change nothing."""
+class Position(Spec):
+    """A positional scheme: it overrides the hooks that it needs, of `embed`, `rotate` and `bias`."""
 
     per_layer = False  # True: the parameters belong to each layer's attention, and `embed` has none
 
     def check_width(self, width: int, at: str) -> None:
         """Raises ValueError if heads of this width cannot be rotated."""
 
-    def params(self) -> dict[str, Param]:
+    def params(self) -> Declarations:
         return {}
 
     def slots(self) -> dict[str, Slot]:
@@ -42,17 +42,21 @@ class NoPosition(Spec):
         return 0.0
 
 
-class Learned(NoPosition):
+class NoPosition(Position):
+    """No positional information."""
+
+
+class Learned(Position):
     """A learned vector for each of the context's positions (arXiv:1705.03122)."""
 
-    def params(self) -> dict[str, Param]:
+    def params(self) -> Declarations:
         return {"table": Param("CD")}
 
     def embed(self, params: Arrays, x: Float[Array, "B T D"], at: Places) -> Float[Array, "B T D"]:
         return add(x, lookup(params["table"], at.position))
 
 
-class Sinusoidal(NoPosition):
+class Sinusoidal(Position):
     """Sines in the even places of D, cosines in the odd ones, of falling frequency (arXiv:1706.03762, section 3.5)."""
 
     base: float = 10_000.0
@@ -67,7 +71,7 @@ class Sinusoidal(NoPosition):
         return add(x, table[..., : x.shape[-1]])
 
 
-class Rotary(NoPosition):
+class Rotary(Position):
     """Rotary positions, halves of a head paired (arXiv:2104.09864)."""
 
     base: float = 10_000.0
@@ -100,7 +104,7 @@ class Rotary(NoPosition):
         return jnp.concatenate([turned_qk, qk[..., turned:]], -1)
 
 
-class ALiBi(NoPosition):
+class ALiBi(Position):
     """Scores fall with distance, in each head with another slope (arXiv:2108.12409)."""
 
     def bias(self, params: Arrays, view: View, new: Arrays, seen: Arrays) -> Float[Array, "..."] | float:
@@ -108,7 +112,7 @@ class ALiBi(NoPosition):
         return -slopes * jnp.abs(view.distance())
 
 
-class RelativeBias(NoPosition):
+class RelativeBias(Position):
     """A learned number for each head and bucket of distance, the same in all layers (T5, arXiv:1910.10683).
 
     Near distances have a bucket each, far ones share buckets that widen up to `max_distance`. Where tokens see what
@@ -124,7 +128,7 @@ class RelativeBias(NoPosition):
         if self.max_distance <= self.buckets // 2:
             raise ValueError(f"{at}max_distance={self.max_distance} must be more than {at}buckets / 2; 128 is usual")
 
-    def params(self) -> dict[str, Param]:
+    def params(self) -> Declarations:
         return {"table": Param("RH", sizes={"R": self.buckets})}
 
     def bias(self, params: Arrays, view: View, new: Arrays, seen: Arrays) -> Float[Array, "..."] | float:

@@ -9,17 +9,17 @@ import optax
 from flax import struct
 
 from jaxformer.keys import key_for
-from jaxformer.learning.objectives import Batch, Example, NextToken
+from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
 from jaxformer.learning.optimizers import SGD
 from jaxformer.model.models import Model
-from jaxformer.spec import Declared, Spec, is_declared, path_name
+from jaxformer.spec import Declared, Spec, is_declared, path_name, trained, updated
 
 
 class Recipe(Spec):
     """The static part of a step."""
 
     model: Model
-    objective: NextToken = NextToken()
+    objective: Objective = NextToken()
     compute_dtype: str = "float32"
     slices: int = 1  # of a batch, whose gradients are accumulated
     grad_norms: bool = False  # among the metrics: the gradient's norm for every parameter and layer
@@ -50,65 +50,79 @@ class TrainState(struct.PyTreeNode):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
-    params = recipe.model.init(key_for(hyper.seed, 0, "init"))
-    transform = hyper.optimizer.transform(recipe.model.declared(), jnp.float32(0))
+    params, declared = recipe.model.init(key_for(hyper.seed, 0, "init")), recipe.model.declared()
+    transform = hyper.optimizer.transform(trained(declared, declared), jnp.float32(0))
     ema = () if hyper.ema_decay is None else params
-    return TrainState(jnp.int32(0), params, transform.init(params), ema)
+    return TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema)
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
-    """One update. Metrics: loss (plain nats per token, before the update), objective_loss (the same with smoothing and
-    z-loss, which is minimised, where there are any), grad_norm (before clipping), learning_rate, weight (the sum of
-    weights: of most objectives, how many tokens were predicted). Where that is 0 there is no loss: it is NaN.
+    """One update. Metrics: loss (plain nats per token, before the update), objective_loss (what is minimised, where it
+    is more: with smoothing, z-loss and losses of parts), losses (those of parts, without their weights), grad_norm
+    (before clipping), learning_rate, weight (the sum of weights: of most objectives, how many tokens were predicted).
+    Where that is 0 there is no loss: it is NaN.
 
     The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it forgets the first parameters.
     """
-    example = recipe.objective.prepare(batch, key_for(hyper.seed, state.step, "objective"))
-    key = key_for(hyper.seed, state.step, "dropout")
-    (total, nats, weight), grads = _gradients(recipe, state.params, example, key)
-    count = jnp.maximum(weight, 1)  # a batch of padding alone changes nothing but the decay
+    example = recipe.objective.prepare(batch, key_for(hyper.seed, state.step, "objective"), state.step)
+    key, declared = key_for(hyper.seed, state.step, "dropout"), recipe.model.declared()
+    sums, grads = _gradients(recipe, state.params, declared, example, key)
+    count = jnp.maximum(sums.weight, 1)  # a batch of padding alone changes nothing but the decay
     grads = jax.tree.map(lambda g: g / count, grads)
     rate = hyper.optimizer.learning_rate(state.step, hyper.steps)
-    declared = recipe.model.declared()
-    transform = hyper.optimizer.transform(declared, rate)
-    updates, opt_state = transform.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    transform, moved = hyper.optimizer.transform(trained(declared, declared), rate), trained(state.params, declared)
+    updates, opt_state = transform.update(grads, state.opt_state, moved)
+    params = updated(state.params, optax.apply_updates(moved, updates))
+    params = updated(params, _advanced(declared, state.params, sums.parts))
     ema = state.ema
     if hyper.ema_decay is not None:
         decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
-    metrics: dict[str, Any] = {"loss": jnp.where(weight > 0, nats / count, jnp.nan), "weight": weight}
-    if recipe.objective.regularized:
-        metrics["objective_loss"] = jnp.where(weight > 0, total / count, jnp.nan)
+    of_token = lambda total: jnp.where(sums.weight > 0, total / count, jnp.nan)
+    metrics: dict[str, Any] = {"loss": of_token(sums.nats), "weight": sums.weight}
+    if recipe.objective.regularized or sums.losses:
+        metrics["objective_loss"] = of_token(sums.total)
+    if sums.losses:
+        metrics["losses"] = jax.tree.map(of_token, sums.losses)
     metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     if recipe.grad_norms:
-        metrics["grad_norms"] = norms(declared, grads)
+        metrics["grad_norms"] = norms(trained(declared, declared), grads)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _advanced(declared: Any, params: Any, sums: Any) -> Any:
+    """The next values of what no gradient moves and parts have given sums for; each layer's by its own."""
+    if is_declared(declared):
+        advance = declared.advance
+        for _ in declared.letters.batch.partition("L")[1]:
+            advance = jax.vmap(advance)
+        return advance(params, sums)
+    return {name: _advanced(declared[name], params[name], inner) for name, inner in sums.items()}
 
 
 def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
     """The norm of each array, of stacked ones for each layer: [L]."""
 
     def norm(box: Declared, grad: jax.Array) -> jax.Array:
-        return jnp.sqrt((grad * grad).sum(tuple(range(int(box.letters.startswith("L")), grad.ndim))))
+        return jnp.sqrt((grad * grad).sum(tuple(range(int("L" in box.letters.batch), grad.ndim))))
 
     paths = jax.tree_util.tree_flatten_with_path(jax.tree.map(norm, declared, grads, is_leaf=is_declared))[0]
     return {path_name(path): value for path, value in paths}
 
 
-def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) -> Any:
-    """(What is minimised, nats, weights), gradients: sums over the slices of a batch."""
-
-    n = recipe.slices
+def _gradients(recipe: Recipe, params: Any, declared: Any, example: Example, key: jax.Array) -> tuple[Sums, Any]:
+    """Sums over the slices of a batch, and their gradients by what is trained."""
+    n, moved = recipe.slices, trained(params, declared)
     scale = _loss_scale(recipe.compute_dtype, example.ids.size // n)
 
     def one(example: Example, index: int | jax.Array) -> Any:
-        def loss(params: Any) -> Any:
+        def loss(moved: Any) -> Any:
             key_of_slice = jax.random.fold_in(key, index)
-            total, sums = recipe.objective.loss(recipe.model, _cast(recipe, params), example, key_of_slice)
-            return total * scale, (total, *sums)
+            cast = _cast(recipe, updated(params, moved))
+            sums = recipe.objective.loss(recipe.model, cast, example, key_of_slice)
+            return sums.total * scale, sums
 
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(moved)
         return sums, jax.tree.map(lambda g: g / scale, grads)
 
     if n == 1:
@@ -120,8 +134,9 @@ def _gradients(recipe: Recipe, params: Any, example: Example, key: jax.Array) ->
     def add(total: Any, xs: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, one(*xs)), None
 
-    zero = (jnp.float32(0),) * 3, jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(add, zero, (jax.tree.map(slices, example), jnp.arange(n)))[0]
+    cut = jax.tree.map(slices, example), jnp.arange(n)
+    zero = jax.eval_shape(one, *jax.tree.map(lambda a: a[0], cut))
+    return jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), zero), cut)[0]
 
 
 def _loss_scale(dtype: str, tokens: int) -> float:

@@ -1,0 +1,153 @@
+"""Mixers: how the tokens of a text, or of two, learn of each other. Multi-head attention is one."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jaxtyping import Array, Float, Int
+
+from jaxformer.model import cache as cache_lib
+from jaxformer.model.kernels import Kernel
+from jaxformer.model.layers import Norm, NoNorm, Out, add, along, linear
+from jaxformer.model.masks import Mask, Places, View
+from jaxformer.model.positions import Position
+from jaxformer.spec import Arrays, Declarations, Param, Slot, Spec
+
+# Fields of a Decoder that are a mixer's to read. One that no mixer of a model reads must be at its default.
+HEADS = ("n_heads", "n_kv_heads", "head_width")
+FIELDS = (*HEADS, "position", "kernel", "mask", "qk_norm", "bias", "qkv_bias", "output_projection")
+
+
+class Context(NamedTuple):
+    """What a mixer is given besides its tokens x [B, T, D]."""
+
+    at: Places
+    layer: Int[Array, ""] | int = 0  # its number in the stack, from 0; traced
+    position: Arrays = {}  # parameters of the position, unless they are per layer
+    key: jax.Array | None = None  # of dropout; None means evaluation
+    cache: Arrays | None = None
+    memory: Arrays | None = None  # of cross-attention: what `remember` made of the other text
+    below: Mapping[str, Any] = {}  # what layers below in the group have handed on
+
+
+class Parts(Spec):
+    """The parts that a mixer may read, and the sizes of letters."""
+
+    dims: FrozenDict[str, int]
+    position: Position
+    kernel: Kernel
+    mask: Mask
+    qk_norm: Norm = NoNorm()
+    qkv_bias: bool = False
+    output_bias: bool = False
+    output_projection: bool = True
+    dropout: float = 0.0  # of attention's weights
+
+
+class Mixer(Spec):
+    """A part that mixes tokens."""
+
+    causal = False  # True: a token sees nothing later, whatever the mask
+    reads: tuple[str, ...] = ()  # of FIELDS, those that it reads
+
+    def params(self, parts: Parts) -> Declarations:
+        return {}
+
+    def slots(self, parts: Parts) -> dict[str, Slot]:
+        """Room in the cache: entries for tokens need the places as well, `cache.PLACE`."""
+        return {}
+
+    @abc.abstractmethod
+    def __call__(self, params: Arrays, parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
+        """Out([B, T, D], the written cache): None if there was none."""
+
+    def recorded(self, params: Arrays, parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
+        """What is kept of the way there, by name, where activations are asked for."""
+        return {}
+
+
+class MultiHead(Mixer):
+    """Multi-head attention (arXiv:1706.03762) with grouped key/value heads (arXiv:2305.13245).
+
+    Given a memory, it is cross-attention: keys and values are those that `remember` made of another text.
+    """
+
+    reads = FIELDS
+
+    def params(self, parts: Parts) -> Declarations:
+        project: dict[str, Param] = {}
+        for name in (*parts.kernel.projections, *("o" if parts.output_projection else "")):
+            heads = "HK" if name in "qo" else "GK"
+            into, out = (heads, "D") if name == "o" else ("D", heads)
+            project[name] = Param(f"{into}->{out}")
+            if parts.output_bias if name == "o" else parts.qkv_bias:
+                project[f"{name}_bias"] = Param(out, fan_in=into)
+        return {
+            "project": project,
+            "norm_q": parts.qk_norm.params("K"),
+            "norm_k": parts.qk_norm.params("K"),
+            "kernel_params": parts.kernel.params(),
+            "position_params": parts.position.params() if parts.position.per_layer else {},
+        }
+
+    def slots(self, parts: Parts) -> dict[str, Slot]:
+        own = parts.kernel.slots()
+        return cache_lib.PLACE | parts.mask.slots() | own | parts.position.slots() if own else {}
+
+    def remember(self, params: Arrays, parts: Parts, x: Float[Array, "B T D"], context: Context) -> Arrays:
+        """What the tokens x leave behind for queries to look at."""
+        at, cache, position = context.at, context.cache, _of_position(params, parts, context)
+        k = parts.position.rotate(position, parts.qk_norm(params["norm_k"], _heads(params, parts, x, "k")), at)
+        more = parts.position.remember(position, k, at, cache)
+        place = {"part": jnp.ones_like(at.segment)} if "part" in parts.mask.slots() else {}
+        place |= {name: array for name, array in at._asdict().items() if array is not None}
+        v = _heads(params, parts, x, "v")
+        return {**place, **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
+
+    def __call__(self, params: Arrays, parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
+        *given, cache, handed = self._seen(params, parts, x, context)
+        h = parts.kernel(params["kernel_params"], *given, context.key, parts.dropout)
+        B, H, T, K = h.shape
+        h = h.swapaxes(1, 2).reshape(B, T, H * K)
+        if parts.output_projection:
+            h = linear(h, params["project"]["o"].reshape(H * K, -1))
+            h = add(h, along(params["project"]["o_bias"], h)) if parts.output_bias else h
+        else:
+            h = jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
+        return Out(h, cache, handed=handed)
+
+    def recorded(self, params: Arrays, parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
+        q, new, seen, view, bias, *_ = self._seen(params, parts, x, context)
+        own = params["kernel_params"]
+        values = parts.kernel(own, q, new, seen, view, bias, context.key, parts.dropout)
+        more = parts.kernel.recorded(own, q, new, seen, view, bias)
+        return {"q": q, "k": seen.get("k"), "v": seen.get("v"), "values": values} | more
+
+    def _seen(self, params: Arrays, parts: Parts, x: jax.Array, context: Context) -> tuple[Any, ...]:
+        """What the kernel is given: q, new, seen, view, bias; then the written cache, and what is handed on."""
+        position, at, cache, handed = _of_position(params, parts, context), context.at, context.cache, {}
+        q = parts.position.rotate(position, parts.qk_norm(params["norm_q"], _heads(params, parts, x, "q")), at)
+        if context.memory is None:
+            new, slots = self.remember(params, parts, x, context), self.slots(parts)
+            seen, cache = cache_lib.update(cache, new, slots) if slots else (new, cache)
+            seen, handed = parts.kernel.share(params["kernel_params"], seen, context.below)
+        else:
+            new = seen = context.memory
+        view = View(at, Places(seen["position"], seen["segment"], seen.get("part")), parts.mask, parts.dims["H"])
+        return q, new, seen, view, parts.position.bias(position, view, new, seen), cache, handed
+
+
+def _of_position(params: Arrays, parts: Parts, context: Context) -> Arrays:
+    return params["position_params"] if parts.position.per_layer else context.position
+
+
+def _heads(params: Arrays, parts: Parts, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:
+    """Queries, keys or values of each head."""
+    own = params["project"]
+    if name not in own:  # the kernel does not look at it
+        return jnp.zeros((len(x), parts.dims["H" if name == "q" else "G"], x.shape[1], parts.dims["K"]), x.dtype)
+    h = linear(x, own[name])  # [B, T, H, K]
+    return (add(h, along(own[f"{name}_bias"], h)) if parts.qkv_bias else h).swapaxes(1, 2)
