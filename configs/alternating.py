@@ -15,6 +15,7 @@ from jaxformer.learning.objectives import SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.layers import XavierUniform
+from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Sinusoidal
 
 config = Config(
@@ -31,7 +32,7 @@ config = Config(
         d_model=256,
         context_length=16,
         position=Sinusoidal(),
-        scale_embedding=True,
+        embedding=Embedding(scaled=True),
         initializer=XavierUniform(std=1 / 16),
         unroll=2,
     ),

@@ -17,7 +17,8 @@ from jaxformer.learning.objectives import Classification
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupLinear
 from jaxformer.model.heads import BinaryHead
-from jaxformer.model.layers import FeedForward, ReLU, XavierUniform
+from jaxformer.model.layers import MLP, ReLU, XavierUniform
+from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Sinusoidal
 
 config = Config(
@@ -38,9 +39,9 @@ config = Config(
         n_heads=8,
         dropout=0.3,
         position=Sinusoidal(),
-        feed_forward=FeedForward(ReLU(), bias=True),
+        feed_forward=MLP(ReLU(), bias=True),
         bias=True,
-        scale_embedding=True,
+        embedding=Embedding(scaled=True),
         head=BinaryHead("target", hidden=128, activation=ReLU(), dropout=0.3),
         initializer=XavierUniform(std=0.09),
     ),

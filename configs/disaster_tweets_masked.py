@@ -15,7 +15,8 @@ from jaxformer.learning.objectives import Masked
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupLinear
 from jaxformer.model.heads import MaskedLanguageHead
-from jaxformer.model.layers import FeedForward, ReLU, XavierUniform
+from jaxformer.model.layers import MLP, ReLU, XavierUniform
+from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Sinusoidal
 
 config = Config(
@@ -36,9 +37,9 @@ config = Config(
         n_heads=8,
         dropout=0.1,
         position=Sinusoidal(),
-        feed_forward=FeedForward(ReLU(), bias=True),
+        feed_forward=MLP(ReLU(), bias=True),
         bias=True,
-        scale_embedding=True,
+        embedding=Embedding(scaled=True),
         head=MaskedLanguageHead(),
         initializer=XavierUniform(std=0.09),
     ),

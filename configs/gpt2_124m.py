@@ -19,7 +19,7 @@ from jaxformer.data.corpora import PythonTopics
 from jaxformer.data.tokenizers import BPE
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupCosine
-from jaxformer.model.layers import FeedForward
+from jaxformer.model.layers import MLP
 
 config = Config(
     directory="runs/gpt2_124m",
@@ -30,9 +30,7 @@ config = Config(
         sampling=ShuffledWindows(),
         batch_size=480,
     ),
-    model=Decoder(
-        n_layers=12, n_heads=12, d_model=768, context_length=1024, feed_forward=FeedForward(bias=True), bias=True
-    ),
+    model=Decoder(n_layers=12, n_heads=12, d_model=768, context_length=1024, feed_forward=MLP(bias=True), bias=True),
     optimizer=AdamW(WarmupCosine(peak=6e-4, final=6e-5, warmup_steps=2000), b2=0.95, weight_decay=0.1, clip=1.0),
     train=Train(
         steps=600_000, accumulation=40, steps_per_call=5, eval_every=1000, save_every=1000, compute_dtype="bfloat16"

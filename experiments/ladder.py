@@ -20,7 +20,7 @@ from jaxformer.model.baselines import Bigram, TokenEmbedding
 from jaxformer.model.blocks import PreNorm
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.kernels import Softmax, Uniform
-from jaxformer.model.layers import FeedForward, LayerNorm, LeCunNormal, NoNorm, OneLayer, ReLU, TorchUniform
+from jaxformer.model.layers import MLP, LayerNorm, LeCunNormal, NoNorm, OneLayer, ReLU, TorchUniform
 from jaxformer.model.masks import Causal, View, one_document
 from jaxformer.model.models import Model
 from jaxformer.run.opened import Run
@@ -48,7 +48,7 @@ SUMS = replace(
     output_projection=True,
     bias=True,
     qkv_bias=False,
-    feed_forward=FeedForward(ReLU(), bias=True),
+    feed_forward=MLP(ReLU(), bias=True),
 )
 RUNGS: dict[str, tuple[Model, float | None]] = {
     "bigram table": (Bigram(context_length=8, initializer=TorchUniform()), 2.4919),

@@ -14,7 +14,7 @@ from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.blocks import PostNorm
 from jaxformer.model.heads import LanguageHead
-from jaxformer.model.layers import FeedForward, ReLU, TorchUniform
+from jaxformer.model.layers import MLP, ReLU, TorchUniform
 
 BOTH = PostNorm()
 NO_ATTENTION, NO_FEED = PostNorm(attention=False), PostNorm(feed_forward=False)
@@ -40,7 +40,7 @@ config = Config(
         d_model=64,
         d_ff=128,
         context_length=64,
-        feed_forward=FeedForward(ReLU(), bias=True),
+        feed_forward=MLP(ReLU(), bias=True),
         bias=True,
         residual=BOTH,
         head=LanguageHead(tied=False, bias=True),

@@ -240,9 +240,17 @@ def test_declarations(model):
             assert jnp.abs(w[0] - w[1]).max() > 0.1
         else:
             assert 0.8 < jnp.abs(params[name]["kernel"]).max() * D**0.5 <= 1
-        assert (group["kernel"].letters, group["kernel"].decay, group["kernel"].fan_in) == ("LD->D", True, D)
+        assert (group["kernel"].letters, group["kernel"].decay, group["kernel"].fan_in) == (
+            Letters("L", "D", "D"),
+            True,
+            D,
+        )
         if "bias" in group:
-            assert (group["bias"].letters, group["bias"].decay, group["bias"].fan_in) == ("LD", False, D)
+            assert (group["bias"].letters, group["bias"].decay, group["bias"].fan_in) == (
+                Letters("L", "", "D"),
+                False,
+                D,
+            )
     map_declared(lambda box: box.sizes(), model.declared())
 
 

@@ -151,7 +151,7 @@ def test_what_a_token_sees(family, position, mask, kernel):
     source[2, T - 5 :] = source[0, 6:11]
     with jax.disable_jit():
         memory = model.encode(params, jnp.asarray(source), places(jnp.asarray(segment))) if model.encodes else None
-        h, _ = model.hidden(params, jnp.asarray(rows), places_of(jnp.asarray(segment)), memory=memory)
+        h = model.hidden(params, jnp.asarray(rows), places_of(jnp.asarray(segment)), memory=memory).h
     h = np.asarray(h)
     assert np.isfinite(h).all()
     close(h[0, :6], h[1, :6])
@@ -204,12 +204,12 @@ def test_cached_decoding_equals_the_full_pass(family, position, mask, kernel):
     at = Places(position_, jnp.asarray(segment), (position_ >= 2).astype(jnp.int32))
     with jax.disable_jit():
         memory = model.encode(params, ids(3, 5, seed=8), places(jnp.ones((3, 5), jnp.int32))) if model.encodes else None
-        full, _ = model.hidden(params, text, at, memory=memory)
+        full = model.hidden(params, text, at, memory=memory).h
         cache, outs, start = model.cache(3, T), [], 0
         for size in (9, 1, 1, 2):
             piece = slice(start, start + size)
             cut = jax.tree.map(lambda a, piece=piece: a[:, piece], at)
-            h, cache = model.hidden(params, text[:, piece], cut, None, cache, memory)
+            h, cache, *_ = model.hidden(params, text[:, piece], cut, None, cache, memory)
             outs.append(h)
             start += size
     close(jnp.concatenate(outs, 1) * segment[..., None], full * segment[..., None], 1e-5)

@@ -21,7 +21,7 @@ from jaxformer.data.corpora import TextFiles
 from jaxformer.learning.objectives import NextToken, SequenceToSequence
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
-from jaxformer.model.layers import FeedForward
+from jaxformer.model.layers import MLP
 from jaxformer.model.masks import Places
 from jaxformer.model.models import EncoderDecoder
 from jaxformer.model.positions import Learned, Rotary
@@ -103,7 +103,7 @@ def test_the_rate_that_is_logged_is_the_one_that_was_used(schedule):
 def test_what_decays_is_told_by_meaning_and_not_by_the_number_of_axes():
     """Norms and biases of stacked layers have two axes, as matrices have (salesforce/jaxformer #28, minGPT #23): a
     batch of which nothing is learned moves what decays by −rate · decay, and nothing else."""
-    model = decoder(n_layers=2, bias=True, feed_forward=FeedForward(bias=True), position=Learned())
+    model = decoder(n_layers=2, bias=True, feed_forward=MLP(bias=True), position=Learned())
     recipe, how = Recipe(model), hyper(AdamW(Constant(0.5), weight_decay=0.25))
     state = init_state(recipe, how).replace(params=loud(model))
     empty = batch() | {"segments": np.zeros((6, T + 1), np.int32)}

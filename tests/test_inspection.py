@@ -12,7 +12,7 @@ from jaxformer.learning.objectives import Classification, Contrastive, Masked, N
 from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, MaskedLanguageHead
 from jaxformer.model.layers import GatedFeedForward, RMSNorm
 from jaxformer.model.masks import Causal, Window
-from jaxformer.model.models import Encoder, EncoderDecoder
+from jaxformer.model.models import Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import Rotary
 from jaxformer.run.inspection import ELSEWHERE, activations, flops, inspect, layers, parameters, render
 
@@ -184,7 +184,11 @@ def test_each_parameter_and_activation_is_in_one_row():
         n_layers=6,
         mask=(Window(5), Causal()),
         **{"kernel": outside.SinkWithStatistic(), "position": outside.LearnedPace(), "bias": True},
-        **{"qk_norm": RMSNorm(), "embedding_norm": True, "n_parts": 2, "head": LanguageHead(tied=False, bias=True)},
+        **{
+            "qk_norm": RMSNorm(),
+            "embedding": Embedding(normed=True, token_types=2),
+            "head": LanguageHead(tied=False, bias=True),
+        },
     )
     example = jax.eval_shape(lambda b: NEXT.prepare(b, jax.random.key(0)), batch(more=1))
     rows = {row["name"]: row for row in layers(NEXT, model, example)}

@@ -65,27 +65,31 @@ def test_relu_and_silu():
     close(layers.SiLU()(*j(x)), x / (1 + np.exp(-x)))
 
 
+def token_wise(spec, params, x):
+    return spec(*j(params, x), one_document(x.shape[1]), None).h
+
+
 def test_gated_feed_forward():
     x, gate, up, down = draws(3, 5, 7), draws(7, 11), draws(7, 11), draws(11, 7)
     params = {"gate": gate, "up": up, "down": down}
     silu = lambda x: x / (1 + np.exp(-x))
     spec = layers.GatedFeedForward()
-    close(spec(*j(params, x)), (silu(x @ gate) * (x @ up)) @ down, 1e-4)
+    close(token_wise(spec, params, x), (silu(x @ gate) * (x @ up)) @ down, 1e-4)
     assert {name: p.letters for name, p in spec.params().items()} == {"gate": "D->F", "up": "D->F", "down": "F->D"}
     a, b, c = draws(11), draws(11), draws(7)
     spec, biased = layers.GatedFeedForward(bias=True), params | {"gate_bias": a, "up_bias": b, "down_bias": c}
-    close(spec(*j(biased, x)), (silu(x @ gate + a) * (x @ up + b)) @ down + c, 1e-4)
+    close(token_wise(spec, biased, x), (silu(x @ gate + a) * (x @ up + b)) @ down + c, 1e-4)
     assert spec.params().keys() == biased.keys()
 
 
 def test_feed_forward():
     x, up, down, b, c = draws(3, 5, 7), draws(7, 11), draws(11, 7), draws(11), draws(7)
     params = {"up": up, "down": down, "up_bias": b, "down_bias": c}
-    spec = layers.FeedForward(layers.Identity(), bias=True)
-    close(spec(*j(params, x)), (x @ up + b) @ down + c, 1e-4)
+    spec = layers.MLP(layers.Identity(), bias=True)
+    close(token_wise(spec, params, x), (x @ up + b) @ down + c, 1e-4)
     assert spec.params().keys() == params.keys()
     gelu = layers.GELU()
-    close(layers.FeedForward()(*j(params, x)), np.asarray(gelu(*j(x @ up))) @ down, 1e-4)
+    close(token_wise(layers.MLP(), params, x), np.asarray(gelu(*j(x @ up))) @ down, 1e-4)
 
 
 def test_linear():

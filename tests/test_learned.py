@@ -38,6 +38,7 @@ from jaxformer.model.heads import (
 )
 from jaxformer.model.layers import XavierUniform
 from jaxformer.model.masks import Prefix
+from jaxformer.model.models import Embedding
 from jaxformer.model.positions import RelativeBias
 from jaxformer.run.manifest import sha256
 from jaxformer.spec import InputError
@@ -84,7 +85,7 @@ def last(home, name):
 @pytest.mark.slow
 def test_sequence_to_sequence(home):
     """What is said to be exact is what greedy decoding writes, on texts that it has not seen."""
-    model = EncoderDecoder(**SIZE, scale_embedding=True)
+    model = EncoderDecoder(**SIZE, embedding=Embedding(scaled=True))
     run = run_of(home, "alternating", model, SequenceToSequence(), Alternating(9, 4, examples=64), 700)
     assert last(home, "alternating")["exact"] == 1 and last(home, "alternating")["loss"] < 0.05
     assert run.answers(["10101", "0101", "1010101"]) == ["01010", "1010", "0101010"]

@@ -33,7 +33,7 @@ def test_next_token_loss():
         if length < T:
             batch["segments"] = jnp.broadcast_to((jnp.arange(T + 1) <= length).astype(jnp.int32)[None], tokens.shape)
         example = objective.prepare(batch, jax.random.key(0))
-        total, (nats, weight) = objective.loss(model, params, example, None)
+        total, nats, weight, *_ = objective.loss(model, params, example, None)
         np.testing.assert_allclose((total, weight), reference_loss(model, params, tokens, weights), rtol=1e-5)
         assert nats == total
 
@@ -80,7 +80,8 @@ def test_adamw(clip):
     params = {"w": rng.normal(size=(3, 5)), "b": rng.normal(size=7)}
     grads = [{name: rng.normal(size=a.shape) for name, a in params.items()} for _ in range(3)]
     spec = AdamW(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip=clip)
-    box = lambda letters, a: Declared(jax.ShapeDtypeStruct(a.shape, "float32"), letters, "->" in letters, None, 0)
+    shape = lambda a: jax.ShapeDtypeStruct(a.shape, "float32")
+    box = lambda letters, a: Declared(shape(a), Letters.of(letters), "->" in letters, None, 0, True, None, (0, 1))
     transform = spec.transform({"w": box("D->F", params["w"]), "b": box("D", params["b"])}, jnp.float32(0.01))
     found = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     state = transform.init(found)

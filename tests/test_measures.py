@@ -176,7 +176,7 @@ def test_norms_of_gradients_add_up_to_that_of_all(run_of):
     rows = jnp.asarray(validation_rows(run, 5))
 
     def loss(params):
-        h, _ = run.model.hidden(params, rows[:, :-1], one_document(T))
+        h = run.model.hidden(params, rows[:, :-1], one_document(T)).h
         return optax.softmax_cross_entropy_with_integer_labels(run.model.logits(params, h), rows[:, 1:]).mean()
 
     grads = jax.jit(jax.grad(loss))(run.state.params)

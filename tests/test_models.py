@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SIZES, B, T, decoder, hidden, ids, loud
+from tiny import SIZES, B, T, block, decoder, hidden, ids, loud, mixed
 
 from jaxformer.keys import fold
 from jaxformer.model import blocks, cache
 from jaxformer.model.blocks import PostNorm, PreNorm
 from jaxformer.model.heads import LanguageHead
-from jaxformer.model.layers import FeedForward, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
+from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.models import Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
@@ -60,7 +60,7 @@ def test_scanned_layers_equal_blocks_applied_by_hand(mask):
     for i in range(model.n_layers):
         which, kind = i // len(kinds), i % len(kinds)
         layer = jax.tree.map(lambda a, at=which: a[at], decoder_params["layers"][f"block{kind}"])
-        x, _ = blocks.Block(kinds[kind], model.dims).apply({"params": layer}, x, at, {}, fold(key, i))
+        x = block(kinds[kind], layer, x, at, fold(key, i))
     close(model.norm(decoder_params["norm"], x), hidden(model, params, text, at, key)[0], 2e-5)
 
 
@@ -81,15 +81,14 @@ def test_post_norm_by_hand():
     x = params["embedding"]["table"][text]
     for i in range(model.n_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], params["decoder"]["layers"]["block0"])
-        attention = model.kinds("decoder")[0].attention(model.dims)
-        h, _ = attention.apply({"params": layer["attention"]}, x, at, {}, None)
+        h = mixed(model.kinds("decoder")[0], layer["attention"], x, at)
         x = model.norm(layer["norm_attention"], x + h)
-        x = model.norm(layer["norm_feed_forward"], x + model.feed_forward(layer["feed_forward"], x))
+        x = model.norm(layer["norm_feed_forward"], x + model.feed_forward(layer["feed_forward"], x, at, None).h)
     close(x, hidden(model, params, text, at)[0], 2e-5)
 
 
 @pytest.mark.parametrize("residual", [PreNorm(), PostNorm()], ids=["pre", "post"])
-@pytest.mark.parametrize("feed_forward", [FeedForward(ReLU()), GatedFeedForward()], ids=["relu", "gated"])
+@pytest.mark.parametrize("feed_forward", [MLP(ReLU()), GatedFeedForward()], ids=["relu", "gated"])
 def test_every_wiring_is_causal_and_trains(residual, feed_forward):
     model = decoder(residual=residual, feed_forward=feed_forward, position=Sinusoidal(), n_layers=2)
     params, text = loud(model), ids(1, T)
@@ -163,7 +162,7 @@ def test_logits_tied_and_not():
 
 
 def test_half_precision_flows_through():
-    model = decoder(dropout=0.1, position=Rotary(), norm=RMSNorm(), bias=True, feed_forward=FeedForward(bias=True))
+    model = decoder(dropout=0.1, position=Rotary(), norm=RMSNorm(), bias=True, feed_forward=MLP(bias=True))
     params = loud(model)
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     out, cache = hidden(model, half, ids(B, T), one_document(T), jax.random.key(0), model.cache(B, T, jnp.bfloat16))
@@ -173,7 +172,7 @@ def test_half_precision_flows_through():
 
 
 def test_biases_count():
-    model = decoder(bias=True, feed_forward=FeedForward(bias=True), norm=LayerNorm())
+    model = decoder(bias=True, feed_forward=MLP(bias=True), norm=LayerNorm())
     params = loud(model)
     text, at = ids(B, T), one_document(T)
     plain, _ = hidden(model, params, text, at)
@@ -189,7 +188,7 @@ def test_parameters_of_gpt2(fields):
     """124,439,808 as published, with biases; without a compile, by shapes alone."""
     model = decoder(
         **{"vocab_size": 50257, "d_model": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": None, "d_ff": None},
-        **{"context_length": 1024, "feed_forward": FeedForward(bias=True), "bias": True} | fields,
+        **{"context_length": 1024, "feed_forward": MLP(bias=True), "bias": True} | fields,
     )
     count = sum(a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
     assert count == 124_439_808 + (50257 * 768 - 1024 * 768 if fields else 0)

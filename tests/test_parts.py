@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SIZES, B, T, decoder, hidden, ids, loud
+from tiny import SIZES, B, T, block, crossed, decoder, hidden, ids, loud, mixed
 
 from jaxformer.generation.decode import generate
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.model import layers
-from jaxformer.model.blocks import Block, PostNorm, PreNorm, SandwichNorm
+from jaxformer.model.blocks import PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
-from jaxformer.model.layers import GELU, FeedForward, GatedFeedForward, LayerNorm, NoNorm, OneLayer, ReLU, RMSNorm, Tanh
+from jaxformer.model.layers import GELU, MLP, GatedFeedForward, LayerNorm, NoNorm, OneLayer, ReLU, RMSNorm, Tanh
 from jaxformer.model.masks import (
     Bidirectional,
     Both,
@@ -29,7 +29,7 @@ from jaxformer.model.masks import (
     one_document,
     places,
 )
-from jaxformer.model.models import Encoder, EncoderDecoder
+from jaxformer.model.models import Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
 from jaxformer.spec import checked
 
@@ -291,8 +291,7 @@ def test_attention_by_hand(head_width, qk_norm):
             )
         qkv[n] = turned(qkv[n], position, 100.0, K, 1)
     h = attention(*(qkv[n] for n in "qkv"), np.tril(np.ones((B, T, T))))
-    own = model.kinds("decoder")[0].attention(model.dims)
-    out, _ = own.apply({"params": p}, jnp.asarray(x), one_document(T), {}, None)
+    out = mixed(model.kinds("decoder")[0], p, jnp.asarray(x), one_document(T))
     close(out, np.einsum("BHTK,HKD->BTD", h, w["o"]), 1e-3)
 
 
@@ -313,9 +312,7 @@ def test_biases_and_the_output_projection_by_hand(head_width, qkv_bias, bias, pr
     h = h.swapaxes(1, 2).reshape(B, T, -1)
     if projected:
         h = h @ np.asarray(w["o"]).reshape(-1, 84) + np.asarray(w.get("o_bias", 0))
-    out, _ = (
-        model.kinds("decoder")[0].attention(model.dims).apply({"params": p}, jnp.asarray(x), one_document(T), {}, None)
-    )
+    out = mixed(model.kinds("decoder")[0], p, jnp.asarray(x), one_document(T))
     close(out, np.pad(h, ((0, 0), (0, 0), (0, 84 - h.shape[-1]))), 1e-3)
 
 
@@ -347,13 +344,12 @@ def test_wirings_by_hand(wiring, off):
     )
     p, at, kind = own_layer(loud(model)), one_document(T), model.kinds("decoder")[0]
     x, source = jnp.asarray(draws(2, T, 15)), jnp.asarray(draws(2, 7, 15))
-    own, cross = kind.attention(model.dims), kind.cross_attention(model.dims)
-    memory = cross.apply({"params": p["cross_attention"]}, source, one_document(7), {}, method="remember")
-    out, _ = Block(kind, model.dims).apply({"params": p}, x, at, {}, None, None, memory)
+    _, memory = crossed(kind, p["cross_attention"], x, at, source)
+    out = block(kind, p, x, at, memory=memory)
     branches = {
-        "attention": lambda h: own.apply({"params": p["attention"]}, h, at, {}, None)[0],
-        "cross_attention": lambda h: cross.apply({"params": p["cross_attention"]}, h, at, {}, None, memory=memory)[0],
-        "feed_forward": lambda h: model.feed_forward(p["feed_forward"], h),
+        "attention": lambda h: mixed(kind, p["attention"], h, at),
+        "cross_attention": lambda h: crossed(kind, p["cross_attention"], h, at, source)[0],
+        "feed_forward": lambda h: model.feed_forward(p["feed_forward"], h, at, None).h,
     }
     for name, f in branches.items():
         norm = lambda h, name=name: rms(p[f"norm_{name}"], h)
@@ -373,8 +369,8 @@ def test_no_norm():
     params, text, at = loud(model), ids(B, T), one_document(T)
     assert set(params["decoder"]) == {"layers"} and set(own_layer(params)) == {"attention", "feed_forward"}
     p, x = own_layer(params), params["embedding"]["table"][text]
-    x = x + model.kinds("decoder")[0].attention(model.dims).apply({"params": p["attention"]}, x, at, {}, None)[0]
-    close(x + model.feed_forward(p["feed_forward"], x), hidden(model, params, text, at)[0], 1e-3)
+    x = x + mixed(model.kinds("decoder")[0], p["attention"], x, at)
+    close(x + model.feed_forward(p["feed_forward"], x, at, None).h, hidden(model, params, text, at)[0], 1e-3)
 
 
 @pytest.mark.parametrize("residual", [PreNorm(), PostNorm()], ids=["pre", "post"])
@@ -382,10 +378,9 @@ def test_a_block_may_be_attention_alone(residual):
     model = decoder(feed_forward=None, residual=residual, norm=RMSNorm(), n_layers=1)
     p, x, at, kind = own_layer(loud(model)), jnp.asarray(draws(B, T, 84)), one_document(T), model.kinds("decoder")[0]
     assert set(p) == {"attention", "norm_attention"}
-    f = lambda h: kind.attention(model.dims).apply({"params": p["attention"]}, h, at, {}, None)[0]
+    f = lambda h: mixed(kind, p["attention"], h, at)
     norm = lambda h: rms(p["norm_attention"], h)
-    out, _ = Block(kind, model.dims).apply({"params": p}, x, at, {}, None)
-    close(out, x + f(norm(x)) if residual == PreNorm() else norm(x + f(x)), 1e-4)
+    close(block(kind, p, x, at), x + f(norm(x)) if residual == PreNorm() else norm(x + f(x)), 1e-4)
 
 
 def test_a_block_may_have_no_attention():
@@ -419,16 +414,19 @@ def test_one_layer(bias):
     model = decoder(feed_forward=OneLayer(Tanh(), bias=bias), n_layers=1)
     p, x = own_layer(loud(model))["feed_forward"], draws(B, T, 84)
     assert {name: a.shape for name, a in p.items()} == {"kernel": (84, 84)} | ({"bias": (84,)} if bias else {})
-    close(model.feed_forward(p, jnp.asarray(x)), np.tanh(x @ np.asarray(p["kernel"]) + np.asarray(p.get("bias", 0))))
+    close(
+        model.feed_forward(p, jnp.asarray(x), one_document(T), None).h,
+        np.tanh(x @ np.asarray(p["kernel"]) + np.asarray(p.get("bias", 0))),
+    )
     assert OneLayer().activation == ReLU()
 
 
 def test_parts_alternate_over_the_layers():
     """Two kernels, one mask and three feed-forwards make six kinds."""
-    kernels, feeds = (Softmax(), Uniform()), (FeedForward(ReLU()), GatedFeedForward(), FeedForward(Tanh(), bias=True))
+    kernels, feeds = (Softmax(), Uniform()), (MLP(ReLU()), GatedFeedForward(), MLP(Tanh(), bias=True))
     model = decoder(kernel=kernels, feed_forward=feeds, n_layers=6, position=NoPosition())
     kinds = model.kinds("decoder")
-    assert [(k.kernel, k.mask, k.feed_forward) for k in kinds] == [
+    assert [(k.parts.kernel, k.parts.mask, k.feed_forward) for k in kinds] == [
         (kernels[i % 2], Causal(), feeds[i % 3]) for i in range(6)
     ]
     params, text, at = loud(model), ids(B, T), one_document(T)
@@ -436,25 +434,23 @@ def test_parts_alternate_over_the_layers():
     for i in range(6):
         p = own_layer(params, block=i)
         assert ("q" in p["attention"]["project"]) == (i % 2 == 0) and ("gate" in p["feed_forward"]) == (i % 3 == 1)
-        x, _ = Block(kinds[i], model.dims).apply({"params": p}, x, at, {}, None)
+        x = block(kinds[i], p, x, at)
     close(model.norm(params["decoder"]["norm"], x), hidden(model, params, text, at)[0], 1e-4)
-    assert decoder(mask=(Causal(), Window(3)), n_layers=4).kinds("decoder")[1].mask == Window(3)
+    assert decoder(mask=(Causal(), Window(3)), n_layers=4).kinds("decoder")[1].parts.mask == Window(3)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"scale_embedding": True}, {"embedding_norm": True}, {"n_parts": 2}, None], ids=str
-)
+@pytest.mark.parametrize("fields", [{}, {"scaled": True}, {"normed": True}, {"token_types": 2}, None], ids=str)
 def test_the_embedded_input(fields):
     """√D · token + part + position, then the norm."""
-    fields = {"scale_embedding": True, "embedding_norm": True, "n_parts": 2} if fields is None else fields
-    model = decoder(n_layers=1, position=Learned(), norm=LayerNorm(), **fields)
+    fields = {"scaled": True, "normed": True, "token_types": 2} if fields is None else fields
+    model = decoder(n_layers=1, position=Learned(), norm=LayerNorm(), embedding=Embedding(**fields))
     params, text = loud(model), ids(2, T)
-    x = np.asarray(params["embedding"]["table"])[text] * (84**0.5 if "scale_embedding" in fields else 1)
+    x = np.asarray(params["embedding"]["table"])[text] * (84**0.5 if "scaled" in fields else 1)
     at = places(jnp.asarray(SEGMENT), jnp.asarray(PART))
     bare = x + np.asarray(params["decoder"]["position"]["table"])[POSITION]
     for part, shown in ((PART, at), (0 * PART, at._replace(part=None))):
-        expected = bare + (np.asarray(params["embedding"]["parts"])[part] if "n_parts" in fields else 0)
-        if "embedding_norm" in fields:
+        expected = bare + (np.asarray(params["embedding"]["parts"])[part] if "token_types" in fields else 0)
+        if "normed" in fields:
             norm = jax.tree.map(np.asarray, params["decoder"]["norm_embedding"])
             expected = expected - expected.mean(-1, keepdims=True)
             expected = expected / np.sqrt((expected**2).mean(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
@@ -506,7 +502,12 @@ def test_initializers(initializer, matrix, bias, table):
     """Deviation and bound of every array, from what its matrix takes in and gives out."""
     model = decoder(
         **{"d_model": D, "d_ff": F, "n_heads": H, "n_kv_heads": G, "head_width": K, "vocab_size": V, "n_layers": L},
-        **{"context_length": C, "bias": True, "feed_forward": GatedFeedForward(bias=True), "n_parts": 503},
+        **{
+            "context_length": C,
+            "bias": True,
+            "feed_forward": GatedFeedForward(bias=True),
+            "embedding": Embedding(token_types=503),
+        },
         **{"head": LanguageHead(tied=False, bias=True), "initializer": initializer},
     )
     for path, array in jax.tree_util.tree_flatten_with_path(model.init(jax.random.key(3)))[0]:
@@ -550,7 +551,7 @@ def test_parameters_of_t5():
     """T5-small: 60,506,624."""
     model = EncoderDecoder(
         **{"vocab_size": 32128, "d_model": 512, "d_ff": 2048, "n_layers": 6, "n_heads": 8, "context_length": 512},
-        **{"position": RelativeBias(), "norm": RMSNorm(), "feed_forward": FeedForward(ReLU())},
+        **{"position": RelativeBias(), "norm": RMSNorm(), "feed_forward": MLP(ReLU())},
         head=LanguageHead(scaled=True),
     )
     assert count(model) == 60_506_624
@@ -563,9 +564,16 @@ def test_parameters_of_t5():
 )
 def test_parameters_of_bert(head, parameters):
     model = Encoder(
-        **{"vocab_size": 30522, "d_model": 768, "n_layers": 12, "n_heads": 12, "context_length": 512, "n_parts": 2},
-        **{"norm": LayerNorm(eps=1e-12), "residual": PostNorm(), "bias": True, "embedding_norm": True, "head": head},
-        feed_forward=FeedForward(GELU(False), bias=True),
+        **{
+            "vocab_size": 30522,
+            "d_model": 768,
+            "n_layers": 12,
+            "n_heads": 12,
+            "context_length": 512,
+            "embedding": Embedding(normed=True, token_types=2),
+        },
+        **{"norm": LayerNorm(eps=1e-12), "residual": PostNorm(), "bias": True, "head": head},
+        feed_forward=MLP(GELU(False), bias=True),
     )
     assert count(model) == parameters
 
@@ -574,7 +582,7 @@ def test_parameters_of_the_first_transformer():
     """The base model's two stacks: torch.nn.Transformer() has 44,140,544, two last norms among them that it lacks."""
     model = EncoderDecoder(
         **{"vocab_size": 37000, "d_model": 512, "d_ff": 2048, "n_layers": 6, "n_heads": 8, "context_length": 512},
-        **{"position": Sinusoidal(), "residual": PostNorm(), "bias": True, "scale_embedding": True},
-        feed_forward=FeedForward(ReLU(), bias=True),
+        **{"position": Sinusoidal(), "residual": PostNorm(), "bias": True, "embedding": Embedding(scaled=True)},
+        feed_forward=MLP(ReLU(), bias=True),
     )
     assert count(model) - 37000 * 512 == 44_140_544 - 2 * 2 * 512

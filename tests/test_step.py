@@ -22,7 +22,7 @@ from jaxformer.model.heads import (
     LanguageHead,
     TokenClassificationHead,
 )
-from jaxformer.model.layers import FeedForward
+from jaxformer.model.layers import MLP
 from jaxformer.model.positions import Learned
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state, train_members, train_step, train_steps
 
@@ -171,7 +171,7 @@ def test_losses_are_plain_and_gradients_the_objectives(objective):
     params = loud(model)
 
     def minimised(objective, params, batch):
-        total, (_, weight) = objective.loss(model, params, objective.prepare(batch, jax.random.key(0)), None)
+        total, _, weight, *_ = objective.loss(model, params, objective.prepare(batch, jax.random.key(0)), None)
         return total / weight
 
     value_and_grad = jax.jit(jax.value_and_grad(minimised, 1), static_argnums=0)
@@ -258,7 +258,7 @@ def test_compute_dtype():
 
 def test_gradients_in_half_precision_are_those_of_full():
     """A frequent token's row and the biases are sums over all tokens, which bfloat16 itself cannot hold."""
-    feed_forward = FeedForward(bias=True)
+    feed_forward = MLP(bias=True)
     model = decoder(n_layers=2, context_length=512, bias=True, feed_forward=feed_forward, position=Learned())
     params = jax.jit(model.init)(jax.random.key(0))
     tokens = np.where(np.random.default_rng(0).random((17, 512)) < 0.9, 3, np.arange(512)[None] % 29).astype(np.int32)

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.data.tokenizers import BPE, Characters, TokenizerFile
+from jaxformer.model.blocks import Block
+from jaxformer.model.masks import one_document
+from jaxformer.model.mixers import Context, MultiHead
 from jaxformer.model.models import Decoder
 from jaxformer.run.plan import abstract_state, recipe_of
+from jaxformer.spec import whole
 
 B, T = 3, 13
 SIZES = {
@@ -40,7 +44,24 @@ def ids(*shape, seed=1, high=29):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden(model, params, ids, at, key=None, cache=None):
-    return model.hidden(params, ids, at, key, cache)
+    return model.hidden(params, ids, at, key, cache)[:2]
+
+
+def mixed(kind, params, x, at):
+    """What the mixer of a block gives."""
+    return kind.mixer(whole(kind.mixer.params(kind.parts), params), kind.parts, x, Context(at)).h
+
+
+def crossed(kind, params, x, at, source):
+    """What cross-attention gives; and the memory of the source [B, S, D]."""
+    own, attention = whole(MultiHead().params(kind.cross), params), MultiHead()
+    memory = attention.remember(own, kind.cross, source, Context(one_document(source.shape[1])))
+    return attention(own, kind.cross, x, Context(at, memory=memory)).h, memory
+
+
+def block(kind, params, x, at, key=None, memory=None):
+    """The stream behind one block."""
+    return Block(kind, 1).apply({"params": params}, x, Context(at, 0, {}, key, None, memory)).h
 
 
 def log_softmax(logits):

@@ -126,9 +126,7 @@ class Objective(Spec):
         total = (nats.total * weights).sum() if self.regularized else plain
         return self.with_losses(out, example, total, plain, nats.plain.shape)
 
-    def with_losses(
-        self, out: Out, example: Example, total: Number, plain: Number, shape: tuple[int, ...]
-    ) -> Sums:
+    def with_losses(self, out: Out, example: Example, total: Number, plain: Number, shape: tuple[int, ...]) -> Sums:
         """The sums with the losses of the model's parts, whose rows weigh as what is asked of them does: [B, ...]."""
         counted = jnp.broadcast_to(example.weights if example.counted is None else example.counted, shape)
         rows = counted.reshape(len(counted), -1).sum(1)
@@ -161,6 +159,11 @@ class Objective(Spec):
     @abc.abstractmethod
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """`loss` in nats, `tokens` or `examples`, and what else the objective is judged by."""
+
+    def report(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """`summary`, and the `losses` of the model's parts, where there are any."""
+        losses = {name.removeprefix(LOSS): _ratio(sums, name) for name in sums if name.startswith(LOSS)}
+        return self.summary(sums) | ({"losses": losses} if losses else {})
 
 
 LOSS = "loss of "  # a part, in the sums of an evaluation
@@ -579,7 +582,7 @@ class Classification(Objective):
         return mean | each | {"examples": int(sums["weight"])}
 
     def _heads(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> list[Any]:
-        """Head, logits, labels, weights of each classification head; the weight of a label of −1, which is none, is 0."""
+        """Head, logits, labels, weights of each classification head; a label of −1, which is none, weighs 0."""
         real, found = example.at.segment > 0, []
         for i, head in enumerate(model.heads):
             if isinstance(head, ClassificationHead):

@@ -165,9 +165,7 @@ class Network(nn.Module):
     spec: TokenEmbedding
 
     @nn.compact
-    def __call__(
-        self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None
-    ) -> Out:
+    def __call__(self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None) -> Out:
         s = self.spec
         own = {name: declare(self, name, params, s.dims) for name, params in s.params().items()}
         x = lookup(own["embedding"]["table"], ids)

@@ -192,7 +192,9 @@ class Group(nn.Module):
         for i, kind in enumerate(self.kinds):
             name = f"block{i}"
             own = caches and caches[name], memories and memories[name]
-            context = Context(at, first + i, shared[names[kind.parts.position]], fold(key, first + i), *own, found.handed)
+            context = Context(
+                at, first + i, shared[names[kind.parts.position]], fold(key, first + i), *own, found.handed
+            )
             out = Block(kind, self.n_layers, i, name=name)(found.h, context)
             written[name], sums = out.cache, sums | ({name: out.sums} if out.sums else {})
             found = found.beside(out.h, out)._replace(handed={**found.handed, **out.handed})
@@ -239,7 +241,10 @@ class Stack(nn.Module):
             unroll=min(self.unroll, turns),
             metadata_params={nn.PARTITION_NAME: "L", "kinds": len(self.kinds)},
         )(self.kinds, n_layers, name="layers")
-        own = {name: declare(self, f"residual_{name}", s.residual.params(name, n_layers), s.parts.dims) for name in ("begin", "end")}
+        own = {
+            name: declare(self, f"residual_{name}", s.residual.params(name, n_layers), s.parts.dims)
+            for name in ("begin", "end")
+        }
         stream = s.residual.begin(own["begin"], x, n_layers)
         first = jnp.arange(0, n_layers, len(self.kinds))
         stream, (cache, losses, sums) = layers(stream, (first, cache, memory), at, shared, key)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.model.layers import GELU, Identity, LayerNorm, NoNorm, Tanh, add, along, dropout, linear
+from jaxformer.model.layers import GELU, Activation, LayerNorm, Norm, Tanh, add, along, dropout, linear
 from jaxformer.spec import Arrays, Param, Spec
 
 
@@ -60,8 +60,8 @@ class MaskedLanguageHead(LanguageHead):
     """A layer with activation and norm, then logits over the vocabulary, as BERT (arXiv:1810.04805)."""
 
     bias: bool = True
-    activation: Identity = GELU(approximate=False)
-    norm: NoNorm = LayerNorm(eps=1e-12)
+    activation: Activation = GELU(approximate=False)
+    norm: Norm = LayerNorm(eps=1e-12)
 
     def params(self) -> dict[str, Param]:
         norm = {f"norm_{name}": param for name, param in self.norm.params().items()}
@@ -131,7 +131,7 @@ class EmbeddingHead(Head):
 
     pooling: Pooling = Pooling()
     width: int | None = None  # None: no projection
-    activation: Identity = Identity()  # of the projection
+    activation: Activation = Identity()  # of the projection
     unit: bool = True  # the vector is divided by its length
 
     @property
@@ -169,7 +169,7 @@ class ClassificationHead(Head):
     classes: tuple[str, ...] | None = None  # None: those that the table's column holds
     pooling: Pooling = Pooling()
     hidden: int | None = None  # width of a layer before; None: there is none
-    activation: Identity = Tanh()  # of that layer
+    activation: Activation = Tanh()  # of that layer
     dropout: float = 0.0  # of what the last layer is given
 
     @property

@@ -124,7 +124,6 @@ class Softmax(Kernel):
         values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, seen["v"], preferred_element_type=jnp.float32)
         return (values.reshape(*q.shape[:3], -1) / jnp.maximum(total, 1e-30)).astype(q.dtype)
 
-
     def recorded(
         self,
         params: Arrays,

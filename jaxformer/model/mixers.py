@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.kernels import Kernel
-from jaxformer.model.layers import Norm, NoNorm, Out, add, along, linear
+from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear
 from jaxformer.model.masks import Mask, Places, View
 from jaxformer.model.positions import Position
 from jaxformer.spec import Arrays, Declarations, Param, Slot, Spec
@@ -26,11 +26,11 @@ class Context(NamedTuple):
 
     at: Places
     layer: Int[Array, ""] | int = 0  # its number in the stack, from 0; traced
-    position: Arrays = {}  # parameters of the position, unless they are per layer
+    position: Arrays = {}  # parameters of the position, unless they are per layer  # noqa: RUF012
     key: jax.Array | None = None  # of dropout; None means evaluation
     cache: Arrays | None = None
     memory: Arrays | None = None  # of cross-attention: what `remember` made of the other text
-    below: Mapping[str, Any] = {}  # what layers below in the group have handed on
+    below: Mapping[str, Any] = {}  # what layers below in the group have handed on  # noqa: RUF012
 
 
 class Parts(Spec):

@@ -294,7 +294,9 @@ class Decoder(Model):
         cross = cross_kernel and Parts(dims, NoPosition(), cross_kernel, Bidirectional(), *rest)
 
         def kind(i: int) -> BlockSpec:
-            position, kernel, mask, mixer, feed_forward = (_as_tuple(parts)[i % len(_as_tuple(parts))] for parts in each)
+            position, kernel, mask, mixer, feed_forward = (
+                _as_tuple(parts)[i % len(_as_tuple(parts))] for parts in each
+            )
             parts = Parts(dims, position, kernel or Softmax(), mask, *rest)
             mixer = mixer if kernel else None
             return BlockSpec(parts, mixer, cross, feed_forward, self.norm, self.residual, self.dropout)
@@ -384,9 +386,7 @@ class Network(nn.Module):
         for name in s.stacks:
             setattr(self, name, Stack(s.kinds(name), s.layers(name), s.embedding.normed, s.unroll, s.remat))
 
-    def __call__(
-        self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None
-    ) -> Out:
+    def __call__(self, ids: jax.Array, at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None) -> Out:
         out = self._run(self.spec.stacks[-1], ids, at, key, cache, memory)
         return out if cache is not None else out._replace(cache=None)
 
