@@ -31,10 +31,10 @@ class Out(NamedTuple):
 
     h: Any  # hidden states [B, T, D]; of `encode` the memory
     cache: Any = None  # with the new tokens in it; None if none was given
-    losses: Mapping[str, Loss] = {}  # noqa: RUF012 (never changed; so below)
+    losses: Mapping[str, Loss] = {}
     sums: Any = {}  # for parameters that are not trained, by their names: `Param.advance`  # noqa: RUF012
-    handed: Mapping[str, Any] = {}  # to layers above in the group, by names of the part's choice  # noqa: RUF012
-    activations: Mapping[str, Any] = {}  # where they were asked for  # noqa: RUF012
+    handed: Mapping[str, Any] = {}  # to layers above in the group, by names of the part's choice
+    activations: Mapping[str, Any] = {}  # where they were asked for
 
     def beside(self, h: Any, *others: "Out") -> "Out":
         """h with the losses of this and of others."""

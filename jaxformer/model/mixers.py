@@ -30,7 +30,7 @@ class Context(NamedTuple):
     key: jax.Array | None = None  # of dropout; None means evaluation
     cache: Arrays | None = None
     memory: Arrays | None = None  # of cross-attention: what `remember` made of the other text
-    below: Mapping[str, Any] = {}  # what layers below in the group have handed on  # noqa: RUF012
+    below: Mapping[str, Any] = {}  # what layers below in the group have handed on
 
 
 class Parts(Spec):
