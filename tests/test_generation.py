@@ -1,5 +1,7 @@
 """Decoding against the naive loop, and processors against NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,14 @@ import pytest
 from tiny import decoder, hidden, ids, loud
 
 from jaxformer.generation import decode
-from jaxformer.generation.decode import generate
+from jaxformer.generation.decode import LeftToRight
 from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP
+from jaxformer.learning.objectives import NextToken
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.positions import Rotary
+
+generate = functools.partial(LeftToRight(), NextToken())
 
 MODELS = [
     decoder(n_layers=2),

@@ -79,10 +79,10 @@ def test_adamw(clip):
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(3, 5)), "b": rng.normal(size=7)}
     grads = [{name: rng.normal(size=a.shape) for name, a in params.items()} for _ in range(3)]
-    spec = AdamW(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip=clip)
+    spec = AdamW(Constant(0.01), b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip=clip)
     shape = lambda a: jax.ShapeDtypeStruct(a.shape, "float32")
     box = lambda letters, a: Declared(shape(a), Letters.of(letters), "->" in letters, None, 0, True, None, (0, 1))
-    transform = spec.transform({"w": box("D->F", params["w"]), "b": box("D", params["b"])}, jnp.float32(0.01))
+    transform = spec.transform({"w": box("D->F", params["w"]), "b": box("D", params["b"])}, jnp.int32(0), jnp.int32(9))
     found = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     state = transform.init(found)
     m, v = ({name: np.zeros_like(a) for name, a in params.items()} for _ in range(2))

@@ -614,6 +614,13 @@ class Contrastive(Objective):
         if self.temperature <= 0:
             raise ValueError(f"{at}temperature={self.temperature} must be more than 0; 0.05 is usual")
 
+    def check_rows(self, at: str, rows: int, accumulation: int) -> None:
+        if accumulation > 1 or rows < 2:
+            raise ValueError(
+                f"{at}objective=Contrastive compares the rows of a batch: {at}data.batch_size={rows} "
+                f"must be at least 2, and {at}train.accumulation={accumulation} must be 1"
+            )
+
     def check_model(self, model: Model) -> None:
         model.head_of(EmbeddingHead)
         if model.encodes:

@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch, Examples
+from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
 from jaxformer.platform import check_numerics, set_flags
@@ -82,7 +82,7 @@ def train_seeds(
 def check_together(config: Config, count: int) -> None:
     """Raises InputError if so many seeds of the config cannot train together."""
     sampling = config.data.sampling
-    if isinstance(sampling, Examples) and sampling.n_buckets > 1 and count > 1:
+    if sampling.n_buckets > 1 and count > 1:
         raise InputError(
             f"data.sampling.n_buckets={sampling.n_buckets} gives every seed rows of another width, and seeds trained "
             "together need the same; set data.sampling.n_buckets=1, or train them one by one"

@@ -10,7 +10,7 @@ from flax import struct
 
 from jaxformer.keys import key_for
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
-from jaxformer.learning.optimizers import SGD
+from jaxformer.learning.optimizers import Optimizer
 from jaxformer.model.models import Model
 from jaxformer.spec import Declared, Spec, is_declared, path_name, trained, updated
 
@@ -30,7 +30,7 @@ class Hyper(NamedTuple):
 
     seed: Any  # uint32
     steps: Any  # int32: the length of the run, for schedules
-    optimizer: SGD
+    optimizer: Optimizer
     ema_decay: Any = None  # float32; None: no average is kept
 
 
@@ -51,7 +51,7 @@ class TrainState(struct.PyTreeNode):
 @functools.partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
     params, declared = recipe.model.init(key_for(hyper.seed, 0, "init")), recipe.model.declared()
-    transform = hyper.optimizer.transform(trained(declared, declared), jnp.float32(0))
+    transform = hyper.optimizer.transform(trained(declared, declared), jnp.int32(0), hyper.steps)
     ema = () if hyper.ema_decay is None else params
     return TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema)
 
@@ -70,7 +70,8 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     count = jnp.maximum(sums.weight, 1)  # a batch of padding alone changes nothing but the decay
     grads = jax.tree.map(lambda g: g / count, grads)
     rate = hyper.optimizer.learning_rate(state.step, hyper.steps)
-    transform, moved = hyper.optimizer.transform(trained(declared, declared), rate), trained(state.params, declared)
+    moved = trained(state.params, declared)
+    transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
     updates, opt_state = transform.update(grads, state.opt_state, moved)
     params = updated(state.params, optax.apply_updates(moved, updates))
     params = updated(params, _advanced(declared, state.params, sums.parts))
