@@ -12,6 +12,7 @@ from jaxformer.commands import _run as run_command
 from jaxformer.commands import predict as predict_command
 from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextLines
+from jaxformer.data.sources import Source
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Alternating, Reverse
 from jaxformer.data.tokenizers import Characters, TokenizerFile
@@ -40,6 +41,7 @@ from jaxformer.model.layers import XavierUniform
 from jaxformer.model.masks import Prefix
 from jaxformer.model.positions import RelativeBias
 from jaxformer.run.manifest import sha256
+from jaxformer.run.opened import Run
 from jaxformer.spec import InputError
 
 SIZE = {"d_model": 24, "n_heads": 2, "n_layers": 1, "d_ff": 31, "context_length": 29, "position": RelativeBias(8, 11)}
@@ -226,8 +228,8 @@ def test_buckets_do_not_depend_on_calls_or_interruptions(home):
         (Masked(), Decoder(**SIZE), {}, "objective=Masked must have an Encoder"),
         (Classification(), Encoder(**SIZE), {}, "model.head must be, or hold, a ClassificationHead; it is language"),
         (SequenceToSequence(), Decoder(**SIZE), {}, "objective=SequenceToSequence must have an EncoderDecoder"),
-        (SequenceToSequence(), EncoderDecoder(**SIZE), {}, "objective=SequenceToSequence needs two texts in each"),
-        (Contrastive(), Encoder(**SIZE, head=EmbeddingHead()), {}, "objective=Contrastive needs two texts in each"),
+        (SequenceToSequence(), EncoderDecoder(**SIZE), {}, "SequenceToSequence needs source, source_segments in each"),
+        (Contrastive(), Encoder(**SIZE, head=EmbeddingHead()), {}, "objective=Contrastive needs source, source_segm"),
         (Classification(), Encoder(**SIZE, head=BinaryHead("long")), {}, "the classes of the column 'long' are not"),
         (Classification(), Encoder(**SIZE, head=BinaryHead("first")), {"labels": ("first",)}, "must be two classes"),
         (Masked(), Encoder(**SIZE), {}, "objective=Masked needs a mask token"),
@@ -250,6 +252,22 @@ def test_what_does_not_go_together(home, objective, model, corpus, message):
     with pytest.raises(InputError, match=message):
         run_of(home, "never", model, objective, table(home, **corpus), data=data)
     assert not (home / "never").exists()
+
+
+def test_a_batch_without_what_the_objective_needs(home):
+    """In a loop of one's own, and in an evaluation."""
+    data = Data(table(home, labels=("long",)), tokenizer=SPECIAL, sampling=Examples())
+    config = Config(str(home / "never"), Encoder(**SIZE, head=BinaryHead("long")), data, Classification(), ADAM)
+    state, step, batch_at = jaxformer.build(config)
+    batch = batch_at(0)
+    for name in ("tokens", "labels_long"):
+        rest = ", ".join(other for other in batch if other != name)
+        sentence = f"batch must hold {name}, and has {rest}; objective=Classification needs tokens, labels_long"
+        with pytest.raises(InputError, match=sentence):
+            step(state, {other: array for other, array in batch.items() if other != name})
+    run = Run(config, SPECIAL.fit(["abeiou"]), state, {"long": ("0", "1")})
+    with pytest.raises(InputError, match="batch must hold labels_long, and has tokens, segments; objective=Classif"):
+        run.evaluate(Source(np.zeros(9, np.int64), np.zeros(1, np.int64)))
 
 
 def test_best_by_must_be_there(home):

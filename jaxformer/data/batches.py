@@ -1,5 +1,7 @@
 """Batches, drawn from prepared tokens: each row a function of the seed and the row's number alone."""
 
+# pyright: reportIncompatibleVariableOverride=false
+
 import bisect
 import dataclasses
 import functools
@@ -38,6 +40,8 @@ class RandomWindows(Spec):
     whole_documents = False  # True: rows are made of documents, so that a source may be split between any two
     examples = False  # True: rows are examples, with their labels
     several = False  # True: rows may hold several documents, each a segment
+    joined = False  # True: a row of two texts has the second behind the first
+    n_buckets = 1
     bucket_steps = 1  # steps after which another bucket may have its turn
 
     def buckets(self, source: Source, size: RowSize) -> tuple[Source, ...]:
@@ -53,6 +57,10 @@ class RandomWindows(Spec):
         """Raises InputError if no row of this size can be drawn."""
         if len(source.tokens) < size.tokens:
             raise InputError(f"{len(source.tokens)} tokens, but a row has {size.tokens}")
+
+    def count_cut(self, source: Source, size: RowSize) -> int:
+        """How many examples are longer than a row."""
+        return 0
 
     def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
         """`tokens` int32[rows, size.tokens] and, where it matters, `segments` of that shape.
@@ -104,7 +112,7 @@ class Examples(RandomWindows):
 
     joined: bool = False
     n_buckets: int = 1
-    bucket_steps: int = 10  # pyright: ignore[reportIncompatibleVariableOverride]
+    bucket_steps: int = 10
 
     whole_documents = True
     examples = True
@@ -128,7 +136,6 @@ class Examples(RandomWindows):
             raise InputError("no example")
 
     def count_cut(self, source: Source, size: RowSize) -> int:
-        """How many examples are longer than a row."""
         whole = source.sizes.sum(1, keepdims=True) if self.joined else source.sizes
         room = np.array([size.tokens] if whole.shape[1] == 1 else [size.window, size.tokens])
         return int((whole > room).any(1).sum())

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from jaxformer.generation.decode import padded
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead
 from jaxformer.model.masks import places
 from jaxformer.model.models import Model
 
@@ -16,7 +15,8 @@ from jaxformer.model.models import Model
 def predict(
     model: Model, params: Any, texts: Sequence[Sequence[int]], seconds: Sequence[int] | None, context: int
 ) -> dict[str, np.ndarray]:
-    """Head name → what it says of each text: probabilities [B, N] of its classes, [B, T, N] of each token, or vectors.
+    """Head name → what it says of each text, as probabilities [B, N] of its classes, or vectors; nothing of a head that
+    says nothing.
 
     `seconds` tells where in each text the second of a pair begins, None that there are no pairs;
     texts longer than `context` are cut.
@@ -34,10 +34,6 @@ def _predict(
 ) -> dict[str, jax.Array]:
     at = places(segments, parts)
     h, _ = model.hidden(params, ids, at)
-    found: dict[str, jax.Array] = {}
-    for head in model.heads:
-        if isinstance(head, ClassificationHead):
-            found[head.name] = head.probabilities(model.read(params, head, h, at.segment > 0))
-        elif isinstance(head, EmbeddingHead):
-            found[head.name] = model.read(params, head, h, at.segment > 0)
-    return found
+    found = {head: model.read(params, head, h, *head.given(params, at.segment > 0)) for head in model.heads}
+    said = {head.name: head.says(out) for head, out in found.items()}
+    return {name: array for name, array in said.items() if array is not None}

@@ -12,14 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.keys import fold
 from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
-from jaxformer.model.heads import (
-    ClassificationHead,
-    EmbeddingHead,
-    LanguageHead,
-    MultiLabelHead,
-    TokenClassificationHead,
-    cross_entropy,
-)
+from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, cross_entropy
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.model.models import HEAD, Model
 from jaxformer.spec import Spec
@@ -91,8 +84,8 @@ class NextToken(Spec):
         """
         return self
 
-    def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
-        """Column → the shape of an example's labels."""
+    def label_shapes(self, model: Model, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Column → the shape of the labels that a row of so many tokens has."""
         return {}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
@@ -427,13 +420,9 @@ class Classification(NextToken):
         if model.encodes:
             self._refuse(model, "an Encoder or a Decoder")
 
-    def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
-        heads = [head for head in model.heads if isinstance(head, ClassificationHead)]
-        return {
-            h.column: (h.n_logits,) if isinstance(h, MultiLabelHead) else ()
-            for h in heads
-            if not isinstance(h, TokenClassificationHead)
-        }
+    def label_shapes(self, model: Model, tokens: int) -> dict[str, tuple[int, ...]]:
+        shapes = [head.label_shapes(tokens) for head in model.heads]
+        return {column: shape for own in shapes for column, shape in own.items()}
 
     def prepare(self, batch: Batch, key: jax.Array) -> Example:
         tokens = batch["tokens"]
@@ -475,8 +464,8 @@ class Classification(NextToken):
         """Head, logits, labels, weights of each classification head; a label of −1 is none."""
         h, _ = model.hidden(params, example.ids, example.at, key)
         real, found = example.at.segment > 0, []
-        for i, head in enumerate(model.heads):
-            if isinstance(head, ClassificationHead):
+        for i, head in enumerate[Any](model.heads):
+            if head.column is not None:
                 labels = example.targets[head.column]
                 logits = model.read(params, head, h, real, fold(key, HEAD, i))
                 shape = head.right(logits, labels).shape

@@ -36,6 +36,8 @@ class TokenEmbedding(Model):
 class Rows(LanguageHead):
     """The hidden states of a Bigram as the logits that they are."""
 
+    reads_logits = True
+
     def check(self, at: str = "") -> None:
         super().check(at)
         if not self.tied or self.bias or self.scaled:
@@ -61,7 +63,7 @@ class Bigram(TokenEmbedding):
         if self.d_model is not None:
             raise ValueError(f"{at}d_model={self.d_model} must be None: a Bigram is as wide as the vocabulary")
         for head in self.heads:
-            if isinstance(head, LanguageHead) and not isinstance(head, Rows):
+            if head.writes and not head.reads_logits:
                 raise ValueError(f"{at}head={type(head).__name__} must be Rows: a Bigram's hidden states are logits")
 
     @property

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.blocks import BlockSpec, PreNorm, Stack
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead, Head, LanguageHead
+from jaxformer.model.heads import Head, LanguageHead
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import FeedForward, GPT2Normal, LayerNorm, NoNorm, Normal, lookup
 from jaxformer.model.masks import Bidirectional, Causal, Places, one_document
@@ -42,6 +42,7 @@ class Model(Spec):
     encodes = False  # has `encode`: its hidden states need the memory of another text
     sees_ahead = False  # a token's hidden state may depend on some that follow
     sees_answers = False  # and on more of those than a prefix
+    tells_parts = False  # the first of two texts in a row from the second
 
     def check(self, at: str = "") -> None:
         self.check_sizes(at, "d_model", "context_length", "vocab_size")
@@ -64,7 +65,7 @@ class Model(Spec):
     @property
     def writes(self) -> bool:
         """Whether it writes text."""
-        return self.generates and any(isinstance(head, LanguageHead) for head in self.heads)
+        return self.generates and any(head.writes for head in self.heads)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -133,9 +134,7 @@ class Model(Spec):
         found |= {path_name(path): value for path, value in _leaves(more.get("activations", {}))}
         real = jnp.broadcast_to(at.segment > 0, ids.shape)
         for head in self.heads:
-            if isinstance(head, LanguageHead | EmbeddingHead | ClassificationHead):  # others: who knows what they need
-                given = params["embedding"]["table"] if isinstance(head, LanguageHead) else real
-                found[f"head_{head.name}/out"] = self.read(params, head, h, given)
+            found[f"head_{head.name}/out"] = self.read(params, head, h, *head.given(params, real))
         return found
 
     def head_of(self, kind: type[H]) -> H:
@@ -249,6 +248,10 @@ class Decoder(Model):
     @property
     def sees_answers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(kind.mask.sees_answers for kind in self.kinds(self.stacks[-1]))
+
+    @property
+    def tells_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.n_parts > 0
 
     @property
     def dims(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch, Examples
+from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
 from jaxformer.platform import check_numerics, set_flags
@@ -24,7 +24,7 @@ from jaxformer.run.members import Members, batches_of
 from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
 from jaxformer.run.pauses import Pauses, owed, until_pause
-from jaxformer.run.plan import abstract_state, hyper_of, recipe_of
+from jaxformer.run.plan import abstract_state, check_arrays, hyper_of, recipe_of
 from jaxformer.run.profile import Profile
 from jaxformer.run.reports import Reports
 from jaxformer.run.signals import Interrupted, collected
@@ -81,10 +81,10 @@ def train_seeds(
 
 def check_together(config: Config, count: int) -> None:
     """Raises InputError if so many seeds of the config cannot train together."""
-    sampling = config.data.sampling
-    if isinstance(sampling, Examples) and sampling.n_buckets > 1 and count > 1:
+    n_buckets = config.data.sampling.n_buckets
+    if n_buckets > 1 and count > 1:
         raise InputError(
-            f"data.sampling.n_buckets={sampling.n_buckets} gives every seed rows of another width, and seeds trained "
+            f"data.sampling.n_buckets={n_buckets} gives every seed rows of another width, and seeds trained "
             "together need the same; set data.sampling.n_buckets=1, or train them one by one"
         )
 
@@ -104,6 +104,7 @@ def build(
     recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
+        check_arrays(recipe, batch)
         check_ids(np.asarray(batch["tokens"]), recipe.model.vocab_size)
         state, metrics = train_steps(recipe, state, jax.tree.map(lambda a: a[None], batch), np.int32(1), hyper)
         return state, jax.tree.map(lambda a: a[0], metrics)
