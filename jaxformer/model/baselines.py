@@ -90,6 +90,10 @@ class RNN(TokenEmbedding):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
 
+    @property
+    def stacked(self) -> dict[tuple[str, ...], int]:
+        return {("layers",): self.n_layers}
+
     def new_cell(self) -> Any:
         return self.cell(self.d_model, parent=None)  # no part of a module: it is given its parameters
 

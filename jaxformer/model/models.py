@@ -79,6 +79,15 @@ class Model(Spec):
         """How often the longest residual stream is added to."""
         return 1
 
+    @property
+    def stacked(self) -> dict[tuple[str, ...], int]:
+        """Modules of which several layers lie stacked, in the order in which they run: path → how many layers."""
+        return {}
+
+    def summary(self) -> dict[str, str]:
+        """What a run says of it when it starts, besides its size: line by line, by name."""
+        return {}
+
     def network(self) -> nn.Module:
         """The Flax module behind the model; its `everything` runs all that has parameters."""
         raise NotImplementedError
@@ -265,6 +274,16 @@ class Decoder(Model):
     @property
     def n_residuals(self) -> int:
         return max(1, *(len(kind.branches) * self.layers(s) for s in self.stacks for kind in self.kinds(s)))
+
+    @property
+    def stacked(self) -> dict[tuple[str, ...], int]:
+        kinds = {stack: len(self.kinds(stack)) for stack in self.stacks}
+        return {(s, "layers", f"block{i}"): self.layers(s) // n for s, n in kinds.items() for i in range(n)}
+
+    def summary(self) -> dict[str, str]:
+        kinds = [kind for stack in self.stacks for kind in self.kinds(stack)]
+        kernels = {type(kernel).__name__ for kind in kinds for kernel in (kind.kernel, kind.cross_kernel) if kernel}
+        return {"attention": f"{', '.join(sorted(kernels))}, in XLA"} if kernels else {}
 
     def layers(self, stack: str) -> int:
         """How many a stack has."""
