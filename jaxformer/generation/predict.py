@@ -1,4 +1,4 @@
-"""From a trained model to classes and vectors of texts."""
+"""From a trained model to what its heads say of texts: classes, vectors."""
 
 import functools
 from collections.abc import Sequence
@@ -14,9 +14,8 @@ from jaxformer.model.models import Model
 
 def predict(
     model: Model, params: Any, texts: Sequence[Sequence[int]], seconds: Sequence[int] | None, context: int
-) -> dict[str, np.ndarray]:
-    """Head name → what it says of each text, as probabilities [B, N] of its classes, or vectors; nothing of a head that
-    says nothing.
+) -> list[dict[str, Any]]:
+    """The answers of all heads to each text, side by side; {} if none says anything.
 
     `seconds` tells where in each text the second of a pair begins, None that there are no pairs;
     texts longer than `context` are cut.
@@ -25,7 +24,10 @@ def predict(
     parts = None
     if seconds is not None:
         parts = (np.arange(ids.shape[1])[None] >= np.asarray(seconds)[:, None]).astype(np.int32)
-    return jax.device_get(_predict(model, params, ids, segments, parts))
+    said = jax.device_get(_predict(model, params, ids, segments, parts))
+    heads = [head for head in model.heads if head.name in said]
+    answers = ([head.answer(said[head.name][i]) for head in heads] for i in range(len(texts)))
+    return [dict(item for answer in each for item in answer.items()) for each in answers]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -26,7 +26,6 @@ class Head(Spec):
 
     column: ClassVar[str | None] = None  # of a table, whose classes it tells; None: it tells none
     classes: ClassVar[tuple[str, ...] | None] = None  # their names; None: those that the table's column holds
-    of_tokens = False  # its labels are those of each token, not of the text
     writes = False  # it gives logits over the vocabulary, from which text is drawn
     reads_logits = False  # hidden states are its logits already, as those of a Bigram
 
@@ -350,8 +349,6 @@ class MultiLabelHead(ClassificationHead):
 
 class TokenClassificationHead(ClassificationHead):
     """One class for each token, as for named entities. Labels are int32[B, T], −1 where a token has none."""
-
-    of_tokens = True
 
     def __call__(
         self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None

@@ -14,7 +14,7 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import Source
-from jaxformer.run.plan import Judged, hyper_of, prepare_data, recipe_of, summary
+from jaxformer.run.plan import Judged, check_batch, hyper_of, prepare_data, recipe_of, summary
 from jaxformer.run.step import Recipe, evaluate_batch, init_state
 from jaxformer.spec import InputError
 
@@ -41,7 +41,7 @@ def checked_data(config: Config) -> Prepared:
         what = "no example" if sampling.examples else "no 2 tokens, one of which predicts the other"
         raise InputError(f"{which}: has for validation {what}; {remedy}")
     field = "data.corpus" if config.data.valid is None else "data.valid"
-    _check_batch(config, recipe, field, found)
+    _check_batch(recipe, field, found)
     if config.train.best_by != "loss":
         _check_best_by(config, recipe, prepared, firsts, found)
     for name, first in zip(prepared.valid_names, firsts, strict=True):
@@ -49,7 +49,7 @@ def checked_data(config: Config) -> Prepared:
             log.warning("%s: the part %r has nothing to validate on", field, name)
     for source in prepared.train:
         batch = next(iter(sampling.full_pass(source, config.row, 1)))
-        _check_batch(config, recipe, "data.corpus", batch)
+        _check_batch(recipe, "data.corpus", batch)
     for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
         if cut := sampling.count_cut(source, config.row):
             message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
@@ -110,39 +110,17 @@ def _count(source: Source, column: str, n_classes: int) -> NDArray[np.int64]:
     return labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=n_classes)
 
 
-def _check_batch(config: Config, recipe: Recipe, field: str, batch: Batch) -> None:
-    """Raises InputError for batches without what the objective needs, or with labels that are not of its kind."""
-    name = type(recipe.objective).__name__
+def _check_batch(recipe: Recipe, field: str, batch: Batch) -> None:
+    """Raises InputError for batches that the objective cannot be given, or with more than it reads."""
     if "source" in batch and "source" not in recipe.objective.needs:
         raise InputError(
-            f"objective={name} reads one text, but examples of {field} have two; set data.sampling.joined=true, or "
-            "leave the target of the corpus out"
+            f"objective={type(recipe.objective).__name__} reads one text, but examples of {field} have two; set "
+            "data.sampling.joined=true, or leave the target of the corpus out"
         )
-    if missing := [array for array in recipe.objective.needs if array not in batch]:
-        raise InputError(
-            f"objective={name} needs {', '.join(missing)} in each batch, and {field} gives {', '.join(batch)}; "
-            "data.sampling=Examples, not joined, gives them for a data.corpus with a target, as Table(target=...)"
-        )
-    shapes = recipe.objective.label_shapes(recipe.model, batch["tokens"].shape[1])
-    of_tokens = {head.column for head in recipe.model.heads if head.of_tokens}
-    for column, shape in shapes.items():
-        labels = batch.get(f"labels_{column}")
-        if column in of_tokens and (labels is None or labels.shape[1:] != shape):
-            raise InputError(
-                f"model.head: {column!r} needs a label for each token of {field}, as no corpus here gives; take "
-                "ClassificationHead, or a sampling of your own"
-            )
-        if labels is None:
-            raise InputError(
-                f"objective={name} needs labels of the column {column!r}: name it in {field}.labels, and take "
-                "data.sampling=Examples"
-            )
-        if labels.shape[1:] != shape:
-            several = "any number of classes" if labels.ndim > 1 else "one class"
-            raise InputError(
-                f"model.head: a row of {field} has {several} of {column!r}, which is not what the head says; "
-                "MultiLabelHead and the corpus's `several` go together"
-            )
+    try:
+        check_batch(recipe, batch)
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None
 
 
 def _check_best_by(

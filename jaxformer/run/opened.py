@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch
 from jaxformer.data.corpora import Corpus, Piece, TextFiles
 from jaxformer.data.datasets import check_known, encode, fingerprints
 from jaxformer.data.files import located
@@ -168,12 +167,9 @@ class Run:
         for some in _batched(pairs, self.config.data.batch_size):
             ids, places = zip(*some, strict=True)
             parts = places if self.joins else None
-            said = predict(self.model, self.state.eval_params, ids, parts, self.config.window)
-            if not said:
-                raise InputError(
-                    f"{self.config.directory}: its model has no head that says something of a text; sample"
-                )
-            found += [self._answer({name: rows[i] for name, rows in said.items()}) for i in range(len(some))]
+            found += predict(self.model, self.state.eval_params, ids, parts, self.config.window)
+        if not all(found):
+            raise InputError(f"{self.config.directory}: its model has no head that says something of a text; sample")
         return found
 
     def predict_file(self, path: str) -> list[dict[str, Any]]:
@@ -212,11 +208,6 @@ class Run:
         first = self.tokenizer.document(text)
         rest = [] if second is None else self.tokenizer.document(second)[len(self.tokenizer.prefix) :]
         return first + rest, len(first)
-
-    def _answer(self, said: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """What all heads say of a text, side by side."""
-        answers = [head.answer(said[head.name]) for head in self.model.heads if head.name in said]
-        return {name: value for answer in answers for name, value in answer.items()}
 
     def show(self, source: Source, between: Callable[[], None] = lambda: None) -> str:
         """The first pair of texts, and what the model answers to the first of them."""
@@ -258,19 +249,7 @@ class Run:
         sources = [encode(part, self.tokenizer, classes) for part, _ in corpus.parts()]
         if sampling.examples and not any(source.n_examples for source in sources):
             raise InputError("it holds no example; give one with rows")
-        for source in sources:
-            self._check_labels(next(iter(sampling.full_pass(source, self.config.row, 1)), {}))
         return Judged(tuple(sources), tuple(share for _, share in corpus.parts()), corpus.part_names())
-
-    def _check_labels(self, batch: Batch) -> None:
-        shapes = self.recipe.objective.label_shapes(self.model, batch["tokens"].shape[1]) if batch else {}
-        for column, shape in shapes.items():
-            labels = batch.get(f"labels_{column}")
-            if labels is None:
-                raise InputError(f"{self.config.directory} predicts {column!r}; name that column in data.corpus.labels")
-            if labels.shape[1:] != shape:
-                has, had = ("any number of classes", "one") if labels.ndim > 1 else ("one class", "any number")
-                raise InputError(f"{has} of {column!r} in a row, where training had {had}; mend data.corpus.several")
 
     def corpus_of(self, overrides: Mapping[str, Any]) -> Corpus:
         """The run's corpus with fields replaced by their paths, as {"data.corpus": "JSONLines", "data.corpus.path": F}.

@@ -92,15 +92,26 @@ def abstract_state(config: Config, recipe: Recipe) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
 
 
-def check_arrays(recipe: Recipe, batch: Mapping[str, Any]) -> None:
-    """Raises InputError for a batch without an array that the objective needs."""
-    labels = recipe.objective.label_shapes(recipe.model, 0)
-    needed = [*recipe.objective.needs, *(f"labels_{column}" for column in labels)]
-    if missing := [name for name in needed if name not in batch]:
+def check_batch(recipe: Recipe, batch: Mapping[str, Any]) -> None:
+    """Raises InputError for a batch without an array that the objective needs, or with labels that no head has."""
+    name = type(recipe.objective).__name__
+    if missing := [array for array in recipe.objective.needs if array not in batch]:
         raise InputError(
-            f"batch must hold {', '.join(missing)}, and has {', '.join(batch)}; "
-            f"objective={type(recipe.objective).__name__} needs {', '.join(needed)}"
+            f"objective={name} needs {', '.join(recipe.objective.needs)}, and a batch has no {', '.join(missing)}; "
+            "data.sampling=Examples, not joined, gives two texts of a data.corpus with a target, as Table(target=...)"
         )
+    for column, shape in recipe.objective.label_shapes(recipe.model, batch["tokens"].shape[1]).items():
+        labels = batch.get(f"labels_{column}")
+        if labels is None:
+            raise InputError(
+                f"objective={name} needs labels of the column {column!r}, and a batch has no labels_{column}; name the "
+                "column in data.corpus.labels, and take data.sampling=Examples"
+            )
+        if labels.shape[1:] != shape:
+            raise InputError(
+                f"labels_{column} must have the shape {shape} in a row, but has {labels.shape[1:]}: () of one class, "
+                "(classes,) of any number, as of data.corpus.several and MultiLabelHead, (tokens,) of each token"
+            )
 
 
 class Judged(NamedTuple):
@@ -181,7 +192,7 @@ def _sums(
         total: dict[str, Any] = {}
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         for batch in sampling.full_pass(source, config.row, config.data.batch_size, part):
-            check_arrays(recipe, batch)
+            check_batch(recipe, batch)
             in_flight.append(evaluated(batch, np.int32(next(number)), known))
             if len(in_flight) == 2:
                 _add(total, in_flight.popleft())
