@@ -13,7 +13,7 @@ from jaxformer.generation.decode import LeftToRight
 from jaxformer.keys import fold
 from jaxformer.learning.objectives import NextToken
 from jaxformer.model.baselines import GRU, LSTM, RNN, Bigram, Rows, TokenEmbedding
-from jaxformer.model.heads import Head, LanguageHead
+from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import dropout
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.spec import checked, dumps, from_json, map_declared, override, to_json
@@ -272,7 +272,7 @@ def test_dropout_changes_training_only(model):
         one = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], params["layers"])
         x = dropout(fold(key, layer), x, 0.3)
         table = {"embedding": {"table": x.reshape(B * T, D)}, "layers": one}
-        single = dataclasses.replace(model, n_layers=1, vocab_size=B * T, head=Head())
+        single = dataclasses.replace(model, n_layers=1, vocab_size=B * T, head=())
         x, _ = hidden(single, params | table, jnp.arange(B * T).reshape(B, T), at)
     close(dropout(fold(key, L), x, 0.3), h)
 

@@ -1,5 +1,6 @@
 """Heads against NumPy; a text's vector and its logits do not depend on the padding beside it."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from tiny import decoder, loud
 
+from jaxformer.generation.predict import predict
 from jaxformer.model import heads
 from jaxformer.model.layers import GELU, Identity, LayerNorm, ReLU, Tanh
+from jaxformer.model.masks import places
 
 rng = np.random.default_rng(0)
 B, T, D, V, M, N = 3, 13, 7, 29, 11, 5
@@ -97,7 +100,7 @@ def attended(h, p):
 
 
 POOLINGS = [
-    (heads.Pooling(), lambda h, p: h.mean(0)),
+    (heads.MeanPooling(), lambda h, p: h.mean(0)),
     (heads.FirstToken(), lambda h, p: h[0]),
     (heads.LastToken(), lambda h, p: h[-1]),
     (heads.MaxPooling(), lambda h, p: h.max(0)),
@@ -213,6 +216,59 @@ def test_probabilities_and_what_is_right(case):
     assert np.array_equal(out, right(z, y)) and out[:50].all() and not out[50:].all()
     if case[0] is not heads.MultiLabelHead:
         close(head.probabilities(*j(z)).sum(-1), 1)
+
+
+def test_what_heads_say_of_a_text():
+    """In words; and of each kind the labels that a row of T tokens has."""
+    chances, known = np.array([0.1, 0.6, 0.7], np.float32), {"label": ("a", "b", "c")}
+    named = dict(zip("abc", chances.tolist(), strict=True))
+    for case, labels, answer in zip(
+        [heads.ClassificationHead, heads.MultiLabelHead], [(), (3,)], ["c", ["b", "c"]], strict=True
+    ):
+        head = case().with_classes(known)
+        assert head.classes == tuple("abc") and head.with_classes({"label": ("x",)}) == head
+        assert head.label_shapes(T) == {"label": labels}
+        assert head.answer(chances) == {"label": answer, "label probabilities": named}
+    tags = heads.TokenClassificationHead("tag").with_classes({"tag": ("x", "y")})
+    assert tags.label_shapes(T) == {"tag": (T,)} and tags.answer(np.eye(2)[[1, 0, 0]]) == {"tag": ["y", "x", "x"]}
+    assert heads.ClassificationHead().with_classes({}).classes is None
+    vector = draws(M)
+    assert heads.EmbeddingHead().answer(vector) == {"embedding": vector.tolist()}
+    assert heads.LanguageHead().says(jnp.zeros((B, T, V))) is None
+    assert heads.EmbeddingHead().label_shapes(T) == heads.LanguageHead().label_shapes(T) == {}
+
+
+class Share(heads.Head):
+    """A stranger's: how much of the row is text, and how large a row of the embedding is."""
+
+    @property
+    def name(self):
+        return "share"
+
+    def given(self, params, real):
+        return real, params["embedding"]["table"]
+
+    def __call__(self, params, h, real, table):
+        return jnp.stack([real.mean(1), jnp.broadcast_to(table[0, 0], len(real))], 1)
+
+    def says(self, out):
+        return out[:, 0]
+
+    def answer(self, said):
+        return {"share": float(said)}
+
+
+def test_a_strangers_head_answers_for_itself():
+    model = decoder(head=(heads.LanguageHead(), Share(), heads.EmbeddingHead()), n_layers=1)
+    params, texts = loud(model), [[1, 2, 3, 4, 5, 6, 7, 8], [5, 6]]
+    long, short = predict(model, params, texts, None, 23)
+    assert set(long) == {"share", "embedding"} and short["share"] == pytest.approx(long["share"] / 4)
+    real = jnp.asarray(REAL.astype(np.int32))
+    found = model.activations(params, jnp.zeros((B, T), jnp.int32), places(real))
+    close(found["head_share/out"][:, 0], REAL.mean(1))
+    close(found["head_share/out"][:, 1], params["embedding"]["table"][0, 0])
+    assert {"head_language/out", "head_embedding/out"} <= set(found) and model.writes
+    assert not dataclasses.replace(model, head=Share()).writes
 
 
 def test_dropout_before_the_last_layer():

@@ -35,8 +35,8 @@ FLOORS = [
     "writers",
     "config",
     *(f"run.{n}" for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "directory", "plan")),
-    *(f"run.{n}" for n in ("inspection", "opened", "notices", "warm_start", "dry_run", "members", "checks", "reports")),
-    *(f"run.{n}" for n in ("profile", "pauses", "loop")),
+    *(f"run.{n}" for n in ("inspection", "opened", "notices", "warm_start", "dry_run", "members", "checks")),
+    *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("pictures", "measures", "experiments")),
     "commands",
 ]

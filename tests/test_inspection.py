@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from tiny import SIZES, B, T, decoder, ids, loud
 
 from jaxformer.learning.objectives import Classification, Contrastive, Masked, NextToken, SequenceToSequence
+from jaxformer.model.baselines import GRU
 from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, MaskedLanguageHead
 from jaxformer.model.layers import GatedFeedForward, RMSNorm
 from jaxformer.model.masks import Causal, Window
@@ -110,6 +111,18 @@ def test_heads_and_what_is_in_no_module():
     assert "head_language" not in column(found, "flops_forward")
 
 
+def test_the_rows_of_a_recurrent_network():
+    """Its layers lie stacked, too; what is in no module is told as that."""
+    found = inspect(NEXT, GRU(D, 23, V, n_layers=3), batch(more=1))
+    rows = {row["name"]: row["layers"] for row in found["layers"]}
+    names = list(rows)
+    assert names[0] == "embedding" and names[1] == "layers" and names[-2:] == ["head_language", ELSEWHERE]
+    assert rows == {name: 3 if name.startswith("layers") else 1 for name in names}
+    gates = {f"layers/{of}{gate}": 3 * 2 * B * T * D * D for of in "hi" for gate in "nrz"}
+    assert column(found, "flops_forward") == gates | {"head_language": LOGITS}
+    assert column(found, "activations_bytes")[ELSEWHERE] == 2 * 4 * B * T * D
+
+
 def test_products_are_found_wherever_they_are():
     a, b = jnp.ones((2, 3)), jnp.ones((3, 3))
     square, own = 2 * 3 * 3 * 3, 2 * 2 * 3 * 3
@@ -131,9 +144,11 @@ def test_products_are_found_wherever_they_are():
             c = jax.vmap(lambda x: jnp.einsum("i,ij->j", x, b))(a)
         return c @ b
 
-    expected = {"loops": 7 * own, "branches": own + square, "wrapped": 2 * own, ELSEWHERE: own}
-    assert flops(function, a, b) == expected
-    assert flops(jax.vmap(function, (0, None)), jnp.ones((7, 2, 3)), b)["wrapped"] == 14 * own
+    by_scope = lambda found: {name: sum(n for path, n in found.items() if name in path) for name in expected}
+    expected = {"loops": 7 * own, "branches": own + square, "wrapped": 2 * own}
+    found = flops(function, a, b)
+    assert by_scope(found) == expected and found[()] == own and sum(found.values()) == 11 * own + square
+    assert by_scope(flops(jax.vmap(function, (0, None)), jnp.ones((7, 2, 3)), b))["wrapped"] == 14 * own
     assert flops(lambda a, b: a * b, 2.0, 3.0) == {}
 
 
@@ -146,7 +161,7 @@ def test_a_kernel_of_pallas_is_counted_for_each_block():
         spec = {"grid": (7,), "in_specs": [blocks, pl.BlockSpec((3, 3), lambda i: (0, 0))], "out_specs": blocks}
         return pl.pallas_call(product, jax.ShapeDtypeStruct((14, 3), jnp.float32), interpret=True, **spec)(a, b)
 
-    assert flops(function, jnp.ones((14, 3)), jnp.ones((3, 3))) == {ELSEWHERE: 2 * 14 * 3 * 3}
+    assert flops(function, jnp.ones((14, 3)), jnp.ones((3, 3))) == {(): 2 * 14 * 3 * 3}
 
 
 def test_activations_are_those_of_a_real_run():

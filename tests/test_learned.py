@@ -12,6 +12,7 @@ from jaxformer.commands import _run as run_command
 from jaxformer.commands import predict as predict_command
 from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextLines
+from jaxformer.data.sources import Source
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Alternating, Reverse
 from jaxformer.data.tokenizers import Characters, TokenizerFile
@@ -41,6 +42,7 @@ from jaxformer.model.masks import Prefix
 from jaxformer.model.models import Embedding
 from jaxformer.model.positions import RelativeBias
 from jaxformer.run.manifest import sha256
+from jaxformer.run.opened import Run
 from jaxformer.spec import InputError
 
 SIZE = {"d_model": 24, "n_heads": 2, "n_layers": 1, "d_ff": 31, "context_length": 29, "position": RelativeBias(8, 11)}
@@ -108,7 +110,7 @@ def run_data(run):
 def test_classes_of_every_kind_at_once(home, capsys):
     heads = ClassificationHead("first"), BinaryHead("long", hidden=13), MultiLabelHead("vowels")
     labels = {"labels": ("first", "long", "vowels"), "several": ("first", "vowels")}
-    with pytest.raises(InputError, match=r"'first' is str|has any number of classes of 'first'"):
+    with pytest.raises(InputError, match=r"'first' is str|labels_first must have the shape"):
         run_of(home, "wrong", Encoder(**SIZE, head=heads), Classification(), table(home, **labels))
     one = {"labels": ("first", "long")}
     run = run_of(home, "classes", Encoder(**SIZE, head=heads[:2]), Classification(), table(home, **one), 300)
@@ -227,8 +229,8 @@ def test_buckets_do_not_depend_on_calls_or_interruptions(home):
         (Masked(), Decoder(**SIZE), {}, "objective=Masked must have an Encoder"),
         (Classification(), Encoder(**SIZE), {}, "model.head must be, or hold, a ClassificationHead; it is language"),
         (SequenceToSequence(), Decoder(**SIZE), {}, "objective=SequenceToSequence must have an EncoderDecoder"),
-        (SequenceToSequence(), EncoderDecoder(**SIZE), {}, "objective=SequenceToSequence needs two texts in each"),
-        (Contrastive(), Encoder(**SIZE, head=EmbeddingHead()), {}, "objective=Contrastive needs two texts in each"),
+        (SequenceToSequence(), EncoderDecoder(**SIZE), {}, "data.corpus: .*and a batch has no source, source_seg"),
+        (Contrastive(), Encoder(**SIZE, head=EmbeddingHead()), {}, "and a batch has no source, source_segments"),
         (Classification(), Encoder(**SIZE, head=BinaryHead("long")), {}, "the classes of the column 'long' are not"),
         (Classification(), Encoder(**SIZE, head=BinaryHead("first")), {"labels": ("first",)}, "must be two classes"),
         (Masked(), Encoder(**SIZE), {}, "objective=Masked needs a mask token"),
@@ -251,6 +253,20 @@ def test_what_does_not_go_together(home, objective, model, corpus, message):
     with pytest.raises(InputError, match=message):
         run_of(home, "never", model, objective, table(home, **corpus), data=data)
     assert not (home / "never").exists()
+
+
+def test_a_batch_without_what_the_objective_needs(home):
+    """In a loop of one's own, and in an evaluation."""
+    data = Data(table(home, labels=("long",)), tokenizer=SPECIAL, sampling=Examples())
+    config = Config(str(home / "never"), Encoder(**SIZE, head=BinaryHead("long")), data, Classification(), ADAM)
+    state, step, batch_at = jaxformer.build(config)
+    batch = batch_at(0)
+    for name, needed in (("tokens", "tokens"), ("labels_long", "labels of the column 'long'")):
+        with pytest.raises(InputError, match=f"objective=Classification needs {needed}, and a batch has no {name}; "):
+            step(state, {other: array for other, array in batch.items() if other != name})
+    run = Run(config, SPECIAL.fit(["abeiou"]), state, {"long": ("0", "1")})
+    with pytest.raises(InputError, match="labels of the column 'long', and a batch has no labels_long"):
+        run.evaluate(Source(np.zeros(9, np.int64), np.zeros(1, np.int64)))
 
 
 def test_best_by_must_be_there(home):

@@ -29,7 +29,7 @@ from jaxformer.lab.measures import (
 )
 from jaxformer.learning.objectives import Masked
 from jaxformer.model.baselines import GRU
-from jaxformer.model.heads import Head, LanguageHead
+from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import prepare_data
@@ -112,7 +112,7 @@ def test_gradients_reach_as_far_as_the_model_sees_and_are_those_of_finite_differ
         ids = np.repeat(row[None, :-1], 2 * size, 0)
         ids[:, place] = len(table) + np.arange(2 * size)
         own = {**params, "embedding": {**params["embedding"], "table": jnp.concatenate([table, moved])}}
-        body = dataclasses.replace(run.model, vocab_size=len(table) + 2 * size, head=Head())
+        body = dataclasses.replace(run.model, vocab_size=len(table) + 2 * size, head=())
         h, _ = hidden(body, own, jnp.asarray(ids), one_document(T))
         up, down = -log_softmax(run.model.logits(params, h[:, -1]))[:, row[-1]].reshape(2, size)
         expected = np.linalg.norm((up - down) / (2 * step))

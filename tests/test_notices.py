@@ -26,7 +26,9 @@ from jaxformer.generation.decode import LeftToRight
 from jaxformer.learning.objectives import Classification, NextToken, PrefixLM
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
+from jaxformer.model.baselines import Bigram
 from jaxformer.model.heads import ClassificationHead, MultiLabelHead
+from jaxformer.model.kernels import Softmax, Uniform
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
 from jaxformer.run.dry_run import dry_run
 from jaxformer.run.manifest import sha256
@@ -328,6 +330,22 @@ def test_code_that_was_edited_is_named_when_a_run_goes_on(tmp_path, monkeypatch,
         go_on(steps)
         told = [message for message in warnings_of(caplog) if "the code has changed" in message]
         assert [message.split(": ")[0] for message in told] == ([named] if named and steps == 15 else [])
+
+
+def test_of_attention_is_told_where_there_is_some(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    told = {}
+    models = {
+        "decoder": Decoder(**SIZES, context_length=7, kernel=(Uniform(), Softmax())),
+        "feed-forward alone": Decoder(**SIZES, context_length=7, kernel=None),
+        "bigram": Bigram(context_length=7),
+    }
+    for name, model in models.items():
+        caplog.clear()
+        config = dataclasses.replace(text(tmp_path), model=model, directory=str(tmp_path / name))
+        jaxformer.train(config, {"train.steps": 1} | ({"model.n_layers": 2} if name == "decoder" else {}))
+        told[name] = [message for message in caplog.messages if message.startswith("attention")]
+    assert told == {"decoder": [f"{'attention':10} Softmax, Uniform, in XLA"], "feed-forward alone": [], "bigram": []}
 
 
 def test_the_devices_that_are_used_are_told_and_those_that_are_idle(tmp_path):

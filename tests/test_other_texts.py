@@ -173,9 +173,9 @@ def test_what_a_run_was_not_trained_on_is_refused(tmp_path):
     run = run_of(single, Encoder(**SIZE, head=head), Classification(), Examples())
     run = dataclasses.replace(run, classes={"class": ("0", "1")})
     assert run.evaluate_file(single.path)["examples"] == 1
-    with pytest.raises(InputError, match=r"run predicts 'class'; name that column in data.corpus.labels"):
+    with pytest.raises(InputError, match=r"labels of the column 'class', and a batch has no labels_class; name the"):
         run.evaluate_corpus(dataclasses.replace(single, labels=()))
-    with pytest.raises(InputError, match="any number of classes of 'class' in a row, where training had one"):
+    with pytest.raises(InputError, match=r"labels_class must have the shape \(\) in a row, but has \(2,\)"):
         run.evaluate_corpus(dataclasses.replace(single, several=("class",)))
 
 

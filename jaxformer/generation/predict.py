@@ -1,4 +1,4 @@
-"""From a trained model to classes and vectors of texts."""
+"""From a trained model to what its heads say of texts: classes, vectors."""
 
 import functools
 from collections.abc import Sequence
@@ -8,15 +8,14 @@ import jax
 import numpy as np
 
 from jaxformer.generation.decode import padded
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead
 from jaxformer.model.masks import places
 from jaxformer.model.models import Model
 
 
 def predict(
     model: Model, params: Any, texts: Sequence[Sequence[int]], seconds: Sequence[int] | None, context: int
-) -> dict[str, np.ndarray]:
-    """Head name → what it says of each text: probabilities [B, N] of its classes, [B, T, N] of each token, or vectors.
+) -> list[dict[str, Any]]:
+    """The answers of all heads to each text, side by side; {} if none says anything.
 
     `seconds` tells where in each text the second of a pair begins, None that there are no pairs;
     texts longer than `context` are cut.
@@ -25,7 +24,10 @@ def predict(
     parts = None
     if seconds is not None:
         parts = (np.arange(ids.shape[1])[None] >= np.asarray(seconds)[:, None]).astype(np.int32)
-    return jax.device_get(_predict(model, params, ids, segments, parts))
+    said = jax.device_get(_predict(model, params, ids, segments, parts))
+    heads = [head for head in model.heads if head.name in said]
+    answers = ([head.answer(said[head.name][i]) for head in heads] for i in range(len(texts)))
+    return [dict(item for answer in each for item in answer.items()) for each in answers]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -34,10 +36,6 @@ def _predict(
 ) -> dict[str, jax.Array]:
     at = places(segments, parts)
     h = model.hidden(params, ids, at).h
-    found: dict[str, jax.Array] = {}
-    for head in model.heads:
-        if isinstance(head, ClassificationHead):
-            found[head.name] = head.probabilities(model.read(params, head, h, at.segment > 0))
-        elif isinstance(head, EmbeddingHead):
-            found[head.name] = model.read(params, head, h, at.segment > 0)
-    return found
+    found = {head: model.read(params, head, h, *head.given(params, at.segment > 0)) for head in model.heads}
+    said = {head.name: head.says(out) for head, out in found.items()}
+    return {name: array for name, array in said.items() if array is not None}

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.learning.objectives import cross_entropy
-from jaxformer.model.heads import Head
 from jaxformer.model.masks import one_document
 from jaxformer.model.models import Model
 from jaxformer.run.opened import Run
@@ -65,7 +64,7 @@ def gradient_by_distance(run: Run, count: int = 256) -> Float[np.ndarray, "T"]:
 def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, "T"]:
     length = rows.shape[1] - 1
     each = jnp.arange(length)[None]  # every place has a row of the table for itself: its gradient is the token's
-    body = dataclasses.replace(model, vocab_size=length, head=Head())  # whose table has so many rows
+    body = dataclasses.replace(model, vocab_size=length, head=())  # whose table has so many rows
 
     def last(embedded: Float[Array, "T D"], row: Int[Array, "T1"]) -> Float[Array, ""]:
         own = {**params, "embedding": {**params["embedding"], "table": embedded}}

@@ -13,14 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.keys import fold
 from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
-from jaxformer.model.heads import (
-    ClassificationHead,
-    EmbeddingHead,
-    LanguageHead,
-    MultiLabelHead,
-    TokenClassificationHead,
-    cross_entropy,
-)
+from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, cross_entropy
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.model.models import HEAD, Model
@@ -97,8 +90,8 @@ class Objective(Spec):
         """
         return self
 
-    def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
-        """Column → the shape of an example's labels."""
+    def label_shapes(self, model: Model, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Column → the shape of the labels that a row of so many tokens has."""
         return {}
 
     @abc.abstractmethod
@@ -535,13 +528,9 @@ class Classification(Objective):
         if model.encodes:
             _refuse(self, model, "an Encoder or a Decoder")
 
-    def label_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
-        heads = [head for head in model.heads if isinstance(head, ClassificationHead)]
-        return {
-            h.column: (h.n_logits,) if isinstance(h, MultiLabelHead) else ()
-            for h in heads
-            if not isinstance(h, TokenClassificationHead)
-        }
+    def label_shapes(self, model: Model, tokens: int) -> dict[str, tuple[int, ...]]:
+        shapes = [head.label_shapes(tokens) for head in model.heads]
+        return {column: shape for own in shapes for column, shape in own.items()}
 
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         tokens = batch["tokens"]
@@ -584,8 +573,8 @@ class Classification(Objective):
     def _heads(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> list[Any]:
         """Head, logits, labels, weights of each classification head; a label of −1, which is none, weighs 0."""
         real, found = example.at.segment > 0, []
-        for i, head in enumerate(model.heads):
-            if isinstance(head, ClassificationHead):
+        for i, head in enumerate[Any](model.heads):
+            if head.column is not None:
                 labels = example.targets[head.column]
                 logits = model.read(params, head, h, real, fold(key, HEAD, i))
                 shape = head.right(logits, labels).shape
@@ -613,13 +602,6 @@ class Contrastive(Objective):
         _check_smoothing(self.label_smoothing, at)
         if self.temperature <= 0:
             raise ValueError(f"{at}temperature={self.temperature} must be more than 0; 0.05 is usual")
-
-    def check_rows(self, at: str, rows: int, accumulation: int) -> None:
-        if accumulation > 1 or rows < 2:
-            raise ValueError(
-                f"{at}objective=Contrastive compares the rows of a batch: {at}data.batch_size={rows} "
-                f"must be at least 2, and {at}train.accumulation={accumulation} must be 1"
-            )
 
     def check_model(self, model: Model) -> None:
         model.head_of(EmbeddingHead)

@@ -38,6 +38,8 @@ class TokenEmbedding(Model):
 class Rows(LanguageHead):
     """The hidden states of a Bigram as the logits that they are."""
 
+    reads_logits = True
+
     def check(self, at: str = "") -> None:
         super().check(at)
         if not self.tied or self.bias or self.scaled:
@@ -63,7 +65,7 @@ class Bigram(TokenEmbedding):
         if self.d_model is not None:
             raise ValueError(f"{at}d_model={self.d_model} must be None: a Bigram is as wide as the vocabulary")
         for head in self.heads:
-            if isinstance(head, LanguageHead) and not isinstance(head, Rows):
+            if head.writes and not head.reads_logits:
                 raise ValueError(f"{at}head={type(head).__name__} must be Rows: a Bigram's hidden states are logits")
 
     @property
@@ -89,6 +91,10 @@ class RNN(TokenEmbedding):
         self.check_sizes(at, "n_layers")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
+
+    @property
+    def stacked(self) -> dict[tuple[str, ...], int]:
+        return {("layers",): self.n_layers}
 
     def new_cell(self) -> Any:
         return self.cell(self.d_model, parent=None)  # no part of a module: it is given its parameters

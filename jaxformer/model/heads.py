@@ -1,22 +1,63 @@
 """Heads: from hidden states to what a task asks for. A part of their own, so that a loss may work in chunks."""
 
+# pyright: reportIncompatibleVariableOverride=false
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import NDArray
 
 from jaxformer.model.layers import GELU, Activation, LayerNorm, Norm, Tanh, add, along, dropout, linear
 from jaxformer.spec import Arrays, Param, Spec
 
+Classes = Mapping[str, tuple[str, ...]]  # column of a table -> the names of its classes
+
 
 class Head(Spec):
-    """Hidden states as they are; also the base of all heads."""
+    """What a task asks for, made of hidden states.
+
+    It is called with its parameters, the hidden states and what `given` picks.
+    """
+
+    column: ClassVar[str | None] = None  # of a table, whose classes it tells; None: it tells none
+    classes: ClassVar[tuple[str, ...] | None] = None  # their names; None: those that the table's column holds
+    writes = False  # it gives logits over the vocabulary, from which text is drawn
+    reads_logits = False  # hidden states are its logits already, as those of a Bigram
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """Under which a model keeps the head's parameters; no two heads of a model share it."""
-        return "hidden"
 
     def params(self) -> dict[str, Param]:
+        return {}
+
+    def given(self, params: Mapping[str, Any], real: Bool[Array, "B T"]) -> tuple[Any, ...]:
+        """What else it is called with, of the whole model's parameters, and of what tells tokens from padding."""
+        return (real,)
+
+    @abc.abstractmethod
+    def __call__(self, params: Arrays, h: Float[Array, "*B D"], *given: Any, **more: Any) -> jax.Array: ...
+
+    def with_classes(self, classes: Classes) -> Self:
+        """The head with the classes of its column, where it has none yet."""
+        return self
+
+    def label_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Column → the shape of the labels that a row of so many tokens has."""
+        return {}
+
+    def says(self, out: jax.Array) -> jax.Array | None:
+        """What is told of texts, [B, ...], by what it gives; None where that says nothing of a text."""
+        return None
+
+    def answer(self, said: NDArray[Any]) -> dict[str, Any]:
+        """What `says` gives for one text, in words."""
         return {}
 
 
@@ -31,6 +72,8 @@ class LanguageHead(Head):
     scaled: bool = False  # hidden states by 1/√D, as T5 before its tied table
     cap: float | None = None  # logits are kept within ± this by tanh (arXiv:2408.00118)
 
+    writes = True
+
     @property
     def name(self) -> str:
         return "language"
@@ -42,6 +85,9 @@ class LanguageHead(Head):
     def params(self) -> dict[str, Param]:
         kernel = {} if self.tied else {"kernel": Param("D->V")}
         return kernel | ({"bias": Param("V", fan_in="D")} if self.bias else {})
+
+    def given(self, params: Mapping[str, Any], real: Bool[Array, "B T"]) -> tuple[Any, ...]:
+        return (params["embedding"]["table"],)
 
     def __call__(self, params: Arrays, h: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
         """float32 logits; `table` is that of the embedding."""
@@ -78,13 +124,20 @@ class MaskedLanguageHead(LanguageHead):
 
 
 class Pooling(Spec):
-    """The mean of a text's hidden states; also the base of all ways to make one vector of them."""
+    """A way to make one vector of a text's hidden states."""
 
     def params(self) -> dict[str, Param]:
         return {}
 
+    @abc.abstractmethod
     def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
         """`real` tells tokens from padding."""
+
+
+class MeanPooling(Pooling):
+    """The mean of a text's hidden states."""
+
+    def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
         weights = real.astype(jnp.float32)
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
         return jnp.einsum("BTD,BT->BD", h, weights, preferred_element_type=jnp.float32).astype(h.dtype)
@@ -129,7 +182,7 @@ class AttentionPooling(Pooling):
 class EmbeddingHead(Head):
     """A unit vector for each text: pooled and, if there is a width, projected (arXiv:1908.10084)."""
 
-    pooling: Pooling = Pooling()
+    pooling: Pooling = MeanPooling()
     width: int | None = None  # None: no projection
     activation: Activation = Identity()  # of the projection
     unit: bool = True  # the vector is divided by its length
@@ -158,6 +211,12 @@ class EmbeddingHead(Head):
         square = jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24)  # the root of 0 has no gradient
         return x * jax.lax.rsqrt(square) if self.unit else x
 
+    def says(self, out: Float[Array, "B M"]) -> Float[Array, "B M"]:
+        return out
+
+    def answer(self, said: NDArray[Any]) -> dict[str, Any]:
+        return {"embedding": said.tolist()}
+
 
 # --- classes
 
@@ -167,7 +226,7 @@ class ClassificationHead(Head):
 
     column: str = "label"  # of the table
     classes: tuple[str, ...] | None = None  # None: those that the table's column holds
-    pooling: Pooling = Pooling()
+    pooling: Pooling = MeanPooling()
     hidden: int | None = None  # width of a layer before; None: there is none
     activation: Activation = Tanh()  # of that layer
     dropout: float = 0.0  # of what the last layer is given
@@ -230,6 +289,24 @@ class ClassificationHead(Head):
         """Of each class."""
         return jax.nn.softmax(logits, -1)
 
+    def with_classes(self, classes: Classes) -> Self:
+        return dataclasses.replace(self, classes=tuple(self.classes or classes.get(self.column, ())) or None)
+
+    def label_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return {self.column: ()}
+
+    def says(self, out: Float[Array, "*B N"]) -> Float[Array, "..."]:
+        return self.probabilities(out)
+
+    def answer(self, said: NDArray[Any]) -> dict[str, Any]:
+        """The class of the column, and the probabilities of all."""
+        chances = dict(zip(self.classes or (), said.tolist(), strict=True))
+        return {self.column: self.chosen(chances), f"{self.column} probabilities": chances}
+
+    def chosen(self, chances: Mapping[str, float]) -> Any:
+        """The class, by the probabilities of all."""
+        return max(chances, key=chances.__getitem__)
+
 
 class BinaryHead(ClassificationHead):
     """Which of two classes: one logit, that of the second class, through a sigmoid."""
@@ -263,6 +340,12 @@ class MultiLabelHead(ClassificationHead):
     def probabilities(self, logits: Float[Array, "*B N"]) -> Float[Array, "..."]:
         return jax.nn.sigmoid(logits)
 
+    def label_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return {self.column: (self.n_logits,)}
+
+    def chosen(self, chances: Mapping[str, float]) -> list[str]:
+        return [name for name, chance in chances.items() if chance > 0.5]
+
 
 class TokenClassificationHead(ClassificationHead):
     """One class for each token, as for named entities. Labels are int32[B, T], −1 where a token has none."""
@@ -271,6 +354,13 @@ class TokenClassificationHead(ClassificationHead):
         self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None
     ) -> Float[Array, "B T N"]:
         return self.last(params, h, key)
+
+    def label_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        return {self.column: (tokens,)}
+
+    def answer(self, said: NDArray[Any]) -> dict[str, Any]:
+        """The class of each token."""
+        return {self.column: [self.classes[i] for i in said.argmax(-1)] if self.classes else []}
 
 
 def cross_entropy(

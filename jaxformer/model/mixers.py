@@ -60,6 +60,10 @@ class Mixer(Spec):
         """Room in the cache: entries for tokens need the places as well, `cache.PLACE`."""
         return {}
 
+    def summary(self, parts: Parts) -> str:
+        """What a run calls it when it starts."""
+        return type(self).__name__
+
     @abc.abstractmethod
     def __call__(self, params: Arrays, parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         """Out([B, T, D], the written cache): None if there was none."""
@@ -76,6 +80,9 @@ class MultiHead(Mixer):
     """
 
     reads = FIELDS
+
+    def summary(self, parts: Parts) -> str:
+        return type(parts.kernel).__name__
 
     def params(self, parts: Parts) -> Declarations:
         project: dict[str, Param] = {}

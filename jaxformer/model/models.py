@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.blocks import BlockSpec, PreNorm, Residual, Stack
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead, Head, LanguageHead
+from jaxformer.model.heads import Head, LanguageHead
 from jaxformer.model.kernels import Kernel, Softmax
 from jaxformer.model.layers import MLP, FeedForward, GPT2Normal, Initializer, LayerNorm, NoNorm, Norm, Out, lookup
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
@@ -46,6 +46,7 @@ class Model(Spec):
     encodes = False  # has `encode`: its hidden states need the memory of another text
     sees_ahead = False  # a token's hidden state may depend on some that follow
     sees_answers = False  # and on more of those than a prefix
+    tells_parts = False  # the first of two texts in a row from the second
 
     def check(self, at: str = "") -> None:
         self.check_sizes(at, "d_model", "context_length", "vocab_size")
@@ -68,7 +69,7 @@ class Model(Spec):
     @property
     def writes(self) -> bool:
         """Whether it writes text."""
-        return self.generates and any(isinstance(head, LanguageHead) for head in self.heads)
+        return self.generates and any(head.writes for head in self.heads)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -85,6 +86,15 @@ class Model(Spec):
     def params(self) -> Declarations:
         """What the model owns outside its layers: the embedding and the heads. `embedding` has a `table` [V, D]."""
         return {"embedding": {"table": Param("VD", decay=True)}} | {f"head_{h.name}": h.params() for h in self.heads}
+
+    @property
+    def stacked(self) -> dict[tuple[str, ...], int]:
+        """Modules of which several layers lie stacked, in the order in which they run: path → how many layers."""
+        return {}
+
+    def summary(self) -> dict[str, str]:
+        """What a run says of it when it starts, besides its size: line by line, by name."""
+        return {}
 
     @abc.abstractmethod
     def network(self) -> nn.Module:
@@ -152,9 +162,7 @@ class Model(Spec):
         found = {**encoded.activations, **out.activations}
         real = jnp.broadcast_to(at.segment > 0, ids.shape)
         for head in self.heads:
-            if isinstance(head, LanguageHead | EmbeddingHead | ClassificationHead):  # others: who knows what they need
-                given = params["embedding"]["table"] if isinstance(head, LanguageHead) else real
-                found[f"head_{head.name}/out"] = self.read(params, head, out.h, given)
+            found[f"head_{head.name}/out"] = self.read(params, head, out.h, *head.given(params, real))
         return found
 
     def head_of(self, kind: type[H]) -> H:
@@ -253,6 +261,10 @@ class Decoder(Model):
         return any(kind.parts.mask.sees_answers for kind in self.kinds(self.stacks[-1]))
 
     @property
+    def tells_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.embedding.token_types > 0
+
+    @property
     def dims(self) -> dict[str, int]:
         return super().dims | self.widths
 
@@ -274,6 +286,17 @@ class Decoder(Model):
 
     def params(self) -> Declarations:
         return {**super().params(), "embedding": self.embedding.params()}
+
+    @property
+    def stacked(self) -> dict[tuple[str, ...], int]:
+        kinds = {stack: len(self.kinds(stack)) for stack in self.stacks}
+        return {(s, "layers", f"block{i}"): self.layers(s) // n for s, n in kinds.items() for i in range(n)}
+
+    def summary(self) -> dict[str, str]:
+        kinds = [kind for stack in self.stacks for kind in self.kinds(stack)]
+        names = {kind.mixer.summary(kind.parts) for kind in kinds if kind.mixer}
+        names |= {MultiHead().summary(kind.cross) for kind in kinds if kind.cross}
+        return {"attention": f"{', '.join(sorted(names))}, in XLA"} if names else {}
 
     def layers(self, stack: str) -> int:
         """How many a stack has."""

@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch, Examples, PackedDocuments
+from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import Source
-from jaxformer.learning.objectives import Classification
-from jaxformer.model.heads import TokenClassificationHead
-from jaxformer.run.plan import Judged, hyper_of, prepare_data, recipe_of, summary
+from jaxformer.run.plan import Judged, check_batch, hyper_of, prepare_data, recipe_of, summary
 from jaxformer.run.step import Recipe, evaluate_batch, init_state
 from jaxformer.spec import InputError
 
@@ -43,7 +41,7 @@ def checked_data(config: Config) -> Prepared:
         what = "no example" if sampling.examples else "no 2 tokens, one of which predicts the other"
         raise InputError(f"{which}: has for validation {what}; {remedy}")
     field = "data.corpus" if config.data.valid is None else "data.valid"
-    _check_batch(config, recipe, field, found)
+    _check_batch(recipe, field, found)
     if config.train.best_by != "loss":
         _check_best_by(config, recipe, prepared, firsts, found)
     for name, first in zip(prepared.valid_names, firsts, strict=True):
@@ -51,12 +49,11 @@ def checked_data(config: Config) -> Prepared:
             log.warning("%s: the part %r has nothing to validate on", field, name)
     for source in prepared.train:
         batch = next(iter(sampling.full_pass(source, config.row, 1)))
-        _check_batch(config, recipe, "data.corpus", batch)
-    if isinstance(sampling, Examples):
-        for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
-            if cut := sampling.count_cut(source, config.row):
-                message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
-                log.warning(message, split, cut, source.n_examples, config.window)
+        _check_batch(recipe, "data.corpus", batch)
+    for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
+        if cut := sampling.count_cut(source, config.row):
+            message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
+            log.warning(message, split, cut, source.n_examples, config.window)
     _tell_of_ends(config, recipe, prepared)
     _tell_of_classes(prepared)
     _tell_of_duplicates(prepared)
@@ -70,16 +67,16 @@ def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
         return
     remedy = "set data.tokenizer.end_token=true, or take data.tokenizer=BPE"
     tokenizer = f"data.tokenizer={type(config.data.tokenizer).__name__} has no id that ends a text"
-    if isinstance(sampling, Examples) and sampling.joined:
+    if sampling.joined:
         kind = type(recipe.objective).__name__
         sentence = f"{tokenizer}: of two joined texts (ab, c) and (a, bc) would be the same row"
         if recipe.model.writes:
             raise InputError(f"objective={kind}: {sentence}; {remedy}")
-        if not getattr(recipe.model, "n_parts", 0):
+        if not recipe.model.tells_parts:
             log.warning("%s; %s", sentence, remedy)
     elif documents > 1 and not sampling.whole_documents:
         log.warning("%s: the %s documents run together; %s", tokenizer, f"{documents:,}", remedy)
-    elif documents > 1 and recipe.model.writes and isinstance(sampling, Examples | PackedDocuments):
+    elif documents > 1 and recipe.model.writes:
         log.warning("%s: where a document ends is not learned, and samples do not end; %s", tokenizer, remedy)
 
 
@@ -113,41 +110,17 @@ def _count(source: Source, column: str, n_classes: int) -> NDArray[np.int64]:
     return labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=n_classes)
 
 
-def _check_batch(config: Config, recipe: Recipe, field: str, batch: Batch) -> None:
-    """Raises InputError for batches without what the objective needs, or with labels that are not of its kind."""
-    name = type(recipe.objective).__name__
+def _check_batch(recipe: Recipe, field: str, batch: Batch) -> None:
+    """Raises InputError for batches that the objective cannot be given, or with more than it reads."""
     if "source" in batch and "source" not in recipe.objective.needs:
         raise InputError(
-            f"objective={name} reads one text, but examples of {field} have two; set data.sampling.joined=true, or "
-            "leave the target of the corpus out"
+            f"objective={type(recipe.objective).__name__} reads one text, but examples of {field} have two; set "
+            "data.sampling.joined=true, or leave the target of the corpus out"
         )
-    for head in recipe.model.heads:
-        if isinstance(head, TokenClassificationHead) and isinstance(recipe.objective, Classification):
-            labels = batch.get(f"labels_{head.column}")
-            if labels is None or labels.shape != batch["tokens"].shape:
-                raise InputError(
-                    f"model.head=TokenClassificationHead needs a label for each token of {field}, as no corpus here "
-                    "gives; take ClassificationHead, or a sampling of your own"
-                )
-    for array in recipe.objective.needs:
-        if array not in batch:
-            raise InputError(
-                f"objective={name} needs two texts in each example: a data.corpus with a target, as Table(target=...), "
-                "and data.sampling=Examples, not joined"
-            )
-    for column, shape in recipe.objective.label_shapes(recipe.model).items():
-        labels = batch.get(f"labels_{column}")
-        if labels is None:
-            raise InputError(
-                f"objective={name} needs labels of the column {column!r}: name it in {field}.labels, and take "
-                "data.sampling=Examples"
-            )
-        if labels.shape[1:] != shape:
-            several = "any number of classes" if labels.ndim > 1 else "one class"
-            raise InputError(
-                f"model.head: a row of {field} has {several} of {column!r}, which is not what the head says; "
-                "MultiLabelHead and the corpus's `several` go together"
-            )
+    try:
+        check_batch(recipe, batch)
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None
 
 
 def _check_best_by(

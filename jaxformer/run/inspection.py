@@ -4,9 +4,8 @@ Nothing is computed: all is read off declarations, abstract shapes and jaxprs.
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +18,10 @@ from jaxformer.learning.objectives import Batch, Example, NextToken
 from jaxformer.model.models import Model
 from jaxformer.run.plan import abstract_batches, planned_recipe
 from jaxformer.run.step import Recipe
-from jaxformer.spec import is_declared, path_name, to_json
+from jaxformer.spec import Declared, is_declared, to_json
 
 Row = dict[str, Any]
+Names = tuple[str, ...]  # of a module or an array, from the outside in
 ELSEWHERE = "elsewhere"  # in no module, as the scores of a contrastive objective
 
 
@@ -63,16 +63,15 @@ def inspect_config(path: str) -> dict[str, Any]:
 
 def parameters(model: Model) -> list[Row]:
     """A row for each array of parameters: name, letters, shape, count, decay. Stacked layers are one array."""
-    boxes = jax.tree_util.tree_flatten_with_path(model.declared(), is_leaf=is_declared)[0]
     return [
         {
-            "name": path_name(path),
+            "name": "/".join(path),
             "letters": box.letters,
             "shape": list(box.value.shape),
             "count": math.prod(box.value.shape),
             "decay": box.decay,
         }
-        for path, box in boxes
+        for path, box in _declared(model).items()
     ]
 
 
@@ -81,22 +80,22 @@ def activations(model: Model, example: Example, compute_dtype: str = "float32") 
 
     A second text that no encoder reads, as that of a contrastive pair, is left out.
     """
-    read = lambda params, e: model.activations(params, e.ids, e.at, e.source if model.encodes else None)
-    found: dict[str, Any] = jax.eval_shape(read, _abstract_params(model, compute_dtype), example)
+    found = _activations(model, example, compute_dtype)
     return [
-        {"name": name, "shape": list(a.shape), "dtype": str(a.dtype), "bytes": a.size * a.dtype.itemsize}
-        for name, a in sorted(found.items(), key=lambda item: _place(item[0]))
+        {"name": "/".join(path), "shape": list(a.shape), "dtype": str(a.dtype), "bytes": a.size * a.dtype.itemsize}
+        for path, a in sorted(found.items(), key=lambda item: _place(model, item[0]))
     ]
 
 
-def flops(function: Callable[..., Any], *args: Any) -> dict[str, int]:
-    """Module path → floating-point operations of the matrix products in it, two for each multiply-add.
+def flops(function: Callable[..., Any], *args: Any) -> dict[Names, int]:
+    """Floating-point operations of the matrix products in each scope, two for each multiply-add.
 
-    `args` are arrays, or their shapes and dtypes. Counted are the products of the function's jaxpr, whoever wrote them:
-    in scans and grids as often as they run, of branches the costliest, and in loops whose length only the run knows,
-    once. Everything else, as softmax and norms, is not counted, nor what has no jaxpr, as a kernel of cuDNN.
+    A scope is known by its names, from the outside in, as jax.named_scope, Flax's modules, einsums and transformations
+    give them. `args` are arrays, or their shapes and dtypes. Counted are the products of the function's jaxpr, whoever
+    wrote them: in scans and grids as often as they run, of branches the costliest, and in loops whose length only the
+    run knows, once. Everything else, as softmax and norms, is not counted, nor what has no jaxpr, as a kernel of cuDNN.
     """
-    return dict(_products(jax.make_jaxpr(function)(*args).jaxpr, ""))
+    return dict(_products(jax.make_jaxpr(function)(*args).jaxpr, ()))
 
 
 def layers(objective: NextToken, model: Model, example: Example, compute_dtype: str = "float32") -> list[Row]:
@@ -105,30 +104,29 @@ def layers(objective: NextToken, model: Model, example: Example, compute_dtype: 
     Every parameter, activation and product is in just one row. A forward pass is the loss without dropout, a step the
     loss with its gradients, anything recomputed included, without the optimizer.
     """
-    table, params = parameters(model), _abstract_params(model, compute_dtype)
+    params, declared = _abstract_params(model, compute_dtype), _declared(model)
+    recorded = _activations(model, example, compute_dtype)
+    modules = {path[:n] for path in (*declared, *recorded) for n in range(len(path))}
     forward = lambda params, example: objective.loss(model, params, example, None)[0]
 
     def step(params: Any, example: Example) -> Any:
         return jax.value_and_grad(lambda p: objective.loss(model, p, example, jax.random.key(0))[0])(params)
 
     costs = {
-        "n_params": [(_owner(row["name"]), row["count"]) for row in table],
-        "flops_forward": flops(forward, params, example).items(),
-        "flops_step": flops(step, params, example).items(),
-        "activations_bytes": [
-            (_owner(row["name"]), row["bytes"]) for row in activations(model, example, compute_dtype)
-        ],
+        "n_params": [(path[:-1], box.value.size) for path, box in declared.items()],
+        "flops_forward": [(_module(scope, modules), count) for scope, count in flops(forward, params, example).items()],
+        "flops_step": [(_module(scope, modules), count) for scope, count in flops(step, params, example).items()],
+        "activations_bytes": [(path[:-1], a.size * a.dtype.itemsize) for path, a in recorded.items()],
     }
-    sums = {column: Counter() for column in costs}
+    sums, stacked = {column: Counter[Names]() for column in costs}, model.stacked
     for column, pairs in costs.items():
-        for name, count in pairs:
-            sums[column][_part(name)] += count
-    stacked = {_block(row["name"]): row["shape"][0] for row in table if _block(row["name"])}
-    names = sorted({name for counts in sums.values() for name in counts}, key=_place)
+        for module, count in pairs:
+            sums[column][_part(model, module)] += count
+    parts = sorted({part for counts in sums.values() for part in counts}, key=lambda part: _place(model, part))
     return [
-        {"name": name, "layers": stacked.get(_block(name), 1)}
-        | {column: counts[name] for column, counts in sums.items()}
-        for name in names
+        {"name": "/".join(part) or ELSEWHERE, "layers": stacked.get(_block(model, part), 1)}
+        | {column: counts[part] for column, counts in sums.items()}
+        for part in parts
     ]
 
 
@@ -148,17 +146,17 @@ def render(found: Mapping[str, Any]) -> str:
 # --- products of a jaxpr
 
 
-def _products(jaxpr: Jaxpr, path: str) -> Counter[str]:
-    """Operations by module; `path` is the scope that the jaxpr runs in, to which its own names are relative."""
-    found = Counter[str]()
+def _products(jaxpr: Jaxpr, scope: Names) -> Counter[Names]:
+    """Operations by scope; `scope` is the one that the jaxpr runs in, to which its own are relative."""
+    found = Counter[Names]()
     for equation in jaxpr.eqns:
         kind, params = equation.primitive.name, equation.params
-        here = f"{path}/{equation.source_info.name_stack}"
+        here = scope + tuple(entry.name for entry in equation.source_info.name_stack.stack)
         if kind == "dot_general":
             (summed, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
             out = equation.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-            found[_module(here)] += 2 * math.prod(out) * math.prod(left[axis] for axis in summed)
+            found[here] += 2 * math.prod(out) * math.prod(left[axis] for axis in summed)
             continue
         inner = [_products(jaxpr, here) for jaxpr in _jaxprs(params.values())]
         if kind == "cond":
@@ -181,47 +179,50 @@ def _jaxprs(values: Any) -> Iterator[Jaxpr]:
             yield from _jaxprs(value)
 
 
-def _module(scope: str) -> str:
-    """The module path in a scope such as "jvp(Network)/decoder/layers/block0/block0._branch/attention/BTD,DK->BTK".
+# --- modules
 
-    Transformations wrap the names, a method is "module.method" below its module, a module without a name is called by
-    its class, and an einsum by its letters.
+
+def _declared(model: Model) -> dict[Names, Declared]:
+    """Every parameter by its path."""
+    boxes = jax.tree_util.tree_flatten_with_path(model.declared(), is_leaf=is_declared)[0]
+    return {tuple(key.key for key in path): box for path, box in boxes}
+
+
+def _activations(model: Model, example: Example, compute_dtype: str) -> dict[Names, Any]:
+    """Every activation by its path."""
+    read = lambda params, e: model.activations(params, e.ids, e.at, e.source if model.encodes else None)
+    found = jax.eval_shape(read, _abstract_params(model, compute_dtype), example)
+    return {tuple(name.split("/")): a for name, a in found.items()}
+
+
+def _module(scope: Names, modules: Container[Names]) -> Names:
+    """The innermost of the modules that a scope is in; () if it is in none.
+
+    A scope may be several modules, "decoder/layers", or a method of one, "attention.remember".
     """
-    names: list[str] = []
-    for piece in re.sub(r"\w+\(|\)", "", scope).split("/"):
-        name = piece.partition(".")[0]
-        named = re.fullmatch(r"[a-z_]\w*|[A-Z]\w*_\d+", name) and name != "rematted_computation"
-        if named and names[-1:] != [name]:
-            names.append(name)
-    return "/".join(names) or ELSEWHERE
+    module: Names = ()
+    for name in (name.partition(".")[0] for names in scope for name in names.split("/")):
+        if (*module, name) in modules:
+            module = (*module, name)
+    return module
 
 
-# --- names
+def _block(model: Model, path: Names) -> Names:
+    """The stacked module that a path is in, or is; else ()."""
+    return next((block for block in model.stacked if path[: len(block)] == block), ())
 
 
-def _owner(name: str) -> str:
-    """The module of an array."""
-    return name.rpartition("/")[0]
-
-
-def _part(module: str) -> str:
+def _part(model: Model, module: Names) -> Names:
     """The row of a module: what is inside a part of a block, as a norm of queries, is counted with that part."""
-    found = re.match(r"\w+/layers/\w+/\w+", module)
-    return found[0] if found else module
+    block = _block(model, module)
+    return module[: len(block) + 1] if block else module
 
 
-def _block(name: str) -> str:
-    """The block that a name is in, or is; else ''."""
-    found = re.match(r"\w+/layers/\w+", name)
-    return found[0] if found else ""
-
-
-def _place(name: str) -> tuple[int, str]:
+def _place(model: Model, path: Names) -> tuple[int, Names]:
     """Sorts from the ids to the loss."""
-    first = name.partition("/")[0]
-    order = ("embedding", "encoder", "decoder")
-    after = len(order) + first.startswith("head_") + 2 * (first == ELSEWHERE)
-    return (order.index(first) if first in order else after), name
+    order = [("embedding",), *model.stacked, *((f"head_{head.name}",) for head in model.heads)]
+    first = [module[0] for module in order]
+    return (first.index(path[0]) if path and path[0] in first else len(first)), path
 
 
 def _abstract_params(model: Model, dtype: str) -> Any:

@@ -17,26 +17,20 @@ from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
 from jaxformer.platform import check_numerics, set_flags
-from jaxformer.run.checkpoint import CheckpointWriter, restore_together
+from jaxformer.run.beginning import Beginning, beginning, checkpoints_of, groups, record, restored, source_of
 from jaxformer.run.checks import checked_data
 from jaxformer.run.directory import as_begun, check_directory, claimed, has_checkpoint
 from jaxformer.run.members import Members, batches_of
-from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
 from jaxformer.run.pauses import Pauses, owed, until_pause
-from jaxformer.run.plan import abstract_state, hyper_of, recipe_of
+from jaxformer.run.plan import check_batch, hyper_of, recipe_of
 from jaxformer.run.profile import Profile
 from jaxformer.run.reports import Reports
-from jaxformer.run.signals import Interrupted, collected
-from jaxformer.run.starts import last_seeds, record_start, starts_of
-from jaxformer.run.step import TrainState, init_state, train_steps
-from jaxformer.run.warm_start import compare, open_source, take, tell
+from jaxformer.run.signals import collected
+from jaxformer.run.step import TrainState, train_steps
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
-
-
-Beginning = Callable[[], tuple[TrainState, dict[str, Any] | None]]
 
 
 def train(
@@ -81,10 +75,10 @@ def train_seeds(
 
 def check_together(config: Config, count: int) -> None:
     """Raises InputError if so many seeds of the config cannot train together."""
-    sampling = config.data.sampling
-    if sampling.n_buckets > 1 and count > 1:
+    n_buckets = config.data.sampling.n_buckets
+    if n_buckets > 1 and count > 1:
         raise InputError(
-            f"data.sampling.n_buckets={sampling.n_buckets} gives every seed rows of another width, and seeds trained "
+            f"data.sampling.n_buckets={n_buckets} gives every seed rows of another width, and seeds trained "
             "together need the same; set data.sampling.n_buckets=1, or train them one by one"
         )
 
@@ -104,11 +98,12 @@ def build(
     recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
+        check_batch(recipe, batch)
         check_ids(np.asarray(batch["tokens"]), recipe.model.vocab_size)
         state, metrics = train_steps(recipe, state, jax.tree.map(lambda a: a[None], batch), np.int32(1), hyper)
         return state, jax.tree.map(lambda a: a[0], metrics)
 
-    state, _ = _beginning(config, prepared, _source_of(config))()
+    state, _ = beginning(config, prepared, source_of(config))()
     return state, step, batches_of(config, prepared).at
 
 
@@ -124,77 +119,36 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
         for config in configs:
             check_directory(config, prepared)  # of all, before anything is written to one
         new = any(not has_checkpoint(Path(config.directory)) for config in configs)
-        source = _source_of(configs[0]) if new else None  # what others began with is not needed
-        begins = [_beginning(config, prepared, source) for config in configs]
+        source = source_of(configs[0]) if new else None  # what others began with is not needed
+        begins = [beginning(config, prepared, source) for config in configs]
         for config in configs:
             claims.enter_context(claimed(config, prepared))
         found: dict[int, Run] = {}
-        for group in _groups(configs):
+        for group in groups(configs):
             runs = _train([configs[i] for i in group], prepared, [begins[i] for i in group], trace)
             found |= zip(group, runs, strict=True)
         return [found[i] for i in range(len(configs))]
 
 
-def _groups(configs: Sequence[Config]) -> list[list[int]]:
-    """The indices of those that train together: of the runs begun, the same as at their last start; and all new ones.
-
-    Others would have other steps, and other bits than if nothing had interrupted them.
-    """
-    groups: dict[tuple[int, ...] | None, list[int]] = {}
-    for i, config in enumerate(configs):
-        begun = last_seeds(starts_of(config)) if starts_of(config).exists() else None
-        groups.setdefault(begun, []).append(i)
-    for begun, group in groups.items():  # in the order of then
-        order = {seed: place for place, seed in enumerate(begun or ())}
-        group.sort(key=lambda i, order=order: order.get(configs[i].train.seed, i))
-    return list(groups.values())
-
-
 def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Beginning], profile: Profile) -> list[Run]:
-    config, directories = configs[0], [Path(config.directory) for config in configs]
-    knobs, members = config.train, Members(configs, prepared)
-    keep = knobs.keep if len(configs) == 1 else max(knobs.keep, 2)  # a kill between two saves leaves a step to all
-    with collected() as received, contextlib.ExitStack() as stack:
-        places = [directory / "checkpoints" for directory in directories]
-        saved = [stack.enter_context(contextlib.closing(CheckpointWriter(place, keep))) for place in places]
-        states, starts = restore_together(saved, abstract_state(config, members.recipe)), []
-        if states is None:
-            if (directories[0] / "metrics.jsonl").exists():
-                log.warning("%s holds no checkpoint: the run begins anew", directories[0])
-            states, starts = zip(*(begin() for begin in begins), strict=True)
-            tell_beginning(config)
-        opened = zip(configs, states, strict=True)
-        runs = [Run(each, prepared.tokenizer, state, prepared.classes) for each, state in opened]
-        step = int(states[0].step)
-        if step >= knobs.steps and not any(owed(configs, saved, step)):
-            log.info("%s is finished: it has made %d of %d steps", directories[0], step, knobs.steps)
-            if received:
-                raise Interrupted(received[0], step)
+    """Trains runs together from where they are to their last step, or to the end of the call that a signal comes in."""
+    config, members = configs[0], Members(configs, prepared)
+    with collected() as received, checkpoints_of(configs) as saved:
+        runs, warm = restored(configs, prepared, saved, begins)
+        step, steps = int(runs[0].state.step), config.train.steps
+        if step >= steps and not any(owed(configs, saved, step)):
+            log.info("%s is finished: it has made %d of %d steps", config.directory, step, steps)
+            received.interrupt(step)
             return runs
-        tell_changes(config, step)
-        for each, checkpoints in zip(configs, saved, strict=True):
-            stored = Path(each.directory) / "config.json"
-            config_lib.save(each, stored, config_lib.format_of(stored))
-            record_start(each, step, [own.train.seed for own in configs], devices_of(states))
-            checkpoints.forget_after(step)
-        summarize(runs, prepared)
-        for report, directory in zip(starts, directories, strict=False):
-            if report:
-                tell(report, directory)
-        state = members.together(states)
-
+        record(runs, prepared, saved, warm)
+        state = members.together([run.state for run in runs])
         with contextlib.closing(Reports(configs, step)) as reports, contextlib.closing(profile):
             pauses = Pauses(runs, members, saved, reports, received)
-            pauses.catch_up(step, state)
             buffer = members.buffer(step)
-            if step < knobs.steps and not received:
-                reports.pause("compiling")
-                members.call(state, buffer, 0)  # so that no row counts that as training
-            reports.resume()
+            pauses.before(step, state, buffer)
             profile.reach(step, state)
-            while step < knobs.steps and not received:
-                most = min(until_pause(config, step), members.same_shapes(step))
-                count = profile.until_pause(step, most)
+            while step < steps and not received:
+                count = profile.until_pause(step, min(until_pause(config, step), members.same_shapes(step)))
                 state, rows = members.call(state, buffer, count)
                 tokens = members.real_tokens(buffer, count)
                 step += count
@@ -204,21 +158,6 @@ def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Begin
                 pauses.after(step, state)
             if received:
                 pauses.save(step, state)
-    if received:
-        raise Interrupted(received[0], step)
-    log.info("done: %d steps in %s", step, ", ".join(map(str, directories)))
+    received.interrupt(step)
+    log.info("done: %d steps in %s", step, ", ".join(each.directory for each in configs))
     return [dataclasses.replace(run, state=own) for run, own in zip(runs, members.apart(state), strict=True)]
-
-
-def _source_of(config: Config) -> Run | None:
-    """The run that another begins with, opened before anything is written, so that a wrong one is refused."""
-    return None if config.init_from is None else open_source(config.init_from)
-
-
-def _beginning(config: Config, prepared: Prepared, source: Run | None) -> Beginning:
-    """Makes the state before the first step, and the report of a warm start."""
-    recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
-    if source is None:
-        return lambda: (init_state(recipe, hyper), None)
-    report = compare(recipe.model, source, source.tokenizer == prepared.tokenizer)
-    return lambda: (take(init_state(recipe, hyper), source, report), report)

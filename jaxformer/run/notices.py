@@ -8,7 +8,6 @@ import jax
 
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
-from jaxformer.model.models import Decoder
 from jaxformer.run.directory import noticed
 from jaxformer.run.opened import Run
 from jaxformer.run.starts import changed_sources
@@ -51,14 +50,12 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
     config, model, device = run.config, run.model, devices[0]
     n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
     counts = prepared.manifest
-    stacks = [model.kinds(name) for name in model.stacks] if isinstance(model, Decoder) else []
-    kernels = {type(kind.kernel).__name__ for kinds in stacks for kind in kinds if kind.kernel}
     rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
     rows |= {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{len(devices)} × {device.platform} ({device.device_kind})",
         "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
-        "attention": f"{', '.join(sorted(kernels)) or 'none'}, in XLA",
+        **model.summary(),
         "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
         "data": f"{counts['train_tokens']:,} tokens for training, {counts['valid_tokens']:,} for validation",
         "step": f"{config.data.batch_size * config.window:,} tokens; {config.train.steps_per_call} steps per call",

@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.data.batches import Batch
 from jaxformer.data.corpora import Corpus, Piece, TextFiles
 from jaxformer.data.datasets import check_known, encode, fingerprints
 from jaxformer.data.files import located
@@ -23,25 +22,14 @@ from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
 from jaxformer.generation.decode import LeftToRight, Sampler
 from jaxformer.generation.logits_processors import LogitsProcessor, MinP, Temperature, TopK, TopP
 from jaxformer.generation.predict import predict
-from jaxformer.model.heads import (
-    ClassificationHead,
-    MultiLabelHead,
-    TokenClassificationHead,
-)
+from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run import inspection
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.manifest import sha256
-from jaxformer.run.plan import (
-    Classes,
-    Judged,
-    abstract_state,
-    evaluate,
-    prepare_data,
-    recipe_of,
-)
+from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of
 from jaxformer.run.step import Recipe, TrainState
 from jaxformer.spec import InputError, checked, override
 
@@ -188,12 +176,9 @@ class Run:
         for some in _batched(pairs, self.config.data.batch_size):
             ids, places = zip(*some, strict=True)
             parts = places if self.joins else None
-            said = predict(self.model, self.state.eval_params, ids, parts, self.config.window)
-            if not said:
-                raise InputError(
-                    f"{self.config.directory}: its model has no head that says something of a text; sample"
-                )
-            found += [self._named({name: rows[i] for name, rows in said.items()}) for i in range(len(some))]
+            found += predict(self.model, self.state.eval_params, ids, parts, self.config.window)
+        if not all(found):
+            raise InputError(f"{self.config.directory}: its model has no head that says something of a text; sample")
         return found
 
     def predict_file(self, path: str) -> list[dict[str, Any]]:
@@ -232,23 +217,6 @@ class Run:
         first = self.tokenizer.document(text)
         rest = [] if second is None else self.tokenizer.document(second)[len(self.tokenizer.prefix) :]
         return first + rest, len(first)
-
-    def _named(self, said: dict[str, np.ndarray]) -> dict[str, Any]:
-        row: dict[str, Any] = {}
-        for head in self.model.heads:
-            values = said.get(head.name)
-            if isinstance(head, TokenClassificationHead) and values is not None:
-                row[head.column] = [head.classes[i] for i in values.argmax(-1)] if head.classes else []
-            elif isinstance(head, ClassificationHead) and values is not None:
-                chances = dict(zip(head.classes or (), values.tolist(), strict=True))
-                several = [name for name, chance in chances.items() if chance > 0.5]
-                row[head.column] = (
-                    several if isinstance(head, MultiLabelHead) else max(chances, key=chances.__getitem__)
-                )
-                row[f"{head.column} probabilities"] = chances
-            elif values is not None:
-                row["embedding"] = values.tolist()
-        return row
 
     def show(self, source: Source, between: Callable[[], None] = lambda: None) -> str:
         """The first pair of texts, and what the model answers to the first of them."""
@@ -290,19 +258,7 @@ class Run:
         sources = [encode(part, self.tokenizer, classes) for part, _ in corpus.parts()]
         if sampling.examples and not any(source.n_examples for source in sources):
             raise InputError("it holds no example; give one with rows")
-        if shapes := self.recipe.objective.label_shapes(self.model):
-            for source in sources:
-                self._check_labels(next(iter(sampling.full_pass(source, self.config.row, 1)), {}), shapes)
         return Judged(tuple(sources), tuple(share for _, share in corpus.parts()), corpus.part_names())
-
-    def _check_labels(self, batch: Batch, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        for column, shape in shapes.items() if batch else ():
-            labels = batch.get(f"labels_{column}")
-            if labels is None:
-                raise InputError(f"{self.config.directory} predicts {column!r}; name that column in data.corpus.labels")
-            if labels.shape[1:] != shape:
-                has, had = ("any number of classes", "one") if labels.ndim > 1 else ("one class", "any number")
-                raise InputError(f"{has} of {column!r} in a row, where training had {had}; mend data.corpus.several")
 
     def corpus_of(self, overrides: Mapping[str, Any]) -> Corpus:
         """The run's corpus with fields replaced by their paths, as {"data.corpus": "JSONLines", "data.corpus.path": F}.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxformer.config import Config
+from jaxformer.data.batches import Batch
 from jaxformer.run.checkpoint import CheckpointWriter
 from jaxformer.run.checks import rank_of
 from jaxformer.run.members import Members
@@ -23,7 +24,7 @@ class Pauses:
     """Saves first what is due to be saved, so that nothing is lost should the process die in an evaluation.
 
     An evaluation and a sample end when a signal comes. The evaluation is made up for when the run goes on
-    (`catch_up`), so that no row is missing.
+    (`before`), so that no row is missing.
     """
 
     def __init__(
@@ -49,14 +50,18 @@ class Pauses:
                 self._sample(state)
             self._reports.resume()
 
-    def catch_up(self, step: int, state: TrainState) -> None:
-        """Makes up for evaluations that the step at which the run goes on lacks, and for ranks of its checkpoints."""
+    def before(self, step: int, state: TrainState, buffer: Batch) -> None:
+        """What is due before the first call, of that buffer: makes up for evaluations that the step at which the run
+        goes on lacks and for ranks of its checkpoints, and compiles, so that no row counts these as training."""
         missing, found = owed(self._configs, self._saved, step)
         if found:
             self._rank(step, state, found)
         if missing:
             self._evaluate(step, state, missing)
-            self._reports.resume()
+        if step < self._config.train.steps and not self._received:
+            self._reports.pause("compiling")
+            self._members.call(state, buffer, 0)
+        self._reports.resume()
 
     def save(self, step: int, state: TrainState) -> None:
         self._reports.pause("saving")

@@ -16,11 +16,9 @@ from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared, classes_of, fitted, prepare
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Tokenizer
-from jaxformer.model.heads import ClassificationHead, Head
+from jaxformer.model.heads import Classes
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
 from jaxformer.spec import InputError
-
-Classes = Mapping[str, tuple[str, ...]]  # column of a table -> the names of its classes
 
 
 def planned_tokenizer(config: Config) -> Tokenizer:
@@ -33,7 +31,7 @@ def planned_tokenizer(config: Config) -> Tokenizer:
 def prepare_data(config: Config, tokenizer: Tokenizer | None = None, classes: Classes | None = None) -> Prepared:
     """The ids that a config asks for; `tokenizer` is a fitted one, `classes` those known, where there are some."""
     data = config.data
-    given = {h.column: h.classes for h in config.model.heads if isinstance(h, ClassificationHead) and h.classes}
+    given = {h.column: h.classes for h in config.model.heads if h.column and h.classes}
     known = given | dict(classes or {})
     return prepare(
         data.corpus,
@@ -48,8 +46,8 @@ def prepare_data(config: Config, tokenizer: Tokenizer | None = None, classes: Cl
 
 def planned_recipe(config: Config, tokenizer: Tokenizer | None = None) -> Recipe:
     """`recipe_of` before there is a run; reads the corpus only if sizes depend on it."""
-    heads = [head for head in config.model.heads if isinstance(head, ClassificationHead)]
-    classes = classes_of(config.data.corpus) if any(head.classes is None for head in heads) else {}
+    unknown = any(head.column and head.classes is None for head in config.model.heads)
+    classes = classes_of(config.data.corpus) if unknown else {}
     return recipe_of(config, tokenizer or planned_tokenizer(config), classes)
 
 
@@ -59,7 +57,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     assert size is not None
     if config.model.vocab_size not in (None, size):
         raise InputError(f"model.vocab_size={config.model.vocab_size} must be {size}, the tokenizer's; None takes that")
-    heads = tuple(_with_classes(head, classes) for head in config.model.heads)
+    heads = tuple(head.with_classes(classes) for head in config.model.heads)
     head = heads if isinstance(config.model.head, tuple) else heads[0]
     model = dataclasses.replace(config.model, vocab_size=size, head=head)
     try:
@@ -72,16 +70,11 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     return Recipe(model, objective, train.compute_dtype, train.accumulation, train.grad_norms)
 
 
-def _with_classes(head: Head, classes: Classes) -> Head:
-    if not isinstance(head, ClassificationHead) or head.classes is not None:
-        return head
-    return dataclasses.replace(head, classes=tuple(classes.get(head.column, ())) or None)
-
-
 def abstract_batches(config: Config, recipe: Recipe, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of `count` batches, [count, B, ...], as large as they may be; the corpus is not read."""
     shapes = config.data.sampling.shapes(config.data.corpus, config.row)
-    shapes |= {f"labels_{name}": shape for name, shape in recipe.objective.label_shapes(recipe.model).items()}
+    labels = recipe.objective.label_shapes(recipe.model, config.row.tokens)
+    shapes |= {f"labels_{column}": shape for column, shape in labels.items()}
     leading = count, config.data.batch_size
     return {name: jax.ShapeDtypeStruct((*leading, *shape), jnp.int32) for name, shape in shapes.items()}
 
@@ -97,6 +90,28 @@ def abstract_state(config: Config, recipe: Recipe) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_state(recipe, hyper_of(config)))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+
+
+def check_batch(recipe: Recipe, batch: Mapping[str, Any]) -> None:
+    """Raises InputError for a batch without an array that the objective needs, or with labels that no head has."""
+    name = type(recipe.objective).__name__
+    if missing := [array for array in recipe.objective.needs if array not in batch]:
+        raise InputError(
+            f"objective={name} needs {', '.join(recipe.objective.needs)}, and a batch has no {', '.join(missing)}; "
+            "data.sampling=Examples, not joined, gives two texts of a data.corpus with a target, as Table(target=...)"
+        )
+    for column, shape in recipe.objective.label_shapes(recipe.model, batch["tokens"].shape[1]).items():
+        labels = batch.get(f"labels_{column}")
+        if labels is None:
+            raise InputError(
+                f"objective={name} needs labels of the column {column!r}, and a batch has no labels_{column}; name the "
+                "column in data.corpus.labels, and take data.sampling=Examples"
+            )
+        if labels.shape[1:] != shape:
+            raise InputError(
+                f"labels_{column} must have the shape {shape} in a row, but has {labels.shape[1:]}: () of one class, "
+                "(classes,) of any number, as of data.corpus.several and MultiLabelHead, (tokens,) of each token"
+            )
 
 
 class Judged(NamedTuple):
@@ -177,6 +192,7 @@ def _sums(
         total: dict[str, Any] = {}
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         for batch in sampling.full_pass(source, config.row, config.data.batch_size, part):
+            check_batch(recipe, batch)
             in_flight.append(evaluated(batch, np.int32(next(number)), known))
             if len(in_flight) == 2:
                 _add(total, in_flight.popleft())

@@ -33,6 +33,11 @@ class Received(list[int]):
         if self:
             raise Stop
 
+    def interrupt(self, step: int) -> None:
+        """Raises Interrupted if one has come."""
+        if self:
+            raise Interrupted(self[0], step)
+
 
 def meant() -> list[int]:
     """Those that end a run: not the ones that were ignored when the process began, as SIGHUP is under nohup."""

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from jaxformer.data.files import write
-from jaxformer.model.heads import ClassificationHead
 from jaxformer.model.models import Model
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, finite, open_run
@@ -36,15 +35,12 @@ def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     """A report of which parameters of the model can be taken from the run, and which not.
 
     Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same, of classes
-    only if these are. Raises
-    InputError if nothing is.
+    only if these are. Raises InputError if nothing is.
     """
     old, new = _by_path(run.state.params), _by_path(model.declared(), is_declared)
     left: dict[str, str] = {}
-    classes = {h.name: h.classes for h in run.model.heads if isinstance(h, ClassificationHead)}
-    same_heads = {
-        f"head_{h.name}" for h in model.heads if isinstance(h, ClassificationHead) and h.classes == classes.get(h.name)
-    }
+    classes = {head.name: head.classes for head in run.model.heads}
+    same_heads = {f"head_{head.name}" for head in model.heads if head.classes == classes.get(head.name)}
     for path, box in new.items():
         if path not in old:
             left[path] = "not in that run"
