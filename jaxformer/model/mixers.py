@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
 from jaxformer.model import cache as cache_lib
@@ -36,7 +35,7 @@ class Context(NamedTuple):
 class Parts(Spec):
     """The parts that a mixer may read, and the sizes of letters."""
 
-    dims: FrozenDict[str, int]
+    dims: Mapping[str, int]
     position: Position
     kernel: Kernel
     mask: Mask
@@ -65,10 +64,10 @@ class Mixer(Spec):
         return type(self).__name__
 
     @abc.abstractmethod
-    def __call__(self, params: Arrays, parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
+    def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         """Out([B, T, D], the written cache): None if there was none."""
 
-    def recorded(self, params: Arrays, parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
+    def recorded(self, params: Mapping[str, Any], parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
         """What is kept of the way there, by name, where activations are asked for."""
         return {}
 
@@ -104,7 +103,7 @@ class MultiHead(Mixer):
         own = parts.kernel.slots()
         return cache_lib.PLACE | parts.mask.slots() | own | parts.position.slots() if own else {}
 
-    def remember(self, params: Arrays, parts: Parts, x: Float[Array, "B T D"], context: Context) -> Arrays:
+    def remember(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Arrays:
         """What the tokens x leave behind for queries to look at."""
         at, cache, position = context.at, context.cache, _of_position(params, parts, context)
         k = parts.position.rotate(position, parts.qk_norm(params["norm_k"], _heads(params, parts, x, "k")), at)
@@ -114,9 +113,9 @@ class MultiHead(Mixer):
         v = _heads(params, parts, x, "v")
         return {**place, **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
 
-    def __call__(self, params: Arrays, parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
-        *given, cache, handed = self._seen(params, parts, x, context)
-        h = parts.kernel(params["kernel_params"], *given, context.key, parts.dropout)
+    def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
+        q, new, seen, view, bias, cache, handed = self._seen(params, parts, x, context)
+        h = parts.kernel(params["kernel_params"], q, new, seen, view, bias, context.key, parts.dropout)
         B, H, T, K = h.shape
         h = h.swapaxes(1, 2).reshape(B, T, H * K)
         if parts.output_projection:
@@ -126,14 +125,14 @@ class MultiHead(Mixer):
             h = jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
         return Out(h, cache, handed=handed)
 
-    def recorded(self, params: Arrays, parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
+    def recorded(self, params: Mapping[str, Any], parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
         q, new, seen, view, bias, *_ = self._seen(params, parts, x, context)
         own = params["kernel_params"]
         values = parts.kernel(own, q, new, seen, view, bias, context.key, parts.dropout)
         more = parts.kernel.recorded(own, q, new, seen, view, bias)
         return {"q": q, "k": seen.get("k"), "v": seen.get("v"), "values": values} | more
 
-    def _seen(self, params: Arrays, parts: Parts, x: jax.Array, context: Context) -> tuple[Any, ...]:
+    def _seen(self, params: Mapping[str, Any], parts: Parts, x: jax.Array, context: Context) -> tuple[Any, ...]:
         """What the kernel is given: q, new, seen, view, bias; then the written cache, and what is handed on."""
         position, at, cache, handed = _of_position(params, parts, context), context.at, context.cache, {}
         q = parts.position.rotate(position, parts.qk_norm(params["norm_q"], _heads(params, parts, x, "q")), at)
@@ -147,11 +146,11 @@ class MultiHead(Mixer):
         return q, new, seen, view, parts.position.bias(position, view, new, seen), cache, handed
 
 
-def _of_position(params: Arrays, parts: Parts, context: Context) -> Arrays:
+def _of_position(params: Mapping[str, Any], parts: Parts, context: Context) -> Arrays:
     return params["position_params"] if parts.position.per_layer else context.position
 
 
-def _heads(params: Arrays, parts: Parts, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:
+def _heads(params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:
     """Queries, keys or values of each head."""
     own = params["project"]
     if name not in own:  # the kernel does not look at it

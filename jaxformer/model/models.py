@@ -309,7 +309,7 @@ class Decoder(Model):
     def _kinds(
         self, masks: Mask | tuple[Mask, ...], mixers: Mixer | tuple[Mixer, ...], cross_kernel: Kernel | None
     ) -> tuple[BlockSpec, ...]:
-        each = self.position, self.kernel, masks, mixers, self.feed_forward
+        each: Any = self.position, self.kernel, masks, mixers, self.feed_forward
         count = math.lcm(*(len(_as_tuple(parts)) for parts in each))
         qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         rest = self.qk_norm, qkv_bias, self.bias, self.output_projection, self.dropout

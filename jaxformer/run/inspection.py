@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.learning.objectives import Batch, Example, NextToken
+from jaxformer.learning.objectives import Batch, Example, Objective
 from jaxformer.model.models import Model
 from jaxformer.run.plan import abstract_batches, planned_recipe
 from jaxformer.run.step import Recipe
@@ -25,7 +25,7 @@ Names = tuple[str, ...]  # of a module or an array, from the outside in
 ELSEWHERE = "elsewhere"  # in no module, as the scores of a contrastive objective
 
 
-def inspect(objective: NextToken, model: Model, batch: Batch, compute_dtype: str = "float32") -> Row:
+def inspect(objective: Objective, model: Model, batch: Batch, compute_dtype: str = "float32") -> Row:
     """All of this page as JSON values, for one batch of the objective: arrays, or their shapes and dtypes.
 
     `flops_step` is that of loss and gradients. `activations_bytes` is the sum over all that are recorded; a step keeps
@@ -98,7 +98,7 @@ def flops(function: Callable[..., Any], *args: Any) -> dict[Names, int]:
     return dict(_products(jax.make_jaxpr(function)(*args).jaxpr, ()))
 
 
-def layers(objective: NextToken, model: Model, example: Example, compute_dtype: str = "float32") -> list[Row]:
+def layers(objective: Objective, model: Model, example: Example, compute_dtype: str = "float32") -> list[Row]:
     """A row for each part of the model: what it costs in all of its `layers`, which lie stacked.
 
     Every parameter, activation and product is in just one row. A forward pass is the loss without dropout, a step the
