@@ -25,8 +25,6 @@ class TokenEmbedding(Model):
     head: Head | tuple[Head, ...] = LanguageHead(tied=False, bias=True)
     initializer: Initializer = TorchUniform()
 
-    n_layers = 0
-
     def network(self) -> "Network":
         return Network(self)
 
@@ -85,6 +83,9 @@ class RNN(TokenEmbedding):
     dropout: float = 0.0
 
     cell = nn.SimpleCell
+
+    def network(self) -> "Network":
+        return RecurrentNetwork(self)
 
     def check(self, at: str = "") -> None:
         super().check(at)
@@ -166,7 +167,7 @@ class Recurrent(nn.Module):
 
 
 class Network(nn.Module):
-    """The Flax module behind a baseline; recurrent layers, parameters and state, lie stacked along a leading axis L."""
+    """The Flax module behind a baseline."""
 
     spec: TokenEmbedding
 
@@ -176,8 +177,22 @@ class Network(nn.Module):
         own = {name: declare(self, name, params, s.dims) for name, params in s.params().items()}
         x = lookup(own["embedding"]["table"], ids)
         record(self, embedded=x)
-        if not s.n_layers:
-            return Out(x, cache)
+        return Out(*self.above(x, at, key, cache))
+
+    def above(self, x: jax.Array, at: Places, key: jax.Array | None, cache: Any) -> tuple[jax.Array, Any]:
+        return x, cache
+
+    def everything(self, ids: jax.Array, at: Places) -> None:
+        self(ids, at, None)
+
+
+class RecurrentNetwork(Network):
+    """Recurrent layers above the embedding; parameters and state lie stacked along a leading axis L."""
+
+    spec: RNN
+
+    def above(self, x: jax.Array, at: Places, key: jax.Array | None, cache: Any) -> tuple[jax.Array, Any]:
+        s = self.spec
         layers = nn.scan(
             Recurrent,
             variable_axes={"params": 0, "activations": 0},
@@ -189,7 +204,4 @@ class Network(nn.Module):
         x, cache = layers(x, (jnp.arange(s.n_layers), cache), at, key)
         x = dropout(fold(key, s.n_layers), x, s.dropout)
         record(self, out=x)
-        return Out(x, cache)
-
-    def everything(self, ids: jax.Array, at: Places) -> None:
-        self(ids, at, None)
+        return x, cache

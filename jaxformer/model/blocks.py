@@ -24,7 +24,7 @@ class Site(NamedTuple):
     """Where a branch joins the stream."""
 
     branch: str  # "attention", "cross_attention" or "feed_forward"
-    layer: Int[Array, ""]  # from 0, traced
+    layer: Int[Array, ""] | int  # from 0, traced
     params: Arrays  # the rule's own, here
     norms: tuple[Callable[[jax.Array], jax.Array], ...]  # as many as the rule asks for
 
@@ -168,7 +168,7 @@ class Block(nn.Module):
                 record(self, feed_forward={"out": out.h} | part.recorded(params, h))
         return out
 
-    def _site(self, name: str, layer: jax.Array) -> Site:
+    def _site(self, name: str, layer: Any) -> Site:
         s = self.spec
         labels = [f"norm_{name}", f"norm_{name}_out"][: s.residual.n_norms]
         norms = tuple(functools.partial(s.norm, self._declare(label, s.norm.params())) for label in labels)
@@ -185,7 +185,7 @@ class Group(nn.Module):
     n_layers: int
 
     @nn.compact
-    def __call__(self, stream: Any, scanned: Any, at: Places, shared: Arrays, key: jax.Array | None) -> Any:
+    def __call__(self, stream: Any, scanned: Any, at: Places, shared: Any, key: jax.Array | None) -> Any:
         """The stream; and the written caches, losses, and sums for what is not trained."""
         (first, caches, memories), found = scanned, Out(stream)
         written, sums, names = {}, {}, position_names(self.kinds)
