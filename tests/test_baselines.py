@@ -16,7 +16,7 @@ from jaxformer.model.baselines import GRU, LSTM, RNN, Bigram, Rows, TokenEmbeddi
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import dropout
 from jaxformer.model.masks import Places, one_document, places
-from jaxformer.spec import checked, dumps, from_json, map_declared, override, to_json
+from jaxformer.spec import Letters, checked, dumps, from_json, map_declared, override, to_json
 
 generate = functools.partial(LeftToRight(), NextToken())
 

@@ -11,7 +11,7 @@ from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
 from jaxformer.model.masks import Places
-from jaxformer.spec import Declared
+from jaxformer.spec import Declared, Letters
 
 
 def reference_loss(model, params, tokens, weights):

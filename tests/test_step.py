@@ -155,7 +155,7 @@ HEADS = (
 )
 
 
-@pytest.mark.parametrize("objective", REGULARIZED, ids=lambda o: f"{type(o).__name__}-z{o.z_loss}")
+@pytest.mark.parametrize("objective", REGULARIZED, ids=lambda o: f"{type(o).__name__}-z{getattr(o, 'z_loss', 0.0)}")
 def test_losses_are_plain_and_gradients_the_objectives(objective):
     """`loss` is that of the objective without smoothing and z-loss, `objective_loss` what is minimised: of a batch, of
     its slices, of seeds together."""
@@ -176,7 +176,7 @@ def test_losses_are_plain_and_gradients_the_objectives(objective):
 
     value_and_grad = jax.jit(jax.value_and_grad(minimised, 1), static_argnums=0)
     loss, grads = value_and_grad(objective, params, batch)
-    plain, _ = value_and_grad(dataclasses.replace(objective, label_smoothing=0.0, z_loss=0.0), params, batch)
+    plain, _ = value_and_grad(type(objective)(), params, batch)
     assert abs(plain - loss) > 1e-3
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
     expected = {"loss": float(plain), "objective_loss": float(loss), "grad_norm": norm}

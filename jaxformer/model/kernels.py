@@ -23,7 +23,7 @@ class Kernel(Spec):
         return {}
 
     def slots(self) -> dict[str, Slot]:
-        """Room in the cache; none where it looks at what a layer below has handed on."""
+        """Room in the cache; none of a kernel that looks at what a layer below has handed on."""
         return {}
 
     def remember(
@@ -33,9 +33,9 @@ class Kernel(Spec):
         return {}
 
     def share(self, params: Arrays, seen: Arrays, below: Mapping[str, Any]) -> tuple[Arrays, Mapping[str, Any]]:
-        """What the queries look at, and what is handed on to layers above in the group; `below` is what layers below
-        in the group have handed on. `seen` are the slots of the keys' tokens with their places."""
-        return seen, {}
+        """What the queries look at, of the slots `seen` with their places; and what layers above in the group are
+        handed. `below` is what layers below in the group have handed on."""
+        return seen, {"seen": seen}
 
     @abc.abstractmethod
     def __call__(

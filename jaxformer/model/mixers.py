@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +50,14 @@ class Mixer(Spec):
     """A part that mixes tokens."""
 
     causal = False  # True: a token sees nothing later, whatever the mask
-    reads: tuple[str, ...] = ()  # of FIELDS, those that it reads
+    reads: ClassVar[tuple[str, ...]] = ()  # of FIELDS, those that it reads
 
     def params(self, parts: Parts) -> Declarations:
         return {}
 
     def slots(self, parts: Parts) -> dict[str, Slot]:
-        """Room in the cache: entries for tokens need the places as well, `cache.PLACE`."""
+        """Room in the cache. Entries for tokens need those of their places, too: `cache.PLACE` and the mask's, which
+        `place` fills."""
         return {}
 
     def summary(self, parts: Parts) -> str:
@@ -108,10 +109,8 @@ class MultiHead(Mixer):
         at, cache, position = context.at, context.cache, _of_position(params, parts, context)
         k = parts.position.rotate(position, parts.qk_norm(params["norm_k"], _heads(params, parts, x, "k")), at)
         more = parts.position.remember(position, k, at, cache)
-        place = {"part": jnp.ones_like(at.segment)} if "part" in parts.mask.slots() else {}
-        place |= {name: array for name, array in at._asdict().items() if array is not None}
         v = _heads(params, parts, x, "v")
-        return {**place, **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
+        return {**place(parts, at), **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
 
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         q, new, seen, view, bias, cache, handed = self._seen(params, parts, x, context)
@@ -144,6 +143,12 @@ class MultiHead(Mixer):
             new = seen = context.memory
         view = View(at, Places(seen["position"], seen["segment"], seen.get("part")), parts.mask, parts.dims["H"])
         return q, new, seen, view, parts.position.bias(position, view, new, seen), cache, handed
+
+
+def place(parts: Parts, at: Places) -> dict[str, jax.Array]:
+    """What tokens leave in the slots `cache.PLACE` and in those of the mask."""
+    second = {"part": jnp.ones_like(at.segment)} if "part" in parts.mask.slots() else {}
+    return second | {name: array for name, array in at._asdict().items() if array is not None}
 
 
 def _of_position(params: Mapping[str, Any], parts: Parts, context: Context) -> Arrays:

@@ -431,10 +431,10 @@ class Network(nn.Module):
 
 def check_transformer(model: Decoder, at: str) -> None:
     """Raises ValueError for parts and sizes of which no model can be made."""
-    kinds = [kind for stack in model.stacks for kind in model.kinds(stack)]
-    mixers = {kind.mixer for kind in kinds if kind.mixer}
-    read = {name for mixer in mixers for name in mixer.reads} | {name for k in kinds if k.cross for name in FIELDS}
     model.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
+    kinds = [kind for stack in model.stacks for kind in model.kinds(stack)]
+    mixers = [MultiHead() if kind.cross else kind.mixer for kind in kinds] + [kind.mixer for kind in kinds]
+    read = {name for mixer in mixers if mixer for name in mixer.reads}
     if not 0 <= model.dropout < 1:
         raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
     if model.remat not in (None, *REMAT):
