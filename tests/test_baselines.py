@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,7 @@ def test_cached_decoding_equals_the_full_pass(model):
     for size in (9, 1, 1, 2):
         piece = text[:, start : start + size]
         h, cache = hidden(model, params, piece, cut(at, start, start + size), None, cache)
-        assert jax.tree.structure(cache) == jax.tree.structure(model.cache(B, 23))
+        chex.assert_trees_all_equal_shapes_and_dtypes(cache, model.cache(B, 23))
         outs.append(h)
         start += size
     real = np.asarray(at.segment)[..., None]

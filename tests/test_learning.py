@@ -1,5 +1,6 @@
 """Objectives, schedules and optimizers against NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,5 +97,4 @@ def test_adamw(clip):
             v[name] = 0.99 * v[name] + 0.01 * a**2
             step = m[name] / (1 - 0.9**t) / (np.sqrt(v[name] / (1 - 0.99**t)) + 1e-8)
             params[name] = params[name] - 0.01 * (step + (0.1 * params[name] if name == "w" else 0))
-    for name in params:
-        np.testing.assert_allclose(found[name], params[name], atol=1e-5)
+    chex.assert_trees_all_close(found, params, atol=1e-5)

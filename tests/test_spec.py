@@ -18,6 +18,7 @@ from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Bidirectional, Causal, Window
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import Learned, Rotary
+from jaxformer.run.dry_run import dry_run
 from jaxformer.spec import (
     Declared,
     InputError,
@@ -227,6 +228,7 @@ def test_another_class_keeps_the_fields_that_were_set_and_mean_the_same():
     assert encoder.n_heads == 2 and encoder.mask == Bidirectional()  # as no other mask was set
     bigram = resolve(config, {"model": "Bigram"}).model
     assert (bigram.context_length, bigram.d_model) == (64, None)  # whose width is the vocabulary's
+    assert dry_run(config, {"model": "Bigram", "data.tokenizer": "Bytes"})["n_params"] == 256 * 256
     assert resolve(config, {"optimizer.learning_rate": "Constant"}).optimizer.learning_rate == Constant(0.5)
     assert resolve(config, {"optimizer.learning_rate": Constant()}).optimizer.learning_rate == Constant()
 

@@ -109,7 +109,7 @@ class Tokenizer(Spec):
         Bits per byte compare tokenizers, nats per token do not.
         """
 
-    def _refuse_unfitted(self) -> NoReturn:
+    def _unfitted(self, *_: Any, **__: Any) -> NoReturn:
         raise InputError(f"data.tokenizer={type(self).__name__} must be fitted to a corpus first; call fit")
 
 
@@ -118,16 +118,9 @@ class Unfitted(Tokenizer):
 
     @property
     def start(self) -> int:
-        self._refuse_unfitted()
+        self._unfitted()
 
-    def encode(self, text: str) -> Ids:
-        self._refuse_unfitted()
-
-    def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
-        self._refuse_unfitted()
-
-    def byte_lengths(self) -> NDArray[np.int64] | None:
-        self._refuse_unfitted()
+    encode = decode = byte_lengths = Tokenizer._unfitted
 
 
 # --- bytes and characters
@@ -280,7 +273,7 @@ class Characters(Plain):
 
     def _fitted(self) -> str:
         if self.alphabet is None:
-            self._refuse_unfitted()
+            self._unfitted()
         return self.alphabet
 
 
