@@ -27,7 +27,7 @@ constant, normal = jax.nn.initializers.constant, jax.nn.initializers.normal
 
 
 class Borrow(Softmax):
-    """Cross-layer attention (arXiv:2405.12981): kernel=(Softmax(), Borrow()) looks at what the layer below remembers."""
+    """Cross-layer attention (arXiv:2405.12981): in kernel=(Softmax(), Borrow()) it looks at the keys of the layer below."""
 
     projections = ("q",)
 
@@ -330,7 +330,7 @@ class EveryLayer(NextToken):
 
 
 class FillInTheMiddle(NextToken):
-    """A share of the rows becomes prefix, suffix, middle (arXiv:2207.14255), between marks: sentinels of the tokenizer."""
+    """A share of the rows becomes prefix, suffix, middle (arXiv:2207.14255), between three marks."""
 
     rate: float = 0.5
     marks: tuple[int, int, int] = (0, 1, 2)

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,21 @@ from jaxformer.run.warm_start import compare, open_source, take, tell
 
 log = logging.getLogger(__name__)
 
-Report = dict[str, Any]  # of a warm start
-Beginning = Callable[[], tuple[TrainState, Report | None]]
+Origin = tuple[Run, dict[str, Any]] | None  # the run that others begin with, and the report of what is taken of it
 
 
-def source_of(config: Config) -> Run | None:
-    """The run that another begins with, opened before anything is written, so that a wrong one is refused."""
-    return None if config.init_from is None else open_source(config.init_from)
+def origin_of(config: Config, prepared: Prepared) -> Origin:
+    """Opened and compared before anything is written, so that a wrong one is refused."""
+    if config.init_from is None:
+        return None
+    run, recipe = open_source(config.init_from), recipe_of(config, prepared.tokenizer, prepared.classes)
+    return run, compare(recipe.model, run, run.tokenizer == prepared.tokenizer)
 
 
-def beginning(config: Config, prepared: Prepared, source: Run | None) -> Beginning:
-    """Makes the state before the first step, and the report of a warm start."""
-    recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
-    if source is None:
-        return lambda: (init_state(recipe, hyper), None)
-    report = compare(recipe.model, source, source.tokenizer == prepared.tokenizer)
-    return lambda: (take(init_state(recipe, hyper), source, report), report)
+def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
+    """The state before the first step."""
+    state = init_state(recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config))
+    return state if origin is None else take(state, *origin)
 
 
 def groups(configs: Sequence[Config]) -> list[list[int]]:
@@ -63,24 +62,23 @@ def checkpoints_of(configs: Sequence[Config]) -> Iterator[list[CheckpointWriter]
 
 
 def restored(
-    configs: Sequence[Config], prepared: Prepared, saved: Sequence[CheckpointWriter], begins: Sequence[Beginning]
-) -> tuple[list[Run], Sequence[Report | None]]:
-    """The runs at the newest step that all have saved or, without one, as they begin, with the reports of that."""
-    config, reports = configs[0], ()
-    recipe = recipe_of(config, prepared.tokenizer, prepared.classes)
+    configs: Sequence[Config], prepared: Prepared, saved: Sequence[CheckpointWriter], origin: Origin
+) -> tuple[list[Run], Origin]:
+    """The runs at the newest step that all have saved or, without one, as they begin: then with the origin."""
+    config, recipe = configs[0], recipe_of(configs[0], prepared.tokenizer, prepared.classes)
     states = restore_together(saved, abstract_state(config, recipe))
     if states is None:
         if (Path(config.directory) / "metrics.jsonl").exists():
             log.warning("%s holds no checkpoint: the run begins anew", config.directory)
-        states, reports = zip(*(begin() for begin in begins), strict=True)
+        states = [begun(each, prepared, origin) for each in configs]
         tell_beginning(config)
+    else:
+        origin = None
     opened = zip(configs, states, strict=True)
-    return [Run(each, prepared.tokenizer, state, prepared.classes) for each, state in opened], reports
+    return [Run(each, prepared.tokenizer, state, prepared.classes) for each, state in opened], origin
 
 
-def record(
-    runs: Sequence[Run], prepared: Prepared, saved: Sequence[CheckpointWriter], reports: Sequence[Report | None]
-) -> None:
+def record(runs: Sequence[Run], prepared: Prepared, saved: Sequence[CheckpointWriter], origin: Origin) -> None:
     """Tells what the runs are from here on, and stores it."""
     config, step = runs[0].config, int(runs[0].state.step)
     tell_changes(config, step)
@@ -91,6 +89,6 @@ def record(
         record_start(run.config, step, seeds, devices)
         checkpoints.forget_after(step)
     summarize(runs, prepared)
-    for run, report in zip(runs, reports, strict=False):
-        if report:
-            tell(report, Path(run.config.directory))
+    if origin is not None:
+        for run in runs:
+            tell(origin[1], Path(run.config.directory))

@@ -220,9 +220,8 @@ def _part(model: Model, module: Names) -> Names:
 
 def _place(model: Model, path: Names) -> tuple[int, Names]:
     """Sorts from the ids to the loss."""
-    order = [("embedding",), *model.stacked, *((f"head_{head.name}",) for head in model.heads)]
-    first = [module[0] for module in order]
-    return (first.index(path[0]) if path and path[0] in first else len(first)), path
+    order = ["embedding", *(block[0] for block in model.stacked), *(f"head_{head.name}" for head in model.heads)]
+    return (order.index(path[0]) if path and path[0] in order else len(order)), path
 
 
 def _abstract_params(model: Model, dtype: str) -> Any:

@@ -17,7 +17,7 @@ from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
 from jaxformer.platform import check_numerics, set_flags
-from jaxformer.run.beginning import Beginning, beginning, checkpoints_of, groups, record, restored, source_of
+from jaxformer.run.beginning import Origin, begun, checkpoints_of, groups, origin_of, record, restored
 from jaxformer.run.checks import checked_data
 from jaxformer.run.directory import as_begun, check_directory, claimed, has_checkpoint
 from jaxformer.run.members import Members, batches_of
@@ -103,7 +103,7 @@ def build(
         state, metrics = train_steps(recipe, state, jax.tree.map(lambda a: a[None], batch), np.int32(1), hyper)
         return state, jax.tree.map(lambda a: a[0], metrics)
 
-    state, _ = beginning(config, prepared, source_of(config))()
+    state = begun(config, prepared, origin_of(config, prepared))
     return state, step, batches_of(config, prepared).at
 
 
@@ -119,28 +119,27 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
         for config in configs:
             check_directory(config, prepared)  # of all, before anything is written to one
         new = any(not has_checkpoint(Path(config.directory)) for config in configs)
-        source = source_of(configs[0]) if new else None  # what others began with is not needed
-        begins = [beginning(config, prepared, source) for config in configs]
+        origin = origin_of(configs[0], prepared) if new else None  # what others began with is not needed
         for config in configs:
             claims.enter_context(claimed(config, prepared))
         found: dict[int, Run] = {}
         for group in groups(configs):
-            runs = _train([configs[i] for i in group], prepared, [begins[i] for i in group], trace)
+            runs = _train([configs[i] for i in group], prepared, origin, trace)
             found |= zip(group, runs, strict=True)
         return [found[i] for i in range(len(configs))]
 
 
-def _train(configs: Sequence[Config], prepared: Prepared, begins: Sequence[Beginning], profile: Profile) -> list[Run]:
+def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profile: Profile) -> list[Run]:
     """Trains runs together from where they are to their last step, or to the end of the call that a signal comes in."""
     config, members = configs[0], Members(configs, prepared)
     with collected() as received, checkpoints_of(configs) as saved:
-        runs, warm = restored(configs, prepared, saved, begins)
+        runs, origin = restored(configs, prepared, saved, origin)
         step, steps = int(runs[0].state.step), config.train.steps
         if step >= steps and not any(owed(configs, saved, step)):
             log.info("%s is finished: it has made %d of %d steps", config.directory, step, steps)
             received.interrupt(step)
             return runs
-        record(runs, prepared, saved, warm)
+        record(runs, prepared, saved, origin)
         state = members.together([run.state for run in runs])
         with contextlib.closing(Reports(configs, step)) as reports, contextlib.closing(profile):
             pauses = Pauses(runs, members, saved, reports, received)
