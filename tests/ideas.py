@@ -27,7 +27,7 @@ constant, normal = jax.nn.initializers.constant, jax.nn.initializers.normal
 
 
 class Borrow(Softmax):
-    """Cross-layer attention (arXiv:2405.12981): in kernel=(Softmax(), Borrow()) it looks at the keys of the layer below."""
+    """Cross-layer attention (arXiv:2405.12981): kernel=(Softmax(), Borrow()) looks at keys of the layer below."""
 
     projections = ("q",)
 
@@ -192,7 +192,10 @@ class HyperConnections(Residual):
         return site.norms[0](jnp.einsum("BTMD,M->BTD", stream, site.params["into"]))
 
     def after(self, stream, h, site):
-        return jnp.einsum("BTMD,MN->BTND", stream, site.params["width"]) + site.params["out"][:, None] * h[:, :, None]
+        return (
+            jnp.einsum("BTMD,MN->BTND", stream, site.params["width"])
+            + site.params["out"][None, None, :, None] * h[:, :, None]
+        )
 
 
 class UNet(Residual):
@@ -248,7 +251,7 @@ class Experts(FeedForward):
 
     def __call__(self, params, x, at, key):
         chances = jax.nn.softmax(linear(x, params["router"]).astype(jnp.float32), -1)
-        biased = chances + params["bias"]
+        biased = chances + params["bias"][None, None]
         chosen = biased >= jax.lax.top_k(biased, self.top_k)[0][..., -1:]
         gates = jnp.where(chosen, chances, 0)
         gates = (gates / gates.sum(-1, keepdims=True)).astype(x.dtype)
@@ -379,7 +382,7 @@ class Unmasking(Sampler):
 
     rounds: int = 16
 
-    def __call__(self, objective, model, params, prompts, tokens, processors=(), seed=0, context=None, **more):
+    def __call__(self, objective, model, params, prompts, tokens, processors=(), seed=0, context=None, *rest):
         rows = [
             [*prompt[-(context or model.context_length) + tokens :], *[objective.mask] * tokens] for prompt in prompts
         ]

@@ -40,8 +40,9 @@ from jaxformer.data.tokenizers import Bytes
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.learning.objectives import NextToken, SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import Constant
 from jaxformer.model.kernels import Softmax
-from jaxformer.model.layers import MLP
+from jaxformer.model.layers import MLP, LayerNorm
 from jaxformer.model.masks import Causal, Places, Window, places
 from jaxformer.model.mixers import MultiHead
 from jaxformer.model.positions import Rotary, Sinusoidal
@@ -104,7 +105,7 @@ def test_cached_equals_the_full_pass(model):
 
 
 def test_a_layer_that_borrows_has_no_cache():
-    borrowing = TOGETHER["layers share, connections, experts"].cache(3, T)
+    borrowing = dataclasses.replace(TOGETHER["layers share, connections, experts"], vocab_size=V).cache(3, T)
     assert borrowing["block1"] == {} and {"k", "v", "position"} <= borrowing["block0"].keys()
 
 
@@ -112,16 +113,17 @@ def test_a_layer_that_borrows_has_no_cache():
 
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind; " * 40
+ADAMW = AdamW(Constant(1e-3))
 RUNS = {
-    **{name: (model, NextToken(), AdamW(), {}) for name, model in (ONE_AT_A_TIME | TOGETHER).items()},
-    "early exit": (Decoder(**SIZES), EveryLayer(), AdamW(), {}),
-    "fill in the middle": (Decoder(**SIZES), FillInTheMiddle(marks=(253, 254, 255)), AdamW(), {}),
-    "masked diffusion": (Encoder(**SIZES), MaskedDiffusion(mask=255, special=(255,)), AdamW(), {}),
-    "Muon": (Decoder(**SIZES), NextToken(), Muon(), {}),
+    **{name: (model, NextToken(), ADAMW, {}) for name, model in (ONE_AT_A_TIME | TOGETHER).items()},
+    "early exit": (Decoder(**SIZES), EveryLayer(), ADAMW, {}),
+    "fill in the middle": (Decoder(**SIZES), FillInTheMiddle(marks=(253, 254, 255)), ADAMW, {}),
+    "masked diffusion": (Encoder(**SIZES), MaskedDiffusion(mask=255, special=(255,)), ADAMW, {}),
+    "Muon": (Decoder(**SIZES), NextToken(), Muon(Constant(1e-3)), {}),
 }
 RUNS["an encoder–decoder of latent attention"] = (
     TOGETHER["an encoder–decoder of latent attention"],
-    *(SequenceToSequence(), AdamW(), {"corpus": Reverse(n_examples=200, length=7), "sampling": Examples()}),
+    *(SequenceToSequence(), ADAMW, {"corpus": Reverse(examples=200, length=7), "sampling": Examples()}),
 )
 DEFAULT = ("layers share, connections, experts", "masked diffusion")
 
@@ -155,9 +157,9 @@ def test_trains_and_resumes_to_the_same_bits(name, tmp_path):
 # --- losses of parts, and what no gradient moves
 
 
-def batch(rows=4):
-    segments = np.broadcast_to((np.arange(T + 1) < np.array([[18], [11], [4], [15]])).astype(np.int32), (rows, T + 1))
-    return {"tokens": np.asarray(draws(rows, T + 1)), "segments": segments}
+def batch():
+    segments = (np.arange(T + 1) < np.array([[18], [11], [4], [15]])).astype(np.int32)
+    return {"tokens": draws(4, T + 1), "segments": jnp.asarray(segments)}
 
 
 def stepped(slices, model):
@@ -249,11 +251,11 @@ def test_initializers_know_the_layer(mask):
 
 def test_hyper_connections_begin_as_pre_norm():
     """All copies of the stream are alike, and the last norm does not see that there are four."""
-    plain = Decoder(**SIZES, vocab_size=V)
+    plain = Decoder(**SIZES, vocab_size=V, norm=LayerNorm(eps=1e-12))
     model = dataclasses.replace(plain, residual=HyperConnections())
     params, at = model.init(jax.random.key(0)), places(jnp.ones((2, T), jnp.int32))
     a, b = (m.hidden(params, draws(2, T), at).h for m in (model, plain))
-    np.testing.assert_allclose(a, b, atol=0.01)
+    np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_matrices_of_a_batch_are_drawn_each_for_itself():
@@ -292,7 +294,7 @@ def test_muon_makes_matrices_orthogonal():
 
 def test_a_middle_is_moved_behind_marks():
     rows = np.asarray(draws(64, T + 1)) % 26
-    example = FillInTheMiddle(marks=(26, 27, 28)).prepare({"tokens": rows}, jax.random.key(0))
+    example = FillInTheMiddle(marks=(26, 27, 28)).prepare({"tokens": jnp.asarray(rows)}, jax.random.key(0))
     turned = np.concatenate([example.ids, example.targets[:, -1:]], 1)
     some = turned[:, 0] == 26
     assert 0.25 < some.mean() < 0.75 and (turned[~some] == rows[~some]).all()
@@ -313,8 +315,13 @@ def test_help_and_stored_config_know_a_strangers_part(tmp_path):
     """From the command line, in a process of its own."""
     config = "from jaxformer import Config, Decoder\nconfig = Config('run', Decoder(d_model=24, context_length=16))\n"
     (tmp_path / "config.py").write_text(config)
-    command = [sys.executable, "-m", "jaxformer.commands", "train", "config.py", "--model.mixer=ideas:GatedLinear"]
-    command += ["--model.feed_forward=ideas:Experts", "--model.feed_forward.experts=3", "--dry_run"]
+    command = [sys.executable, "-c", "from jaxformer.commands import main; main()", "train", "config.py"]
+    command += [
+        "--model.mixer=ideas:GatedLinear",
+        "--model.feed_forward=ideas:Experts",
+        "--model.feed_forward.experts=3",
+        "--dry_run",
+    ]
     path = ":".join([str(jaxformer.__path__[0]) + "/..", *sys.path])
     env = {"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -17,12 +17,12 @@ zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.n
 
 
 class Loss(struct.PyTreeNode):
-    """A number for each row, [B], that is minimised `weight` times beside the objective; 0 only reports it.
+    """A number for each row that is minimised `weight` times beside the objective; 0 only reports it.
 
     Rows weigh as their tokens do in the objective. What has one name in several layers is summed over them.
     """
 
-    value: Float[Array, "B"]
+    value: Any  # float32[B]
     weight: float = struct.field(pytree_node=False, default=0.0)
 
 
