@@ -155,10 +155,10 @@ def summary(recipe: Recipe, judged: Judged, sums: Sequence[Mapping[str, Any]]) -
     each = [{name: float(value) for name, value in source.items()} for source in sums]
     if not any(source.get("weight", 0) for source in each):
         return {"loss": math.nan, "tokens": 0}
-    found = recipe.objective.summary(_whole(each, judged.weights))
+    found = recipe.objective.report(_whole(each, judged.weights))
     if len(each) > 1:
         for name, own in zip(judged.names, each, strict=True):
-            own = recipe.objective.summary(own) if own.get("weight") else {"loss": math.nan, "tokens": 0}
+            own = recipe.objective.report(own) if own.get("weight") else {"loss": math.nan, "tokens": 0}
             found |= {f"{key}_{name}": value for key, value in own.items()}
     return found
 
