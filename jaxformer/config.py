@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxformer.data import tables, tasks
-from jaxformer.data.batches import Examples, RandomWindows, RowSize
+from jaxformer.data.batches import RandomWindows, RowSize, Sampling
 from jaxformer.data.corpora import Corpus, PythonTopics
 from jaxformer.data.files import expanded, located, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
-from jaxformer.learning.objectives import Contrastive, NextToken
-from jaxformer.learning.optimizers import SGD, AdamW
+from jaxformer.generation.decode import Sampler
+from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupLinear
 from jaxformer.model import baselines
-from jaxformer.model.models import Model
+from jaxformer.model.models import Decoder, Model
 from jaxformer.spec import InputError, Spec, checked, class_name, from_json, known_specs, nearest, override, to_json
 from jaxformer.writers import Writer
 
@@ -36,35 +37,12 @@ class Data(Spec):
     split_seed: int | None = 0  # draws it of examples and documents, of each class its share; None: the last ones
     valid_tokens: int | None = None  # evaluated along the way, spread over the split, the same each time; None: all
     tokenizer: Tokenizer = Characters()
-    sampling: RandomWindows = RandomWindows()
+    sampling: Sampling = RandomWindows()
     batch_size: int = 16
     window: int | None = None  # tokens in a row of a batch; None: model.context_length
 
     def check(self, at: str = "") -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"{at}batch_size={self.batch_size} must be at least 1")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"{at}window={self.window} must be at least 1; None takes model.context_length")
-        if self.split_seed is not None and not 0 <= self.split_seed < 2**32:
-            raise ValueError(f"{at}split_seed={self.split_seed} must be at least 0 and less than 2**32, or None")
-        if self.valid_tokens is not None and self.valid_tokens < 1:
-            raise ValueError(f"{at}valid_tokens={self.valid_tokens} must be at least 1; None evaluates all")
-        if isinstance(self.sampling, Examples):
-            self._check_examples(at, self.sampling)
-        elif self.corpus.texts > 1:
-            raise ValueError(
-                f"{at}corpus={type(self.corpus).__name__} has examples of two texts; {at}sampling must be Examples"
-            )
-        if not 0 < self.valid_fraction < 1:
-            raise ValueError(f"{at}valid_fraction={self.valid_fraction} must lie between 0 and 1; 0.1 is usual")
-
-    def _check_examples(self, at: str, sampling: Examples) -> None:
-        if len(self.corpus.parts()) > 1:
-            raise ValueError(f"{at}sampling=Examples draws from one corpus; {at}corpus={type(self.corpus).__name__}")
-        if self.valid is not None and self.valid.texts != self.corpus.texts:
-            raise ValueError(f"{at}valid must have as many texts in an example as {at}corpus: {self.corpus.texts}")
-        if sampling.joined and self.corpus.texts == 1:
-            raise ValueError(f"{at}sampling.joined=True joins two texts; {at}corpus has one, False leaves it alone")
+        _check_data(self, at)
 
 
 class Train(Spec):
@@ -85,21 +63,7 @@ class Train(Spec):
     sample_tokens: int = 200  # of text shown at each evaluation
 
     def check(self, at: str = "") -> None:
-        for name in ("steps", "steps_per_call", "accumulation", "log_every", "eval_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1")
-        if self.steps >= 2**31:
-            raise ValueError(f"{at}steps={self.steps} must be less than 2**31")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"{at}seed={self.seed} must be at least 0 and less than 2**32")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(
-                f"{at}ema_decay={self.ema_decay} must lie between 0 and 1; 0.999 is usual, None turns it off"
-            )
-        if self.sample_tokens < 0:
-            raise ValueError(f"{at}sample_tokens={self.sample_tokens} must be at least 0; 0 shows no text")
-        if self.compute_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"{at}compute_dtype={self.compute_dtype!r} must be float32, bfloat16 or float16")
+        _check_train(self, at)
 
 
 class Config(Spec):
@@ -109,32 +73,14 @@ class Config(Spec):
     model: Model
     data: Data = Data()
     objective: NextToken = NextToken()
-    optimizer: SGD = AdamW()
+    optimizer: Optimizer = AdamW()
     train: Train = Train()
+    sampler: Sampler | None = None  # draws texts from the model; None: LeftToRight
     init_from: str | None = None  # a run, or one of its checkpoints, whose parameters this one begins with
     writers: tuple[Writer, ...] = ()  # where rows go besides metrics.jsonl
 
     def check(self, at: str = "") -> None:
-        if not self.directory or "\0" in self.directory or "\ud800" <= max(self.directory) <= "\udfff":
-            raise ValueError(f"{at}directory={self.directory!r} must name a folder for the run; runs/NAME is usual")
-        if self.window > self.model.context_length:
-            raise ValueError(
-                f"{at}data.window={self.window} must be at most {at}model.context_length={self.model.context_length}; "
-                "None takes that"
-            )
-        if self.row.tokens < 2:
-            raise ValueError(f"{at}data.window={self.window} must be at least 2 for {type(self.objective).__name__}")
-        self.objective.check_model(self.model)
-        if isinstance(self.objective, Contrastive) and (self.train.accumulation > 1 or self.data.batch_size < 2):
-            raise ValueError(
-                f"{at}objective=Contrastive compares the rows of a batch: {at}data.batch_size={self.data.batch_size} "
-                f"must be at least 2, and {at}train.accumulation={self.train.accumulation} must be 1"
-            )
-        if self.data.batch_size % self.train.accumulation:
-            raise ValueError(
-                f"{at}train.accumulation={self.train.accumulation} must divide "
-                f"{at}data.batch_size={self.data.batch_size}"
-            )
+        _check_config(self, at)
 
     @property
     def window(self) -> int:
@@ -147,8 +93,8 @@ class Config(Spec):
         return RowSize(self.window, self.objective.lookahead)
 
 
-# What may differ when a run goes on. Nothing else may: the result would be that of neither config.
-FREE = {"directory", "writers"} | {
+# What may differ when a run goes on, with what is inside. Nothing else may: the result would be that of neither config.
+FREE = {"directory", "sampler", "writers"} | {
     f"train.{n}" for n in ("log_every", "eval_every", "save_every", "keep", "sample_tokens")
 }
 MOVED = {"data.corpus.path", "data.valid.path", "data.tokenizer.path"}  # what they hold must be the same
@@ -160,11 +106,6 @@ NOTICE = MOVED | {
     "model.unroll",
     "model.remat",
 }
-
-
-FORMAT = 2  # of stored configs
-# Class, field, value: what runs of format 1 did where a field has another default since, or was not there.
-BEFORE: tuple[tuple[type[Spec], str, Any], ...] = ((Data, "split_seed", None), (WarmupLinear, "shortens", False))
 
 
 def load(path: str | Path) -> Config:
@@ -199,6 +140,8 @@ def _place(path: Path, error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, InputError):
+        return str(error)
     unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown:
         for spec in known_specs():
@@ -226,6 +169,23 @@ def check_storable(config: Config) -> None:
     to_json(config)
 
 
+# --- the stored form, in which runs of before still open
+
+FORMAT = 2
+# Class, field, value: what runs of format 1 did where a field has another default since, or was not there.
+BEFORE: tuple[tuple[type[Spec], str, Any], ...] = ((Data, "split_seed", None), (WarmupLinear, "shortens", False))
+# What classes were called.
+RENAMED = {"jaxformer.model.heads:Pooling": "jaxformer.model.heads:MeanPooling"}
+# Class, field that it had, part and field in which its value stands since.
+MOVED_INTO: tuple[tuple[type[Spec], str, str, str], ...] = (
+    (Decoder, "scale_embedding", "embedding", "scaled"),
+    (Decoder, "embedding_norm", "embedding", "normed"),
+    (Decoder, "n_parts", "embedding", "token_types"),
+)
+# Class, field that it had, the value at which it did nothing.
+DROPPED: tuple[tuple[type[Spec], str, Any], ...] = ((NextToken, "label_smoothing", 0.0), (NextToken, "z_loss", 0.0))
+
+
 def save(config: Config, path: Path, since: int = FORMAT) -> None:
     """`since` is the format in which the run was stored when it began."""
     write(path, json.dumps({"format": since} | to_json(config), indent=1) + "\n")
@@ -234,12 +194,31 @@ def save(config: Config, path: Path, since: int = FORMAT) -> None:
 def read(path: Path) -> Config:
     """The config stored in a run. Executes nothing."""
     value, since = _stored(path)
-    if since == 1:
-        _fill_in(value)
+    known = {class_name(c): c for c in known_specs()}
     if isinstance(value, dict) and isinstance(value.get("writers"), list):  # they do not make the run: unknown ones go
-        known = {class_name(c) for c in known_specs(Writer)}
-        value["writers"] = [w for w in value["writers"] if not isinstance(w, dict) or w.get("class") in known]
-    return from_json(value, Config, str(path))
+        value["writers"] = [w for w in value["writers"] if not isinstance(w, dict) or str(w.get("class")) in known]
+    return from_json(value, Config, str(path), lambda fields: _renewed(fields, since, known))
+
+
+def _renewed(stored: dict[str, Any], since: int, known: Mapping[str, type[Spec]]) -> dict[str, Any]:
+    """What a spec, stored in a format, would be now. Raises InputError if it would be nothing."""
+    name = str(stored.get("class"))
+    found = stored | ({"class": RENAMED[name]} if RENAMED.get(name) in known else {})
+    kind = known.get(str(found.get("class")))
+    if kind is None:
+        return found
+    gone = found.keys() - {field.name for field in dataclasses.fields(kind)}
+    rows = lambda table: [row for row in table if issubclass(kind, row[0]) and row[1] in gone]
+    for cls, name, old in BEFORE:
+        if since == 1 and issubclass(kind, cls):
+            found.setdefault(name, old)
+    for _, name, part, inner in rows(MOVED_INTO):
+        there = found.get(part)
+        found[part] = (there if isinstance(there, dict) else to_json(getattr(kind, part))) | {inner: found.pop(name)}
+    for _, name, nothing in rows(DROPPED):
+        if (was := found.pop(name)) != nothing:
+            raise InputError(f"{kind.__name__}.{name}={was!r} is known no more; take the jaxformer that wrote it")
+    return found
 
 
 def format_of(path: Path) -> int:
@@ -256,17 +235,6 @@ def _stored(path: Path) -> tuple[Any, int]:
     if since not in range(1, FORMAT + 1):
         raise InputError(f"{path}: format={since!r} must be at most {FORMAT}; take the jaxformer that wrote it")
     return value, since
-
-
-def _fill_in(value: Any) -> None:
-    """Gives specs stored in format 1 the fields that came since, as they were before."""
-    known = {class_name(c): c for c in known_specs()}
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _fill_in(inner)
-    if isinstance(value, dict) and (kind := known.get(str(value.get("class")))):
-        for cls, name, old in BEFORE:
-            if issubclass(kind, cls):
-                value.setdefault(name, old)
 
 
 def as_begun(new: S, stored: S) -> S:
@@ -291,3 +259,55 @@ def differences(old: Spec, new: Spec, at: str = "") -> dict[str, tuple[Any, Any]
         elif a != b:
             found[at + name] = (a, b)
     return found
+
+
+# --- checks
+
+
+def _check_data(data: Data, at: str) -> None:
+    if data.batch_size < 1:
+        raise ValueError(f"{at}batch_size={data.batch_size} must be at least 1")
+    if data.window is not None and data.window < 1:
+        raise ValueError(f"{at}window={data.window} must be at least 1; None takes model.context_length")
+    if data.split_seed is not None and not 0 <= data.split_seed < 2**32:
+        raise ValueError(f"{at}split_seed={data.split_seed} must be at least 0 and less than 2**32, or None")
+    if data.valid_tokens is not None and data.valid_tokens < 1:
+        raise ValueError(f"{at}valid_tokens={data.valid_tokens} must be at least 1; None evaluates all")
+    data.sampling.check_corpus(data.corpus, data.valid, at)
+    if not 0 < data.valid_fraction < 1:
+        raise ValueError(f"{at}valid_fraction={data.valid_fraction} must lie between 0 and 1; 0.1 is usual")
+
+
+def _check_train(train: Train, at: str) -> None:
+    for name in ("steps", "steps_per_call", "accumulation", "log_every", "eval_every", "save_every", "keep"):
+        if getattr(train, name) < 1:
+            raise ValueError(f"{at}{name}={getattr(train, name)} must be at least 1")
+    if train.steps >= 2**31:
+        raise ValueError(f"{at}steps={train.steps} must be less than 2**31")
+    if not 0 <= train.seed < 2**32:
+        raise ValueError(f"{at}seed={train.seed} must be at least 0 and less than 2**32")
+    if train.ema_decay is not None and not 0 < train.ema_decay < 1:
+        raise ValueError(f"{at}ema_decay={train.ema_decay} must lie between 0 and 1; 0.999 is usual, None turns it off")
+    if train.sample_tokens < 0:
+        raise ValueError(f"{at}sample_tokens={train.sample_tokens} must be at least 0; 0 shows no text")
+    if train.compute_dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{at}compute_dtype={train.compute_dtype!r} must be float32, bfloat16 or float16")
+
+
+def _check_config(config: Config, at: str) -> None:
+    if not config.directory or "\0" in config.directory or "\ud800" <= max(config.directory) <= "\udfff":
+        raise ValueError(f"{at}directory={config.directory!r} must name a folder for the run; runs/NAME is usual")
+    if config.window > config.model.context_length:
+        raise ValueError(
+            f"{at}data.window={config.window} must be at most {at}model.context_length={config.model.context_length}; "
+            "None takes that"
+        )
+    if config.row.tokens < 2:
+        raise ValueError(f"{at}data.window={config.window} must be at least 2 for {type(config.objective).__name__}")
+    config.objective.check_model(config.model)
+    config.objective.check_rows(at, config.data.batch_size, config.train.accumulation)
+    if config.data.batch_size % config.train.accumulation:
+        raise ValueError(
+            f"{at}train.accumulation={config.train.accumulation} must divide "
+            f"{at}data.batch_size={config.data.batch_size}"
+        )

@@ -1,5 +1,6 @@
 """Specs, frozen dataclasses whose fields are hyperparameters; and the declarations of the arrays that they own."""
 
+import abc
 import contextlib
 import dataclasses
 import difflib
@@ -13,7 +14,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,21 @@ class InputError(ValueError):
 
 @typing.dataclass_transform(frozen_default=True)
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class Spec(abc.ABC):
     """A part that may be swapped. Subclassing makes the class a frozen dataclass, hashable, and a pytree.
 
     Fields annotated with `float` or with a Spec are the pytree's leaves, all others its structure. So a spec that is
     closed over is static, and the same spec passed as an argument has traced numbers and compiles nothing anew.
+
+    The base of a role has abstract methods; only a class that defines them all can be made.
     """
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        if missing := ", ".join(sorted(cls.__abstractmethods__)):
+            raise InputError(
+                f"{cls.__name__} is abstract until it defines {missing}; define that, or take another class"
+            )
+        return super().__new__(cls)
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)
@@ -78,17 +88,28 @@ def override(spec: S, path: str, value: Any, at: str = "") -> S:
     """The spec with the field at a dotted path replaced; "mask.0.size" goes into a tuple.
 
     A string is read as the field's type: "3", "none", "1e-3", "0.7,0.3", and for a part its class: "Rotary" if it is
-    known already, "my_module:Decay" imports the module. A part begins with its defaults; its fields can follow.
+    known already, "my_module:Decay" imports the module. A part keeps what was set of the fields that both classes
+    have, and begins with its defaults elsewhere; its fields can follow.
     """
     name, _, rest = path.partition(".")
     names = [field.name for field in dataclasses.fields(spec)]
     if name not in names:
         raise InputError(f"{at}{name}: {type(spec).__name__} has no such field; {nearest(name, names)}")
+    old, new = getattr(spec, name), value
     if rest:
-        new = _override_inside(getattr(spec, name), rest, value, at + name)
-    else:
-        new = _parse(value, typing.get_type_hints(type(spec))[name], at + name) if isinstance(value, str) else value
+        new = _override_inside(old, rest, value, at + name)
+    elif isinstance(value, str):
+        new = _parse(value, typing.get_type_hints(type(spec))[name], at + name)
+        new = _with_fields_of(old, new) if isinstance(old, Spec) and isinstance(new, Spec) else new
     return dataclasses.replace(spec, **{name: new})
+
+
+def _with_fields_of(old: Spec, new: S) -> S:
+    """The new spec with what was set in the old one of the fields that both declare alike."""
+    hints = [typing.get_type_hints(type(spec)) for spec in (old, new)]
+    names = [f.name for f in dataclasses.fields(old) if getattr(old, f.name) != _default(f)]
+    names = [name for name in names if name in hints[1] and hints[0][name] == hints[1][name]]
+    return dataclasses.replace(new, **{name: getattr(old, name) for name in names})
 
 
 def _override_inside(old: Any, path: str, value: Any, at: str) -> Any:
@@ -113,13 +134,18 @@ def listing(spec: Spec, at: str = "") -> Iterator[tuple[str, str, str]]:
         kinds = [kind for kind in kinds if issubclass(kind, Spec)]
         comment = comments.get(name, "")
         if kinds:
-            choices = sorted({c.__name__ for kind in kinds for c in (kind, *known_specs(kind))})
-            comment = "; ".join(filter(None, [comment, f"of {', '.join(choices)}"]))
+            comment = "; ".join(filter(None, [comment, f"of {_choices(kinds)}"]))
         is_part = lambda part: isinstance(part, Spec)
         yield at + name, ",".join(type(p).__name__ if is_part(p) else str(p) for p in parts), comment
         for i, part in enumerate(parts):
             if is_part(part):
                 yield from listing(part, f"{at}{name}.{i}." if isinstance(value, tuple) else f"{at}{name}.")
+
+
+def _choices(kinds: Iterable[type[Spec]]) -> str:
+    """The names of the classes that a part may have; abstract ones are none, and those of a script are not found."""
+    found = {c for kind in kinds for c in (kind, *known_specs(kind))}
+    return ", ".join(sorted({c.__name__ for c in found if not inspect.isabstract(c) and c.__module__ != "__main__"}))
 
 
 def _comments(cls: type) -> dict[str, str]:
@@ -183,7 +209,6 @@ def _parse(text: str, annotation: Any, path: str) -> Any:
 
 def _part(text: str, kinds: tuple[type[Spec], ...], path: str) -> Spec:
     """A part by the name of its class, with its defaults; None where a field has none, for a later override to fill."""
-    known = sorted({c.__name__ for kind in kinds for c in (kind, *known_specs(kind)) if c.__module__ != "__main__"})
     module, colon, name = text.rpartition(":")
     if colon:
         try:
@@ -196,11 +221,16 @@ def _part(text: str, kinds: tuple[type[Spec], ...], path: str) -> Spec:
         modules = " or ".join(sorted(f"{c.__module__}:{name}" for c in found))
         raise InputError(f"{path}={text!r} has several classes of that name; give {modules}")
     if not found or not isinstance(found[0], type) or not issubclass(found[0], kinds):
-        raise InputError(f"{path}={text!r} must be one of {', '.join(known)}, or module:Class of such a part")
-    missing = dataclasses.MISSING
-    return found[0](
-        **{f.name: None for f in dataclasses.fields(found[0]) if f.default is missing and f.default_factory is missing}
-    )
+        raise InputError(f"{path}={text!r} must be one of {_choices(kinds)}, or module:Class of such a part")
+    try:
+        return found[0](**{f.name: None for f in dataclasses.fields(found[0]) if _default(f) is dataclasses.MISSING})
+    except InputError as error:
+        raise InputError(f"{path}={text}: {error}, of {_choices(kinds)}") from None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """MISSING if there is none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
@@ -230,37 +260,41 @@ def to_json(spec: Spec) -> Any:
     return encode(spec)
 
 
-def from_json(value: Any, cls: type[S], source: str) -> S:
-    """The inverse of `to_json`, checked; `source` names the file in errors."""
+def from_json(
+    value: Any, cls: type[S], source: str, renewed: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields
+) -> S:
+    """The inverse of `to_json`, checked; `source` names the file in errors. `renewed` brings the stored form of a spec
+    up to date."""
     known = {class_name(c): c for c in known_specs()}
 
     def decode(value: Any, depth: int) -> Any:
         if depth > 50:
-            raise InputError(f"{source}: nested deeper than 50 levels; no config is")
+            raise InputError("nested deeper than 50 levels; no config is")
         if isinstance(value, list):
             return tuple(decode(v, depth + 1) for v in value)
         if not isinstance(value, dict):
             return value
+        value = renewed(value)
         found = known.get(str(value.get("class")))
         if found is None:
             raise InputError(
-                f"{source}: class={value.get('class')!r} is no spec of jaxformer or of an imported module; "
+                f"class={value.get('class')!r} is no spec of jaxformer or of an imported module; "
                 "import its module first (--import=MODULE on the command line)"
             )
         names = [f.name for f in dataclasses.fields(found)]
         given = {n: decode(v, depth + 1) for n, v in value.items() if n != "class"}
         for name in given:
             if name not in names:
-                raise InputError(f"{source}: {found.__name__}.{name}: no such field; {nearest(name, names)}")
+                raise InputError(f"{found.__name__}.{name}: no such field; {nearest(name, names)}")
         try:
             return found(**given)
         except TypeError as error:  # a field without a default is missing
-            raise InputError(f"{source}: {error}; add the missing field") from None
+            raise InputError(f"{error}; add the missing field") from None
 
-    spec = decode(value, 0)
-    if not isinstance(spec, cls):
-        raise InputError(f"{source}: holds {type(spec).__name__}, not a {cls.__name__}; was it written by jaxformer?")
     try:
+        spec = decode(value, 0)
+        if not isinstance(spec, cls):
+            raise InputError(f"holds {type(spec).__name__}, not a {cls.__name__}; was it written by jaxformer?")
         return checked(spec)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None

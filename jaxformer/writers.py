@@ -1,5 +1,6 @@
 """Writers: where rows of metrics go besides metrics.jsonl."""
 
+import abc
 import importlib.util
 import json
 import math
@@ -23,14 +24,10 @@ class Sink(Protocol):
 
 
 class Writer(Spec):
-    """The base of all writers; a subclass names its package and opens its sink.
+    """Where rows of metrics go; a subclass names its package and opens its sink.
 
     A killed process may take rows of its last 15 seconds with it; metrics.jsonl has them.
     """
-
-    def check(self, at: str = "") -> None:
-        if type(self) is Writer:
-            raise ValueError(f"{at.removesuffix('.')}=Writer is the base of all; give one such as TensorBoard")
 
     package = ""  # what `open` imports; jaxformer's extra bears the name in lower case, less a trailing "x"
 
@@ -42,9 +39,9 @@ class Writer(Spec):
                 f"writers: {type(self).__name__} needs the package {self.package}; pip install 'jaxformer[{extra}]'"
             )
 
+    @abc.abstractmethod
     def open(self, directory: Path, config: Mapping[str, Any], step: int) -> Sink:
         """A sink for the run in `directory`; rows after `step` that a killed process wrote are superseded."""
-        raise NotImplementedError(f"{type(self).__name__} opens no sink; define `open`")
 
 
 class TensorBoard(Writer):

@@ -1,5 +1,6 @@
 """Batches: rows as functions of seed and number, epochs without replacement, packing, mixtures."""
 
+import chex
 import numpy as np
 import pytest
 
@@ -300,8 +301,7 @@ def test_a_buckets_width_is_that_of_its_longest():
         ]
     assert Batches((texts(),), (1.0,), Examples(), RowSize(40), 5, 3).same_shapes(5) > 10**9
     batch = many.at(9)
-    for name, array in many.at(9, np.array([4, 1])).items():
-        assert np.array_equal(array, batch[name][[4, 1]])
+    chex.assert_trees_all_equal(many.at(9, np.array([4, 1])), {name: a[[4, 1]] for name, a in batch.items()})
 
 
 @pytest.mark.parametrize("sampling", [Examples(), Examples(n_buckets=3)], ids=str)

@@ -189,3 +189,11 @@ def test_a_rank_that_was_changed_is_no_rank(tmp_path):
     assert checkpoints.rank(2) == float("inf") and checkpoints.best() == (1, 1.0)
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         checkpoints.restore(ABSTRACT, 2)
+
+
+def test_a_state_of_before_lacks_an_empty_part_that_came_since(tmp_path):
+    """As `TrainState` may gain parts; one that holds arrays is refused, by their names."""
+    fill(tmp_path, {3: None})
+    assert sha256(newest(tmp_path, ABSTRACT | {"gained": (), "more": {"none": None}})) == sha256(state(3))
+    with pytest.raises(InputError, match=r"other shapes .* \(gained as none, not int32\[\]\)"):
+        newest(tmp_path, ABSTRACT | {"gained": ABSTRACT["step"]})

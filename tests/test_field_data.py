@@ -206,7 +206,7 @@ def test_a_prompt_is_not_repeated(tmp_path, monkeypatch):
     run = run_of(Documents(("x",)), tokenizer=tokenizer)
     assert tokenizer.decode([*tokenizer.encode("hi é"), 3 + 0xE9]) == "hi \ufffd\ufffd\ufffd"
     for drawn, text in (([3 + 0xE9, 260], "hi é\ufffdh"), ([262, 260], "hi é hh"), ([261, 1, 261], "hi éi")):
-        monkeypatch.setattr(opened, "generate", lambda *_, drawn=drawn, **__: np.array([drawn] * 2))
+        monkeypatch.setattr(opened.LeftToRight, "__call__", lambda *_, drawn=drawn, **__: np.array([drawn] * 2))
         assert run.samples("hi é", 2, 2) == [text] * 2
 
 

@@ -40,8 +40,8 @@ class Clipped(SGD):
 
     limit: float = 1.0
 
-    def transform(self, declared, learning_rate):
-        return optax.chain(optax.clip_by_global_norm(self.limit), optax.sgd(learning_rate))
+    def transform(self, declared, step, steps):
+        return optax.chain(optax.clip_by_global_norm(self.limit), super().transform(declared, step, steps))
 
 
 def hyper(optimizer, steps=20, **fields):

@@ -1,5 +1,8 @@
 """Decoding against the naive loop, and processors against NumPy."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +11,14 @@ import pytest
 from tiny import decoder, hidden, ids, loud
 
 from jaxformer.generation import decode
-from jaxformer.generation.decode import generate
+from jaxformer.generation.decode import LeftToRight
 from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP
+from jaxformer.learning.objectives import NextToken
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.positions import Rotary
+
+generate = functools.partial(LeftToRight(), NextToken())
 
 MODELS = [
     decoder(n_layers=2),
@@ -87,13 +93,14 @@ def test_more_samples_and_more_tokens_leave_the_first_ones_as_they_were():
     assert generate(model, params, [prompt], 0).shape == (1, 0)
 
 
-def test_other_lengths_and_temperatures_compile_nothing():
+def test_other_lengths_and_temperatures_compile_nothing(monkeypatch):
     model = MODELS[0]
     params = loud(model)
+    for name, static in (("_prefill", (0, 1)), ("_decode", 0)):
+        once = chex.assert_max_traces(getattr(decode, name).__wrapped__, n=1)
+        monkeypatch.setattr(decode, name, jax.jit(once, static_argnums=static))
     generate(model, params, [ids(5).tolist()], 5, (Temperature(0.5),))
-    before = decode._prefill._cache_size(), decode._decode._cache_size()
     generate(model, params, [ids(8).tolist()], 9, (Temperature(0.9),), 3)
-    assert (decode._prefill._cache_size(), decode._decode._cache_size()) == before
 
 
 def test_processors():

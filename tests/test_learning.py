@@ -1,5 +1,6 @@
 """Objectives, schedules and optimizers against NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,9 +80,9 @@ def test_adamw(clip):
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(3, 5)), "b": rng.normal(size=7)}
     grads = [{name: rng.normal(size=a.shape) for name, a in params.items()} for _ in range(3)]
-    spec = AdamW(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip=clip)
+    spec = AdamW(Constant(0.01), b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip=clip)
     box = lambda letters, a: Declared(jax.ShapeDtypeStruct(a.shape, "float32"), letters, "->" in letters, None, 0)
-    transform = spec.transform({"w": box("D->F", params["w"]), "b": box("D", params["b"])}, jnp.float32(0.01))
+    transform = spec.transform({"w": box("D->F", params["w"]), "b": box("D", params["b"])}, jnp.int32(0), jnp.int32(9))
     found = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     state = transform.init(found)
     m, v = ({name: np.zeros_like(a) for name, a in params.items()} for _ in range(2))
@@ -95,5 +96,4 @@ def test_adamw(clip):
             v[name] = 0.99 * v[name] + 0.01 * a**2
             step = m[name] / (1 - 0.9**t) / (np.sqrt(v[name] / (1 - 0.99**t)) + 1e-8)
             params[name] = params[name] - 0.01 * (step + (0.1 * params[name] if name == "w" else 0))
-    for name in params:
-        np.testing.assert_allclose(found[name], params[name], atol=1e-5)
+    chex.assert_trees_all_close(found, params, atol=1e-5)

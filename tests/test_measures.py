@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,7 +195,7 @@ def test_before_training_a_run_has_the_parameters_of_its_seed(run_of):
     config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, seed=7))
     first = before_training(dataclasses.replace(run, config=config)).state
     same, other = (build(run.config, {"train.seed": seed})[0].params for seed in (7, 8))
-    equal = lambda params: [
-        bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (first.params, params)), strict=True)
-    ]
-    assert int(first.step) == 0 and all(equal(same)) and not all(equal(other))
+    chex.assert_trees_all_equal(first.params, same)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(first.params, other)
+    assert int(first.step) == 0

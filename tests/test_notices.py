@@ -22,6 +22,7 @@ from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextFiles, TextLines
 from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.generation.decode import LeftToRight
 from jaxformer.learning.objectives import Classification, NextToken, PrefixLM
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
@@ -36,6 +37,15 @@ from jaxformer.spec import InputError
 
 SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 14, "d_ff": 11}
 TRAIN = Train(steps=20, steps_per_call=5, log_every=5, eval_every=20, save_every=10, sample_tokens=0)
+
+
+class Fixed(LeftToRight):
+    """Draws one token, and no other."""
+
+    id: int = 0
+
+    def __call__(self, objective, model, params, prompts, tokens, *rest, **more):
+        return np.full((len(prompts), tokens), self.id, np.int32)
 
 
 def text(tmp_path, corpus=None, **data):
@@ -187,6 +197,18 @@ def test_a_shortened_warm_up_is_told_once_and_an_extended_run_says_both_rates(tm
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {row["step"]: row["learning_rate"] for row in logged if row["split"] == "train"}
     assert logged[20] == pytest.approx(rates[0]) and f"{rates[0]:.3g}" in told
+
+
+def test_another_sampler_is_no_other_run(tmp_path, caplog):
+    """It shows its texts along the way, and does not make the training."""
+    config = text(tmp_path)
+    shown = {"train.steps": 20, "train.sample_tokens": 3}
+    caplog.set_level(logging.INFO)
+    whole = jaxformer.train(config, shown, tmp_path / "whole")
+    jaxformer.train(config, {"train.steps": 10, "sampler": "test_notices:Fixed", "sampler.id": "7"})
+    run = jaxformer.train(config, {**shown, "sampler": Fixed(9)})
+    assert sha256(run.state) == sha256(whole.state) and run.tokenizer.decode([9] * 3) in caplog.text
+    assert jaxformer.open_run(tmp_path / "run").sample(tokens=3) == run.tokenizer.decode([9] * 3)
 
 
 # --- runs of before

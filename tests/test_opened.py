@@ -1,19 +1,28 @@
 """Evaluation against a loop over windows, one by one, in NumPy."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
+import outside
 import pytest
 from test_tokenizers import word_piece
-from tiny import decoder, hidden, ids, log_softmax, loud
+from tiny import SIZES, decoder, hidden, ids, log_softmax, loud
 
 from jaxformer.config import Config, Data
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Characters, TokenizerFile
-from jaxformer.generation.decode import generate
+from jaxformer.generation.decode import LeftToRight
 from jaxformer.generation.logits_processors import Temperature
+from jaxformer.learning.objectives import Masked, NextToken
 from jaxformer.model.masks import one_document
+from jaxformer.model.models import Encoder
 from jaxformer.run.opened import Run
 from jaxformer.run.step import TrainState
+from jaxformer.spec import InputError
+
+generate = functools.partial(LeftToRight(), NextToken())
 
 
 def test_samples_are_the_text_of_prompt_and_continuation_together(tmp_path):
@@ -30,6 +39,19 @@ def test_samples_are_the_text_of_prompt_and_continuation_together(tmp_path):
         expected.append(tokenizer.decode([*ids, *row]))
     assert run.samples("play é", 8, 9, 3) == expected
     assert {len(text) for text in expected} != {len(expected[0])} and any("é play" in text for text in expected)
+
+
+def test_a_sampler_of_a_strangers_draws_texts_of_an_encoder():
+    tokenizer = Characters("abcdefghijklmnopqrstuvwxyz", mask_token=True)
+    fields = {name: value for name, value in SIZES.items() if name != "vocab_size"}
+    config = Config("run", Encoder(**fields), objective=Masked(), sampler=outside.Unmasking(3))
+    model = dataclasses.replace(config.model, vocab_size=27)
+    run = Run(config, tokenizer, TrainState(jnp.int32(5), loud(model), ()))
+    rounds = []
+    one, same = run.samples("abc", 7, 2, between=lambda: rounds.append(None))
+    assert one == same and one.startswith("abc") and len(one) == 10 and len(rounds) == 3
+    with pytest.raises(InputError, match="its model writes no text"):
+        dataclasses.replace(run, config=dataclasses.replace(config, sampler=None)).samples("abc", 7)
 
 
 @pytest.mark.parametrize("length", [2, 7, 50, 99])

@@ -1,6 +1,7 @@
 """Positions, masks, kernels, wirings and initializers against NumPy, or by the property that defines them."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from tiny import SIZES, B, T, decoder, hidden, ids, loud
 
-from jaxformer.generation.decode import generate
+from jaxformer.generation.decode import LeftToRight
 from jaxformer.generation.logits_processors import Temperature
+from jaxformer.learning.objectives import NextToken
 from jaxformer.model import layers
 from jaxformer.model.blocks import Block, PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
@@ -32,6 +34,8 @@ from jaxformer.model.masks import (
 from jaxformer.model.models import Encoder, EncoderDecoder
 from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
 from jaxformer.spec import checked
+
+generate = functools.partial(LeftToRight(), NextToken())
 
 rng = np.random.default_rng(0)
 

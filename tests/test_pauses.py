@@ -338,7 +338,7 @@ def test_the_first_loss_that_is_not_finite_is_told_with_its_step(home, tmp_path,
     """And of the checkpoints the newest finite one is opened, unless another is named."""
     config = dataclasses.replace(text(home, eval_every=1000, save_every=5, keep=9), optimizer=SGD(Constant(1e3)))
     with pytest.MonkeyPatch.context() as patch:  # the first steps are sound
-        patch.setattr(SGD, "transform", lambda self, declared, rate: jax_sgd(rate))
+        patch.setattr(SGD, "transform", lambda self, declared, *at: jax_sgd(self.learning_rate(*at)))
         jaxformer.train(config, directory=tmp_path / "run")
     losses = [row["loss"] for row in rows(tmp_path / "run", "train")]
     assert losses[0] is not None and losses[-1] is None

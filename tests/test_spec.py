@@ -12,12 +12,13 @@ import tiny
 
 from jaxformer.config import Config, read, resolve
 from jaxformer.data.corpora import Mixture, PythonTopics, TinyShakespeare
-from jaxformer.learning.optimizers import AdamW, decayed
+from jaxformer.learning.optimizers import AdamW, Optimizer, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.kernels import Softmax
-from jaxformer.model.masks import Causal, Window
+from jaxformer.model.masks import Bidirectional, Causal, Window
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import Learned, Rotary
+from jaxformer.run.dry_run import dry_run
 from jaxformer.spec import (
     Declared,
     InputError,
@@ -41,6 +42,10 @@ class Twice(Softmax):
 
 
 Other = type("Twice", (Softmax,), {"__module__": "elsewhere"})
+
+
+class NoUpdates(Optimizer):
+    """A stranger's, who has forgotten something."""
 
 
 class EmbedsPerLayer(Learned):
@@ -85,9 +90,15 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("model.initializer.std", "-1", "model.initializer.std=-1.0 must be at least 0"),
         ("optimizer.learning_rate.peak", "1e300", "must be a finite number in float32"),
         ("model.unroll", 0, "model.unroll=0 must be at least 1"),
-        ("data.tokenizer", "Tokenizer", "data.tokenizer=Tokenizer is the base of all; give one such as Characters"),
-        ("data.corpus", "Corpus", "data.corpus=Corpus has no text of its own"),
-        ("writers", "Writer", "writers.0=Writer is the base of all; give one such as TensorBoard"),
+        ("data.corpus", "Corpus", "data.corpus=Corpus: Corpus is abstract until it defines documents; define that"),
+        (
+            "writers",
+            "Writer",
+            "writers=Writer: Writer is abstract until it defines open; define that, or take another ",
+        ),
+        ("optimizer", "NoUpdates", "optimizer=NoUpdates: NoUpdates is abstract until it defines transform; define"),
+        ("optimizer", "test_spec:NoUpdates", "defines transform; define that, or take another class, of AdamW, "),
+        ("optimizer", "Adam", "optimizer='Adam' must be one of AdamW, SGD, or module:Class of such a part"),
         (
             "model.mask.2.size",
             "5",
@@ -170,6 +181,7 @@ def test_the_listing_says_what_the_command_line_takes():
     rows = {path: (value, meaning) for path, value, meaning in listing(config)}
     assert rows["model.mask.0.size"][0] == "5" and rows["data.corpus.weights"][0] == "0.7,0.3"
     assert rows["model.norm"] == ("LayerNorm", "of LayerNorm, NoNorm, RMSNorm")
+    assert rows["optimizer"] == ("AdamW", "of AdamW, SGD")  # and no class that could not be made
     assert rows["model.head.tied"] == ("True", "")
     assert {path.split(".")[0] for path in rows} == {field.name for field in dataclasses.fields(Config)}
     for path, (value, meaning) in rows.items():
@@ -197,6 +209,28 @@ def test_strings_are_read_as_the_type_of_the_field():
     assert config.model.feed_forward is None
     assert (config.train.steps, config.directory) == (12, "12")
     checked(config)
+
+
+def test_a_part_that_lacks_a_method_gets_one_sentence_from_a_file(tmp_path):
+    sentence = "NoUpdates is abstract until it defines transform; define that, or take another class"
+    (tmp_path / "config.py").write_text("import test_spec\n\noptimizer = test_spec.NoUpdates()\n")
+    with pytest.raises(InputError, match=f"config.py, line 3: {sentence}"):
+        resolve(tmp_path / "config.py")
+    with pytest.raises(InputError, match=f"^config.json: {sentence}"):
+        from_json(broken(lambda c: c.update(optimizer={"class": "test_spec:NoUpdates"})), Config, "config.json")
+
+
+def test_another_class_keeps_the_fields_that_were_set_and_mean_the_same():
+    config = resolve("configs/shakespeare_cpu.py", {"model.dropout": 0.25, "optimizer.learning_rate.peak": 0.5})
+    encoder = resolve(config, {"objective": "Masked", "model": "Encoder", "model.n_heads": "2"}).model
+    kept = ("d_model", "n_layers", "context_length", "dropout", "unroll")
+    assert [getattr(encoder, n) for n in kept] == [getattr(config.model, n) for n in kept]
+    assert encoder.n_heads == 2 and encoder.mask == Bidirectional()  # as no other mask was set
+    bigram = resolve(config, {"model": "Bigram"}).model
+    assert (bigram.context_length, bigram.d_model) == (64, None)  # whose width is the vocabulary's
+    assert dry_run(config, {"model": "Bigram", "data.tokenizer": "Bytes"})["n_params"] == 256 * 256
+    assert resolve(config, {"optimizer.learning_rate": "Constant"}).optimizer.learning_rate == Constant(0.5)
+    assert resolve(config, {"optimizer.learning_rate": Constant()}).optimizer.learning_rate == Constant()
 
 
 def test_stored_form_comes_back_as_it_was():

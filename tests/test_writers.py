@@ -203,7 +203,6 @@ def test_a_missing_package_is_named(writer, extra, monkeypatch):
         writer.require()
     monkeypatch.setitem(sys.modules, writer.package, json)  # as if installed
     writer.require()
-    Writer().require()
 
 
 def test_writers_are_checked_and_stored():

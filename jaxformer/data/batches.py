@@ -2,6 +2,7 @@
 
 # pyright: reportIncompatibleVariableOverride=false
 
+import abc
 import bisect
 import dataclasses
 import functools
@@ -31,18 +32,22 @@ class RowSize(NamedTuple):
         return self.window + self.lookahead
 
 
-class RandomWindows(Spec):
-    """Windows that begin anywhere, each drawn for itself; also the base of all ways to draw rows.
-
-    A window goes on across the boundaries of documents.
-    """
+class Sampling(Spec):
+    """How rows are drawn from a source."""
 
     whole_documents = False  # True: rows are made of documents, so that a source may be split between any two
     examples = False  # True: rows are examples, with their labels
     several = False  # True: rows may hold several documents, each a segment
-    joined = False  # True: a row of two texts has the second behind the first
-    n_buckets = 1
+    joined = False  # True: of two texts, the second follows the first in one row
+    n_buckets = 1  # how many `buckets` there are at most
     bucket_steps = 1  # steps after which another bucket may have its turn
+
+    def check_corpus(self, corpus: Corpus, valid: Corpus | None, at: str) -> None:
+        """Raises ValueError if rows are not to be drawn from such corpora; `at` is "data."."""
+        if corpus.texts > 1:
+            raise ValueError(
+                f"{at}corpus={type(corpus).__name__} has examples of two texts; {at}sampling must be Examples"
+            )
 
     def buckets(self, source: Source, size: RowSize) -> tuple[Source, ...]:
         """Parts of the source whose rows have a width of their own: a batch has rows of one of them."""
@@ -53,26 +58,40 @@ class RandomWindows(Spec):
         names = ("tokens", "segments") if self.whole_documents else ("tokens",)
         return dict.fromkeys(names, (size.tokens,))
 
+    @abc.abstractmethod
     def check_source(self, source: Source, size: RowSize) -> None:
         """Raises InputError if no row of this size can be drawn."""
-        if len(source.tokens) < size.tokens:
-            raise InputError(f"{len(source.tokens)} tokens, but a row has {size.tokens}")
 
     def count_cut(self, source: Source, size: RowSize) -> int:
         """How many examples are longer than a row."""
         return 0
 
+    @abc.abstractmethod
     def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
         """`tokens` int32[rows, size.tokens] and, where it matters, `segments` of that shape.
 
-        `numbers` count all rows ever drawn of this source; `key`, uint64[1], is made of the seed and the source.
+        `numbers`, uint64[rows], count all rows ever drawn of this source; `key`, uint64[1], is made of the seed and the
+        source.
         """
+
+    @abc.abstractmethod
+    def full_pass(self, source: Source, size: RowSize, batch_size: int, share: float = 1.0) -> Iterator[Batch]:
+        """Batches of one shape, in order, in which each token, but for the `lookahead` first, is asked for exactly
+        once; or a share of their rows, spread over them."""
+
+
+class RandomWindows(Sampling):
+    """Windows that begin anywhere, each drawn for itself, across the boundaries of documents."""
+
+    def check_source(self, source: Source, size: RowSize) -> None:
+        if len(source.tokens) < size.tokens:
+            raise InputError(f"{len(source.tokens)} tokens, but a row has {size.tokens}")
+
+    def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
         first = mix(mix(key) + numbers) % np.uint64(len(source.tokens) - size.tokens + 1)
         return self._windows(source, size, first.astype(np.int64))
 
     def full_pass(self, source: Source, size: RowSize, batch_size: int, share: float = 1.0) -> Iterator[Batch]:
-        """Batches of one shape, in order, in which each token, but for the `lookahead` first, is asked for exactly
-        once; or a share of their rows, spread over them."""
         n_windows = -(-(len(source.tokens) - size.lookahead) // size.window)
         for rows in _spread(n_windows, batch_size, share):
             yield self._windows(source, size, rows * size.window, padded=True)
@@ -98,7 +117,7 @@ class ShuffledWindows(RandomWindows):
         return self._windows(source, size, first.astype(np.int64))
 
 
-class Examples(RandomWindows):
+class Examples(Sampling):
     """Rows of one example each, padded on the right, in another order in every epoch.
 
     With several buckets, examples of about the same length come together, so that less is padding: buckets are as
@@ -121,6 +140,14 @@ class Examples(RandomWindows):
         for name in ("n_buckets", "bucket_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1")
+
+    def check_corpus(self, corpus: Corpus, valid: Corpus | None, at: str) -> None:
+        if len(corpus.parts()) > 1:
+            raise ValueError(f"{at}sampling=Examples draws from one corpus; {at}corpus={type(corpus).__name__}")
+        if valid is not None and valid.texts != corpus.texts:
+            raise ValueError(f"{at}valid must have as many texts in an example as {at}corpus: {corpus.texts}")
+        if self.joined and corpus.texts == 1:
+            raise ValueError(f"{at}sampling.joined=True joins two texts; {at}corpus has one, False leaves it alone")
 
     def shapes(self, corpus: Corpus, size: RowSize) -> dict[str, tuple[int, ...]]:
         found = super().shapes(corpus, size) | ({"parts": (size.tokens,)} if self.joined else {})
@@ -200,7 +227,7 @@ def _buckets(source: Source, count: int) -> tuple[Source, ...]:
     return tuple(source.pick(np.sort(part)) for part in np.array_split(order, count))
 
 
-class PackedDocuments(RandomWindows):
+class PackedDocuments(Sampling):
     """Rows of whole documents beside each other, each a segment, in another order in every epoch: nothing is seen or
     predicted across a boundary.
 
@@ -311,7 +338,7 @@ class Batches:
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...]  # each source's share of the rows
-    sampling: RandomWindows
+    sampling: Sampling
     size: RowSize
     batch_size: int
     seed: int

@@ -1,5 +1,6 @@
 """Corpora: where text comes from, as a sequence of documents."""
 
+import abc
 import dataclasses
 import hashlib
 import itertools
@@ -42,13 +43,9 @@ class Corpus(Spec):
     texts = 1  # of an example
     aligned = False  # True: each document is a text of an example, even one without an id
 
-    def check(self, at: str = "") -> None:
-        if type(self) is Corpus:
-            raise ValueError(f"{at.removesuffix('.')}=Corpus has no text of its own; give one such as TextFiles")
-
+    @abc.abstractmethod
     def documents(self) -> Iterator[str]:
         """Raises InputError for text that is missing or cannot be read."""
-        yield from ()
 
     def pieces(self) -> Iterator[Piece]:
         """The documents, long ones in several pieces; the text alone decides where they are cut."""

@@ -1,5 +1,6 @@
 """Tokenizers: text to ids and back. A fitted tokenizer is a spec like any other, stored as tokenizer.json of a run."""
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -7,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +37,9 @@ NAMED = 50  # at most, of unknown characters
 
 
 class Tokenizer(Spec):
-    """The base of all tokenizers."""
+    """Text to ids and back."""
 
     piecewise = True  # the ids of a document are those of its pieces, one after another
-
-    def check(self, at: str = "") -> None:
-        if type(self) is Tokenizer:
-            raise ValueError(f"{at.removesuffix('.')}=Tokenizer is the base of all; give one such as Characters")
 
     @property
     def learns(self) -> bool:
@@ -50,14 +47,14 @@ class Tokenizer(Spec):
         return False
 
     @property
+    @abc.abstractmethod
     def vocab_size(self) -> int | None:
         """The number of ids; None while it depends on a corpus not yet seen."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def start(self) -> int:
         """The id at which a text without a prompt begins."""
-        raise NotImplementedError
 
     @property
     def end(self) -> int | None:
@@ -93,24 +90,37 @@ class Tokenizer(Spec):
         """The ids of a text by itself, from its start to its end, if it has these."""
         return [*self.prefix, *self.encode(text).tolist(), *(() if self.end is None else (self.end,))]
 
+    @abc.abstractmethod
     def encode(self, text: str) -> Ids:
         """Ids of the text, special ones never. Raises InputError for text that the tokenizer cannot encode."""
-        raise NotImplementedError
 
     def unknown(self, text: str) -> dict[str, int]:
         """The characters for which `encode` raises Unknown, in the text's order, and where each first stands."""
         return {}
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
         """Text of the ids; special ones have none, and bytes that are no UTF-8 become U+FFFD."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def byte_lengths(self) -> NDArray[np.int64] | None:
         """How many bytes of UTF-8 each id stands for, [V]; None if ids do not say, as that of an unknown word.
 
         Bits per byte compare tokenizers, nats per token do not.
         """
-        raise NotImplementedError
+
+    def _unfitted(self, *_: Any, **__: Any) -> NoReturn:
+        raise InputError(f"data.tokenizer={type(self).__name__} must be fitted to a corpus first; call fit")
+
+
+class Unfitted(Tokenizer):
+    """What `fit` makes a tokenizer of another class from: it has no ids yet."""
+
+    @property
+    def start(self) -> int:
+        self._unfitted()
+
+    encode = decode = byte_lengths = Tokenizer._unfitted
 
 
 # --- bytes and characters
@@ -124,15 +134,13 @@ class Plain(Tokenizer):
     sentinels: int = dataclasses.field(default=0, kw_only=True)  # ids of missing spans (objective SpanCorruption)
 
     def check(self, at: str = "") -> None:
-        if type(self) is Plain:
-            raise ValueError(f"{at.removesuffix('.')}=Plain is the base of others; give one such as Characters")
         if self.sentinels < 0:
             raise ValueError(f"{at}sentinels={self.sentinels} must be at least 0; 100 is usual")
 
     @property
+    @abc.abstractmethod
     def n_ordinary(self) -> int:
         """How many ids stand for text."""
-        raise NotImplementedError
 
     @property
     def n_special(self) -> int:
@@ -265,7 +273,7 @@ class Characters(Plain):
 
     def _fitted(self) -> str:
         if self.alphabet is None:
-            raise InputError("tokenizer.alphabet=None must be fitted to a corpus first; call fit")
+            self._unfitted()
         return self.alphabet
 
 
@@ -395,7 +403,7 @@ class Subwords(Tokenizer):
         return lengths
 
 
-class BPE(Tokenizer):
+class BPE(Unfitted):
     """Byte-pair encoding of the bytes of UTF-8 (arXiv:1508.07909), words split as in GPT-2; learned from the corpus.
 
     The vocabulary is declared, so that a model can be planned before the corpus is read; a small corpus may leave ids
@@ -470,7 +478,7 @@ class BPE(Tokenizer):
         return Subwords(_canonical(library.to_str()), self.vocab_size, *special)
 
 
-class TokenizerFile(Tokenizer):
+class TokenizerFile(Unfitted):
     """A `tokenizer.json`: of the library `tokenizers`, as most published models have one, or of another run.
 
     Tokens that begin, end and pad are found by their usual names; those of other names must be given.

@@ -1,5 +1,6 @@
 """From a trained model to text: prefill, then token by token with a cache."""
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,65 +9,95 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.generation.logits_processors import Unchanged
+from jaxformer.generation.logits_processors import LogitsProcessor
+from jaxformer.learning.objectives import NextToken
 from jaxformer.model.masks import Places, places
 from jaxformer.model.models import Model
+from jaxformer.spec import Spec
 
-Processors = tuple[Unchanged, ...]
-
+Processors = tuple[LogitsProcessor, ...]
 
 STRETCH = 32  # tokens that are drawn without a word to the host
 
 
-def generate(
-    model: Model,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    tokens: int,
-    processors: Processors = (),
-    seed: int = 0,
-    context: int | None = None,
-    end: int | None = None,
-    sources: Sequence[Sequence[int]] | None = None,
-    between: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-    """int32[B, tokens] that follow the prompts, none of which may be empty.
+class Sampler(Spec):
+    """How texts are drawn from a model that an objective has trained."""
 
-    A row that has drawn `end` holds nothing else from there on, and nothing more is drawn once all rows have.
+    @abc.abstractmethod
+    def __call__(
+        self,
+        objective: NextToken,
+        model: Model,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        processors: Processors = (),
+        seed: int = 0,
+        context: int | None = None,
+        end: int | None = None,
+        sources: Sequence[Sequence[int]] | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
+        """int32[B, tokens] that follow the prompts, none of which may be empty.
+
+        A row in which `end` stands holds nothing else from there on. `processors` act on logits before a token is
+        drawn; the same `seed` gives the same texts. The model sees at most `context` tokens at once: its
+        context_length, if that is None. `sources` are what the encoder of a model that has one reads, a row each. Ids
+        are not checked. `between` is called every so often; what it raises ends the drawing.
+        """
+
+
+class LeftToRight(Sampler):
+    """Token after token, each drawn from what the model says of those before it.
 
     Sample i, token t is drawn with the key fold_in(fold_in(key(seed), i), t), so that asking for more samples of a
     prompt, or for more tokens, leaves the first ones as they were. A text that fills the context goes on from its last
-    half; rows do so together, when the longest is full. `context` is the model's context_length, or less. A prefix
-    mask sees the whole prompt, or the half. `sources` are what the encoder of a model that has one reads, a row each.
-    Ids are not checked here. `between` is called every so many tokens; what it raises ends the drawing.
+    half; rows do so together, when the longest is full. A prefix mask sees the whole prompt, or the half. Nothing more
+    is drawn once all rows have ended.
     """
-    context = context or model.context_length
-    memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
-    texts = [list(prompt)[-context:] for prompt in prompts]
-    how = np.uint32(seed), processors, np.int32(-1 if end is None else end)
-    made: list[np.ndarray] = []
-    done, ended = 0, np.zeros(len(texts), bool)
-    while done < tokens and not ended.all():
-        longest = max(map(len, texts))
-        left = min(tokens - done, context - longest + 1)
-        prompt, segment = padded(texts, context)
-        ids, ended, cache = _prefill(model, context, params, prompt, segment, memory, np.int32(done), *how, ended)
-        new = [np.asarray(ids)[:, None]]
-        at = segment.sum(1)
-        while (left := left - new[-1].shape[1]) > 0 and not np.asarray(ended).all():
-            between()
-            count = min(left, STRETCH)
-            first = np.int32(done + sum(part.shape[1] for part in new))
-            drawn, ended, cache = _decode(model, params, ids, cache, at, first, np.int32(count), *how, ended, memory)
-            new.append(np.asarray(drawn)[:, :count])
-            ids, at = new[-1][:, -1], at + count
-        made.append(np.concatenate(new, 1))
-        ended = np.asarray(ended)
-        done += made[-1].shape[1]
-        half = max(1, context // 2)
-        texts = [(text + row.tolist())[-half:] for text, row in zip(texts, made[-1], strict=True)]
-    rest = np.full((len(texts), tokens - done), end, np.int32) if ended.all() else np.zeros((len(texts), 0), np.int32)
-    return np.concatenate([*made, rest], 1)
+
+    def __call__(
+        self,
+        objective: NextToken,
+        model: Model,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        processors: Processors = (),
+        seed: int = 0,
+        context: int | None = None,
+        end: int | None = None,
+        sources: Sequence[Sequence[int]] | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
+        context = context or model.context_length
+        memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
+        texts = [list(prompt)[-context:] for prompt in prompts]
+        how = np.uint32(seed), processors, np.int32(-1 if end is None else end)
+        made: list[np.ndarray] = []
+        done, ended = 0, np.zeros(len(texts), bool)
+        while done < tokens and not ended.all():
+            longest = max(map(len, texts))
+            left = min(tokens - done, context - longest + 1)
+            prompt, segment = padded(texts, context)
+            ids, ended, cache = _prefill(model, context, params, prompt, segment, memory, np.int32(done), *how, ended)
+            new = [np.asarray(ids)[:, None]]
+            at = segment.sum(1)
+            while (left := left - new[-1].shape[1]) > 0 and not np.asarray(ended).all():
+                between()
+                count = min(left, STRETCH)
+                first = np.int32(done + sum(part.shape[1] for part in new))
+                known = model, params, ids, cache, at, first
+                drawn, ended, cache = _decode(*known, np.int32(count), *how, ended, memory)
+                new.append(np.asarray(drawn)[:, :count])
+                ids, at = new[-1][:, -1], at + count
+            made.append(np.concatenate(new, 1))
+            ended = np.asarray(ended)
+            done += made[-1].shape[1]
+            half = max(1, context // 2)
+            texts = [(text + row.tolist())[-half:] for text, row in zip(texts, made[-1], strict=True)]
+        rest = np.full((len(texts), tokens - done if ended.all() else 0), end or 0, np.int32)
+        return np.concatenate([*made, rest], 1)
 
 
 def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """What happens to logits before a token is drawn. Processors apply in the order in which they are given."""
 
+import abc
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,14 +9,15 @@ from jaxtyping import Array, Float
 from jaxformer.spec import Spec
 
 
-class Unchanged(Spec):
-    """Logits as they are; also the base of all processors."""
+class LogitsProcessor(Spec):
+    """What becomes of logits."""
 
+    @abc.abstractmethod
     def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        return logits
+        """Other logits of the same tokens; −inf where one must not be drawn."""
 
 
-class Temperature(Unchanged):
+class Temperature(LogitsProcessor):
     """Divides by `temperature`: less than 1 sharpens, 0 leaves the likeliest token alone."""
 
     temperature: float = 1.0
@@ -32,7 +35,7 @@ class Temperature(Unchanged):
         return jnp.where(cold, greedy, logits / jnp.where(cold, 1, self.temperature))
 
 
-class TopK(Unchanged):
+class TopK(LogitsProcessor):
     """Keeps the `top_k` likeliest tokens (arXiv:1805.04833); of equal ones, those of lower id."""
 
     top_k: int
@@ -45,7 +48,7 @@ class TopK(Unchanged):
         return jnp.where(_rank(logits) < min(self.top_k, logits.shape[-1]), logits, -jnp.inf)
 
 
-class TopP(Unchanged):
+class TopP(LogitsProcessor):
     """Keeps the fewest likeliest tokens whose probabilities reach `top_p` together (nucleus, arXiv:1904.09751)."""
 
     top_p: float
@@ -63,7 +66,7 @@ class TopP(Unchanged):
         return jnp.where(_rank(logits) < kept, logits, -jnp.inf)
 
 
-class MinP(Unchanged):
+class MinP(LogitsProcessor):
     """Keeps the tokens at least `min_p` times as probable as the likeliest (arXiv:2407.01082)."""
 
     min_p: float

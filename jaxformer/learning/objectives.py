@@ -71,6 +71,9 @@ class NextToken(Spec):
         if model.encodes or not model.generates or model.sees_ahead:
             self._refuse(model, "a decoder whose masks are causal: the answer must not be seen")
 
+    def check_rows(self, at: str, rows: int, accumulation: int) -> None:
+        """Raises ValueError if it cannot be learned from so many rows in a batch, in so many slices."""
+
     def _refuse(self, model: Model, what: str) -> None:
         raise ValueError(f"objective={type(self).__name__} must have {what}; model={type(model).__name__} is none")
 
@@ -493,6 +496,13 @@ class Contrastive(NextToken):
         _check_no_z_loss(self, at)
         if self.temperature <= 0:
             raise ValueError(f"{at}temperature={self.temperature} must be more than 0; 0.05 is usual")
+
+    def check_rows(self, at: str, rows: int, accumulation: int) -> None:
+        if accumulation > 1 or rows < 2:
+            raise ValueError(
+                f"{at}objective=Contrastive compares the rows of a batch: {at}data.batch_size={rows} "
+                f"must be at least 2, and {at}train.accumulation={accumulation} must be 1"
+            )
 
     def check_model(self, model: Model) -> None:
         model.head_of(EmbeddingHead)

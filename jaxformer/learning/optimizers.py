@@ -1,12 +1,28 @@
 """Optimizers: Optax transforms, told by the declared letters what to do with each parameter."""
 
+import abc
 from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, Int
 
-from jaxformer.learning.schedules import Constant, WarmupCosine
+from jaxformer.learning.schedules import Schedule, WarmupCosine
 from jaxformer.spec import Spec, map_declared
+
+
+class Optimizer(Spec):
+    """What becomes of gradients."""
+
+    learning_rate: Schedule = WarmupCosine()
+
+    @abc.abstractmethod
+    def transform(self, declared: Any, step: Int[Array, ""], steps: Int[Array, ""]) -> optax.GradientTransformation:
+        """From gradients to updates, at a step, counted from 0, of a run of `steps`.
+
+        It is built anew inside each step, so that every number may be traced; its `init` must not depend on them.
+        `declared` is the tree of the model's declarations: each parameter's letters, its sizes, whether it decays.
+        """
 
 
 def decayed(declared: Any) -> Any:
@@ -14,17 +30,14 @@ def decayed(declared: Any) -> Any:
     return map_declared(lambda box: box.decay, declared)
 
 
-class SGD(Spec):
-    """Plain gradient descent; also the base of all optimizers."""
+class SGD(Optimizer):
+    """Plain gradient descent."""
 
-    learning_rate: Constant = WarmupCosine()
-
-    def transform(self, declared: Any, learning_rate: jax.Array) -> optax.GradientTransformation:
-        """Built anew inside each step, so that every number may be traced; `declared` is `Decoder.declared()`."""
-        return optax.sgd(learning_rate)
+    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
+        return optax.sgd(self.learning_rate(step, steps))
 
 
-class AdamW(SGD):
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101), after clipping by the global norm (arXiv:1211.5063)."""
 
     b1: float = 0.9
@@ -44,8 +57,7 @@ class AdamW(SGD):
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"{at}clip={self.clip} must be more than 0; None turns it off")
 
-    def transform(self, declared: Any, learning_rate: jax.Array) -> optax.GradientTransformation:
-        adamw = optax.adamw(
-            learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decayed(declared)
-        )
+    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
+        rate, mask = self.learning_rate(step, steps), decayed(declared)
+        adamw = optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask)
         return adamw if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), adamw)

@@ -1,38 +1,53 @@
 """Learning rates as functions of the step."""
 
+import abc
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxformer.spec import Spec
 
 
-class Constant(Spec):
-    """The same rate at every step; also the base of all schedules."""
+class Schedule(Spec):
+    """The learning rate of each update."""
 
-    peak: float = 1e-3
-
-    def check(self, at: str = "") -> None:
-        if self.peak <= 0:
-            raise ValueError(f"{at}peak={self.peak} must be more than 0; 1e-3 suits small models")
-
-    def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
+    @abc.abstractmethod
+    def __call__(self, step: Int[Array, ""], steps: Int[Array, ""]) -> Float[Array, ""]:
         """The rate of update `step`, counted from 0, in a run of `steps`."""
-        return jnp.float32(self.peak)
 
     def notice(self, steps: int) -> str | None:
         """What is not as the fields say in a run of so many steps."""
         return None
 
 
-class WarmupLinear(Constant):
+def _check_peak(peak: float, at: str) -> None:
+    if peak <= 0:
+        raise ValueError(f"{at}peak={peak} must be more than 0; 1e-3 suits small models")
+
+
+class Constant(Schedule):
+    """The same rate at every step."""
+
+    peak: float = 1e-3
+
+    def check(self, at: str = "") -> None:
+        _check_peak(self.peak, at)
+
+    def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
+        return jnp.float32(self.peak)
+
+
+class WarmupLinear(Schedule):
     """Linear up to `peak`, then linear down to `final` (arXiv:1810.04805); also the base of those with a warm-up."""
 
+    peak: float = 1e-3
     final: float = 1e-4
     warmup_steps: int = 100
     shortens: bool = True  # a warm-up as long as the run, or longer, takes a tenth of the run
 
     def check(self, at: str = "") -> None:
-        super().check(at)
+        _check_peak(self.peak, at)
         if not 0 <= self.final <= self.peak:
             raise ValueError(f"{at}final={self.final} must lie between 0 and {at}peak={self.peak}; a tenth is usual")
         if not 0 <= self.warmup_steps < 2**31 - 1:

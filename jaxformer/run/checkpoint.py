@@ -80,7 +80,11 @@ class Checkpoints:
                     "restore config.json and tokenizer.json of the run"
                 )
             try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                # By the manifest all arrays are there; parts without one may have come since: partial.
+                how = ocp.checkpoint_utils.construct_restore_args(abstract)
+                args = ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
+                )
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                     state = reader.restore(path.absolute(), args=args)["state"]
             except Exception as error:  # damaged files raise five types of exception, and more with each release

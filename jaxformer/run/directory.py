@@ -95,7 +95,8 @@ def has_checkpoint(directory: Path) -> bool:
 
 def _check_same(config: Config, stored: Config) -> None:
     changed = config_lib.differences(stored, config)
-    wrong = {path: change for path, change in changed.items() if path not in config_lib.FREE | config_lib.NOTICE}
+    may = config_lib.FREE | config_lib.NOTICE
+    wrong = {path: change for path, change in changed.items() if not {path, path.partition(".")[0]} & may}
     if wrong:
         fields = "; ".join(f"{path} was {old!r} and is {new!r}" for path, (old, new) in wrong.items())
         raise InputError(f"directory={config.directory!r} holds another run: {fields}; give another directory")

@@ -19,8 +19,8 @@ from jaxformer.data.files import located
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import asked_in
 from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
-from jaxformer.generation.decode import generate
-from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP, Unchanged
+from jaxformer.generation.decode import LeftToRight, Sampler
+from jaxformer.generation.logits_processors import LogitsProcessor, MinP, Temperature, TopK, TopP
 from jaxformer.generation.predict import predict
 from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
@@ -54,6 +54,15 @@ class Run:
     def model(self) -> Model:
         return self.recipe.model
 
+    @property
+    def sampler(self) -> Sampler:
+        return self.config.sampler or LeftToRight()
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes text: a sampler of its own may know how where no token is predicted from those before."""
+        return self.config.sampler is not None or self.model.writes
+
     def sample(self, prompt: str | None = None, tokens: int = 200, seed: int = 0, **how: Any) -> str:
         """The first of `samples`."""
         return self.samples(prompt, tokens, 1, seed, **how)[0]
@@ -73,7 +82,7 @@ class Run:
         """Texts that begin with the prompt; without one, what follows the tokenizer's start token.
 
         A text ends before `tokens` are drawn if the tokenizer's end token comes. `temperature`, `top_k`, `top_p` and
-        `min_p` act on the logits in this order; `between` is that of `generate`. Raises InputError for a character of
+        `min_p` act on the logits in this order; `between` is that of `Sampler`. Raises InputError for a character of
         the prompt that the tokenizer does not know, and for numbers out of their range.
         """
         for name, value, least in (("tokens", tokens, 0), ("samples", samples, 1)):
@@ -81,7 +90,7 @@ class Run:
                 raise InputError(f"{name}={value} must be at least {least}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed={seed} must be at least 0 and less than 2**32")
-        processors: list[Unchanged] = [checked(Temperature(temperature))]
+        processors: list[LogitsProcessor] = [checked(Temperature(temperature))]
         processors += [] if top_k is None else [checked(TopK(top_k))]
         processors += [] if top_p is None else [checked(TopP(top_p))]
         processors += [] if min_p is None else [checked(MinP(min_p))]
@@ -90,8 +99,8 @@ class Run:
         except InputError as error:
             raise InputError(f"prompt: {error}") from None
         context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
-        how = self.model, self.state.eval_params
-        if not self.model.writes:
+        how = self.recipe.objective, self.model, self.state.eval_params
+        if not self.writes:
             raise InputError(
                 f"{self.config.directory}: its model writes no text; see what it says of one by predict.py"
             )
@@ -99,13 +108,13 @@ class Run:
             sources = [self.tokenizer.document(prompt or "")] * samples
             self._tell_cut(sources[:1])
             starts = [[self.tokenizer.start]] * samples
-            new = generate(*how, starts, tokens, tuple(processors), seed, context, end, sources, between)
+            new = self.sampler(*how, starts, tokens, tuple(processors), seed, context, end, sources, between)
             return [self.tokenizer.decode(_until(row, end)) for row in new.tolist()]
         start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
         if ids and self.joins:  # the prompt is a first text, which the second follows
             start = self.tokenizer.document(prompt or "")
         self._tell_cut([start])
-        new = generate(*how, [start] * samples, tokens, tuple(processors), seed, context, end, between=between)
+        new = self.sampler(*how, [start] * samples, tokens, tuple(processors), seed, context, end, between=between)
         head = self.tokenizer.decode(ids)
         return [(prompt or "") + self._rest(ids, head, _until(row, end)) for row in new.tolist()]
 
@@ -138,8 +147,8 @@ class Run:
             sources = [tokenizer.document(text) for text in some]
             more = self.config.window, tokenizer.end, sources, between
             starts = [[tokenizer.start]] * len(some)
-            greedy = (Temperature(0.0),)
-            new = generate(self.model, self.state.eval_params, starts, tokens, greedy, 0, *more)
+            how = self.recipe.objective, self.model, self.state.eval_params
+            new = self.sampler(*how, starts, tokens, (Temperature(0.0),), 0, *more)
             found += [tokenizer.decode(_until(row, tokenizer.end)) for row in new.tolist()]
         return found
 

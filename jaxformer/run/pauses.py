@@ -103,7 +103,7 @@ class Pauses:
         """Shows a text of the first run."""
         run = dataclasses.replace(self._runs[0], state=next(self._members.apart(state)))
         source, tokens = self._members.prepared.valid[0], self._config.train.sample_tokens
-        if not tokens or not run.model.writes:
+        if not tokens or not run.writes:
             return
         self._reports.pause("sampling")
         try:

@@ -10,7 +10,7 @@ from flax import struct
 
 from jaxformer.keys import key_for
 from jaxformer.learning.objectives import Batch, Example, NextToken
-from jaxformer.learning.optimizers import SGD
+from jaxformer.learning.optimizers import Optimizer
 from jaxformer.model.models import Model
 from jaxformer.spec import Declared, Spec, is_declared, path_name
 
@@ -30,7 +30,7 @@ class Hyper(NamedTuple):
 
     seed: Any  # uint32
     steps: Any  # int32: the length of the run, for schedules
-    optimizer: SGD
+    optimizer: Optimizer
     ema_decay: Any = None  # float32; None: no average is kept
 
 
@@ -51,7 +51,7 @@ class TrainState(struct.PyTreeNode):
 @functools.partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
     params = recipe.model.init(key_for(hyper.seed, 0, "init"))
-    transform = hyper.optimizer.transform(recipe.model.declared(), jnp.float32(0))
+    transform = hyper.optimizer.transform(recipe.model.declared(), jnp.int32(0), hyper.steps)
     ema = () if hyper.ema_decay is None else params
     return TrainState(jnp.int32(0), params, transform.init(params), ema)
 
@@ -70,7 +70,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     grads = jax.tree.map(lambda g: g / count, grads)
     rate = hyper.optimizer.learning_rate(state.step, hyper.steps)
     declared = recipe.model.declared()
-    transform = hyper.optimizer.transform(declared, rate)
+    transform = hyper.optimizer.transform(declared, state.step, hyper.steps)
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

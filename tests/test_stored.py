@@ -1,0 +1,74 @@
+"""Runs that were stored before classes and fields were what they are now."""
+
+import json
+
+import pytest
+
+from jaxformer import config as config_lib
+from jaxformer.config import Config, read, resolve, save
+from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.model.models import Decoder
+from jaxformer.spec import InputError, Spec, class_name
+
+
+class Scaling(Spec):
+    scaled: bool = False
+    norm: int = 1
+
+
+class Halved(Decoder):
+    """Had fields that are a part's now."""
+
+    scaling: Scaling = Scaling()
+
+
+class Plain(NextToken):
+    """Had a field that meant nothing."""
+
+
+CONFIG = Config("runs/a", Halved(12, 7, n_layers=2, n_heads=3, scaling=Scaling(True)), objective=Plain())
+
+
+def stored(path, **changes):
+    """The config as a run of before holds it: with {path: value} instead of what stands there."""
+    save(CONFIG, path)
+    value = json.loads(path.read_text())
+    del value["model"]["scaling"]
+    for name, new in changes.items():
+        value[name].update(new)
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def changed(monkeypatch):
+    monkeypatch.setattr(config_lib, "RENAMED", {"gone:Fast": class_name(AdamW)})
+    moved = (Halved, "scale", "scaling", "scaled"), (Halved, "scale_norm", "scaling", "norm")
+    monkeypatch.setattr(config_lib, "MOVED_INTO", moved)
+    monkeypatch.setattr(config_lib, "DROPPED", ((NextToken, "smoothing", 0.0),))
+
+
+def test_what_was_renamed_moved_and_dropped_is_found(tmp_path):
+    path, moved = tmp_path / "config.json", {"scale": True, "scale_norm": 5}
+    found = read(stored(path, model=moved, optimizer={"class": "gone:Fast"}, objective={"smoothing": 0.0}))
+    assert found == resolve(CONFIG, {"model.scaling.norm": 5})
+    save(found, path)
+    assert read(path) == found  # what is stored now is read as it is
+    assert not read(stored(path, model={"scale": False})).model.scaling.scaled
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"smoothing": 0.1}}, "Plain.smoothing=0.1 is known no more; take the jaxformer that wrote it"),
+        ({"optimizer": {"smoothing": 0.0}}, "AdamW.smoothing: no such field"),
+        ({"model": {"scale": 3, "scaling": 3}}, "model.scaling.scaled=3 must be bool, but it is int"),
+        ({"model": {"scale": {"scale": [True]}}}, "class=None is no spec"),
+        ({"model": {"class": ["gone:Fast"]}}, "is no spec"),
+    ],
+)
+def test_what_cannot_be_brought_up_to_date_gets_one_sentence(tmp_path, changes, message):
+    with pytest.raises(InputError) as error:
+        read(stored(tmp_path / "config.json", **changes))
+    assert message in str(error.value) and "config.json: " in str(error.value) and "\n" not in str(error.value)
