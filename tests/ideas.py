@@ -382,7 +382,20 @@ class Unmasking(Sampler):
 
     rounds: int = 16
 
-    def __call__(self, objective, model, params, prompts, tokens, processors=(), seed=0, context=None, *rest):
+    def __call__(
+        self,
+        objective,
+        model,
+        params,
+        prompts,
+        tokens,
+        processors=(),
+        seed=0,
+        context=None,
+        end=None,
+        sources=None,
+        **_,
+    ):
         rows = [
             [*prompt[-(context or model.context_length) + tokens :], *[objective.mask] * tokens] for prompt in prompts
         ]

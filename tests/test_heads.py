@@ -258,6 +258,12 @@ class Share(heads.Head):
         return {"share": float(said)}
 
 
+def test_heads_and_poolings_without_their_methods_are_refused():
+    for cls, missing in ((heads.Head, "__call__, name"), (heads.Pooling, "__call__")):
+        with pytest.raises(ValueError, match=f"{cls.__name__} is abstract until it defines {missing};"):
+            cls()
+
+
 def test_a_strangers_head_answers_for_itself():
     model = decoder(head=(heads.LanguageHead(), Share(), heads.EmbeddingHead()), n_layers=1)
     params, texts = loud(model), [[1, 2, 3, 4, 5, 6, 7, 8], [5, 6]]
