@@ -19,7 +19,7 @@ from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.baselines import Bigram, TokenEmbedding
 from jaxformer.model.blocks import PreNorm
 from jaxformer.model.heads import LanguageHead
-from jaxformer.model.kernels import Softmax, Uniform
+from jaxformer.model.kernels import Look, Softmax, Uniform
 from jaxformer.model.layers import MLP, LayerNorm, LeCunNormal, NoNorm, OneLayer, ReLU, TorchUniform
 from jaxformer.model.masks import Causal, View, one_document
 from jaxformer.model.models import Model
@@ -175,7 +175,9 @@ def loops_against_matrices() -> list[dict[str, str]]:
     view = View(at, at, Causal(), 1)
     ways = {
         "a product with the matrix of means": jax.jit(lambda x: jnp.einsum("TS,BSD->BTD", means, x)),
-        "the uniform kernel": jax.jit(lambda x: Uniform()({}, x[:, None], {}, {"v": x[:, None]}, view, 0.0, None, 0.0)),
+        "the uniform kernel": jax.jit(
+            lambda x: Uniform()({}, Look(x[:, None], {}, {"v": x[:, None]}, view), None, 0.0)
+        ),
     }
     return [compared(name, loops, f, x) for name, f in ways.items()]
 

@@ -13,10 +13,10 @@ from jaxformer.learning.optimizers import AdamW
 from jaxformer.model import cache
 from jaxformer.model.blocks import Residual
 from jaxformer.model.heads import cross_entropy
-from jaxformer.model.kernels import Softmax
+from jaxformer.model.kernels import Look, Softmax
 from jaxformer.model.layers import Activation, FeedForward, Loss, Out, RMSNorm, SiLU, linear, ones, zeros
-from jaxformer.model.masks import Places, View, places
-from jaxformer.model.mixers import Mixer, place
+from jaxformer.model.masks import places
+from jaxformer.model.mixers import Mixer, place, view_of
 from jaxformer.model.models import Decoder
 from jaxformer.spec import ByLayer, Param, Slot, map_declared
 
@@ -61,10 +61,9 @@ class Differential(Softmax):
         vectors = {name: Param("K", normal(0.1)) for name in ("q1", "k1", "q2", "k2")}
         return vectors | {"scale": Param("K", ones), "start": Param("", start, trained=False)}
 
-    def masked_scores(self, params, q, new, seen, view, bias):  # [B, 2H, T, S]
-        own = super().masked_scores
-        both = [own(params, q[..., i::2], new, {**seen, "k": seen["k"][..., i::2]}, view, bias) for i in (0, 1)]
-        return jnp.concatenate(both, 1)
+    def masked_scores(self, params, look):  # [B, 2H, T, S]
+        half = lambda i: look._replace(q=look.q[..., i::2], seen={**look.seen, "k": look.seen["k"][..., i::2]})
+        return jnp.concatenate([super(Differential, self).masked_scores(params, half(i)) for i in (0, 1)], 1)
 
     def weights(self, params, scores):
         powers, total = super().weights(params, scores)
@@ -72,9 +71,9 @@ class Differential(Softmax):
         taken = jnp.exp(params["q1"] @ params["k1"]) - jnp.exp(params["q2"] @ params["k2"]) + params["start"]
         return one - taken * two, jnp.ones((*one.shape[:3], 1))
 
-    def __call__(self, params, q, new, seen, view, bias, key, rate):
-        h = super().__call__(params, q, new, seen, view, bias, key, rate)
-        return RMSNorm(eps=1e-5)(params, h) * (1 - params["start"]).astype(q.dtype)
+    def __call__(self, params, look, key, rate):
+        h = super().__call__(params, look, key, rate)
+        return RMSNorm(eps=1e-5)(params, h) * (1 - params["start"]).astype(h.dtype)
 
 
 # --- mixers
@@ -113,8 +112,8 @@ class Latent(Mixer):
         c = seen["latent"].astype(x.dtype)
         k, v, turned = heads(c, "k"), heads(c, "v"), seen["turned"][:, None].astype(x.dtype)
         k = jnp.concatenate([k, jnp.broadcast_to(turned, (*k.shape[:3], self.turned))], -1)
-        view = View(at, Places(seen["position"], seen["segment"], seen.get("part")), parts.mask, parts.dims["H"])
-        h = parts.kernel({}, q, seen, {"k": k, "v": v}, view, 0.0, context.key, parts.dropout)
+        look = Look(q, seen, {"k": k, "v": v}, view_of(parts, at, seen))
+        h = parts.kernel({}, look, context.key, parts.dropout)
         return Out(linear(h.swapaxes(1, 2).reshape(*x.shape[:2], -1), w["o"].reshape(-1, x.shape[-1])), written)
 
 

@@ -10,7 +10,7 @@ import tiny
 from jaxtyping import TypeCheckError
 
 from jaxformer.model import layers
-from jaxformer.model.kernels import Softmax
+from jaxformer.model.kernels import Look, Softmax, Uniform, plain
 from jaxformer.model.masks import Causal, Places, View, Window, one_document, places
 from jaxformer.model.positions import Rotary, Sinusoidal
 
@@ -92,6 +92,15 @@ def test_feed_forward():
     close(token_wise(layers.MLP(), params, x), np.asarray(gelu(*j(x @ up))) @ down, 1e-4)
 
 
+@pytest.mark.parametrize("norm", [layers.RMSNorm, layers.LayerNorm])
+def test_a_gain_of_one_plus_what_is_learned(norm):
+    x, gain = draws(3, 5, 7), draws(7)
+    one, plus = norm(), norm(one_plus=True)
+    begin = {name: p.init(jax.random.key(0), (7,), jnp.float32) for name, p in plus.params().items()}
+    assert not begin["scale"].any()
+    close(plus(*j(begin | {"scale": gain}, x)), one(*j(begin | {"scale": 1 + gain}, x)))
+
+
 def test_linear():
     x, w = draws(3, 5, 7), draws(7, 2, 11)
     close(layers.linear(*j(x, w)), np.einsum("BTD,DHK->BTHK", x, w))
@@ -149,9 +158,31 @@ def test_softmax_kernel(rule):
     if isinstance(rule, Window):
         mask &= p[:, None] > p[:, :, None] - 3
     (seen,) = j({"k": k, "v": v})
-    out = Softmax()({}, jnp.asarray(q), seen, seen, View(at, at, rule, 1), 0.0, None, 0.0)
+    out = Softmax()({}, Look(jnp.asarray(q), seen, seen, View(at, at, rule, 1)), None, 0.0)
     real = (segment > 0)[:, None, :, None]
     close(out * real, softmax_attention(q, k, v, mask) * real)
+
+
+def test_softmax_is_its_plain_form():
+    """Grouped heads, masks of every row, and gradients."""
+    q, k, v = j(draws(2, 6, 7, 5), draws(2, 3, 7, 5), draws(2, 3, 7, 5))
+    at = one_document(7)
+    view = View(at, at, Causal(), 6)
+    fast = lambda q, k, v: Softmax()({}, Look(q, {}, {"k": k, "v": v}, view), None, 0.0)
+    written = lambda q, k, v: plain(q, *(jnp.repeat(a, 2, 1) for a in (k, v)), view.mask())
+    (out, pull), (expected, pull_plain) = jax.vjp(fast, q, k, v), jax.vjp(written, q, k, v)
+    close(out, expected)
+    for a, b in zip(pull(q), pull_plain(q), strict=True):
+        close(a, b)
+
+
+def test_the_scale_of_scores_is_a_field():
+    q, k, v = j(draws(2, 6, 7, 5), draws(2, 3, 7, 5), draws(2, 3, 7, 5))
+    at = one_document(7)
+    out = lambda kernel: kernel({}, Look(q, {}, {"k": k, "v": v}, View(at, at, Causal(), 6)), None, 0.0)
+    close(out(Softmax(scale=5**-0.5)), out(Softmax()))
+    close(out(Softmax(scale=0.0)), out(Uniform()))
+    assert jnp.abs(out(Softmax(scale=1.0)) - out(Softmax())).max() > 0.1
 
 
 def test_scores_have_the_variance_of_one_product():
@@ -165,14 +196,14 @@ def test_a_query_that_sees_nothing_gets_zero():
     q = jnp.asarray(draws(1, 1, 2, 3))
     query, key = one_document(2), Places(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32))
     seen = {"k": q, "v": q}
-    out, pull = jax.vjp(lambda q: Softmax()({}, q, seen, seen, View(query, key, Causal(), 1), 0.0, None, 0.0), q)
+    out, pull = jax.vjp(lambda q: Softmax()({}, Look(q, seen, seen, View(query, key, Causal(), 1)), None, 0.0), q)
     assert (out == 0).all() and jnp.isfinite(pull(out + 1)[0]).all()
 
 
 def test_dropout_of_attention_weights_keeps_their_mean():
     q, v = jnp.zeros((1, 1, 31, 2)), jnp.ones((1, 1, 31, 2))
     at, seen = one_document(31), {"k": q, "v": v}
-    out = Softmax()({}, q, seen, seen, View(at, at, Causal(), 1), 0.0, jax.random.key(0), 0.5)
+    out = Softmax()({}, Look(q, seen, seen, View(at, at, Causal(), 1)), jax.random.key(0), 0.5)
     assert float(out.std()) > 0.05 and float(out[0, 0, 15:].mean()) == pytest.approx(1, abs=0.1)
 
 

@@ -16,7 +16,7 @@ from jaxformer.learning.objectives import NextToken
 from jaxformer.model import layers
 from jaxformer.model.blocks import PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
-from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
+from jaxformer.model.kernels import Look, SoftCapped, Softmax, Uniform
 from jaxformer.model.layers import GELU, MLP, GatedFeedForward, LayerNorm, NoNorm, OneLayer, ReLU, RMSNorm, Tanh
 from jaxformer.model.masks import (
     Bidirectional,
@@ -260,7 +260,7 @@ def test_kernels(kernel, scores):
     at = places(jnp.asarray(SEGMENT))
     mask = (SEGMENT[:, :, None] == SEGMENT[:, None]) & (POSITION[:, None] <= POSITION[:, :, None])
     seen = kernel.remember({}, jnp.asarray(k), jnp.asarray(v), at, None)
-    out = kernel({}, jnp.asarray(q), seen, seen, View(at, at, Causal(), 6), 0.0, None, 0.0)
+    out = kernel({}, Look(jnp.asarray(q), seen, seen, View(at, at, Causal(), 6)), None, 0.0)
     close(out, attention(q, k, v, mask, scores))
 
 
@@ -441,6 +441,39 @@ def test_parts_alternate_over_the_layers():
         x = block(kinds[i], p, x, at)
     close(model.norm(params["decoder"]["norm"], x), hidden(model, params, text, at)[0], 1e-4)
     assert decoder(mask=(Causal(), Window(3)), n_layers=4).kinds("decoder")[1].parts.mask == Window(3)
+
+
+def test_positions_may_differ_by_layer():
+    """Local and global bases alternate; equal ones share what they own, others do not."""
+    local, far = Rotary(base=100.0), Rotary(base=5000.0)
+    two, at, text = decoder(n_layers=4, position=(local, far)), one_document(T), ids(B, T)
+    params = loud(two)
+    x = params["embedding"]["table"][text]
+    for i in range(4):
+        only = decoder(n_layers=4, position=(local, far)[i % 2])
+        x = block(only.kinds("decoder")[0], own_layer(params, block=i % 2, layer=i // 2), x, at)
+    close(two.norm(params["decoder"]["norm"], x), hidden(two, params, text, at)[0], 1e-4)
+    assert [kind.parts.position for kind in two.kinds("decoder")] == [local, far]
+    several = decoder(n_layers=4, position=(RelativeBias(), Learned())).init(jax.random.key(0))["decoder"]
+    assert {"position0", "position1"} < several.keys() and several["position1"]["table"].shape == (23, 84)
+    assert "position" in decoder(n_layers=4, position=(RelativeBias(), RelativeBias())).declared()["decoder"]
+
+
+class Drops(PreNorm):
+    """What attention gives is dropped; its norm is kept."""
+
+    def after(self, stream, h, site):
+        return site.norms[0](stream) if site.branch == "attention" else super().after(stream, h, site)
+
+
+def test_a_residual_rule_may_ignore_a_branch():
+    model = decoder(residual=Drops(), position=NoPosition(), n_layers=1)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    changed = text.at[:, 3].set((text[:, 3] + 1) % 29)
+    a, b = (hidden(model, params, each, at)[0] for each in (text, changed))
+    assert (jnp.abs(a - b).max((0, 2)) > 1e-3).tolist() == [i == 3 for i in range(T)]
+    grads = jax.grad(lambda p: (model.hidden(p, text, at).h ** 2).sum())(params)["decoder"]["layers"]["block0"]
+    assert not any(a.any() for a in jax.tree.leaves(grads["attention"])) and grads["norm_attention"]["scale"].any()
 
 
 @pytest.mark.parametrize("fields", [{}, {"scaled": True}, {"normed": True}, {"token_types": 2}, None], ids=str)

@@ -22,6 +22,7 @@ from jaxformer.spec import Spec
 Batch = Mapping[str, Any]
 Key = jax.Array | None
 Number = Float[Array, ""]
+ByteLengths = Int[Array, "V"] | Float[Array, "V"]
 
 
 class Text(NamedTuple):
@@ -127,9 +128,7 @@ class Objective(Spec):
         total += sum(out.losses[name].weight * value for name, value in losses.items())
         return Sums(total, plain, rows.sum(), losses, out.sums)
 
-    def sums(
-        self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
-    ) -> dict[str, Float[Array, ""]]:
+    def sums(self, model: Model, params: Any, example: Example, byte_lengths: ByteLengths) -> dict[str, Number]:
         """Sums over a batch, without dropout, smoothing and z-loss, from which `summary` makes what is reported."""
         out = self.hidden(model, params, example, None)
         nats = self.nats(model, params, out.h, example, None)
@@ -140,12 +139,8 @@ class Objective(Spec):
         return found | self.more_sums(nats, weights, example, byte_lengths)
 
     def more_sums(
-        self,
-        nats: Nats,
-        weights: Float[Array, "B ..."],
-        example: Example,
-        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
-    ) -> dict[str, Float[Array, ""]]:
+        self, nats: Nats, weights: Float[Array, "B ..."], example: Example, byte_lengths: ByteLengths
+    ) -> dict[str, Number]:
         """Besides `nats` and `weight`: what `summary` needs."""
         return {"right": (nats.right * weights).sum()}
 
@@ -190,12 +185,8 @@ class TokenObjective(Objective):
         return Nats(plain, total, logits.argmax(-1) == example.targets)
 
     def more_sums(
-        self,
-        nats: Nats,
-        weights: Float[Array, "B T"],
-        example: Example,
-        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
-    ) -> dict[str, Float[Array, ""]]:
+        self, nats: Nats, weights: Float[Array, "B T"], example: Example, byte_lengths: ByteLengths
+    ) -> dict[str, Number]:
         return {"bytes": (byte_lengths[example.targets] * weights).sum()}
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
@@ -302,12 +293,8 @@ class Masked(TokenObjective):
         return Example(jnp.where(chosen, ids, tokens), at, tokens, chosen.astype(jnp.float32))
 
     def more_sums(
-        self,
-        nats: Nats,
-        weights: Float[Array, "B T"],
-        example: Example,
-        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
-    ) -> dict[str, Float[Array, ""]]:
+        self, nats: Nats, weights: Float[Array, "B T"], example: Example, byte_lengths: ByteLengths
+    ) -> dict[str, Number]:
         return {"right": (nats.right * weights).sum()}
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
@@ -341,12 +328,8 @@ class SequenceToSequence(TokenObjective):
         return next_tokens({n: batch[n] for n in ("tokens", "segments")})._replace(source=source)
 
     def more_sums(
-        self,
-        nats: Nats,
-        weights: Float[Array, "B T"],
-        example: Example,
-        byte_lengths: Int[Array, "V"] | Float[Array, "V"],
-    ) -> dict[str, Float[Array, ""]]:
+        self, nats: Nats, weights: Float[Array, "B T"], example: Example, byte_lengths: ByteLengths
+    ) -> dict[str, Number]:
         real = (weights > 0).any(1)
         exact = {"exact": (nats.right | (weights == 0)).all(1) & real, "texts": real}
         more = {name: array.sum().astype(jnp.float32) for name, array in exact.items()}
@@ -550,9 +533,7 @@ class Classification(Objective):
             right &= (head.right(logits, labels) | (weights == 0)).reshape(len(weights), -1).all(1)
         return Nats(plain, total, right)
 
-    def sums(
-        self, model: Model, params: Any, example: Example, byte_lengths: Int[Array, "V"] | Float[Array, "V"]
-    ) -> dict[str, Float[Array, ""]]:
+    def sums(self, model: Model, params: Any, example: Example, byte_lengths: ByteLengths) -> dict[str, Number]:
         out, found = self.hidden(model, params, example, None), {}
         for head, logits, labels, weights in self._heads(model, params, out.h, example, None):
             found[f"nats of {head.column}"] = (head.nats(logits, labels, 0.0) * weights).sum()

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,16 @@ from jaxtyping import Array, Bool, Float
 from jaxformer.model.layers import dropout
 from jaxformer.model.masks import Places, View
 from jaxformer.spec import Arrays, Declarations, Slot, Spec
+
+
+class Look(NamedTuple):
+    """What heads of queries look at."""
+
+    q: Float[Array, "B H T K"]
+    new: Arrays  # what is remembered of the queries' own tokens
+    seen: Arrays  # and of the keys' tokens
+    view: View  # which of these may be seen
+    bias: Float[Array, "..."] | float = 0.0  # of the position, to be added to scores [B, H, T, S]
 
 
 class Kernel(Spec):
@@ -38,29 +48,10 @@ class Kernel(Spec):
         return seen, {"seen": seen}
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        params: Arrays,
-        q: Float[Array, "B H T K"],
-        new: Arrays,
-        seen: Arrays,
-        view: View,
-        bias: Float[Array, "..."] | float,
-        key: jax.Array | None,
-        rate: float,
-    ) -> Float[Array, "B H T M"]:
-        """`new` is remembered of the queries' tokens, `seen` of the keys'; `bias` is the position's, to be added to
-        scores [B, H, T, S]; `key` and `rate` are those of the dropout of weights. M is the width of a value."""
+    def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Float[Array, "B H T M"]:
+        """M is the width of a value; `key` and `rate` are those of the dropout of weights."""
 
-    def recorded(
-        self,
-        params: Arrays,
-        q: Float[Array, "B H T K"],
-        new: Arrays,
-        seen: Arrays,
-        view: View,
-        bias: Float[Array, "..."] | float,
-    ) -> dict[str, jax.Array]:
+    def recorded(self, params: Arrays, look: Look) -> dict[str, jax.Array]:
         """What is kept of the way there, by name, where activations are asked for."""
         return {}
 
@@ -96,44 +87,20 @@ class Softmax(Kernel):
         powers = jnp.exp(scores - jax.lax.stop_gradient(top))
         return powers, powers.sum(-1, keepdims=True)
 
-    def masked_scores(
-        self,
-        params: Arrays,
-        q: Float[Array, "B H T K"],
-        new: Arrays,
-        seen: Arrays,
-        view: View,
-        bias: Float[Array, "..."] | float,
-    ) -> Float[Array, "B H T S"]:
+    def masked_scores(self, params: Arrays, look: Look) -> Float[Array, "B H T S"]:
         """What `weights` is given: scores with the position's bias, −inf where a query does not see a key."""
-        return jnp.where(view.mask(), self.scores(params, q, new, seen) + bias, -jnp.inf)
+        scores = self.scores(params, look.q, look.new, look.seen) + look.bias
+        return jnp.where(look.view.mask(), scores, -jnp.inf)
 
-    def __call__(
-        self,
-        params: Arrays,
-        q: Float[Array, "B H T K"],
-        new: Arrays,
-        seen: Arrays,
-        view: View,
-        bias: Float[Array, "..."] | float,
-        key: jax.Array | None,
-        rate: float,
-    ) -> Float[Array, "B H T M"]:
-        weights, total = self.weights(params, self.masked_scores(params, q, new, seen, view, bias))
-        weights = _grouped(dropout(key, weights, rate).astype(q.dtype), seen["v"].shape[1])
-        values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, seen["v"], preferred_element_type=jnp.float32)
+    def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Float[Array, "B H T M"]:
+        weights, total = self.weights(params, self.masked_scores(params, look))
+        q, v = look.q, look.seen["v"]
+        weights = _grouped(dropout(key, weights, rate).astype(q.dtype), v.shape[1])
+        values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, v, preferred_element_type=jnp.float32)
         return (values.reshape(*q.shape[:3], -1) / jnp.maximum(total, 1e-30)).astype(q.dtype)
 
-    def recorded(
-        self,
-        params: Arrays,
-        q: Float[Array, "B H T K"],
-        new: Arrays,
-        seen: Arrays,
-        view: View,
-        bias: Float[Array, "..."] | float,
-    ) -> dict[str, jax.Array]:
-        scores = self.masked_scores(params, q, new, seen, view, bias)
+    def recorded(self, params: Arrays, look: Look) -> dict[str, jax.Array]:
+        scores = self.masked_scores(params, look)
         powers, total = self.weights(params, scores)
         return {"scores": scores, "weights": powers / jnp.maximum(total, 1e-30)}
 
@@ -172,17 +139,9 @@ class Uniform(Softmax):
     ) -> Arrays:
         return {"v": v}
 
-    def masked_scores(
-        self,
-        params: Arrays,
-        q: Float[Array, "B H T K"],
-        new: Arrays,
-        seen: Arrays,
-        view: View,
-        bias: Float[Array, "..."] | float,
-    ) -> Float[Array, "B H T S"]:
-        shape = *q.shape[:3], seen["v"].shape[2]
-        return jnp.where(view.mask(), jnp.zeros(shape, jnp.float32), -jnp.inf)  # whatever the position's bias
+    def masked_scores(self, params: Arrays, look: Look) -> Float[Array, "B H T S"]:
+        shape = *look.q.shape[:3], look.seen["v"].shape[2]
+        return jnp.where(look.view.mask(), jnp.zeros(shape, jnp.float32), -jnp.inf)  # whatever the position's bias
 
 
 def _grouped(x: jax.Array, groups: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxformer.model import cache as cache_lib
-from jaxformer.model.kernels import Kernel
+from jaxformer.model.kernels import Kernel, Look
 from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear
 from jaxformer.model.masks import Mask, Places, View
 from jaxformer.model.positions import Position
@@ -113,8 +113,8 @@ class MultiHead(Mixer):
         return {**place(parts, at), **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
 
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
-        q, new, seen, view, bias, cache, handed = self._seen(params, parts, x, context)
-        h = parts.kernel(params["kernel_params"], q, new, seen, view, bias, context.key, parts.dropout)
+        look, cache, handed = self._look(params, parts, x, context)
+        h = parts.kernel(params["kernel_params"], look, context.key, parts.dropout)
         B, H, T, K = h.shape
         h = h.swapaxes(1, 2).reshape(B, T, H * K)
         if parts.output_projection:
@@ -124,15 +124,18 @@ class MultiHead(Mixer):
             h = jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
         return Out(h, cache, handed=handed)
 
-    def recorded(self, params: Mapping[str, Any], parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
-        q, new, seen, view, bias, *_ = self._seen(params, parts, x, context)
-        own = params["kernel_params"]
-        values = parts.kernel(own, q, new, seen, view, bias, context.key, parts.dropout)
-        more = parts.kernel.recorded(own, q, new, seen, view, bias)
-        return {"q": q, "k": seen.get("k"), "v": seen.get("v"), "values": values} | more
+    def recorded(
+        self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context
+    ) -> dict[str, Any]:
+        (look, *_), own = self._look(params, parts, x, context), params["kernel_params"]
+        values = parts.kernel(own, look, context.key, parts.dropout)
+        found = {"q": look.q, "k": look.seen.get("k"), "v": look.seen.get("v"), "values": values}
+        return found | parts.kernel.recorded(own, look)
 
-    def _seen(self, params: Mapping[str, Any], parts: Parts, x: jax.Array, context: Context) -> tuple[Any, ...]:
-        """What the kernel is given: q, new, seen, view, bias; then the written cache, and what is handed on."""
+    def _look(
+        self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Look, Any, Mapping[str, Any]]:
+        """What the kernel is given; the written cache; and what is handed on."""
         position, at, cache, handed = _of_position(params, parts, context), context.at, context.cache, {}
         q = parts.position.rotate(position, parts.qk_norm(params["norm_q"], _heads(params, parts, x, "q")), at)
         if context.memory is None:
@@ -141,8 +144,13 @@ class MultiHead(Mixer):
             seen, handed = parts.kernel.share(params["kernel_params"], seen, context.below)
         else:
             new = seen = context.memory
-        view = View(at, Places(seen["position"], seen["segment"], seen.get("part")), parts.mask, parts.dims["H"])
-        return q, new, seen, view, parts.position.bias(position, view, new, seen), cache, handed
+        view = view_of(parts, at, seen)
+        return Look(q, new, seen, view, parts.position.bias(position, view, new, seen)), cache, handed
+
+
+def view_of(parts: Parts, at: Places, seen: Arrays) -> View:
+    """Queries at their places, and keys at those that they have left in the slots."""
+    return View(at, Places(seen["position"], seen["segment"], seen.get("part")), parts.mask, parts.dims["H"])
 
 
 def place(parts: Parts, at: Places) -> dict[str, jax.Array]:

@@ -66,7 +66,7 @@ def parameters(model: Model) -> list[Row]:
     return [
         {
             "name": "/".join(path),
-            "letters": box.letters,
+            "letters": str(box.letters),
             "shape": list(box.value.shape),
             "count": math.prod(box.value.shape),
             "decay": box.decay,

@@ -46,9 +46,9 @@ def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
             left[path] = "not in that run"
         elif old[path].shape != box.value.shape:
             left[path] = f"{list(old[path].shape)} there, {list(box.value.shape)} here"
-        elif "V" in box.letters and not same_tokenizer:
+        elif "V" in box.letters.all and not same_tokenizer:
             left[path] = "another tokenizer"
-        elif "N" in box.letters and path.split("/")[0] not in same_heads:
+        elif "N" in box.letters.all and path.split("/")[0] not in same_heads:
             left[path] = "other classes"
     taken = [path for path in new if path not in left]
     if not taken:
