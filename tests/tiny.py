@@ -49,19 +49,19 @@ def hidden(model, params, ids, at, key=None, cache=None):
 
 def mixed(kind, params, x, at):
     """What the mixer of a block gives."""
-    return kind.mixer(whole(kind.mixer.params(kind.parts), params), kind.parts, x, Context(at)).h
+    return kind.mixer(whole(kind.mixer.params(kind.parts), params), kind.parts, x, Context(None, at)).h
 
 
 def crossed(kind, params, x, at, source):
     """What cross-attention gives; and the memory of the source [B, S, D]."""
     own, attention = whole(MultiHead().params(kind.cross), params), MultiHead()
-    memory = attention.remember(own, kind.cross, source, Context(one_document(source.shape[1])))
-    return attention(own, kind.cross, x, Context(at, memory=memory)).h, memory
+    memory = attention.remember(own, kind.cross, source, Context(None, one_document(source.shape[1])))
+    return attention(own, kind.cross, x, Context(None, at, memory=memory)).h, memory
 
 
 def block(kind, params, x, at, key=None, memory=None):
     """The stream behind one block."""
-    return Block(kind, 1).apply({"params": params}, x, Context(at, 0, {}, key, None, memory)).h
+    return Block(kind, 1).apply({"params": params}, x, Context(None, at, 0, {}, key, None, memory)).h
 
 
 def log_softmax(logits):

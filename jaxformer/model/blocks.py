@@ -26,6 +26,7 @@ class Site(NamedTuple):
     branch: str  # "attention", "cross_attention" or "feed_forward"
     layer: Int[Array, ""] | int  # from 0, traced
     params: Arrays  # the rule's own, here
+    key: jax.Array | None  # for draws of the rule's; None means evaluation
     norms: tuple[Callable[[jax.Array], jax.Array], ...]  # as many as the rule asks for
 
 
@@ -127,7 +128,7 @@ class Block(nn.Module):
             "feed_forward": lambda h: self._feed(h, context.at, fold(key, FEED, INSIDE)),
         }
         for name in s.branches:
-            site = self._site(name, context.layer)
+            site = self._site(name, context.layer, fold(key, sites[name], INSIDE))
             outs[name] = functions[name](s.residual.before(stream, site))
             stream = s.residual.after(stream, dropout(fold(key, sites[name]), outs[name].h, s.dropout), site)
             record(self, **{f"after_{name}": stream})
@@ -168,11 +169,12 @@ class Block(nn.Module):
                 record(self, feed_forward={"out": out.h} | part.recorded(params, h))
         return out
 
-    def _site(self, name: str, layer: Any) -> Site:
+    def _site(self, name: str, layer: Any, key: jax.Array | None) -> Site:
         s = self.spec
         labels = [f"norm_{name}", f"norm_{name}_out"][: s.residual.n_norms]
         norms = tuple(functools.partial(s.norm, self._declare(label, s.norm.params())) for label in labels)
-        return Site(name, layer, self._declare(f"residual_{name}", s.residual.params(name, self.n_layers)), norms)
+        params = self._declare(f"residual_{name}", s.residual.params(name, self.n_layers))
+        return Site(name, layer, params, key, norms)
 
     def _declare(self, name: str, params: Declarations) -> Any:
         return declare(self, name, params, self.spec.parts.dims, self.place)
@@ -185,16 +187,15 @@ class Group(nn.Module):
     n_layers: int
 
     @nn.compact
-    def __call__(self, stream: Any, scanned: Any, at: Places, shared: Any, key: jax.Array | None) -> Any:
+    def __call__(self, stream: Any, scanned: Any, ids: Any, at: Places, shared: Any, key: jax.Array | None) -> Any:
         """The stream; and the written caches, losses, and sums for what is not trained."""
         (first, caches, memories), found = scanned, Out(stream)
         written, sums, names = {}, {}, position_names(self.kinds)
         for i, kind in enumerate(self.kinds):
             name = f"block{i}"
             own = caches and caches[name], memories and memories[name]
-            context = Context(
-                at, first + i, shared[names[kind.parts.position]], fold(key, first + i), *own, found.handed
-            )
+            position = shared[names[kind.parts.position]]
+            context = Context(ids, at, first + i, position, fold(key, first + i), *own, found.handed)
             out = Block(kind, self.n_layers, i, name=name)(found.h, context)
             written[name], sums = out.cache, sums | ({name: out.sums} if out.sums else {})
             found = found.beside(out.h, out)._replace(handed={**found.handed, **out.handed})
@@ -217,7 +218,13 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], at: Places, key: jax.Array | None, cache: Any = None, memory: Any = None
+        self,
+        x: Float[Array, "B T D"],
+        ids: Any,
+        at: Places,
+        key: jax.Array | None,
+        cache: Any = None,
+        memory: Any = None,
     ) -> Out:
         s, turns = self.kinds[0], self.n_layers // len(self.kinds)  # norm, residual, dropout are those of all kinds
         shared, n_layers = {}, self.n_layers
@@ -236,7 +243,7 @@ class Stack(nn.Module):
             group,
             variable_axes={"params": 0, "activations": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, *[nn.broadcast] * 4),  # pyright: ignore[reportArgumentType]
             length=turns,
             unroll=min(self.unroll, turns),
             metadata_params={nn.PARTITION_NAME: "L", "kinds": len(self.kinds)},
@@ -247,7 +254,7 @@ class Stack(nn.Module):
         }
         stream = s.residual.begin(own["begin"], x, n_layers)
         first = jnp.arange(0, n_layers, len(self.kinds))
-        stream, (cache, losses, sums) = layers(stream, (first, cache, memory), at, shared, key)
+        stream, (cache, losses, sums) = layers(stream, (first, cache, memory), ids, at, shared, key)
         x = s.residual.end(own["end"], stream)
         if s.residual.last_norm:
             x = self._norm("norm", x)

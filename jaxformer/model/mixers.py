@@ -23,6 +23,7 @@ FIELDS = (*HEADS, "position", "kernel", "mask", "qk_norm", "bias", "qkv_bias", "
 class Context(NamedTuple):
     """What a mixer is given besides its tokens x [B, T, D]."""
 
+    ids: Int[Array, "B T"]
     at: Places
     layer: Int[Array, ""] | int = 0  # its number in the stack, from 0; traced
     position: Arrays = {}  # parameters of the position, unless they are per layer  # noqa: RUF012

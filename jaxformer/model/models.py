@@ -389,7 +389,7 @@ class EncoderDecoder(Decoder):
 
         def one(parts: Any, name: str) -> Arrays:
             own = lambda p: whole(attention.params(parts), p)
-            remember = lambda p: attention.remember(own(p), parts, out.h, Context(at))
+            remember = lambda p: attention.remember(own(p), parts, out.h, Context(ids, at))
             with jax.named_scope(f"decoder/layers/{name}/cross_attention"):
                 return jax.vmap(remember)(layers[name]["cross_attention"])  # pyright: ignore[reportReturnType]
 
@@ -422,7 +422,7 @@ class Network(nn.Module):
         self(ids, at, None)
 
     def _run(self, name: str, ids: jax.Array, at: Places, *rest: Any) -> Out:
-        out = getattr(self, name)(self.spec.embedding(self.table, ids, at), at, *rest)
+        out = getattr(self, name)(self.spec.embedding(self.table, ids, at), ids, at, *rest)
         return out._replace(sums={name: out.sums} if out.sums else {})
 
 
