@@ -7,7 +7,7 @@ import numpy as np
 from jaxformer.generation.decode import Sampler
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import places
-from jaxformer.model.positions import NoPosition
+from jaxformer.model.positions import Position
 from jaxformer.spec import Param, Slot
 
 normal = jax.nn.initializers.normal(1.0)
@@ -44,7 +44,7 @@ class SinkWithStatistic(Softmax):
         return weights[..., 1:], total
 
 
-class LearnedPace(NoPosition):
+class LearnedPace(Position):
     """A learned clock: each token advances it by sigmoid(gate · k); a slope per head and layer weighs what passed."""
 
     per_layer = True
@@ -66,7 +66,7 @@ class LearnedPace(NoPosition):
         return -slope[None, :, None, None] * per_query(passed, len(slope))
 
 
-class TurnPerLayer(NoPosition):
+class TurnPerLayer(Position):
     """A learned speed of rotation for each layer, and a state of a size of its own that counts the tokens seen."""
 
     per_layer = True
