@@ -30,11 +30,9 @@ class Borrow(Softmax):
     """Cross-layer attention (arXiv:2405.12981): kernel=(Softmax(), Borrow()) looks at keys of the layer below."""
 
     projections = ("q",)
+    shares = True
 
     def slots(self):
-        return {}
-
-    def remember(self, params, k, v, at, cache):
         return {}
 
     def share(self, params, seen, below):
@@ -43,6 +41,8 @@ class Borrow(Softmax):
 
 class ValueResidual(Softmax):
     """Values are mixed with the first layer's (arXiv:2410.17897): kernel=(ValueResidual(),) * n_layers."""
+
+    shares = True
 
     def params(self):
         return {"mix": Param("M", constant(0.5), sizes={"M": 2})}
@@ -72,8 +72,8 @@ class Differential(Softmax):
         return one - taken * two, jnp.ones((*one.shape[:3], 1))
 
     def __call__(self, params, look, key, rate):
-        h = super().__call__(params, look, key, rate)
-        return RMSNorm(eps=1e-5)(params, h) * (1 - params["start"]).astype(h.dtype)
+        out = super().__call__(params, look, key, rate)
+        return out._replace(h=RMSNorm(eps=1e-5)(params, out.h) * (1 - params["start"]).astype(out.h.dtype))
 
 
 # --- mixers
@@ -86,6 +86,9 @@ class Latent(Mixer):
     turned: int = 8  # numbers of queries and keys that know their position
 
     reads = ("n_heads", "head_width", "position", "kernel", "mask")
+
+    def check_parts(self, parts, at):
+        parts.position.check_width(self.turned, at)
 
     def params(self, parts):
         sizes = {"R": self.latent, "J": self.turned}
@@ -113,7 +116,7 @@ class Latent(Mixer):
         k, v, turned = heads(c, "k"), heads(c, "v"), seen["turned"][:, None].astype(x.dtype)
         k = jnp.concatenate([k, jnp.broadcast_to(turned, (*k.shape[:3], self.turned))], -1)
         look = Look(q, seen, {"k": k, "v": v}, view_of(parts, at, seen))
-        h = parts.kernel({}, look, context.key, parts.dropout)
+        h = parts.kernel({}, look, context.key, parts.dropout).h
         return Out(linear(h.swapaxes(1, 2).reshape(*x.shape[:2], -1), w["o"].reshape(-1, x.shape[-1])), written)
 
 
@@ -313,8 +316,6 @@ class EveryLayer(NextToken):
     """Every layer's stream is read by the last norm and the head (arXiv:2404.16710): the higher, the more it counts."""
 
     scale: float = 0.2
-
-    regularized = True
 
     def hidden(self, model, params, example, key):
         out = model.hidden(params, example.ids, example.at, key, recorded=True)

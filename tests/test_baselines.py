@@ -106,7 +106,7 @@ def test_every_parameter_gets_a_gradient(model):
     params, text = jax.jit(model.init)(jax.random.key(0)), ids(B, T)
     example = NextToken().prepare({"tokens": text}, jax.random.key(0))
     NextToken().check_model(model)
-    loss = lambda params: NextToken().loss(model, params, example, None)[0]
+    loss = lambda params: NextToken().loss(model, params, example, None).minimised
     nats, gradient = jax.jit(jax.value_and_grad(loss))(params)
     assert abs(nats / B / (T - 1) - np.log(V)) < 1
     for g in jax.tree.leaves(gradient):

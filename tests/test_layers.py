@@ -158,7 +158,7 @@ def test_softmax_kernel(rule):
     if isinstance(rule, Window):
         mask &= p[:, None] > p[:, :, None] - 3
     (seen,) = j({"k": k, "v": v})
-    out = Softmax()({}, Look(jnp.asarray(q), seen, seen, View(at, at, rule, 1)), None, 0.0)
+    out = Softmax()({}, Look(jnp.asarray(q), seen, seen, View(at, at, rule, 1)), None, 0.0).h
     real = (segment > 0)[:, None, :, None]
     close(out * real, softmax_attention(q, k, v, mask) * real)
 
@@ -168,7 +168,7 @@ def test_softmax_is_its_plain_form():
     q, k, v = j(draws(2, 6, 7, 5), draws(2, 3, 7, 5), draws(2, 3, 7, 5))
     at = one_document(7)
     view = View(at, at, Causal(), 6)
-    fast = lambda q, k, v: Softmax()({}, Look(q, {}, {"k": k, "v": v}, view), None, 0.0)
+    fast = lambda q, k, v: Softmax()({}, Look(q, {}, {"k": k, "v": v}, view), None, 0.0).h
     written = lambda q, k, v: plain(q, *(jnp.repeat(a, 2, 1) for a in (k, v)), view.mask())
     (out, pull), (expected, pull_plain) = jax.vjp(fast, q, k, v), jax.vjp(written, q, k, v)
     close(out, expected)
@@ -179,7 +179,7 @@ def test_softmax_is_its_plain_form():
 def test_the_scale_of_scores_is_a_field():
     q, k, v = j(draws(2, 6, 7, 5), draws(2, 3, 7, 5), draws(2, 3, 7, 5))
     at = one_document(7)
-    out = lambda kernel: kernel({}, Look(q, {}, {"k": k, "v": v}, View(at, at, Causal(), 6)), None, 0.0)
+    out = lambda kernel: kernel({}, Look(q, {}, {"k": k, "v": v}, View(at, at, Causal(), 6)), None, 0.0).h
     close(out(Softmax(scale=5**-0.5)), out(Softmax()))
     close(out(Softmax(scale=0.0)), out(Uniform()))
     assert jnp.abs(out(Softmax(scale=1.0)) - out(Softmax())).max() > 0.1
@@ -196,14 +196,14 @@ def test_a_query_that_sees_nothing_gets_zero():
     q = jnp.asarray(draws(1, 1, 2, 3))
     query, key = one_document(2), Places(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32))
     seen = {"k": q, "v": q}
-    out, pull = jax.vjp(lambda q: Softmax()({}, Look(q, seen, seen, View(query, key, Causal(), 1)), None, 0.0), q)
+    out, pull = jax.vjp(lambda q: Softmax()({}, Look(q, seen, seen, View(query, key, Causal(), 1)), None, 0.0).h, q)
     assert (out == 0).all() and jnp.isfinite(pull(out + 1)[0]).all()
 
 
 def test_dropout_of_attention_weights_keeps_their_mean():
     q, v = jnp.zeros((1, 1, 31, 2)), jnp.ones((1, 1, 31, 2))
     at, seen = one_document(31), {"k": q, "v": v}
-    out = Softmax()({}, Look(q, seen, seen, View(at, at, Causal(), 1)), jax.random.key(0), 0.5)
+    out = Softmax()({}, Look(q, seen, seen, View(at, at, Causal(), 1)), jax.random.key(0), 0.5).h
     assert float(out.std()) > 0.05 and float(out[0, 0, 15:].mean()) == pytest.approx(1, abs=0.1)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny import B, T, decoder, ids, loud
+from tiny import B, T, decoder, ids, loud, totals
 
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import AdamW
@@ -34,7 +34,7 @@ def test_next_token_loss():
         if length < T:
             batch["segments"] = jnp.broadcast_to((jnp.arange(T + 1) <= length).astype(jnp.int32)[None], tokens.shape)
         example = objective.prepare(batch, jax.random.key(0))
-        total, nats, weight, *_ = objective.loss(model, params, example, None)
+        nats, weight, total = totals(objective.loss(model, params, example, None))
         np.testing.assert_allclose((total, weight), reference_loss(model, params, tokens, weights), rtol=1e-5)
         assert nats == total
 

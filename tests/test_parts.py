@@ -260,7 +260,7 @@ def test_kernels(kernel, scores):
     at = places(jnp.asarray(SEGMENT))
     mask = (SEGMENT[:, :, None] == SEGMENT[:, None]) & (POSITION[:, None] <= POSITION[:, :, None])
     seen = kernel.remember({}, jnp.asarray(k), jnp.asarray(v), at, None)
-    out = kernel({}, Look(jnp.asarray(q), seen, seen, View(at, at, Causal(), 6)), None, 0.0)
+    out = kernel({}, Look(jnp.asarray(q), seen, seen, View(at, at, Causal(), 6)), None, 0.0).h
     close(out, attention(q, k, v, mask, scores))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import B, T, decoder, loud
+from tiny import B, T, decoder, loud, totals
 
 from jaxformer.keys import PURPOSES, fold, key_for
 from jaxformer.learning.objectives import Classification, Contrastive, NextToken
@@ -169,7 +169,7 @@ def test_losses_are_plain_and_gradients_the_objectives(objective):
     params = loud(model)
 
     def minimised(objective, params, batch):
-        total, _, weight, *_ = objective.loss(model, params, objective.prepare(batch, jax.random.key(0)), None)
+        _, weight, total = totals(objective.loss(model, params, objective.prepare(batch, jax.random.key(0)), None))
         return total / weight
 
     value_and_grad = jax.jit(jax.value_and_grad(minimised, 1), static_argnums=0)

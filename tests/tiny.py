@@ -64,6 +64,11 @@ def block(kind, params, x, at, key=None, memory=None):
     return Block(kind, 1).apply({"params": params}, x, Context(None, at, 0, {}, key, None, memory)).h
 
 
+def totals(sums):
+    """Plain nats, the sum of weights, and what is minimised."""
+    return sums.nats, sums.weight, sums.minimised
+
+
 def log_softmax(logits):
     """In NumPy, in double precision."""
     logits = np.asarray(logits, np.float64)

@@ -40,40 +40,41 @@ class Example(NamedTuple):
     targets: Any  # int32[B, T], or labels by column
     weights: Float[Array, "B ..."]  # of nats
     source: Text | None = None  # what an encoder reads
-    counted: Any = None  # float32[B, ...]: what the sum of nats is divided by the sum of; None: weights
+    counted: Any = None  # float32[B, ...]: how much each counts in the mean; None: as in the sum of nats
 
 
 class Nats(NamedTuple):
-    """Of what is asked, each number."""
+    """For each thing that is asked, a token or a text."""
 
     plain: Float[Array, "B ..."]  # −log of the answer's probability
-    total: Float[Array, "B ..."]  # what is minimised: more where there is smoothing, or a z-loss
     right: Bool[Array, "B ..."]  # whether the answer is the likeliest
+    total: Any = None  # float32[B, ...], what is minimised, as with smoothing or a z-loss; None: plain nats
+    sums: Mapping[str, Number] = {}
 
 
 class Sums(NamedTuple):
     """Over a batch, or a slice of one."""
 
-    total: Number  # what is minimised
     nats: Number  # plain ones, weighted
-    weight: Number  # what both are divided by
-    losses: Mapping[str, Number]  # of parts, each times the weight of its rows
-    parts: Any  # for parameters that are not trained: `Param.advance`
+    weight: Number  # what the sums are divided by
+    total: Number | None = None  # what is minimised; None: plain nats
+    losses: Mapping[str, Number] = {}  # of parts, each times the weight of its rows
+    state: Any = {}  # noqa: RUF012 (for parameters that are not trained: `Param.advance`)
+
+    @property
+    def minimised(self) -> Number:
+        return self.nats if self.total is None else self.total
 
 
 class Objective(Spec):
     """From a batch to what a model should say of it, and to nats.
 
-    Three hooks make one: `prepare`, `nats` and `summary`. Where rows are not read one by one, `hidden` is another.
+    Three hooks make one: `prepare`, `nats` and `summary`. Override `hidden` where the model is called more than once,
+    as on pairs of texts.
     """
 
     lookahead = 1  # how many tokens more a row has than the model sees
     needs = ("tokens",)  # of a batch
-
-    @property
-    def regularized(self) -> bool:
-        """Whether what is minimised is more than plain nats."""
-        return False
 
     def check_model(self, model: Model) -> None:
         """Raises ValueError if the model cannot learn this."""
@@ -113,30 +114,28 @@ class Objective(Spec):
 
     def loss(self, model: Model, params: Any, example: Example, key: Key) -> Sums:
         """What a step sums up. A key of None means evaluation."""
-        out = self.hidden(model, params, example, key)
-        nats = self.nats(model, params, out.h, example, key)
-        weights = jnp.broadcast_to(example.weights, nats.plain.shape)
-        plain = (nats.plain * weights).sum()
-        total = (nats.total * weights).sum() if self.regularized else plain
-        return self.with_losses(out, example, total, plain, nats.plain.shape)
-
-    def with_losses(self, out: Out, example: Example, total: Number, plain: Number, shape: tuple[int, ...]) -> Sums:
-        """The sums with the losses of the model's parts, whose rows weigh as what is asked of them does: [B, ...]."""
-        counted = jnp.broadcast_to(example.weights if example.counted is None else example.counted, shape)
-        rows = counted.reshape(len(counted), -1).sum(1)
-        losses = {name: (loss.value * rows).sum() for name, loss in out.losses.items()}
-        total += sum(out.losses[name].weight * value for name, value in losses.items())
-        return Sums(total, plain, rows.sum(), losses, out.sums)
+        return self._summed(model, params, example, key)[0]
 
     def sums(self, model: Model, params: Any, example: Example, byte_lengths: ByteLengths) -> dict[str, Number]:
         """Sums over a batch, without dropout, smoothing and z-loss, from which `summary` makes what is reported."""
-        out = self.hidden(model, params, example, None)
-        nats = self.nats(model, params, out.h, example, None)
+        sums, nats, _ = self._summed(model, params, example, None)
         weights = jnp.broadcast_to(example.weights, nats.plain.shape)
+        found = {"nats": sums.nats, "weight": sums.weight}
+        found |= {f"{LOSS}{name}": value for name, value in sums.losses.items()}
+        return {**found, **nats.sums} | self.more_sums(nats, weights, example, byte_lengths)
+
+    def _summed(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Sums, Nats, Out]:
+        out = self.hidden(model, params, example, key)
+        nats = self.nats(model, params, out.h, example, key)
+        weights = jnp.broadcast_to(example.weights, nats.plain.shape)
+        counted = weights if example.counted is None else jnp.broadcast_to(example.counted, nats.plain.shape)
+        rows = counted.reshape(len(counted), -1).sum(1)  # the losses of parts weigh as what is asked of a row does
+        losses = {name: (jnp.where(rows > 0, loss.value, 0) * rows).sum() for name, loss in out.losses.items()}
+        added = [out.losses[name].weight * value for name, value in losses.items() if out.losses[name].weight]
         plain = (nats.plain * weights).sum()
-        _, _, weight, losses, _ = self.with_losses(out, example, plain, plain, nats.plain.shape)
-        found = {"nats": plain, "weight": weight} | {f"{LOSS}{name}": value for name, value in losses.items()}
-        return found | self.more_sums(nats, weights, example, byte_lengths)
+        total = plain if nats.total is None else (nats.total * weights).sum()
+        more = nats.total is not None or added
+        return Sums(plain, rows.sum(), sum(added, total) if more else None, losses, out.sums), nats, out
 
     def more_sums(
         self, nats: Nats, weights: Float[Array, "B ..."], example: Example, byte_lengths: ByteLengths
@@ -168,21 +167,16 @@ class TokenObjective(Objective):
         if self.z_loss < 0:
             raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
 
-    @property
-    def regularized(self) -> bool:
-        return bool(self.label_smoothing or self.z_loss)
-
     def logits(self, model: Model, params: Any, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return model.logits(params, h)
 
     def nats(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> Nats:
         logits = self.logits(model, params, h)
-        plain = total = cross_entropy(logits, example.targets)
-        if self.regularized:
-            total = cross_entropy(logits, example.targets, self.label_smoothing)
-        if self.z_loss:
-            total = total + self.z_loss * jax.nn.logsumexp(logits, -1) ** 2
-        return Nats(plain, total, logits.argmax(-1) == example.targets)
+        plain, right, total = cross_entropy(logits, example.targets), logits.argmax(-1) == example.targets, None
+        if self.label_smoothing or self.z_loss:
+            z = jax.nn.logsumexp(logits, -1) ** 2 if self.z_loss else 0
+            total = cross_entropy(logits, example.targets, self.label_smoothing) + self.z_loss * z
+        return Nats(plain, right, total)
 
     def more_sums(
         self, nats: Nats, weights: Float[Array, "B T"], example: Example, byte_lengths: ByteLengths
@@ -502,10 +496,6 @@ class Classification(Objective):
     def check(self, at: str = "") -> None:
         _check_smoothing(self.label_smoothing, at)
 
-    @property
-    def regularized(self) -> bool:
-        return bool(self.label_smoothing)
-
     def check_model(self, model: Model) -> None:
         model.head_of(ClassificationHead)
         if model.encodes:
@@ -524,24 +514,16 @@ class Classification(Objective):
 
     def nats(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> Nats:
         """The sum over heads; right is what is so for all of them."""
-        plain, total, right = jnp.float32(0), jnp.float32(0), jnp.bool_(True)
+        plain, total, right, sums = jnp.float32(0), jnp.float32(0), jnp.bool_(True), dict[str, Number]()
         for head, logits, labels, weights in self._heads(model, params, h, example, key):
+            nats, hits = head.nats(logits, labels, 0.0), head.right(logits, labels)
             mean = weights / jnp.maximum(weights.sum(1, keepdims=True), 1) if weights.ndim == 2 else weights
             each = lambda a, mean=mean: (a * mean).reshape(len(a), -1).sum(1)  # each text counts as one
-            plain += each(head.nats(logits, labels, 0.0))
+            plain, right = plain + each(nats), right & (hits | (weights == 0)).reshape(len(hits), -1).all(1)
             total += each(head.nats(logits, labels, self.label_smoothing))
-            right &= (head.right(logits, labels) | (weights == 0)).reshape(len(weights), -1).all(1)
-        return Nats(plain, total, right)
-
-    def sums(self, model: Model, params: Any, example: Example, byte_lengths: ByteLengths) -> dict[str, Number]:
-        out, found = self.hidden(model, params, example, None), {}
-        for head, logits, labels, weights in self._heads(model, params, out.h, example, None):
-            found[f"nats of {head.column}"] = (head.nats(logits, labels, 0.0) * weights).sum()
-            found[f"right of {head.column}"] = (head.right(logits, labels) * weights).sum()
-            found[f"weight of {head.column}"] = weights.sum()
-        nothing = jnp.float32(0)
-        _, _, weight, losses, _ = self.with_losses(out, example, nothing, nothing, example.weights.shape)
-        return found | {"weight": weight} | {f"{LOSS}{name}": value for name, value in losses.items()}
+            known = {"nats": (nats * weights).sum(), "right": (hits * weights).sum(), "weight": weights.sum()}
+            sums |= {f"{name} of {head.column}": value for name, value in known.items()}
+        return Nats(plain, right, total if self.label_smoothing else None, sums)
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         columns = [name.removeprefix("nats of ") for name in sums if name.startswith("nats of ")]
@@ -573,8 +555,8 @@ class Contrastive(Objective):
     equal, neither has the other's among those to choose from.
     """
 
-    temperature: float = 0.05
     label_smoothing: float = 0.0  # of the target's weight, what is spread over the choices (arXiv:1512.00567)
+    temperature: float = 0.05
 
     lookahead = 0
     needs = ("source", "source_segments", "tokens", "segments")
@@ -594,10 +576,6 @@ class Contrastive(Objective):
         real = (batch["segments"] > 0).any(1).astype(jnp.float32)
         return Example(batch["tokens"], places(batch["segments"]), (), real, source)
 
-    @property
-    def regularized(self) -> bool:
-        return bool(self.label_smoothing)
-
     def check_rows(self, at: str, rows: int, accumulation: int) -> None:
         if accumulation > 1 or rows < 2:
             raise ValueError(
@@ -616,12 +594,12 @@ class Contrastive(Objective):
     def nats(self, model: Model, params: Any, h: Any, example: Example, key: Key) -> Nats:
         """The mean of both directions'."""
         scores, choices = self._scores(model, params, h, example)
-        own, n = jnp.arange(len(scores)), choices.sum(1)
-        plain = total = (cross_entropy(scores, own) + cross_entropy(scores.T, own)) / 2
+        own, n, total = jnp.arange(len(scores)), choices.sum(1), None
+        plain = (cross_entropy(scores, own) + cross_entropy(scores.T, own)) / 2
         if self.label_smoothing:  # the target's weight is spread over the choices
             even = [jnp.where(choices, s, 0).sum(1) / n for s in (scores, scores.T)]
             total = plain + self.label_smoothing * (jnp.diagonal(scores) - sum(even) / 2)
-        return Nats(plain, total, scores.argmax(1) == own)
+        return Nats(plain, scores.argmax(1) == own, total)
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "examples": int(sums["weight"])}

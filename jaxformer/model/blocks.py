@@ -18,6 +18,7 @@ from jaxformer.model.positions import Position
 from jaxformer.spec import Arrays, Declarations, Spec, declare
 
 EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE = range(7)  # sites of dropout, and of other draws
+SITES = {"attention": ATTENTION, "cross_attention": CROSS, "feed_forward": FEED}
 
 
 class Site(NamedTuple):
@@ -54,7 +55,7 @@ class Residual(Spec):
 
     @abc.abstractmethod
     def after(self, stream: Any, h: Float[Array, "B T D"], site: Site) -> Any:
-        """The stream after the branch has given h. What is not used of h is not computed."""
+        """The stream after the branch has given h. If h is not used, the branch is not computed."""
 
 
 class PreNorm(Residual):
@@ -104,10 +105,15 @@ class BlockSpec(Spec):
     dropout: float = 0.0
 
     @property
+    def mixers(self) -> dict[str, tuple[Mixer, Parts]]:
+        """By the name of their branch."""
+        own = {} if self.mixer is None else {"attention": (self.mixer, self.parts)}
+        return own | ({} if self.cross is None else {"cross_attention": (MultiHead(), self.cross)})
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """Of the residual stream, those that there are."""
-        parts = {"attention": self.mixer, "cross_attention": self.cross, "feed_forward": self.feed_forward}
-        return tuple(name for name, part in parts.items() if part is not None)
+        return (*self.mixers, *(() if self.feed_forward is None else ("feed_forward",)))
 
 
 class Block(nn.Module):
@@ -121,53 +127,34 @@ class Block(nn.Module):
     def __call__(self, stream: Any, context: Context) -> Out:
         """Out of the stream; `sums` by branch. `context.key` is the layer's."""
         s, key, outs = self.spec, context.key, dict[str, Out]()
-        sites = {"attention": ATTENTION, "cross_attention": CROSS, "feed_forward": FEED}
-        functions = {
-            "attention": lambda h: self._attend(h, context._replace(memory=None, key=fold(key, WEIGHTS))),
-            "cross_attention": lambda h: self._cross(h, context._replace(cache=None, key=fold(key, CROSS_WEIGHTS))),
-            "feed_forward": lambda h: self._feed(h, context.at, fold(key, FEED, INSIDE)),
-        }
         for name in s.branches:
-            site = self._site(name, context.layer, fold(key, sites[name], INSIDE))
-            outs[name] = functions[name](s.residual.before(stream, site))
-            stream = s.residual.after(stream, dropout(fold(key, sites[name]), outs[name].h, s.dropout), site)
-            record(self, **{f"after_{name}": stream})
+            branch = fold(key, SITES[name])
+            site = self._site(name, context.layer, fold(branch, INSIDE))
+            outs[name] = self._branch(name, s.residual.before(stream, site), context)
+            stream = s.residual.after(stream, dropout(branch, outs[name].h, s.dropout), site)
+            record(self, **{f"after_{name}": stream, name: {"out": outs[name].h, **outs[name].activations}})
         sums = {name: out.sums for name, out in outs.items() if out.sums}
-        handed = {name: value for out in outs.values() for name, value in out.handed.items()}
         cache = outs["attention"].cache if "attention" in outs else context.cache
-        return Out(stream, cache, sums=sums, handed=handed).beside(stream, *outs.values())
+        return Out(stream, cache, sums=sums).beside(stream, *outs.values())
 
-    def _attend(self, h: jax.Array, context: Context) -> Out:
-        s = self.spec
-        assert s.mixer is not None
-        return self._mix("attention", s.mixer, self._declare("attention", s.mixer.params(s.parts)), s.parts, h, context)
-
-    def _mix(self, name: str, mixer: Mixer, params: Any, parts: Parts, h: jax.Array, context: Context) -> Out:
-        with jax.named_scope(name):
-            out = mixer(params, parts, h, context)
-            if self.is_mutable_collection("activations"):
-                record(self, **{name: {"out": out.h} | mixer.recorded(params, parts, h, context)})
-        return out
-
-    def _cross(self, h: jax.Array, context: Context) -> Out:
-        parts, attention = self.spec.cross, MultiHead()
-        assert parts is not None
-        params = self._declare("cross_attention", attention.params(parts))
-        if context.memory is None:
-            if not self.is_initializing():
+    def _branch(self, name: str, h: jax.Array, context: Context) -> Out:
+        """What a part gives for its branch."""
+        s, key = self.spec, context.key
+        if name == "feed_forward":
+            assert s.feed_forward is not None
+            params = self._declare(name, s.feed_forward.params())
+            with jax.named_scope(name):
+                return s.feed_forward(params, h, context.at, fold(key, FEED, INSIDE))
+        mixer, parts = s.mixers[name]
+        params = self._declare(name, mixer.params(parts))
+        if name == "attention":
+            context = context._replace(memory=None, key=fold(key, WEIGHTS))
+        else:
+            context = context._replace(cache=None, key=fold(key, CROSS_WEIGHTS))
+            if context.memory is None and not self.is_initializing():
                 raise ValueError("an encoder–decoder's hidden states need the memory that `encode` returns")
-            context = context._replace(memory=attention.remember(params, parts, h, context))
-        return self._mix("cross_attention", attention, params, parts, h, context)
-
-    def _feed(self, h: jax.Array, at: Places, key: jax.Array | None) -> Out:
-        part = self.spec.feed_forward
-        assert part is not None
-        params = self._declare("feed_forward", part.params())
-        with jax.named_scope("feed_forward"):
-            out = part(params, h, at, key)
-            if self.is_mutable_collection("activations"):
-                record(self, feed_forward={"out": out.h} | part.recorded(params, h))
-        return out
+        with jax.named_scope(name):
+            return mixer(params, parts, h, context)
 
     def _site(self, name: str, layer: Any, key: jax.Array | None) -> Site:
         s = self.spec
@@ -198,7 +185,7 @@ class Group(nn.Module):
             context = Context(ids, at, first + i, position, fold(key, first + i), *own, found.handed)
             out = Block(kind, self.n_layers, i, name=name)(found.h, context)
             written[name], sums = out.cache, sums | ({name: out.sums} if out.sums else {})
-            found = found.beside(out.h, out)._replace(handed={**found.handed, **out.handed})
+            found = found.beside(out.h, out)
         return found.h, (written, found.losses, sums)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.model.layers import dropout
+from jaxformer.model.layers import Out, dropout
 from jaxformer.model.masks import Places, View
 from jaxformer.spec import Arrays, Declarations, Slot, Spec
 
@@ -28,32 +28,29 @@ class Kernel(Spec):
     """How heads of queries make values of what is remembered of the keys' tokens: the function inside attention."""
 
     projections = ("q", "k", "v")  # those that it looks at, of queries, keys and values
+    shares = False  # True: it uses what layers below in the group have handed on
 
     def params(self) -> Declarations:
         return {}
 
     def slots(self) -> dict[str, Slot]:
-        """Room in the cache; none of a kernel that looks at what a layer below has handed on."""
+        """Room in the cache; empty if it looks only at what a layer below hands on."""
         return {}
 
     def remember(
         self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T M"], at: Places, cache: Arrays | None
     ) -> Arrays:
         """What the new tokens leave in the declared slots: an entry for each token, or the new running state."""
-        return {}
+        return {name: array for name, array in (("k", k), ("v", v)) if name in self.slots()}
 
     def share(self, params: Arrays, seen: Arrays, below: Mapping[str, Any]) -> tuple[Arrays, Mapping[str, Any]]:
-        """What the queries look at, of the slots `seen` with their places; and what layers above in the group are
-        handed. `below` is what layers below in the group have handed on."""
+        """What the queries look at, of the slots `seen` with their places; and what is handed on to layers above in
+        the group. `below` is what layers below in the group have handed on."""
         return seen, {"seen": seen}
 
     @abc.abstractmethod
-    def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Float[Array, "B H T M"]:
-        """M is the width of a value; `key` and `rate` are those of the dropout of weights."""
-
-    def recorded(self, params: Arrays, look: Look) -> dict[str, jax.Array]:
-        """What is kept of the way there, by name, where activations are asked for."""
-        return {}
+    def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        """Out of values [B, H, T, M], M the width of a value; `key` and `rate` are those of the dropout of weights."""
 
 
 class Softmax(Kernel):
@@ -63,11 +60,6 @@ class Softmax(Kernel):
 
     def slots(self) -> dict[str, Slot]:
         return {"k": Slot("BGSK"), "v": Slot("BGSK")}
-
-    def remember(
-        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T M"], at: Places, cache: Arrays | None
-    ) -> Arrays:
-        return {"k": k, "v": v}
 
     def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
         """float32 scores before bias and mask; `new` is remembered of the queries' tokens, `seen` of the keys'."""
@@ -92,17 +84,14 @@ class Softmax(Kernel):
         scores = self.scores(params, look.q, look.new, look.seen) + look.bias
         return jnp.where(look.view.mask(), scores, -jnp.inf)
 
-    def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Float[Array, "B H T M"]:
-        weights, total = self.weights(params, self.masked_scores(params, look))
-        q, v = look.q, look.seen["v"]
-        weights = _grouped(dropout(key, weights, rate).astype(q.dtype), v.shape[1])
-        values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, v, preferred_element_type=jnp.float32)
-        return (values.reshape(*q.shape[:3], -1) / jnp.maximum(total, 1e-30)).astype(q.dtype)
-
-    def recorded(self, params: Arrays, look: Look) -> dict[str, jax.Array]:
+    def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
         scores = self.masked_scores(params, look)
         powers, total = self.weights(params, scores)
-        return {"scores": scores, "weights": powers / jnp.maximum(total, 1e-30)}
+        q, v, total = look.q, look.seen["v"], jnp.maximum(total, 1e-30)
+        weights = _grouped(dropout(key, powers, rate).astype(q.dtype), v.shape[1])
+        values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, v, preferred_element_type=jnp.float32)
+        h = (values.reshape(*q.shape[:3], -1) / total).astype(q.dtype)
+        return Out(h, activations={"scores": scores, "weights": powers / total})
 
 
 def plain(
@@ -133,11 +122,6 @@ class Uniform(Softmax):
 
     def slots(self) -> dict[str, Slot]:
         return {"v": Slot("BGSK")}
-
-    def remember(
-        self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T M"], at: Places, cache: Arrays | None
-    ) -> Arrays:
-        return {"v": v}
 
     def masked_scores(self, params: Arrays, look: Look) -> Float[Array, "B H T S"]:
         shape = *look.q.shape[:3], look.seen["v"].shape[2]

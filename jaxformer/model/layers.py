@@ -19,7 +19,7 @@ zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.n
 class Loss(struct.PyTreeNode):
     """A number for each row that is minimised `weight` times beside the objective; 0 only reports it.
 
-    Rows weigh as their tokens do in the objective. What has one name in several layers is summed over them.
+    Rows weigh as their tokens do in the objective. Losses of one name are summed over layers, and over stacks.
     """
 
     value: Any  # float32[B]
@@ -34,17 +34,19 @@ class Out(NamedTuple):
     losses: Mapping[str, Loss] = {}
     sums: Any = {}  # for parameters that are not trained, by their names: `Param.advance`  # noqa: RUF012
     handed: Mapping[str, Any] = {}  # to layers above in the group, by names of the part's choice
-    activations: Mapping[str, Any] = {}  # where they were asked for
+    activations: Mapping[str, Any] = {}  # by name: kept where they were asked for, else not computed
 
     def beside(self, h: Any, *others: "Out") -> "Out":
-        """h with the losses of this and of others."""
-        losses: dict[str, Loss] = {}
-        for name, loss in (item for out in (self, *others) for item in out.losses.items()):
-            before = losses.get(name)
-            if before is not None and before.weight != loss.weight:
-                raise ValueError(f"the loss {name!r} has the weights {before.weight} and {loss.weight}; give it one")
-            losses[name] = loss if before is None else loss.replace(value=before.value + loss.value)
-        return self._replace(h=h, losses=losses)
+        """This Out with another h; losses of others are added, and what they hand on, but nothing else of theirs."""
+        losses, handed = dict(self.losses), dict(self.handed)
+        for other in others:
+            handed |= other.handed
+            for name, loss in other.losses.items():
+                before = losses.get(name, Loss(jnp.zeros_like(loss.value), loss.weight))
+                if before.weight != loss.weight:
+                    raise ValueError(f"the loss {name!r} has the weights {before.weight}, {loss.weight}; give it one")
+                losses[name] = loss.replace(value=before.value + loss.value)
+        return self._replace(h=h, losses=losses, handed=handed)
 
 
 class Initializer(Spec):
@@ -65,7 +67,10 @@ class Normal(Initializer):
             raise ValueError(f"{at}std={self.std} must be at least 0; 0.02 is usual")
 
     def __call__(self, box: Declared, n_residuals: int) -> Draw:
-        return normal(self.std) if box.letters.into or is_embedding(box) else zeros
+        return self.matrix(box) if box.letters.into else normal(self.std) if is_embedding(box) else zeros
+
+    def matrix(self, box: Declared) -> Draw:
+        return normal(self.std)
 
 
 class GPT2Normal(Normal):
@@ -95,12 +100,9 @@ class XavierUniform(Normal):
     Embeddings are normal with `std`.
     """
 
-    def __call__(self, box: Declared, n_residuals: int) -> Draw:
-        if not box.letters.into:
-            return super().__call__(box, n_residuals)
+    def matrix(self, box: Declared) -> Draw:
         sizes = box.sizes()
-        fan_out = math.prod(sizes[letter] for letter in box.letters.out)
-        return _uniform((6 / (box.fan_in + fan_out)) ** 0.5)
+        return _uniform((6 / (box.fan_in + math.prod(sizes[letter] for letter in box.letters.out))) ** 0.5)
 
 
 class LeCunNormal(Normal):
@@ -109,9 +111,7 @@ class LeCunNormal(Normal):
     Embeddings are normal with `std`.
     """
 
-    def __call__(self, box: Declared, n_residuals: int) -> Draw:
-        if not box.letters.into:
-            return super().__call__(box, n_residuals)
+    def matrix(self, box: Declared) -> Draw:
         return jax.nn.initializers.truncated_normal(box.fan_in**-0.5 / 0.87962566103423978)
 
 
@@ -196,18 +196,20 @@ class RMSNorm(Norm):
         return h.astype(x.dtype)
 
 
-class LayerNorm(RMSNorm):
+class LayerNorm(Norm):
     """Zero mean and unit variance over D, then gain and bias (arXiv:1607.06450); computed in float32."""
 
     bias: bool = True
     eps: float = 1e-5
+    one_plus: bool = False  # the gain is 1 + scale, which begins at zero
 
     def params(self, letter: str = "D") -> Declarations:
-        return {**super().params(letter)} | ({"bias": Param(letter, zeros)} if self.bias else {})
+        scale = {"scale": Param(letter, zeros if self.one_plus else ones)}
+        return scale | ({"bias": Param(letter, zeros)} if self.bias else {})
 
     def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(jnp.float32)
-        h = super().__call__(params, h - h.mean(-1, keepdims=True))
+        h = RMSNorm(self.eps, self.one_plus)(params, h - h.mean(-1, keepdims=True))
         return (h + along(params["bias"], h) if self.bias else h).astype(x.dtype)
 
 
@@ -282,10 +284,6 @@ class FeedForward(Spec):
     def __call__(self, params: Arrays, x: Float[Array, "B T D"], at: Places, key: jax.Array | None) -> Out:
         """Out([B, T, D]). `at` tells tokens from padding; `key` is for draws of its own, None in evaluation."""
 
-    def recorded(self, params: Arrays, x: Float[Array, "B T D"]) -> dict[str, jax.Array]:
-        """What is kept of the way there, by name, where activations are asked for."""
-        return {}
-
 
 class MLP(FeedForward):
     """Two matrices with an activation between them (arXiv:1706.03762, section 3.3)."""
@@ -305,11 +303,9 @@ class MLP(FeedForward):
         return self.activation(add(h, along(params["up_bias"], h)) if self.bias else h)
 
     def __call__(self, params: Arrays, x: Float[Array, "B T D"], at: Places, key: jax.Array | None) -> Out:
-        h = linear(self.inner(params, x), params["down"])
-        return Out(add(h, along(params["down_bias"], h)) if self.bias else h)
-
-    def recorded(self, params: Arrays, x: Float[Array, "B T D"]) -> dict[str, jax.Array]:
-        return {"inner": self.inner(params, x)}
+        inner = self.inner(params, x)
+        h = linear(inner, params["down"])
+        return Out(add(h, along(params["down_bias"], h)) if self.bias else h, activations={"inner": inner})
 
 
 class OneLayer(FeedForward):

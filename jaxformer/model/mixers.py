@@ -34,7 +34,7 @@ class Context(NamedTuple):
 
 
 class Parts(Spec):
-    """The parts that a mixer may read, and the sizes of letters."""
+    """The fields of a block that a mixer may read, and the sizes of letters."""
 
     dims: Mapping[str, int]
     position: Position
@@ -51,7 +51,15 @@ class Mixer(Spec):
     """A part that mixes tokens."""
 
     causal = False  # True: a token sees nothing later, whatever the mask
+    sees_ahead = False  # True: a token sees later ones, whatever the mask
     reads: ClassVar[tuple[str, ...]] = ()  # of FIELDS, those that it reads
+
+    def check_parts(self, parts: Parts, at: str) -> None:
+        """Raises ValueError for parts and sizes that it cannot use; `at` is "model."."""
+
+    def summary(self, parts: Parts) -> str:
+        """What a run calls it when it starts."""
+        return type(self).__name__
 
     def params(self, parts: Parts) -> Declarations:
         return {}
@@ -61,17 +69,9 @@ class Mixer(Spec):
         `place` fills."""
         return {}
 
-    def summary(self, parts: Parts) -> str:
-        """What a run calls it when it starts."""
-        return type(self).__name__
-
     @abc.abstractmethod
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         """Out([B, T, D], the written cache): None if there was none."""
-
-    def recorded(self, params: Mapping[str, Any], parts: Parts, x: jax.Array, context: Context) -> dict[str, Any]:
-        """What is kept of the way there, by name, where activations are asked for."""
-        return {}
 
 
 class MultiHead(Mixer):
@@ -81,6 +81,9 @@ class MultiHead(Mixer):
     """
 
     reads = FIELDS
+
+    def check_parts(self, parts: Parts, at: str) -> None:
+        parts.position.check_width(parts.dims["K"], at)
 
     def summary(self, parts: Parts) -> str:
         return type(parts.kernel).__name__
@@ -114,29 +117,6 @@ class MultiHead(Mixer):
         return {**place(parts, at), **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
 
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
-        look, cache, handed = self._look(params, parts, x, context)
-        h = parts.kernel(params["kernel_params"], look, context.key, parts.dropout)
-        B, H, T, K = h.shape
-        h = h.swapaxes(1, 2).reshape(B, T, H * K)
-        if parts.output_projection:
-            h = linear(h, params["project"]["o"].reshape(H * K, -1))
-            h = add(h, along(params["project"]["o_bias"], h)) if parts.output_bias else h
-        else:
-            h = jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
-        return Out(h, cache, handed=handed)
-
-    def recorded(
-        self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context
-    ) -> dict[str, Any]:
-        (look, *_), own = self._look(params, parts, x, context), params["kernel_params"]
-        values = parts.kernel(own, look, context.key, parts.dropout)
-        found = {"q": look.q, "k": look.seen.get("k"), "v": look.seen.get("v"), "values": values}
-        return found | parts.kernel.recorded(own, look)
-
-    def _look(
-        self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Look, Any, Mapping[str, Any]]:
-        """What the kernel is given; the written cache; and what is handed on."""
         position, at, cache, handed = _of_position(params, parts, context), context.at, context.cache, {}
         q = parts.position.rotate(position, parts.qk_norm(params["norm_q"], _heads(params, parts, x, "q")), at)
         if context.memory is None:
@@ -146,7 +126,18 @@ class MultiHead(Mixer):
         else:
             new = seen = context.memory
         view = view_of(parts, at, seen)
-        return Look(q, new, seen, view, parts.position.bias(position, view, new, seen)), cache, handed
+        look = Look(q, new, seen, view, parts.position.bias(position, view, new, seen))
+        out = parts.kernel(params["kernel_params"], look, context.key, parts.dropout)
+        B, H, T, K = out.h.shape
+        h = out.h.swapaxes(1, 2).reshape(B, T, H * K)
+        if parts.output_projection:
+            h = linear(h, params["project"]["o"].reshape(H * K, -1))
+            h = add(h, along(params["project"]["o_bias"], h)) if parts.output_bias else h
+        else:
+            h = jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
+        kept = {"q": q, "k": seen.get("k"), "v": seen.get("v"), "values": out.h, **out.activations}
+        sums = {"kernel_params": out.sums} if out.sums else {}
+        return Out(h, cache, out.losses, sums, handed, kept)
 
 
 def view_of(parts: Parts, at: Places, seen: Arrays) -> View:

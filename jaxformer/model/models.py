@@ -293,10 +293,9 @@ class Decoder(Model):
         return {(s, "layers", f"block{i}"): self.layers(s) // n for s, n in kinds.items() for i in range(n)}
 
     def summary(self) -> dict[str, str]:
-        kinds = [kind for stack in self.stacks for kind in self.kinds(stack)]
-        names = {kind.mixer.summary(kind.parts) for kind in kinds if kind.mixer}
-        names |= {MultiHead().summary(kind.cross) for kind in kinds if kind.cross}
-        return {"attention": f"{', '.join(sorted(names))}, in XLA"} if names else {}
+        each = [pair for stack in self.stacks for kind in self.kinds(stack) for pair in kind.mixers.values()]
+        names = sorted({mixer.summary(parts) for mixer, parts in each})
+        return {"attention": f"{', '.join(names)}, in XLA"} if names else {}
 
     def layers(self, stack: str) -> int:
         """How many a stack has."""
@@ -335,7 +334,7 @@ class Decoder(Model):
 
         def one(kind: BlockSpec) -> Arrays:
             dims = self.dims | {"B": batch_size, "S": kind.parts.mask.span(length)}
-            slots = cache_lib.empty(kind.mixer.slots(kind.parts) if kind.mixer else {}, dims, dtype)
+            slots = cache_lib.empty({} if kind.mixer is None else kind.mixer.slots(kind.parts), dims, dtype)
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (turns, *a.shape)), slots)
 
         return {f"block{i}": one(kind) for i, kind in enumerate(kinds)}
@@ -432,25 +431,19 @@ class Network(nn.Module):
 def check_transformer(model: Decoder, at: str) -> None:
     """Raises ValueError for parts and sizes of which no model can be made."""
     model.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
-    kinds = [kind for stack in model.stacks for kind in model.kinds(stack)]
-    mixers = [MultiHead() if kind.cross else kind.mixer for kind in kinds] + [kind.mixer for kind in kinds]
-    read = {name for mixer in mixers if mixer for name in mixer.reads}
     if not 0 <= model.dropout < 1:
         raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
     if model.remat not in (None, *REMAT):
         raise ValueError(f"{at}remat={model.remat!r} must be None or one of {', '.join(REMAT)}")
     if model.feed_forward is None and model.kernel is None:
         raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
-    for stack in model.stacks:
-        _check_stack(model, at, stack)
-    _check_read(model, at, read)
-    if {*HEADS} & read:
-        _check_heads(model, at)
     for position in _as_tuple(model.position):
         if position.per_layer and type(position).embed is not Position.embed:
             name = type(position).__name__
             raise ValueError(f"{at}position={name} embeds above the layers; it cannot have per_layer = True")
-        position.check_width(model.head_width or model.d_model // model.n_heads, at)
+    for stack in model.stacks:
+        _check_stack(model, at, stack)
+    _check_read(model, at)
 
 
 def _check_stack(model: Decoder, at: str, stack: str) -> None:
@@ -462,28 +455,48 @@ def _check_stack(model: Decoder, at: str, stack: str) -> None:
         )
     if model.remat and model.unroll >= n_layers // len(kinds) > 1:
         raise ValueError(f"{at}remat={model.remat!r} needs a scan: {at}unroll={model.unroll} must be less; 1 does")
+    spans = {kind.parts.mask.span(model.context_length) for kind in kinds}
+    if len(spans) > 1 and any(kind.parts.kernel.shares for kind in kinds):
+        raise ValueError(f"{at}mask: layers that hand on what they see must see as far back as one another")
     for kind in kinds:
-        mask = type(kind.parts.mask).__name__
-        if kind.mixer and kind.mixer.causal and not kind.parts.mask.causal:
+        mask, mixer = kind.parts.mask, kind.mixer
+        if mixer and mixer.causal and not mask.causal:
             raise ValueError(
-                f"{at}mixer={type(kind.mixer).__name__} sees the past alone, but the {stack}'s mask is {mask}; take "
-                f"MultiHead there, or a mixer that heeds the mask"
+                f"{at}mixer={type(mixer).__name__} sees the past alone, but the {stack}'s mask is "
+                f"{type(mask).__name__}; take MultiHead there, or a mixer that heeds the mask"
             )
-        if kind.feed_forward and kind.feed_forward.sees_ahead and kind.parts.mask.causal:
-            raise ValueError(
-                f"{at}feed_forward={type(kind.feed_forward).__name__} looks ahead, but the {stack}'s mask {mask} is "
-                "causal: it would see the answer; take an Encoder, or another feed-forward"
-            )
+        for name, part in (("mixer", mixer), ("feed_forward", kind.feed_forward)):
+            if part and part.sees_ahead and not mask.sees_answers:
+                raise ValueError(
+                    f"{at}{name}={type(part).__name__} looks ahead, and the {stack}'s mask {type(mask).__name__} does "
+                    "not: it would see the answer; take an Encoder, or another part"
+                )
 
 
-def _check_read(model: Decoder, at: str, read: set[str]) -> None:
-    """A field that no mixer reads is not to be set in vain."""
+def _check_read(model: Decoder, at: str) -> None:
+    """What no mixer reads is not to be set in vain; and what one reads must suit it."""
+    each = [pair for stack in model.stacks for kind in model.kinds(stack) for pair in kind.mixers.values()]
+    read = {name for mixer, _ in each for name in mixer.reads}
+    if model.encodes:  # cross-attention has a kernel of its own, no position and no mask
+        own = {name for s in model.stacks for k in model.kinds(s) if k.mixer for name in k.mixer.reads}
+        read = own | {*FIELDS} - {"position", "kernel", "mask"}
+    names = ", ".join(sorted({type(mixer).__name__ for mixer, _ in each}))
+    if model.kernel is None and model.mixer != MultiHead():
+        raise ValueError(
+            f"{at}kernel=None leaves no attention, and {at}mixer={names or model.mixer}: leave one of them out"
+        )
     for field in dataclasses.fields(model):
-        value, names = getattr(model, field.name), ", ".join(sorted({type(m).__name__ for m in _as_tuple(model.mixer)}))
-        embeds = field.name == "position" and all(type(p).embed is not Position.embed for p in _as_tuple(value))
-        if field.name in FIELDS and field.name not in read and value != field.default and model.kernel and not embeds:
+        value = getattr(model, field.name)
+        unread = field.name in FIELDS and field.name not in read and model.kernel is not None
+        if field.name == "position":
+            unread = unread and any(type(p).embed is Position.embed for p in _as_tuple(value))
+        if unread and value != field.default:
             text = type(value).__name__ if isinstance(value, Spec) else value
             raise ValueError(f"{at}{field.name}={text} is not read by {at}mixer={names}; leave it at its default")
+    if {*HEADS} & read:
+        _check_heads(model, at)
+    for mixer, parts in each:
+        mixer.check_parts(parts, at)
 
 
 def _check_heads(model: Decoder, at: str) -> None:

@@ -107,10 +107,10 @@ def layers(objective: Objective, model: Model, example: Example, compute_dtype: 
     params, declared = _abstract_params(model, compute_dtype), _declared(model)
     recorded = _activations(model, example, compute_dtype)
     modules = {path[:n] for path in (*declared, *recorded) for n in range(len(path))}
-    forward = lambda params, example: objective.loss(model, params, example, None)[0]
+    forward = lambda params, example: objective.loss(model, params, example, None).minimised
 
     def step(params: Any, example: Example) -> Any:
-        return jax.value_and_grad(lambda p: objective.loss(model, p, example, jax.random.key(0))[0])(params)
+        return jax.value_and_grad(lambda p: objective.loss(model, p, example, jax.random.key(0)).minimised)(params)
 
     costs = {
         "n_params": [(path[:-1], box.value.size) for path, box in declared.items()],

@@ -74,14 +74,14 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
     updates, opt_state = transform.update(grads, state.opt_state, moved)
     params = updated(state.params, optax.apply_updates(moved, updates))
-    params = updated(params, _advanced(declared, state.params, sums.parts))
+    params = updated(params, _advanced(declared, state.params, sums.state, sums.weight > 0))
     ema = state.ema
     if hyper.ema_decay is not None:
         decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
     of_token = lambda total: jnp.where(sums.weight > 0, total / count, jnp.nan)
     metrics: dict[str, Any] = {"loss": of_token(sums.nats), "weight": sums.weight}
-    if recipe.objective.regularized or sums.losses:
+    if sums.total is not None:
         metrics["objective_loss"] = of_token(sums.total)
     if sums.losses:
         metrics["losses"] = jax.tree.map(of_token, sums.losses)
@@ -91,14 +91,14 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def _advanced(declared: Any, params: Any, sums: Any) -> Any:
+def _advanced(declared: Any, params: Any, sums: Any, real: jax.Array, path: str = "") -> Any:
     """The next values of what no gradient moves and parts have given sums for; each layer's by its own."""
-    if is_declared(declared):
-        advance = declared.advance
-        for _ in declared.letters.batch.partition("L")[1]:
-            advance = jax.vmap(advance)
-        return advance(params, sums)
-    return {name: _advanced(declared[name], params[name], inner) for name, inner in sums.items()}
+    if not is_declared(declared):
+        return {n: _advanced(declared[n], params[n], inner, real, f"{path}/{n}") for n, inner in sums.items()}
+    if declared.trained or declared.advance is None:
+        raise ValueError(f"{path[1:]}: a part gives sums for it; declare it as Param(..., trained=False, advance=...)")
+    advance = jax.vmap(declared.advance) if "L" in declared.letters.batch else declared.advance
+    return jnp.where(real, advance(params, sums), params)  # a batch of padding alone changes nothing
 
 
 def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
@@ -119,9 +119,8 @@ def _gradients(recipe: Recipe, params: Any, declared: Any, example: Example, key
     def one(example: Example, index: int | jax.Array) -> Any:
         def loss(moved: Any) -> Any:
             key_of_slice = jax.random.fold_in(key, index)
-            cast = _cast(recipe, updated(params, moved))
-            sums = recipe.objective.loss(recipe.model, cast, example, key_of_slice)
-            return sums.total * scale, sums
+            sums = recipe.objective.loss(recipe.model, updated(params, _cast(recipe, moved)), example, key_of_slice)
+            return sums.minimised * scale, sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(moved)
         return sums, jax.tree.map(lambda g: g / scale, grads)
@@ -147,6 +146,7 @@ def _loss_scale(dtype: str, tokens: int) -> float:
 
 
 def _cast(recipe: Recipe, params: Any) -> Any:
+    """What is trained, in the dtype of the computation."""
     return jax.tree.map(lambda a: a.astype(recipe.compute_dtype), params)
 
 
@@ -189,7 +189,8 @@ def evaluate_batch(
     `byte_lengths` is that of the tokenizer, [V].
     """
     example = recipe.objective.prepare(batch, jax.random.fold_in(jax.random.key(0), number))
-    return recipe.objective.sums(recipe.model, _cast(recipe, params), example, byte_lengths)
+    params = updated(params, _cast(recipe, trained(params, recipe.model.declared())))
+    return recipe.objective.sums(recipe.model, params, example, byte_lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
