@@ -308,6 +308,8 @@ def _check_config(config: Config, at: str) -> None:
     if config.row.tokens < 2:
         raise ValueError(f"{at}data.window={config.window} must be at least 2 for {type(config.objective).__name__}")
     config.objective.check_model(config.model)
+    if config.sampler is not None:
+        config.sampler.check_model(config.objective, config.model)
     config.objective.check_rows(at, config.data.batch_size, config.train.accumulation)
     if config.data.batch_size % config.train.accumulation:
         raise ValueError(

@@ -49,6 +49,8 @@ class Spec(abc.ABC):
             )
         return super().__new__(cls)
 
+    keeps_fields = False  # True: a class given in its place on the command line keeps what was set of common fields
+
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)
         annotations = typing.get_type_hints(cls)
@@ -100,7 +102,8 @@ def override(spec: S, path: str, value: Any, at: str = "") -> S:
         new = _override_inside(old, rest, value, at + name)
     elif isinstance(value, str):
         new = _parse(value, typing.get_type_hints(type(spec))[name], at + name)
-        new = _with_fields_of(old, new) if isinstance(old, Spec) and isinstance(new, Spec) else new
+        if isinstance(old, Spec) and old.keeps_fields and isinstance(new, Spec):
+            new = _with_fields_of(old, new)
     return dataclasses.replace(spec, **{name: new})
 
 

@@ -382,6 +382,10 @@ class Unmasking(Sampler):
 
     rounds: int = 16
 
+    def check_model(self, objective, model):
+        if not isinstance(objective, Masked):
+            raise ValueError(f"sampler=Unmasking must have a model that fills in masks, not {type(objective).__name__}")
+
     def __call__(
         self,
         objective,

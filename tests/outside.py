@@ -109,7 +109,7 @@ class Unmasking(Sampler):
         ids = np.array([[*prompt, *[objective.mask] * tokens] for prompt in prompts])
         for left in range(self.rounds - 1, -1, -1):
             between()
-            h, _ = model.hidden(params, jnp.asarray(ids), places(jnp.ones_like(ids)))
+            h = model.hidden(params, jnp.asarray(ids), places(jnp.ones_like(ids))).h
             logits = np.array(model.logits(params, h))
             logits[..., objective.mask] = -np.inf
             sure = np.where(ids == objective.mask, logits.max(-1), -np.inf)

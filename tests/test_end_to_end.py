@@ -234,7 +234,7 @@ def test_inspect(home, whole):
     assert config["step"] is config["state_sha256"] is None
     assert (config["table"], config["n_params"]) == (whole["table"], whole["n_params"])
     out, _ = finish(command(home, "inspect_run", "run"))
-    assert "LHK->D" in out and whole["params_sha256"] in out
+    assert "L|HK->D" in out and whole["params_sha256"] in out
     run = jaxformer.open_run(home / "run")
     assert sha256(run.state.params) == whole["params_sha256"]
 

@@ -42,8 +42,8 @@ from jaxformer.learning.objectives import NextToken, SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.kernels import Softmax
-from jaxformer.model.layers import MLP, LayerNorm
-from jaxformer.model.masks import Causal, Places, Window, places
+from jaxformer.model.layers import MLP, LayerNorm, Loss
+from jaxformer.model.masks import Causal, Places, Prefix, Window, places
 from jaxformer.model.mixers import MultiHead
 from jaxformer.model.positions import Rotary, Sinusoidal
 from jaxformer.run.manifest import sha256
@@ -208,6 +208,29 @@ def test_a_loss_is_a_mean_over_rows_weighed_by_their_tokens(experts):
     )
 
 
+def test_what_is_only_reported_changes_no_gradient():
+    """A loss of weight 0, even one that is no number, and one of padding."""
+
+    class Broken(MLP):
+        def __call__(self, params, x, at, key):
+            out = super().__call__(params, x, at, key)
+            return out._replace(losses={"broken": Loss(jnp.log(-jnp.square(out.h).sum((1, 2))), 0.0)})
+
+    model = Decoder(**(SIZES | {"n_layers": 1}), vocab_size=V, feed_forward=Broken())
+    _, after, row = stepped(1, model)
+    assert np.isnan(row["losses"]["broken"]) and "objective_loss" not in row
+    chex.assert_tree_all_finite(after)
+
+
+def test_sums_for_what_is_trained_are_refused():
+    class Wrong(MLP):
+        def __call__(self, params, x, at, key):
+            return super().__call__(params, x, at, key)._replace(sums={"up": 0 * params["up"]})
+
+    with pytest.raises(ValueError, match="decoder/layers/block0/feed_forward/up: a part gives sums for it"):
+        stepped(1, Decoder(**(SIZES | {"n_layers": 1}), vocab_size=V, feed_forward=Wrong()))
+
+
 # --- what is refused
 
 
@@ -217,6 +240,14 @@ def test_a_loss_is_a_mean_over_rows_weighed_by_their_tokens(experts):
         (Decoder(**SIZES, feed_forward=ExpertChoice()), "model.feed_forward=ExpertChoice looks ahead"),
         (Encoder(**SIZES, mixer=GatedLinear()), "model.mixer=GatedLinear sees the past alone, but the encoder's mask"),
         (EncoderDecoder(**SIZES, mixer=GatedLinear()), "model.mixer=GatedLinear sees the past alone"),
+        (Decoder(**SIZES, mask=Prefix(), feed_forward=ExpertChoice()), "model.feed_forward=ExpertChoice looks ahead"),
+        (Decoder(**SIZES, mixer=GatedLinear(), kernel=None), "model.kernel=None leaves no attention"),
+        (Decoder(**SIZES, kernel=(Softmax(), Borrow()), mask=(Window(3), Causal())), "must see as far back as one"),
+        (
+            EncoderDecoder(**SIZES, mixer=GatedLinear(), encoder_mask=Causal(), position=Rotary()),
+            "model.position=Rotary is not read by model.mixer=GatedLinear, MultiHead",
+        ),
+        (Decoder(**SIZES, mixer=Latent(turned=7), position=Rotary()), "model.position turns 7 of the 7 numbers"),
         (Decoder(**SIZES, mixer=Latent(), n_kv_heads=1), "model.n_kv_heads=1 is not read by model.mixer=Latent"),
         (Decoder(**SIZES, mixer=GatedLinear(), kernel=Differential()), "model.kernel=Differential is not read"),
         (Decoder(**SIZES, mixer=GatedLinear(), position=Rotary()), "model.position=Rotary is not read"),

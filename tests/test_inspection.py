@@ -243,4 +243,4 @@ def test_the_page_for_people():
         f"{found[name]:,}" for name in ("n_params", "flops_forward", "flops_step", "activations_bytes")
     ]
     assert len(arrays) == len(found["activations"]) + 1 and len(table) == len(found["table"]) + 1
-    assert table[1].split() == [f"{LAYERS}/attention/project/k", "LD->GK", "5×84×2×14", "11,760", "yes"]
+    assert table[1].split() == [f"{LAYERS}/attention/project/k", "L|D->GK", "5×84×2×14", "11,760", "yes"]

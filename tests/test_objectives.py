@@ -23,6 +23,7 @@ from jaxformer.learning.objectives import (
 )
 from jaxformer.learning.rows import composition, same_texts
 from jaxformer.model import heads
+from jaxformer.model.layers import Out
 from jaxformer.model.masks import Bidirectional, Either, Local, Prefix, Window
 from jaxformer.model.models import Encoder, EncoderDecoder, Model
 from jaxformer.run.plan import recipe_of

@@ -12,7 +12,7 @@ import tiny
 
 from jaxformer.config import Config, read, resolve
 from jaxformer.data.corpora import Mixture, PythonTopics, TinyShakespeare
-from jaxformer.learning.optimizers import AdamW, Optimizer, decayed
+from jaxformer.learning.optimizers import SGD, AdamW, Optimizer, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Bidirectional, Causal, Window
@@ -231,8 +231,9 @@ def test_another_class_keeps_the_fields_that_were_set_and_mean_the_same():
     bigram = resolve(config, {"model": "Bigram"}).model
     assert (bigram.context_length, bigram.d_model) == (64, None)  # whose width is the vocabulary's
     assert dry_run(config, {"model": "Bigram", "data.tokenizer": "Bytes"})["n_params"] == 256 * 256
-    assert resolve(config, {"optimizer.learning_rate": "Constant"}).optimizer.learning_rate == Constant(0.5)
-    assert resolve(config, {"optimizer.learning_rate": Constant()}).optimizer.learning_rate == Constant()
+    assert resolve(config, {"optimizer": "SGD"}).optimizer == SGD(config.optimizer.learning_rate)
+    assert resolve(config, {"optimizer": SGD()}).optimizer == SGD()
+    assert resolve(config, {"optimizer.learning_rate": "Constant"}).optimizer.learning_rate == Constant()
 
 
 def test_stored_form_comes_back_as_it_was():

@@ -23,6 +23,9 @@ STRETCH = 32  # tokens that are drawn without a word to the host
 class Sampler(Spec):
     """How texts are drawn from a model that an objective has trained."""
 
+    def check_model(self, objective: Objective, model: Model) -> None:
+        """Raises ValueError if it cannot draw texts from the model."""
+
     @abc.abstractmethod
     def __call__(
         self,
@@ -55,6 +58,10 @@ class LeftToRight(Sampler):
     half; rows do so together, when the longest is full. A prefix mask sees the whole prompt, or the half. Nothing more
     is drawn once all rows have ended.
     """
+
+    def check_model(self, objective: Objective, model: Model) -> None:
+        if not model.writes:
+            raise ValueError(f"sampler=LeftToRight must have a decoder with a LanguageHead, not {type(model).__name__}")
 
     def __call__(
         self,

@@ -16,6 +16,8 @@ class Optimizer(Spec):
 
     learning_rate: Schedule = WarmupCosine()
 
+    keeps_fields = True
+
     @abc.abstractmethod
     def transform(self, declared: Any, step: Int[Array, ""], steps: Int[Array, ""]) -> optax.GradientTransformation:
         """From gradients to updates, at a step, counted from 0, of a run of `steps`.

@@ -42,6 +42,7 @@ class Model(Spec):
     head: Head | tuple[Head, ...] = LanguageHead()
     initializer: Initializer = GPT2Normal()
 
+    keeps_fields = True
     generates = True  # token after token
     encodes = False  # has `encode`: its hidden states need the memory of another text
     sees_ahead = False  # a token's hidden state may depend on some that follow
