@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import sys
+import time
 
 import pytest
 
@@ -106,20 +107,34 @@ def wandb(tmp_path, monkeypatch):
 
 
 def records(directory):
-    """The records of each of the run's offline files, oldest first."""
+    """The records of each of the run's offline files, oldest first. W&B's process may still write when `finish` has
+    returned: the last record of a finished run is its exit."""
+    for path in sorted((directory / "wandb").glob("offline-run-*/*.wandb")):
+        for _ in range(300):
+            found = records_in(path.read_bytes())
+            if found and found[-1].HasField("exit"):
+                break
+            time.sleep(0.1)
+        yield found
+
+
+def records_in(data):
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for path in sorted((directory / "wandb").glob("offline-run-*/*.wandb")):
-        data, at, found, record = path.read_bytes(), 7, [], b""
-        while at < len(data):  # LevelDB's log: in blocks of 32 KiB, (checksum, length, kind, bytes)
-            if (left := 2**15 - at % 2**15) < 7:
-                at += left
-                continue
-            _, size, kind = struct.unpack_from("<IHB", data, at)
-            record, at = record + data[at + 7 : at + 7 + size], at + 7 + size
-            if kind in (1, 4):  # whole, or the last part
-                found, record = [*found, Record.FromString(record)], b""
-        yield found
+    at, found, record = 7, [], b""
+    while at < len(data):  # LevelDB's log: in blocks of 32 KiB, (checksum, length, kind, bytes)
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        if at + 7 > len(data):
+            break
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + size > len(data):
+            break
+        record, at = record + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            found, record = [*found, Record.FromString(record)], b""
+    return found
 
 
 def history(found):
