@@ -498,6 +498,7 @@ def test_a_warm_start_killed_in_its_first_save_is_a_warm_start(home, whole, tmp_
     assert has_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_moving_average_is_what_is_evaluated_and_sampled(home, whole):
     """Interrupted and resumed, with the gradients' norms in its rows, packed documents, and a trace of the device."""
     new = ["config.py", "--directory=run-ema", "--train.ema_decay=0.9", "--train.grad_norms=true", "--profile=20:34"]
@@ -561,6 +562,7 @@ def test_a_run_that_failed_before_its_first_step_holds_no_directory(home, whole)
     assert "holds another run: model.n_layers was 2 and is 1" in err
 
 
+@pytest.mark.slow
 def test_a_writer_that_fails_does_not_end_the_run(home, whole):
     """And the run goes on, and is opened, without the writer's module."""
     (home / "parts.py").write_text(PARTS)
@@ -664,6 +666,7 @@ def test_a_signal_at_any_moment_ends_with_its_status(home, whole):
         shutil.rmtree(home / "run-brief", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_rows_that_are_none_are_dropped_and_a_diverged_run_keeps_its_best(home, whole):
     arguments = ["config.py", "--directory=run-nan", "--train.eval_every=10", "--train.save_every=10"]
     finish(command(home, "train", *arguments, "--train.steps=20"))

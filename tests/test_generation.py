@@ -60,6 +60,7 @@ def test_a_text_that_fills_the_context_goes_on_from_its_last_half(length):
     assert out[0].tolist() == list(naive(model, params, prompt, 40, 0, 3, 0.7))
 
 
+@pytest.mark.slow
 def test_a_context_shorter_than_the_models():
     """A model trained on windows of 7 never saw more: what follows depends on at most 7 tokens."""
     model = MODELS[0]
@@ -120,6 +121,7 @@ def test_processors():
     assert kept(Temperature(0.0)) == [[False, True, False, False], [True, False, False, False]]
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution():
     """The frequencies of 4,000 tokens of a model that says the same everywhere."""
     model = decoder(n_layers=1, vocab_size=5, head=LanguageHead(tied=False), position=Rotary())

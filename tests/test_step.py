@@ -82,6 +82,7 @@ def test_accumulation_equals_the_full_batch():
         chex.assert_trees_all_close(params, states[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_population_equals_its_members():
     buffer = batches(6)
     hypers = [hyper(s, learning_rate=WarmupCosine(r, 1e-4, 2)) for s, r in ((1, 1e-3), (2, 3e-3), (3, 1e-2))]
@@ -213,6 +214,7 @@ def test_the_gradients_norm_of_every_parameter_and_layer():
     np.testing.assert_allclose(norms["decoder/layers/block0/feed_forward/up"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_moving_average():
     averaged = hyper()._replace(ema_decay=np.float32(0.3))
     state, means = init_state(RECIPE, averaged), None
@@ -228,6 +230,7 @@ def test_the_moving_average():
     assert plain.eval_params is plain.params and not jax.tree.leaves(plain.ema)
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_seed_step_and_slice():
     flat = Recipe(dataclasses.replace(RECIPE.model, dropout=0.5))
     same = {"tokens": np.broadcast_to(batches(1)["tokens"][:, :1], (2, 2, T + 1))}  # one row, four times
@@ -242,6 +245,7 @@ def test_dropout_differs_by_seed_step_and_slice():
     assert len(set(found)) == 6
 
 
+@pytest.mark.slow
 def test_compute_dtype():
     """Parameters, softmax and loss stay float32, and the losses stay near."""
     losses = []
@@ -254,6 +258,7 @@ def test_compute_dtype():
     assert not np.array_equal(*losses)
 
 
+@pytest.mark.slow
 def test_gradients_in_half_precision_are_those_of_full():
     """A frequent token's row and the biases are sums over all tokens, which bfloat16 itself cannot hold."""
     feed_forward = MLP(bias=True)
