@@ -2,11 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxformer.generation.decode import Sampler
 from jaxformer.model.kernels import Softmax
-from jaxformer.model.masks import places
 from jaxformer.model.positions import Position
 from jaxformer.spec import Param, Slot
 
@@ -85,35 +82,3 @@ class TurnPerLayer(Position):
         a, b = jnp.split(qk, 2, -1)
         angle = at.position[:, None, :, None] * params["speed"][None, None, None]
         return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1)
-
-
-class Unmasking(Sampler):
-    """Texts of an encoder: masks behind the prompt, of which the surest are read in each of several rounds."""
-
-    rounds: int = 2
-
-    def __call__(
-        self,
-        objective,
-        model,
-        params,
-        prompts,
-        tokens,
-        processors=(),
-        seed=0,
-        context=None,
-        end=None,
-        sources=None,
-        between=lambda: None,
-    ):
-        ids = np.array([[*prompt, *[objective.mask] * tokens] for prompt in prompts])
-        for left in range(self.rounds - 1, -1, -1):
-            between()
-            h = model.hidden(params, jnp.asarray(ids), places(jnp.ones_like(ids))).h
-            logits = np.array(model.logits(params, h))
-            logits[..., objective.mask] = -np.inf
-            sure = np.where(ids == objective.mask, logits.max(-1), -np.inf)
-            for row, best, order in zip(ids, logits.argmax(-1), np.argsort(-sure, -1), strict=True):
-                some = order[: (row == objective.mask).sum() - tokens * left // self.rounds]
-                row[some] = best[some]
-        return ids[:, -tokens:]

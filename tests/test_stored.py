@@ -6,9 +6,11 @@ import pytest
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config, read, resolve, save
-from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.objectives import Classification, NextToken
 from jaxformer.learning.optimizers import AdamW
-from jaxformer.model.models import Decoder
+from jaxformer.model.heads import ClassificationHead, MeanPooling
+from jaxformer.model.layers import MLP, ReLU
+from jaxformer.model.models import Decoder, Embedding, Encoder
 from jaxformer.spec import InputError, Spec, class_name
 
 
@@ -41,7 +43,37 @@ def stored(path, **changes):
     return path
 
 
-@pytest.fixture(autouse=True)
+M, L, H = "jaxformer.model", "jaxformer.model.layers:", "jaxformer.model.heads:"
+BEFORE = {  # as a run was stored before feed-forwards, poolings and embeddings were parts by role; the rest is as it is
+    "format": 2,
+    "class": "jaxformer.config:Config",
+    "directory": "runs/a",
+    "model": {
+        **{"class": f"{M}.models:Encoder", "d_model": 12, "context_length": 7, "n_layers": 2, "n_heads": 3},
+        "head": {"class": f"{H}ClassificationHead", "column": "label", "pooling": {"class": f"{H}Pooling"}},
+        "feed_forward": {"class": f"{L}FeedForward", "activation": {"class": f"{L}ReLU"}, "bias": True},
+        "norm": {"class": f"{L}LayerNorm", "bias": True, "eps": 1e-05},
+        **{"scale_embedding": True, "embedding_norm": False, "n_parts": 2},
+    },
+    "objective": {"class": "jaxformer.learning.objectives:Classification", "label_smoothing": 0.1, "z_loss": 0.0},
+}
+
+
+def test_a_run_of_before_parts_had_roles_opens(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(BEFORE))
+    model = Encoder(
+        *(12, 7, None, ClassificationHead(pooling=MeanPooling())),
+        **{"n_layers": 2, "n_heads": 3, "feed_forward": MLP(ReLU(), bias=True)},
+        embedding=Embedding(scaled=True, token_types=2),
+    )
+    assert read(path) == Config("runs/a", model, objective=Classification(0.1))
+    path.write_text(json.dumps(BEFORE | {"objective": BEFORE["objective"] | {"z_loss": 0.1}}))
+    with pytest.raises(InputError, match=r"z_loss=0\.1 is known no more"):
+        read(path)
+
+
+@pytest.fixture
 def changed(monkeypatch):
     monkeypatch.setattr(config_lib, "RENAMED", {"gone:Fast": class_name(AdamW)})
     moved = (Halved, "scale", "scaling", "scaled"), (Halved, "scale_norm", "scaling", "norm")
@@ -49,6 +81,7 @@ def changed(monkeypatch):
     monkeypatch.setattr(config_lib, "DROPPED", ((NextToken, "smoothing", 0.0),))
 
 
+@pytest.mark.usefixtures("changed")
 def test_what_was_renamed_moved_and_dropped_is_found(tmp_path):
     path, moved = tmp_path / "config.json", {"scale": True, "scale_norm": 5}
     found = read(stored(path, model=moved, optimizer={"class": "gone:Fast"}, objective={"smoothing": 0.0}))
@@ -68,6 +101,7 @@ def test_what_was_renamed_moved_and_dropped_is_found(tmp_path):
         ({"model": {"class": ["gone:Fast"]}}, "is no spec"),
     ],
 )
+@pytest.mark.usefixtures("changed")
 def test_what_cannot_be_brought_up_to_date_gets_one_sentence(tmp_path, changes, message):
     with pytest.raises(InputError) as error:
         read(stored(tmp_path / "config.json", **changes))
