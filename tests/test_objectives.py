@@ -109,6 +109,18 @@ def test_next_token(smoothing, z_loss):
     assert sums["bytes"] == (np.asarray(LENGTHS)[targets] * weights).sum() and sums["weight"] == weights.sum()
 
 
+def test_nats_of_chunks_are_those_of_the_whole():
+    """Of hidden states and of the example, any stretch of the rows' places, with smoothing and z-loss."""
+    objective = NextToken(0.2, 0.03)
+    example = prepared(objective, {"tokens": integers(0, V, B, T + 1), "segments": SEGMENTS})
+    h = ROWS.hidden(j(TABLES), example.ids, example.at).h
+    whole = objective.nats(ROWS, j(TABLES), h, example, None)
+    cut = lambda first, last: jax.tree.map(lambda a: a[:, first:last], (h, example))
+    parts = [objective.nats(ROWS, j(TABLES), *cut(*ends), None) for ends in ((0, 5), (5, T))]
+    for name in ("plain", "total", "right"):
+        close(np.concatenate([getattr(part, name) for part in parts], 1), getattr(whole, name), 1e-5)
+
+
 def test_sequence_to_sequence():
     """`exact` counts the texts each of whose tokens is the likeliest; rows of padding are no texts."""
     source, tokens = integers(0, V, B, 7), integers(0, V, B, T + 1)

@@ -49,7 +49,7 @@ class Nats(NamedTuple):
     plain: Float[Array, "B ..."]  # −log of the answer's probability
     right: Bool[Array, "B ..."]  # whether the answer is the likeliest
     total: Any = None  # float32[B, ...], what is minimised, as with smoothing or a z-loss; None: plain nats
-    sums: Mapping[str, Number] = {}
+    sums: Mapping[str, Number] = {}  # of an evaluation, besides those of the fields above
 
 
 class Sums(NamedTuple):
@@ -59,10 +59,11 @@ class Sums(NamedTuple):
     weight: Number  # what the sums are divided by
     total: Number | None = None  # what is minimised; None: plain nats
     losses: Mapping[str, Number] = {}  # of parts, each times the weight of its rows
-    state: Any = {}  # noqa: RUF012 (for parameters that are not trained: `Param.advance`)
+    state: Mapping[str, Any] = {}  # for parameters that are not trained: `Param.advance`
 
     @property
     def minimised(self) -> Number:
+        """What the gradient is of."""
         return self.nats if self.total is None else self.total
 
 
@@ -118,13 +119,13 @@ class Objective(Spec):
 
     def sums(self, model: Model, params: Any, example: Example, byte_lengths: ByteLengths) -> dict[str, Number]:
         """Sums over a batch, without dropout, smoothing and z-loss, from which `summary` makes what is reported."""
-        sums, nats, _ = self._summed(model, params, example, None)
+        sums, nats = self._summed(model, params, example, None)
         weights = jnp.broadcast_to(example.weights, nats.plain.shape)
         found = {"nats": sums.nats, "weight": sums.weight}
         found |= {f"{LOSS}{name}": value for name, value in sums.losses.items()}
         return {**found, **nats.sums} | self.more_sums(nats, weights, example, byte_lengths)
 
-    def _summed(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Sums, Nats, Out]:
+    def _summed(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Sums, Nats]:
         out = self.hidden(model, params, example, key)
         nats = self.nats(model, params, out.h, example, key)
         weights = jnp.broadcast_to(example.weights, nats.plain.shape)
@@ -135,7 +136,7 @@ class Objective(Spec):
         plain = (nats.plain * weights).sum()
         total = plain if nats.total is None else (nats.total * weights).sum()
         more = nats.total is not None or added
-        return Sums(plain, rows.sum(), sum(added, total) if more else None, losses, out.sums), nats, out
+        return Sums(plain, rows.sum(), sum(added, total) if more else None, losses, out.sums), nats
 
     def more_sums(
         self, nats: Nats, weights: Float[Array, "B ..."], example: Example, byte_lengths: ByteLengths

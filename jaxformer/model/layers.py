@@ -32,7 +32,7 @@ class Out(NamedTuple):
     h: Any  # hidden states [B, T, D]; of `encode` the memory
     cache: Any = None  # with the new tokens in it; None if none was given
     losses: Mapping[str, Loss] = {}
-    sums: Any = {}  # for parameters that are not trained, by their names: `Param.advance`  # noqa: RUF012
+    sums: Mapping[str, Any] = {}  # for parameters that are not trained, by their names: `Param.advance`
     handed: Mapping[str, Any] = {}  # to layers above in the group, by names of the part's choice
     activations: Mapping[str, Any] = {}  # by name: kept where they were asked for, else not computed
 

@@ -26,7 +26,7 @@ class Context(NamedTuple):
     ids: Int[Array, "B T"]
     at: Places
     layer: Int[Array, ""] | int = 0  # its number in the stack, from 0; traced
-    position: Arrays = {}  # parameters of the position, unless they are per layer  # noqa: RUF012
+    position: Mapping[str, jax.Array] = {}  # parameters of the position, unless they are per layer
     key: jax.Array | None = None  # of dropout; None means evaluation
     cache: Arrays | None = None
     memory: Arrays | None = None  # of cross-attention: what `remember` made of the other text
