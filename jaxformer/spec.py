@@ -42,16 +42,20 @@ class Spec(abc.ABC):
     The base of a role has abstract methods; only a class that defines them all can be made.
     """
 
+    keeps_fields = False  # True: a class given in its place on the command line keeps what was set of common fields
+    abstract = False  # class Base(Spec, abstract=True): of no use itself, even if no method is missing
+
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         if missing := ", ".join(sorted(cls.__abstractmethods__)):
             raise InputError(
                 f"{cls.__name__} is abstract until it defines {missing}; define that, or take another class"
             )
+        if cls.abstract:
+            raise InputError(f"{cls.__name__} is abstract; take another class")
         return super().__new__(cls)
 
-    keeps_fields = False  # True: a class given in its place on the command line keeps what was set of common fields
-
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        cls.abstract = abstract
         dataclasses.dataclass(frozen=True)(cls)
         annotations = typing.get_type_hints(cls)
         names = [field.name for field in dataclasses.fields(cls)]
@@ -148,7 +152,9 @@ def listing(spec: Spec, at: str = "") -> Iterator[tuple[str, str, str]]:
 def _choices(kinds: Iterable[type[Spec]]) -> str:
     """The names of the classes that a part may have; abstract ones are none, and those of a script are not found."""
     found = {c for kind in kinds for c in (kind, *known_specs(kind))}
-    return ", ".join(sorted({c.__name__ for c in found if not inspect.isabstract(c) and c.__module__ != "__main__"}))
+    return ", ".join(
+        sorted({c.__name__ for c in found if not (c.abstract or inspect.isabstract(c)) and c.__module__ != "__main__"})
+    )
 
 
 def _comments(cls: type) -> dict[str, str]:

@@ -11,7 +11,7 @@ from jaxformer.model.masks import Places, View
 from jaxformer.spec import Arrays, Declarations, Param, Slot, Spec
 
 
-class Position(Spec):
+class Position(Spec, abstract=True):
     """A positional scheme: it overrides the hooks that it needs, of `embed`, `rotate` and `bias`."""
 
     per_layer = False  # True: the parameters belong to each layer's attention, and `embed` has none
