@@ -240,7 +240,7 @@ def test_smoothing_and_z_loss_leave_ignored_tokens_out():
     state = init_state(recipe, how).replace(params=loud(model))
     found, row = stepped(recipe, state, batch(), how)
     example = recipe.objective.prepare(jax.tree.map(jnp.asarray, batch()), jax.random.key(0))
-    h, _ = jax.jit(model.hidden)(state.params, example.ids, example.at)
+    h = jax.jit(model.hidden)(state.params, example.ids, example.at).h
     logits = np.asarray(model.logits(state.params, h), np.float64)
     log_p = log_softmax(logits)
     right = np.take_along_axis(log_p, np.asarray(example.targets)[..., None], -1)[..., 0]
