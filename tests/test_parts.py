@@ -459,6 +459,17 @@ def test_positions_may_differ_by_layer():
     assert "position" in decoder(n_layers=4, position=(RelativeBias(), RelativeBias())).declared()["decoder"]
 
 
+def test_a_layer_has_the_parameters_of_its_own_position():
+    model = decoder(n_layers=4, position=(RelativeBias(8, 6), RelativeBias(12, 9)))
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    own = params["decoder"]["position1"]["table"]
+    assert own.shape == (12, 6) and params["decoder"]["position0"]["table"].shape == (8, 6)
+    changed = {**params, "decoder": {**params["decoder"], "position1": {"table": 2 * own}}}
+    a, b = (model.activations(each, text, at) for each in (params, changed))
+    first, second = (f"decoder/layers/block{i}/after_attention" for i in range(2))
+    assert (a[first][0] == b[first][0]).all() and jnp.abs(a[second][0] - b[second][0]).max() > 1e-3
+
+
 class Drops(PreNorm):
     """What attention gives is dropped; its norm is kept."""
 

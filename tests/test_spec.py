@@ -17,7 +17,7 @@ from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Bidirectional, Causal, Window
 from jaxformer.model.models import Decoder
-from jaxformer.model.positions import Learned, Rotary
+from jaxformer.model.positions import Learned, Position, Rotary
 from jaxformer.run.dry_run import dry_run
 from jaxformer.spec import (
     Declared,
@@ -234,6 +234,16 @@ def test_another_class_keeps_the_fields_that_were_set_and_mean_the_same():
     assert resolve(config, {"optimizer": "SGD"}).optimizer == SGD(config.optimizer.learning_rate)
     assert resolve(config, {"optimizer": SGD()}).optimizer == SGD()
     assert resolve(config, {"optimizer.learning_rate": "Constant"}).optimizer.learning_rate == Constant()
+
+
+def test_a_base_is_no_choice_even_if_no_method_is_missing():
+    shown = {path: comment for path, _, comment in listing(CONFIG)}["model.position"]
+    choices = shown.rpartition("of ")[2].split(", ")
+    assert "Learned" in choices and "Position" not in choices
+    with pytest.raises(InputError, match="Position is abstract; take another class"):
+        Position()
+    with pytest.raises(InputError, match=r"model\.position=Position: Position is abstract"):
+        override(CONFIG, "model.position", "Position")
 
 
 def test_stored_form_comes_back_as_it_was():

@@ -137,7 +137,7 @@ class Model(Spec):
         recorded: bool = False,
     ) -> Out:
         """Out of the memory of a text, for `hidden` of another: of rows whose segments are the same numbers."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} reads one text; take an EncoderDecoder")
 
     def _apply(self, recorded: bool, params: Params, *args: Any, method: Any = None) -> Out:
         network = self.network()
@@ -186,7 +186,7 @@ class Model(Spec):
 
     def cache(self, batch_size: int, length: int, dtype: Any = jnp.float32) -> Any:
         """An empty cache for texts of at most `length` tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no cache; define `cache` to write token after token")
 
 
 def _as_tuple(parts: T | tuple[T, ...]) -> tuple[T, ...]:
