@@ -1,6 +1,6 @@
 """The command `jaxformer reproduce`."""
 
-from jaxformer.commands import main
+from jaxformer.commands.main import main
 
 if __name__ == "__main__":
     main("reproduce")

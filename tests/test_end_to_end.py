@@ -381,7 +381,7 @@ def listing(home):
     ],
 )
 def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch, capfd, arguments, message):
-    from jaxformer import commands
+    from jaxformer.commands import main
 
     for name, text in {
         "broken.py": "import jaxformer\nx = y\n",
@@ -410,7 +410,7 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch
     before = listing(home)
     name, *rest = arguments.split()
     try:
-        status = commands._run(name, rest)
+        status = main.run(name, rest)
     except SystemExit as error:  # argparse's, for --help
         status = error.code
     out, err = capfd.readouterr()

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tiny import without_corpus
 
-from jaxformer import Config, commands
+from jaxformer import Config
+from jaxformer.commands import main
 from jaxformer.config import resolve
 from jaxformer.lab.experiments import (
     Result,
@@ -102,7 +103,7 @@ def reproduce(home, *arguments):
     """The answer of the command, called in a folder."""
     out = io.StringIO()
     with contextlib.chdir(home), contextlib.redirect_stdout(out):
-        assert commands._run("reproduce", ["tiny.py", "--json", *arguments]) == 0
+        assert main.run("reproduce", ["tiny.py", "--json", *arguments]) == 0
     return json.loads(out.getvalue())
 
 
@@ -254,7 +255,7 @@ def test_a_mistake_gets_one_sentence_and_trains_nothing(tmp_path, home, monkeypa
         monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if not installed
     monkeypatch.chdir(tmp_path)
     before = times(tmp_path)
-    status = commands._run("reproduce", arguments.split())
+    status = main.run("reproduce", arguments.split())
     out, err = capfd.readouterr()
     assert status == 2 and message in err and "Traceback" not in err and err.count("\n") == 1 and out == ""
     assert times(tmp_path) == before
@@ -262,7 +263,7 @@ def test_a_mistake_gets_one_sentence_and_trains_nothing(tmp_path, home, monkeypa
 
 def test_all_of_no_experiments_is_a_mistake(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert commands._run("reproduce", ["all"]) == 2
+    assert main.run("reproduce", ["all"]) == 2
     assert "there are none in experiments/" in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 

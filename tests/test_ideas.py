@@ -352,7 +352,7 @@ def test_help_and_stored_config_know_a_strangers_part(tmp_path):
     """From the command line, in a process of its own."""
     config = "from jaxformer import Config, Decoder\nconfig = Config('run', Decoder(d_model=24, context_length=16))\n"
     (tmp_path / "config.py").write_text(config)
-    command = [sys.executable, "-c", "from jaxformer.commands import main; main()", "train", "config.py"]
+    command = [sys.executable, "-c", "from jaxformer.commands.main import main; main()", "train", "config.py"]
     command += [
         "--model.mixer=ideas:GatedLinear",
         "--model.feed_forward=ideas:Experts",

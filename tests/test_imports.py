@@ -38,7 +38,9 @@ FLOORS = [
     *(f"run.{n}" for n in ("inspection", "opened", "notices", "warm_start", "dry_run", "members", "checks")),
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("pictures", "measures", "experiments")),
-    "commands",
+    "commands.arguments",
+    *(f"commands.{n}" for n in ("train", "sample", "evaluate", "predict", "inspect", "reproduce")),
+    "commands.main",
 ]
 NEEDS_NO_MODEL = {"data"}  # knows nothing of models
 

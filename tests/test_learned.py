@@ -8,8 +8,8 @@ import pytest
 
 import jaxformer
 from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
-from jaxformer.commands import _run as run_command
-from jaxformer.commands import predict as predict_command
+from jaxformer.commands.main import run as run_command
+from jaxformer.commands.predict import predict as predict_command
 from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextLines
 from jaxformer.data.sources import Source

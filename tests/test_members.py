@@ -13,7 +13,8 @@ import jax
 import pytest
 
 import jaxformer
-from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train, commands
+from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
+from jaxformer.commands.train import train as train_command
 from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.tables import Table
@@ -204,6 +205,6 @@ def test_seeds_by_the_command_line(home, tmp_path, monkeypatch):
         f"from pathlib import Path\nfrom test_members import text\nconfig = text(Path({str(home)!r}))\n"
     )
     arguments = [f"--directory={tmp_path / 'run'}", "--train.seed=8", "--train.steps=5"]
-    commands.train([str(tmp_path / "config.py"), "--seeds=3", *arguments])
+    train_command([str(tmp_path / "config.py"), "--seeds=3", *arguments])
     seeds = {run.config.train.seed: int(run.state.step) for run in opened(tmp_path / "run", [8, 9, 10])}
     assert seeds == {8: 5, 9: 5, 10: 5} and len(list((tmp_path / "run").iterdir())) == 3

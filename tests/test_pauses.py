@@ -180,8 +180,8 @@ def test_signals_are_collected_unless_they_were_ignored(monkeypatch):
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_closed_terminal_and_slurm_end_a_command_at_once(signum):
     """Before there is anything to save, with the status of the signal; one that is ignored stays so."""
-    code = "import os, sys; from jaxformer import commands; sys.argv = ['x', 'nothing']; "
-    code += f"commands._run = lambda *a: os.kill(os.getpid(), {int(signum)}) or 7; commands.main()"
+    code = "import os, sys; from jaxformer.commands import main; sys.argv = ['x', 'nothing']; "
+    code += f"main.run = lambda *a: os.kill(os.getpid(), {int(signum)}) or 7; main.main()"
     for ignored, status in ((False, 128 + signum), (True, 7)):
         first = f"import signal; signal.signal({int(signum)}, signal.SIG_IGN); " if ignored else ""
         assert subprocess.run([sys.executable, "-c", first + code], check=False).returncode == status

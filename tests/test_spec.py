@@ -34,7 +34,7 @@ from jaxformer.spec import (
 )
 from jaxformer.writers import TensorBoard, WandB
 
-HOSTILE = ["os:system", "subprocess:Popen", "antigravity:x", "builtins:eval", "this:s", "jaxformer.commands:main"]
+HOSTILE = ["os:system", "subprocess:Popen", "antigravity:x", "builtins:eval", "this:s", "jaxformer.commands.main:main"]
 
 
 class Twice(Softmax):

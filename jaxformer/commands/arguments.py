@@ -1,0 +1,112 @@
+"""What commands share: how arguments are read, and how answers are printed."""
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+def call(function: Callable[..., None], arguments: Sequence[str], program: str) -> None:
+    """Calls the function with the arguments: required ones by position, others as --name=value."""
+    from jaxformer.spec import InputError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"{message}; {program} --help lists what there is")
+
+    head, _, tail = inspect.getdoc(function).partition("\n\nArgs:\n")  # pyright: ignore
+    meanings = dict(line.strip().split(": ", 1) for line in tail.splitlines())
+    more = "--import=MODULE imports a module of your own first, for parts that the run was made of."
+    parser = Parser(prog=program, description=head, epilog=more, allow_abbrev=False)
+    hints = typing.get_type_hints(function)
+    rest, given = list(arguments), {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = (typing.get_args(hints[name]) or (hints[name],))[0]
+        if parameter.default is parameter.empty:
+            parser.add_argument(name, help=meanings[name])
+        elif name == "overrides":
+            rest, given[name] = dotted(rest)
+            parser.add_argument("--data.corpus", help=meanings[name], metavar="CLASS", default=argparse.SUPPRESS)
+        elif kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=meanings[name])
+        else:
+            default = {"type": kind, "default": parameter.default, "metavar": kind.__name__.upper()}
+            parser.add_argument(f"--{name}", help=meanings[name], **default)
+    function(**vars(parser.parse_args(rest)), **given)
+
+
+def dotted(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments that are no paths of fields, and what those are given: --field.path=value or --field.path value."""
+    rest, dotted, waiting = list[str](), list[str](), list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not re.match(r"--\w+\.[^\s=]*(=|$)", argument):
+            rest.append(argument)
+            continue
+        dotted.append(argument)
+        if "=" not in argument and waiting:
+            dotted.append(waiting.pop(0))
+    if dotted:
+        find_modules_here()
+    return rest, overrides_of(dotted)
+
+
+def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
+    """--field.path=value or --field.path value."""
+    from jaxformer.spec import InputError
+
+    found: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or not (equals or (rest and not rest[0].startswith("--"))):
+            raise InputError(f"{name!r} must be --field.path=value, such as --train.steps=500")
+        found[name[2:]] = value if equals else rest.pop(0)
+    return found
+
+
+def imported(arguments: Sequence[str]) -> list[str]:
+    """Imports the modules that --import=MODULE names, looked for in the working directory too; returns the rest."""
+    from jaxformer.spec import InputError
+
+    rest, waiting = [], list(arguments)
+    while waiting:
+        name, equals, module = waiting.pop(0).partition("=")
+        if name != "--import":
+            rest.append(name + equals + module)
+            continue
+        module = module if equals or not waiting else waiting.pop(0)
+        find_modules_here()
+        try:
+            importlib.import_module(module)
+        except (Exception, SystemExit) as error:  # whatever the user's module raises, it is the user's to mend
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"--import={module}: {reason}; mend the module, or its name") from error
+    return rest
+
+
+def find_modules_here() -> None:
+    """Lets imports find the user's modules, behind all others: a run holds files, and none may pass for a package."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def step_of(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() and len(text) < 20 else text
+
+
+def print_row(row: dict[str, Any], as_json: bool) -> None:
+    from jaxformer.run.metrics import finite
+
+    if as_json:
+        print(json.dumps(finite(row), ensure_ascii=False))
+    else:
+        for name, value in row.items():
+            form = ",.4f" if isinstance(value, float) else "," if type(value) is int and value >= 10_000 else ""
+            print(f"{name:15} {value if isinstance(value, dict | list) else format(value, form)}")

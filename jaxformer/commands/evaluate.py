@@ -1,0 +1,36 @@
+"""jaxformer evaluate."""
+
+from collections.abc import Mapping
+
+from jaxformer.commands.arguments import print_row, step_of
+
+
+def evaluate(
+    run: str,
+    file: str | None = None,
+    step: str | None = None,
+    json: bool = False,
+    overrides: Mapping[str, str] | None = None,
+) -> None:
+    """Prints the loss of a trained run.
+
+    Args:
+        run: The run's directory.
+        file: A file or folder, read as the run's own corpus is; by default the run's validation split.
+        step: A checkpoint's step, or "best"; by default the newest.
+        json: Print one JSON object.
+        overrides: Another corpus instead of a file, and its fields, as in --data.corpus=JSONLines --data.corpus.path=F.
+    """
+    from jaxformer.run.opened import open_run
+    from jaxformer.spec import InputError
+
+    if file is not None and overrides:
+        raise InputError(
+            f"file={file!r} must not be given beside {', '.join(overrides)}; give --data.corpus.path={file}"
+        )
+    opened = open_run(run, step_of(step))
+    if overrides:
+        row = opened.evaluate_corpus(opened.corpus_of(overrides))
+    else:
+        row = opened.evaluate_valid() if file is None else opened.evaluate_file(file)
+    print_row(row, json)

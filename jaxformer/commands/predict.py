@@ -1,0 +1,45 @@
+"""jaxformer predict."""
+
+from collections.abc import Mapping
+
+from jaxformer.commands.arguments import print_row, step_of
+
+
+def predict(
+    run: str,
+    text: str | None = None,
+    second: str | None = None,
+    file: str | None = None,
+    step: str | None = None,
+    json: bool = False,
+    overrides: Mapping[str, str] | None = None,
+) -> None:
+    """Prints what a trained run says of a text: its class, its vector, or the text that answers it.
+
+    Args:
+        run: The run's directory.
+        text: The text.
+        second: The second text, of a run that was trained on pairs as one row.
+        file: Instead of one text a table (.csv, .tsv, .jsonl), or a text in each line; each gets a JSON object.
+        step: A checkpoint's step, or "best"; by default the newest.
+        json: Print one JSON object.
+        overrides: Another corpus instead of a file, and its fields, as in --data.corpus=Table --data.corpus.path=F.
+    """
+    from jaxformer.run.opened import open_run
+    from jaxformer.spec import InputError
+
+    if (text is not None) + (file is not None) + bool(overrides) != 1 or (text is None and second is not None):
+        raise InputError(
+            "predict needs --text TEXT, and --second TEXT for a pair, or --file FILE alone, or --data.corpus=CLASS and "
+            "its fields alone"
+        )
+    opened = open_run(run, step_of(step))
+    if text is None:
+        rows = opened.predict_file(str(file)) if not overrides else opened.predict_corpus(opened.corpus_of(overrides))
+    else:
+        rows = opened.predict([text], None if second is None else [second])
+    for row in rows:
+        if not json and text is not None and set(row) == {"text"}:
+            print(row["text"])
+        else:
+            print_row(row, json or text is None)

@@ -1,0 +1,44 @@
+"""jaxformer sample."""
+
+from jaxformer.commands.arguments import step_of
+
+
+def sample(
+    run: str,
+    prompt: str | None = None,
+    tokens: int = 200,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    step: str | None = None,
+    prompt_file: str | None = None,
+) -> None:
+    """Prints texts that a trained run writes.
+
+    Args:
+        run: The run's directory.
+        prompt: How each text begins; by default it is what follows the tokenizer's start token.
+        tokens: How many tokens each text goes on, unless the tokenizer's end token comes before.
+        samples: How many texts; a line of dashes stands between them.
+        temperature: Less than 1 sharpens the distribution; 0 always takes the likeliest token.
+        top_k: Draw among the k likeliest tokens.
+        top_p: Draw among the likeliest tokens that reach this probability together.
+        min_p: Draw among the tokens at least so many times as probable as the likeliest.
+        seed: Other seeds give other texts.
+        step: A checkpoint's step, or "best"; by default the newest.
+        prompt_file: A UTF-8 file that holds the prompt.
+    """
+    from jaxformer.run.opened import open_run, read_prompt
+    from jaxformer.spec import InputError
+
+    if prompt_file is not None:
+        if prompt is not None:
+            raise InputError(f"prompt_file={prompt_file!r} must not be given beside prompt; leave one of them out")
+        prompt = read_prompt(prompt_file)
+    opened = open_run(run, step_of(step))
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    texts = opened.samples(prompt, tokens, samples, seed, **how)
+    print("\n---------------\n".join(texts))
