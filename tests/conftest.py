@@ -18,6 +18,7 @@ for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
 import jax
 import pytest
 from beartype import beartype
+from jax._src import compiler
 from jaxtyping import jaxtyped
 
 from jaxformer import platform
@@ -42,6 +43,24 @@ for name in ("masks", "layers", "positions", "kernels", "mixers", "blocks", "hea
     check_shapes(importlib.import_module(f"jaxformer.model.{name}"))
 for name in ("learning.rows", "learning.objectives", "generation.logits_processors", "lab.measures"):
     check_shapes(importlib.import_module(f"jaxformer.{name}"))
+
+
+# XLA as it is takes most of a suite's time to optimise programs that run for a millisecond.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+as_users_have_it = compiler.get_compile_options
+
+
+def quickly(*args, env_options_overrides=None, **kwargs):
+    return as_users_have_it(*args, env_options_overrides={**QUICK, **(env_options_overrides or {})}, **kwargs)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled(request):
+    """Programs compile quickly, but as users have them in modules marked `exact`, which compare bits of programs."""
+    compiler.get_compile_options = as_users_have_it if request.node.get_closest_marker("exact") else quickly
+    jax.clear_caches()  # the same program may have been compiled the other way
+    yield
+    compiler.get_compile_options = as_users_have_it
 
 
 @pytest.fixture(autouse=True)
