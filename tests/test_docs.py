@@ -1,0 +1,182 @@
+"""README and docs/: every Python block and every command runs, with training shortened to 2 steps of a small model."""
+
+import dataclasses
+import glob
+import importlib
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jaxformer import config as config_lib
+from jaxformer.commands import main
+from jaxformer.lab import experiments
+from jaxformer.spec import Spec, known_specs
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(ROOT.glob("docs/*.md"))
+QUICK = [ROOT / "README.md", ROOT / "docs/extend.md"]
+# What installs, measures or needs a GPU: its names are checked, it is not run.
+UNRUN = ("pip", "python3", "source", "export", "pytest", "git", "cd", "ruff", "pyright", "time")
+
+
+def blocks(page):
+    """(language, text) of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(text):
+    """The words of each command of a block."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            at = words.index("&&")
+            yield words[:at], line
+            words = words[at + 1 :]
+        if words:
+            yield words, line
+
+
+def called(words):
+    """(command of jaxformer, its arguments), or None."""
+    if words[0] == "jaxformer":
+        return words[1], words[2:]
+    if words[:3] == ["python", "-m", "jaxformer"]:
+        return words[3], words[4:]
+    if words[0] == "python" and words[1].startswith("scripts/"):
+        return Path(words[1]).stem.removesuffix("_run"), words[2:]
+    return None
+
+
+def small(config):
+    """The config at a size that trains in no time."""
+    model, train, data = config.model, config.train, config.data
+    limits = {"n_layers": 2, "d_model": 8 * getattr(model, "n_heads", 2), "context_length": 16, "d_ff": 32}
+    have = {name: getattr(model, name, None) for name in limits}
+    model = dataclasses.replace(model, **{n: min(v, limits[n]) for n, v in have.items() if v})
+    window = data.window and min(data.window, 16)
+    few = {"steps": min(train.steps, 2), "steps_per_call": 1, "eval_every": 2, "save_every": 2, "log_every": 1}
+    train = dataclasses.replace(train, **few, sample_tokens=min(train.sample_tokens, 4))
+    data = dataclasses.replace(data, batch_size=min(data.batch_size, 4), window=window, valid_tokens=64)
+    return dataclasses.replace(config, model=model, train=train, data=data)
+
+
+@pytest.fixture
+def shortened(monkeypatch, tmp_path):
+    """A folder with what a checkout has, in which whatever is trained is small."""
+    resolve = config_lib.resolve
+    monkeypatch.setattr(config_lib, "resolve", lambda *args: small(resolve(*args)))
+    for name in ("configs", "experiments", "scripts", "benchmarks"):
+        os.symlink(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def follow(page, folder):
+    """Does what a page says, in its order."""
+    names = {"__name__": page.stem}
+    for language, text in blocks(page):
+        if language == "python":
+            file = re.match(r"# (\w+\.py)\n", text)
+            if file:
+                (folder / file[1]).write_text(text)
+            else:
+                exec(compile(text, str(page), "exec"), names)
+        elif language == "bash":
+            for words, line in commands(text):
+                call = called(words)
+                if call is None and words[0] in UNRUN + ("python",):
+                    check_names(words)
+                elif call is None:
+                    subprocess.run(["bash", "-ec", line], check=True)
+                elif call[0] == "reproduce":
+                    check_names(words)
+                else:
+                    arguments = [w for word in call[1] for w in (sorted(glob.glob(word)) or [word])]
+                    assert main.run(call[0], arguments) == 0, f"{page.name}: {line}"
+
+
+def check_names(words):
+    """Of a command that is not run: the files, extras and experiments that it names are there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in words[1:]:
+        if word.endswith(".py") and "/" in word:
+            assert (ROOT / word).is_file(), word
+    if words[0] == "pip":
+        for found in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+            assert set(found.split(",")) <= set(extras), found
+    call = called(words)
+    if call is not None:
+        assert call[0] in main.COMMANDS
+        named = next(word for word in call[1] if not word.startswith("--"))
+        assert named == "all" or named in experiments.names() or (ROOT / named).is_file() or Path(named).is_file()
+
+
+@pytest.mark.parametrize("page", QUICK, ids=lambda page: page.stem)
+def test_what_a_page_says_works(page, shortened, capfd):
+    follow(page, shortened)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in QUICK], ids=lambda page: page.stem)
+def test_what_another_page_says_works(page, shortened, capfd):
+    follow(page, shortened)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert re.match(r"https?:", target) or (page.parent / target).exists(), target
+    for target in re.findall(r"`((?:jaxformer|configs|tests|experiments|benchmarks|docs|notebooks)/[\w/]+\.\w+)`", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readme_can_be_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def hooks():
+    """(class, bold, what stands in code) of each cell of the table of hooks."""
+    base = None
+    for line in (ROOT / "docs/extend.md").read_text().partition("## Every hook")[2].splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) != 3 or cells[0] in ("base", "---"):
+            continue
+        if cells[0]:
+            name = cells[0].split("`")[1]
+            (base,) = [c for c in known_specs() if c.__name__ == name and c.__module__.startswith("jaxformer.")]
+            if " in `" in cells[0]:
+                assert base.__module__.replace(".", "/") == "jaxformer/" + cells[0].split("`")[3].removesuffix(".py")
+        for bold, code in re.findall(r"(\*\*)?`([^`]+)`", cells[1]):
+            yield base, bool(bold), code
+
+
+def test_the_table_of_hooks_is_that_of_the_code():
+    found = {}
+    for base, bold, code in hooks():
+        call = re.fullmatch(r"(\w+)\((.*)\)", code)
+        name = re.match(r"\w+", code)
+        if name is None or (code.startswith("=") or not hasattr(base, name[0])):
+            assert code.startswith("="), f"{base.__name__} has no {code}"
+            continue
+        found.setdefault(base, set()).add(name[0])
+        assert (name[0] in base.__abstractmethods__) == bold, f"{base.__name__}.{name[0]}"
+        if call:
+            parameters = [str(p).split(":")[0].split("=")[0] for p in inspect.signature(getattr(base, call[1])).parameters.values()]
+            assert [p for p in call[2].split(", ") if p] == parameters[1:], f"{base.__name__}.{code}: {parameters}"
+    for base, names in found.items():
+        assert base.__abstractmethods__ <= names, f"{base.__name__}: {base.__abstractmethods__ - names}"
+    roles = {c for c in Spec.__subclasses__() if c.__module__.startswith("jaxformer.") and (c.abstract or inspect.isabstract(c))}
+    assert roles <= set(found), {c.__name__ for c in roles - set(found)}
