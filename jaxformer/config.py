@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from jaxformer.data import tables, tasks
 from jaxformer.data.batches import RandomWindows, RowSize, Sampling
@@ -52,7 +52,9 @@ class Train(Spec):
     seed: int = 0
     steps_per_call: int = 10  # on the device without a word to the host: faster; a signal waits for the call's end
     accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
-    compute_dtype: str = "float32"  # of activations; parameters, softmax and loss are float32 always
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = (
+        "float32"  # of activations; parameters, softmax and loss are float32 always
+    )
     ema_decay: float | None = None  # of an average of the parameters, which is then evaluated and sampled from
     log_every: int = 10
     grad_norms: bool = False  # in each logged row the gradient's norm for every parameter and layer
@@ -293,8 +295,6 @@ def _check_train(train: Train, at: str) -> None:
         raise ValueError(f"{at}ema_decay={train.ema_decay} must lie between 0 and 1; 0.999 is usual, None turns it off")
     if train.sample_tokens < 0:
         raise ValueError(f"{at}sample_tokens={train.sample_tokens} must be at least 0; 0 shows no text")
-    if train.compute_dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"{at}compute_dtype={train.compute_dtype!r} must be float32, bfloat16 or float16")
 
 
 def _check_config(config: Config, at: str) -> None:

@@ -316,7 +316,10 @@ def listing(home):
         ("train config.py --directory=new --profile=5:5", "profile=5:5 must be START:STOP with"),
         ("train config.py --directory=new --profile=5:701", "profile=5:701 must be START:STOP with"),
         ("train config.py --directory=new --dry_run --model.n_layers=0", "model.n_layers=0 must be at least 1"),
-        ("train config.py --directory=new --model.remat=all", "model.remat='all' must be None or one of"),
+        (
+            "train config.py --directory=new --model.remat=all",
+            "model.remat='all' must be nothing_saveable, dots_saveable, ",
+        ),
         ("train config.py --directory=new --model.head.cap=0", "model.head.cap=0.0 must be more than 0"),
         ("train config.py --directory=new --train.ema_decay=1", "train.ema_decay=1.0 must lie between 0 and 1"),
         ("train config.py --directory=new --writers=WandB --writers.0.mode=off", "writers.0.mode='off' must be online"),

@@ -75,6 +75,31 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
     [
         ("model.n_layer", "3", "model.n_layer: Decoder has no such field; did you mean n_layers?"),
         ("modle.n_layers", "3", "did you mean model?"),
+        ("seed", "1", "seed: Config has no such field; did you mean --train.seed?"),
+        ("seed", 1, "did you mean train.seed?"),  # from Python
+        ("n_layers", "3", "did you mean --model.n_layers?"),
+        ("n_layer", "3", "did you mean --model.n_layers?"),
+        ("lr", "1e-3", "did you mean --optimizer.learning_rate.peak?"),
+        ("train.lr", "1e-3", "train.lr: Train has no such field; did you mean --optimizer.learning_rate.peak?"),
+        ("learning_rate", "Constant", "did you mean --optimizer.learning_rate?"),
+        ("eps", "1e-9", "did you mean --model.norm.eps or --optimizer.eps?"),
+        ("size", "3", "did you mean --model.mask.0.size?"),
+        (
+            "optimizer.learning_rate",
+            "1e-3",
+            "optimizer.learning_rate=1e-3: a part is no number; give a field of it, "
+            "optimizer.learning_rate.peak or optimizer.learning_rate.final",
+        ),
+        (
+            "data.corpus",
+            "notes.txt",
+            "is a path, and must be a class; give --data.corpus=TextFiles --data.corpus.path=notes.txt",
+        ),
+        ("data.corpus", "a/b.jsonl.gz", "give --data.corpus=JSONLines --data.corpus.path=a/b.jsonl.gz"),
+        ("data.tokenizer", "tokenizer.json", "give --data.tokenizer=TokenizerFile --data.tokenizer.path=tokenizer"),
+        ("model.kernel", "my_module.Sink", "a module with a colon; give --model.kernel=my_module:Sink"),
+        ("model.kernel", "a/b.py", "model.kernel='a/b.py' must be one of "),
+        ("train.steps", "1e-3", "train.steps='1e-3' must be int, but it is str"),
         ("model.n_layers", "three", "model.n_layers='three' must be int, but it is str"),
         ("model.n_layers", 2.5, "model.n_layers=2.5 must be int, but it is float"),
         ("model.n_layers", True, "model.n_layers=True must be int, but it is bool"),
@@ -116,7 +141,8 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("train.steps", 2**31, "train.steps=2147483648 must be less than 2**31"),
         ("model.position", EmbedsPerLayer(), "model.position=EmbedsPerLayer embeds above the layers"),
         ("train.accumulation", 3, "train.accumulation=3 must divide data.batch_size=16"),
-        ("train.compute_dtype", "float8", "train.compute_dtype='float8' must be"),
+        ("train.compute_dtype", "float8", "train.compute_dtype='float8' must be float32, bfloat16 or float16"),
+        ("train.compute_dtype", 8, "train.compute_dtype=8 must be float32, bfloat16 or float16, but it is int"),
         ("data.window", 8, "data.window=8 must be at most model.context_length=7"),
         ("data.valid_fraction", 1, "data.valid_fraction=1.0 must lie between 0 and 1"),
         ("directory", "", "directory='' must name a folder"),
@@ -210,6 +236,9 @@ def test_strings_are_read_as_the_type_of_the_field():
     assert (config.model.d_ff, config.optimizer.clip, config.model.head.tied) == (None, 1e-3, False)
     assert config.model.feed_forward is None
     assert (config.train.steps, config.directory) == (12, "12")
+    assert override(config, "train.steps", "1e3").train.steps == 1000
+    assert override(config, "model.d_ff", "2.4e1").model.d_ff == 24
+    assert checked(override(config, "train.steps", 1e3)).train.steps == 1000
     checked(config)
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -205,7 +205,7 @@ class Parquet(TextFiles):
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise InputError("data.corpus=Parquet needs pyarrow; pip install 'jaxformer[parquet]'") from None
+            raise InputError('data.corpus=Parquet needs pyarrow; pip install "jaxformer[parquet]"') from None
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if self.column not in file.schema_arrow.names:
@@ -225,11 +225,7 @@ class TokenFile(Corpus):
     """A file of ids, one after another as nanoGPT's `train.bin` holds them; its documents end with the end token."""
 
     path: str
-    dtype: str = "uint16"
-
-    def check(self, at: str = "") -> None:
-        if self.dtype not in ("uint8", "uint16", "uint32"):
-            raise ValueError(f"{at}dtype={self.dtype!r} must be uint8, uint16 or uint32")
+    dtype: Literal["uint8", "uint16", "uint32"] = "uint16"
 
     def documents(self) -> Iterator[str]:
         raise InputError(f"corpus {self.path!r} holds ids, no text to learn from; give the data.tokenizer of its ids")

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxformer.data.corpora import Corpus, Piece, TextFiles, TextLines, cut
 from jaxformer.data.files import lines, plain_name
@@ -43,14 +43,12 @@ class Table(TextFiles):
     several: tuple[str, ...] = ()  # those of them whose cells hold any number of classes
     separator: str = "|"  # between these; JSON may hold a list
     columns: tuple[str, ...] | None = None  # their names, where files have no first line of them
-    malformed: str = "stop"  # at a row that cannot be used; "skip": leave it out, count and tell
+    malformed: Literal["stop", "skip"] = "stop"  # at a row that cannot be used; "skip": leave it out, count and tell
 
     suffixes = (".csv", ".tsv", ".jsonl", ".ndjson")
     aligned = True
 
     def check(self, at: str = "") -> None:
-        if self.malformed not in ("stop", "skip"):
-            raise ValueError(f"{at}malformed={self.malformed!r} must be 'stop' or 'skip'")
         if self.columns is not None:
             for name in self._columns():
                 if name not in self.columns:

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxformer.spec import Arrays, Declarations, Param, Spec, declare, draw, pat
 Params = Mapping[str, Any]
 H = TypeVar("H", bound=Head)
 T = TypeVar("T")
-REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
+Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"]
 ENCODER, HEAD = 1 << 30, (1 << 30) + 1  # folded into the key of dropout: these have others than the layers
 
 
@@ -241,7 +241,7 @@ class Decoder(Model):
     qkv_bias: bool | None = None  # of queries, keys and values; None: as bias
     output_projection: bool = True  # False: attention gives its heads side by side, and 0 where d_model is wider
     unroll: int = 1  # groups of layers in a turn of the scan, at most all: more is faster on CPU, slower to compile
-    remat: str | None = None  # "nothing_saveable": least memory; "dots_saveable": some; None: no recomputation
+    remat: Remat | None = None  # "nothing_saveable": least memory; "dots_saveable": some; None: no recomputation
 
     stacks = ("decoder",)  # by name
 
@@ -434,8 +434,6 @@ def check_transformer(model: Decoder, at: str) -> None:
     model.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
     if not 0 <= model.dropout < 1:
         raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
-    if model.remat not in (None, *REMAT):
-        raise ValueError(f"{at}remat={model.remat!r} must be None or one of {', '.join(REMAT)}")
     if model.feed_forward is None and model.kernel is None:
         raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
     for position in _as_tuple(model.position):
