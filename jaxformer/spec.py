@@ -158,7 +158,8 @@ def listing(spec: Spec) -> Iterator[tuple[str, str, str]]:
         meaning += filter(None, [_comments(type(owner)).get(name)])
         kinds = [k for o in options for k in (o, *typing.get_args(o)) if isinstance(k, type)]
         if kinds := [kind for kind in kinds if issubclass(kind, Spec)]:
-            meaning.append(f"of {_choices(kinds)}")
+            choices = _choices(kinds)
+            meaning += [f"of {choices}"] if choices != type(value).__name__ else []
         meaning += [f"one of {', '.join(_literals([o]))}" for o in options if _literals([o])]
         shown = ",".join(type(p).__name__ if isinstance(p, Spec) else str(p) for p in parts)
         yield path, "" if missing else shown, "; ".join(meaning)
@@ -189,6 +190,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"it has {', '.join(names) or 'none'}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def _meant(name: str, names: list[str], root: Spec, value: Any) -> str:

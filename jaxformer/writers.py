@@ -62,9 +62,9 @@ class WandB(Writer):
     """
 
     package = "wandb"
-    project: str = "jaxformer"
-    name: str | None = None  # None: the name of the run's directory
-    mode: Literal["online", "offline", "disabled"] = "online"
+    project: str = "jaxformer"  # the project that the run belongs to
+    name: str | None = None  # what the run is called; None: as its directory
+    mode: Literal["online", "offline", "disabled"] = "online"  # whether rows are uploaded
 
     def check(self, at: str = "") -> None:
         if not self.project:

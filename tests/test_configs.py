@@ -23,7 +23,7 @@ def test_config(path):
     tokenizer, state = without_corpus(config)
     count = sum(a.size for a in jax.tree.leaves(state.params))
     text = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"python scripts/train.py configs/{path.name}" in text and "cores" in text
+    assert f"jaxformer train {path.stem}" in text and "cores" in text
     published = re.search(r"([\d,]+) parameters", text)
     assert published, "the docstring gives the number of parameters"
     if "tinyshakespeare" in text or tokenizer is None:
