@@ -54,9 +54,7 @@ class Train(Spec):
     steps_per_call: int = 10  # steps in one call of the device: more is faster, but a signal waits for its end
     accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of activations; all else is float32
-    ema_decay: float | None = (
-        None  # decay of an average of parameters, which is evaluated and sampled; None: no average
-    )
+    ema_decay: float | None = None  # decay of an average of parameters, which is evaluated; None: no average
     log_every: int = 10  # steps between two rows of metrics
     grad_norms: bool = False  # adds the gradient's norm of each parameter and layer to these rows
     eval_every: int = 250  # steps between two evaluations

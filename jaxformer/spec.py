@@ -155,7 +155,7 @@ def listing(spec: Spec) -> Iterator[tuple[str, str, str]]:
         parts = value if isinstance(value, tuple) else (value,)
         missing = value is None and types.NoneType not in options
         meaning = ["must be given"] if missing else []
-        meaning += filter(None, [_comments(type(owner)).get(name)])
+        meaning += filter(None, [field_comments(type(owner)).get(name)])
         kinds = [k for o in options for k in (o, *typing.get_args(o)) if isinstance(k, type)]
         if kinds := [kind for kind in kinds if issubclass(kind, Spec)]:
             choices = _choices(kinds)
@@ -174,7 +174,7 @@ def _choices(kinds: Iterable[type[Spec]]) -> str:
 
 
 @functools.cache
-def _comments(cls: type) -> dict[str, str]:
+def field_comments(cls: type) -> dict[str, str]:
     """What stands behind # beside the fields of a class and its bases; of two comments, as on a line that pyright is to
     pass over, the first."""
     found: dict[str, str] = {}

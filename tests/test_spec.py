@@ -25,8 +25,10 @@ from jaxformer.spec import (
     Spec,
     checked,
     dumps,
+    field_comments,
     from_json,
     is_declared,
+    known_specs,
     listing,
     map_declared,
     override,
@@ -206,15 +208,32 @@ def test_the_listing_says_what_the_command_line_takes():
     )
     rows = {path: (value, meaning) for path, value, meaning in listing(config)}
     assert rows["model.mask.0.size"][0] == "5" and rows["data.corpus.weights"][0] == "0.7,0.3"
-    assert rows["model.norm"] == ("LayerNorm", "of LayerNorm, NoNorm, RMSNorm")
+    assert rows["model.norm"] == ("LayerNorm", "how branches are normalised; of LayerNorm, NoNorm, RMSNorm")
+    assert rows["train.compute_dtype"][1].endswith("; one of float32, bfloat16, float16")
     assert rows["optimizer"][0] == "AdamW"
-    assert {"AdamW", "SGD"} <= {*rows["optimizer"][1].removeprefix("of ").split(", ")}
+    assert {"AdamW", "SGD"} <= {*rows["optimizer"][1].rpartition("of ")[2].split(", ")}
     assert "Optimizer" not in rows["optimizer"][1]  # nor any other class that could not be made
-    assert rows["model.head.tied"] == ("True", "")
+    assert rows["model.head.tied"] == ("True", "the matrix is that of the embedding")
     assert {path.split(".")[0] for path in rows} == {field.name for field in dataclasses.fields(Config)}
-    for path, (value, meaning) in rows.items():
-        if not re.search(r"\bof [A-Z]", meaning):  # a part begins with its defaults
+    for path, (value, _) in rows.items():
+        if not re.fullmatch(r"(?!None|True|False)[A-Z]\w+(,[A-Z]\w+)*", value):  # a part begins with its defaults
             assert checked(override(config, path, value)) == config, path
+
+
+def test_what_must_be_given_is_listed_so():
+    rows = {path: (value, meaning) for path, value, meaning in listing(override(CONFIG, "data.corpus", "Mixture"))}
+    assert rows["data.corpus.weights"] == ("", "must be given; the share of each in the rows of a batch, as 0.7,0.3")
+    assert rows["data.corpus.names"][0] == "None" and "must" not in rows["data.corpus.names"][1]
+
+
+def test_every_field_that_a_user_may_set_says_what_it_means():
+    inner = {"Parts", "BlockSpec", "Subwords", "Recipe"}  # made by the library
+    for spec in known_specs():
+        if spec.__module__.startswith("jaxformer.") and spec.__name__ not in inner:
+            meanings = field_comments(spec)
+            for field in dataclasses.fields(spec):
+                assert meanings.get(field.name), f"{spec.__name__}.{field.name} has no comment"
+                assert "pyright" not in meanings[field.name] and len(meanings[field.name].split()) > 1
 
 
 def test_a_longer_remat_needs_a_scan():

@@ -250,8 +250,8 @@ def _text(value: Any) -> str:
 
 
 def human(number: float, unit: str = "") -> str:
-    """At most four digits, and the power of 1,000 that they are of: "8,192", "10.7M", "1.3 GB"."""
-    if number < 10_000:
+    """A large number by three digits and the power of 1,000 that they are of: "810,112", "10.7M", "1.3 GB"."""
+    if number < (10_000 if unit else 1_000_000):
         return f"{number:,} {unit}".rstrip()
     power = 0
     while number >= 999.5:
