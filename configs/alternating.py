@@ -1,7 +1,7 @@
 """1 0 1 0 …, shifted by one: an encoder–decoder that is told nothing but the answers.
 
-    python scripts/train.py configs/alternating.py
-    python scripts/predict.py runs/alternating --text 1010101010
+    jaxformer train alternating
+    jaxformer predict runs/alternating --text 1010101010
 
 3,676,928 parameters. Loss on texts after 250 steps 0.0000055, after 1,000 steps 0.0000001, every answer exact; what
 `predict` prints is 0101010101. 114 seconds on 2 cores (AMD EPYC, jax 0.10.1) while other programs ran beside it.

@@ -1,6 +1,6 @@
-"""Span corruption on short biographies, before the questions of `configs/birth_places.py`.
+"""Span corruption on short biographies, before the questions of `birth_places`.
 
-    python scripts/train.py configs/birth_places_pretrain.py
+    jaxformer train birth_places_pretrain
 
 It reads $JAXFORMER_DATA/birth_places/wiki.txt and is validated on the text that it learns: what counts is what it
 remembers of it. 4,622,272 parameters; after 4,600 steps 2.171 nats per token of the targets, in 43 minutes on 2 cores

@@ -1,12 +1,12 @@
 """Which tweets tell of a disaster? An encoder of two blocks that classifies.
 
-    python scripts/train.py configs/disaster_tweets.py --data.split_seed=0 --train.seed=0 --directory=runs/tweets
-    python scripts/predict.py runs/tweets --step best --text "Forest fire near La Ronge"
+    jaxformer train disaster_tweets --data.split_seed=0 --train.seed=0 --directory=runs/tweets
+    jaxformer predict runs/tweets --step best --text "Forest fire near La Ronge"
 
 It reads $JAXFORMER_DATA/disaster_tweets.csv. 937,729 parameters. Accuracy on the 20 % that it is not trained on, best
 of 40 evaluations in 8 epochs, split and seed 0 to 4: 0.7958, 0.7800, 0.7768, 0.7997, 0.8011; mean 0.7907. About 100
 seconds of training each on 2 cores (AMD EPYC, jax 0.10.1), while other programs ran beside it. All five at once:
-`python scripts/reproduce.py encoder`.
+`jaxformer reproduce encoder`.
 """
 
 from jaxformer import Config, Data, Encoder, Train

@@ -1,7 +1,7 @@
-"""Masked-language pretraining of the encoder of `configs/disaster_tweets.py`, on the same tweets without their classes.
+"""Masked-language pretraining of the encoder of `disaster_tweets`, on the same tweets without their classes.
 
-    python scripts/train.py configs/disaster_tweets_masked.py
-    python scripts/train.py configs/disaster_tweets.py --init_from=runs/disaster_tweets_masked
+    jaxformer train disaster_tweets_masked
+    jaxformer train disaster_tweets --init_from=runs/disaster_tweets_masked
 
 It reads $JAXFORMER_DATA/disaster_tweets.csv. 941,952 parameters; after 1,500 steps 6.518 nats per masked token, 12 %
 of them right, in 4.6 minutes on 2 cores (AMD EPYC, jax 0.10.1) while other programs ran beside it.

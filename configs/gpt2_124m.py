@@ -1,11 +1,13 @@
-"""GPT-2, 124M: 12 layers, 768 wide, context 1024, trained as nanoGPT does. Give it a corpus of yours:
+"""GPT-2, 124M: 12 layers, 768 wide, context 1024, trained as nanoGPT does.
 
-    python scripts/train.py configs/gpt2_124m.py --data.corpus=JSONLines --data.corpus.path=FOLDER
+Give it a corpus of yours:
+
+    jaxformer train gpt2_124m --data.corpus=JSONLines --data.corpus.path=FOLDER
 
 124,439,808 parameters, as published. The text that it begins with by default is Python's own help, so that it starts
 anywhere. Its first 5 steps, with 4 rows a step instead of 480, on 2 cores:
 
-    python scripts/train.py configs/gpt2_124m.py --data.batch_size=4 --train.accumulation=1 --train.steps=5 \\
+    jaxformer train gpt2_124m --data.batch_size=4 --train.accumulation=1 --train.steps=5 \\
         --train.compute_dtype=float32
 
 take 114 seconds from command to end and at most 14.9 GB of memory by `/usr/bin/time -v` (AMD EPYC, jax 0.10.1);

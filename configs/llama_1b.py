@@ -1,11 +1,13 @@
-"""Llama 3.2, 1B: rotary positions, RMSNorm, gated SiLU, 32 query heads on 8 key/value heads. Give it a corpus of yours:
+"""Llama 3.2, 1B: rotary positions, RMSNorm, gated SiLU, 32 query heads on 8 key/value heads.
 
-    python scripts/train.py configs/llama_1b.py --data.corpus=JSONLines --data.corpus.path=FOLDER
+Give it a corpus of yours:
+
+    jaxformer train llama_1b --data.corpus=JSONLines --data.corpus.path=FOLDER
 
 1,235,814,400 parameters, as published. Documents are packed and do not see each other. It was planned on 2 cores, and
 trained on none:
 
-    python scripts/train.py configs/llama_1b.py --dry_run
+    jaxformer train llama_1b --dry_run
 """
 
 from jaxformer import Config, Data, Decoder, Train

@@ -1,7 +1,7 @@
 """A small decoder on the text that comes with Python: no download, recognisable help pages in a minute.
 
-    python scripts/train.py configs/quickstart.py
-    python scripts/sample.py runs/quickstart --prompt "The " --temperature 0.8
+    jaxformer train quickstart
+    jaxformer sample runs/quickstart --prompt "The " --temperature 0.8
 
 810,112 parameters with the 103 characters of Python 3.11. Validation loss 1.355 after 2,000 steps; 61 seconds from
 command to end on 2 cores (AMD EPYC, jax 0.10.1), compilation, evaluations and samples included.

@@ -1,9 +1,9 @@
 """Twenty digits, reversed by an encoder–decoder.
 
-    python scripts/train.py configs/reverse.py
-    python scripts/train.py configs/reverse.py --data.corpus=Copy --data.corpus.length=20 \\
+    jaxformer train reverse
+    jaxformer train reverse --data.corpus=Copy --data.corpus.length=20 \\
         --data.corpus.examples=50000 --directory=runs/copy
-    python scripts/train.py configs/reverse.py --data.corpus=Sort --data.corpus.length=20 \\
+    jaxformer train reverse --data.corpus=Sort --data.corpus.length=20 \\
         --data.corpus.examples=50000 --directory=runs/sort
 
 118,912 parameters. Share of 1,000 texts that it has not seen whose answer is exact, after 2,000 steps: reverse 100 %,

@@ -1,6 +1,6 @@
 """Tiny Shakespeare by characters on a CPU, as nanoGPT's recipe for one: no dropout, no biases, tied head.
 
-    python scripts/train.py configs/shakespeare_cpu.py --train.seed=0 --directory=runs/shakespeare_cpu_0
+    jaxformer train shakespeare_cpu --train.seed=0 --directory=runs/shakespeare_cpu_0
 
 804,096 parameters on tinyshakespeare.txt. Loss over the full validation split after 2,000 steps, seeds 0, 1 and 2:
 1.9184, 1.9069, 1.8963; mean 1.907. 50 to 52 seconds each on 2 cores (AMD EPYC, jax 0.10.1), all included.

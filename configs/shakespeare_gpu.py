@@ -1,11 +1,11 @@
 """Tiny Shakespeare by characters on a GPU, as nanoGPT's recipe for one: 6 layers, context 256, dropout 0.2.
 
-    python scripts/train.py configs/shakespeare_gpu.py
+    jaxformer train shakespeare_gpu
 
 10,745,088 parameters on tinyshakespeare.txt (10,646,784 without the table of positions, as nanoGPT counts). Not yet
 run in full, for want of a GPU. Its first 100 steps on 2 cores:
 
-    python scripts/train.py configs/shakespeare_gpu.py --train.steps=100 --train.compute_dtype=float32 \\
+    jaxformer train shakespeare_gpu --train.steps=100 --train.compute_dtype=float32 \\
         --optimizer.learning_rate.shortens=false
 
 take 10 minutes (AMD EPYC, jax 0.10.1) to a validation loss of 2.472.

@@ -1,6 +1,7 @@
 """Every knob of a run on one page; and how a config is loaded, overridden, checked, stored and compared."""
 
 import dataclasses
+import difflib
 import json
 import re
 import runpy
@@ -8,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from jaxformer.data import tables, tasks
 from jaxformer.data.batches import RandomWindows, RowSize, Sampling
@@ -31,15 +32,15 @@ PARTS = tables, tasks, baselines  # imported so that their specs are known by na
 class Data(Spec):
     """Text, and how batches are made of it."""
 
-    corpus: Corpus = PythonTopics()
-    valid: Corpus | None = None  # what to validate on; None: a part of the corpus, or of each of a mixture
-    valid_fraction: float = 0.1  # how much of it: of windows the end
-    split_seed: int | None = 0  # draws it of examples and documents, of each class its share; None: the last ones
-    valid_tokens: int | None = None  # evaluated along the way, spread over the split, the same each time; None: all
-    tokenizer: Tokenizer = Characters()
-    sampling: Sampling = RandomWindows()
-    batch_size: int = 16
-    window: int | None = None  # tokens in a row of a batch; None: model.context_length
+    corpus: Corpus = PythonTopics()  # the text to train on
+    valid: Corpus | None = None  # the text to validate on; None: a part of the corpus, or of each one of a mixture
+    valid_fraction: float = 0.1  # the share of the corpus that is kept for validation; of windows its end
+    split_seed: int | None = 0  # which examples or documents validate, of each class its share; None: the last ones
+    valid_tokens: int | None = None  # how many tokens an evaluation on the way reads, the same each time; None: all
+    tokenizer: Tokenizer = Characters()  # how text becomes ids
+    sampling: Sampling = RandomWindows()  # how rows are made of the ids
+    batch_size: int = 16  # rows in a batch
+    window: int | None = None  # tokens in a row; None: model.context_length
 
     def check(self, at: str = "") -> None:
         _check_data(self, at)
@@ -48,19 +49,19 @@ class Data(Spec):
 class Train(Spec):
     """How long, how often, from which seed."""
 
-    steps: int = 1000
-    seed: int = 0
-    steps_per_call: int = 10  # on the device without a word to the host: faster; a signal waits for the call's end
+    steps: int = 1000  # how many updates are made
+    seed: int = 0  # determines the first parameters, the batches and dropout
+    steps_per_call: int = 10  # steps in one call of the device: more is faster, but a signal waits for its end
     accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
-    compute_dtype: str = "float32"  # of activations; parameters, softmax and loss are float32 always
-    ema_decay: float | None = None  # of an average of the parameters, which is then evaluated and sampled from
-    log_every: int = 10
-    grad_norms: bool = False  # in each logged row the gradient's norm for every parameter and layer
-    eval_every: int = 250
-    save_every: int = 250
-    keep: int = 2  # newest checkpoints; the best one is kept besides
-    best_by: str = "loss"  # which number tells the best: a loss or bits per byte, least; any other, as "accuracy", most
-    sample_tokens: int = 200  # of text shown at each evaluation
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of activations; all else is float32
+    ema_decay: float | None = None  # decay of an average of parameters, which is evaluated; None: no average
+    log_every: int = 10  # steps between two rows of metrics
+    grad_norms: bool = False  # adds the gradient's norm of each parameter and layer to these rows
+    eval_every: int = 250  # steps between two evaluations
+    save_every: int = 250  # steps between two checkpoints
+    keep: int = 2  # how many of the newest checkpoints are kept beside the best one
+    best_by: str = "loss"  # metric that tells the best one: least of losses and bits_per_byte, most of others
+    sample_tokens: int = 200  # length of the text that an evaluation shows; 0: none
 
     def check(self, at: str = "") -> None:
         _check_train(self, at)
@@ -69,13 +70,13 @@ class Train(Spec):
 class Config(Spec):
     """A run."""
 
-    directory: str
-    model: Model
-    data: Data = Data()
-    objective: Objective = NextToken()
-    optimizer: Optimizer = AdamW()
-    train: Train = Train()
-    sampler: Sampler | None = None  # draws texts from the model; None: LeftToRight
+    directory: str  # where the run is kept
+    model: Model  # the architecture
+    data: Data = Data()  # the text, and how batches are made of it
+    objective: Objective = NextToken()  # what is learned of a batch
+    optimizer: Optimizer = AdamW()  # how gradients change the parameters
+    train: Train = Train()  # how long, how often, from which seed
+    sampler: Sampler | None = None  # how texts are drawn from the model; None: LeftToRight
     init_from: str | None = None  # a run, or one of its checkpoints, whose parameters this one begins with
     writers: tuple[Writer, ...] = ()  # where rows go besides metrics.jsonl
 
@@ -108,13 +109,27 @@ NOTICE = MOVED | {
 }
 
 
-def load(path: str | Path) -> Config:
-    """The `config` that a Python file defines. Raises InputError if there is none."""
-    path = located(str(path))
-    if not path.is_file():
-        raise InputError(
-            f"config {str(path)!r} is no file; give the path of a Python file such as configs/quickstart.py"
-        )
+def presets() -> dict[str, Path]:
+    """The files of the configs that come with jaxformer, by name: a checkout's configs/, which a wheel has inside."""
+    package = Path(__file__).parent
+    folder = package / "presets" if (package / "presets").is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def config_file(name: str | Path) -> Path | None:
+    """The file at that path, with or without its .py; or else the preset of that name."""
+    here = located(str(name))
+    found = [path for path in (here, Path(f"{here}.py")) if path.is_file()]
+    return found[0] if found else presets().get(str(name))
+
+
+def load(name: str | Path) -> Config:
+    """The `config` that a Python file, or a preset, defines. Raises InputError if there is none."""
+    path = config_file(name)
+    if path is None:
+        close = difflib.get_close_matches(Path(name).stem, presets(), n=1)
+        remedy = f"did you mean the preset {close[0]}?" if close else "`jaxformer presets` lists those that there are"
+        raise InputError(f"config {str(name)!r} is no file and no preset; {remedy}")
     found = execute(path).get("config")
     if not isinstance(found, Config):
         raise InputError(f"{path}: must define `config`, a jaxformer Config, but it is {type(found).__name__}")
@@ -156,12 +171,16 @@ def resolve(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
 
     No shell expands the ~ or $NAME of a directory that stands in a file, or behind --directory=.
     """
-    found = config if isinstance(config, Config) else load(config)
-    parts_first = sorted((overrides or {}).items(), key=lambda item: item[0].count("."))  # before their fields
-    for path, value in parts_first:
-        found = override(found, path, value)
-    found = checked(found)
+    found = checked(overridden(config if isinstance(config, Config) else load(config), overrides or {}))
     return dataclasses.replace(found, directory=expanded(found.directory))
+
+
+def overridden(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Not checked: fields that must be given may still be missing."""
+    parts_first = sorted(overrides.items(), key=lambda item: item[0].count("."))  # before their fields
+    for path, value in parts_first:
+        config = override(config, path, value)
+    return config
 
 
 def check_storable(config: Config) -> None:
@@ -264,6 +283,16 @@ def differences(old: Spec, new: Spec, at: str = "") -> dict[str, tuple[Any, Any]
     return found
 
 
+def told(path: str, old: Any, new: Any) -> str:
+    """A difference in words: of two parts their classes, and what differs of the fields that both have."""
+    if not (isinstance(old, Spec) and isinstance(new, Spec)):
+        return f"{path} was {old!r} and is {new!r}"
+    kinds = [f"{path} was {type(old).__name__} and is {type(new).__name__}"] if type(old) is not type(new) else []
+    both = [field.name for field in dataclasses.fields(old) if hasattr(new, field.name)]
+    rows = [(f"{path}.{name}", getattr(old, name), getattr(new, name)) for name in both]
+    return "; ".join(kinds + [told(*row) for row in rows if row[1] != row[2]])
+
+
 # --- checks
 
 
@@ -293,8 +322,6 @@ def _check_train(train: Train, at: str) -> None:
         raise ValueError(f"{at}ema_decay={train.ema_decay} must lie between 0 and 1; 0.999 is usual, None turns it off")
     if train.sample_tokens < 0:
         raise ValueError(f"{at}sample_tokens={train.sample_tokens} must be at least 0; 0 shows no text")
-    if train.compute_dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"{at}compute_dtype={train.compute_dtype!r} must be float32, bfloat16 or float16")
 
 
 def _check_config(config: Config, at: str) -> None:

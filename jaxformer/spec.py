@@ -4,17 +4,20 @@ import abc
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import types
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Self, TypeVar
+from pathlib import PurePath
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -90,21 +93,24 @@ def checked(spec: S, at: str = "") -> S:
     return spec
 
 
-def override(spec: S, path: str, value: Any, at: str = "") -> S:
+def override(spec: S, path: str, value: Any, at: str = "", root: Spec | None = None) -> S:
     """The spec with the field at a dotted path replaced; "mask.0.size" goes into a tuple.
 
     A string is read as the field's type: "3", "none", "1e-3", "0.7,0.3", and for a part its class: "Rotary" if it is
     known already, "my_module:Decay" imports the module. A part keeps what was set of the fields that both classes
-    have, and begins with its defaults elsewhere; its fields can follow.
+    have, and begins with its defaults elsewhere; its fields can follow. `at` is where the spec stands in the `root`,
+    in whose fields a wrong name is looked for.
     """
     name, _, rest = path.partition(".")
-    names = [field.name for field in dataclasses.fields(spec)]
+    names, root = [field.name for field in dataclasses.fields(spec)], root or spec
     if name not in names:
-        raise InputError(f"{at}{name}: {type(spec).__name__} has no such field; {nearest(name, names)}")
+        raise InputError(f"{at}{name}: {type(spec).__name__} has no such field; {_meant(name, names, root, value)}")
     old, new = getattr(spec, name), value
     if rest:
-        new = _override_inside(old, rest, value, at + name)
+        new = _override_inside(old, rest, value, at + name, root)
     elif isinstance(value, str):
+        if isinstance(old, Spec) and _is_number(value) and (numbers := _numbers(old, f"{at}{name}.")):
+            raise InputError(f"{at}{name}={value}: a part is no number; give a field of it, {' or '.join(numbers)}")
         new = _parse(value, typing.get_type_hints(type(spec))[name], at + name)
         if isinstance(old, Spec) and old.keeps_fields and isinstance(new, Spec):
             new = _with_fields_of(old, new)
@@ -119,34 +125,44 @@ def _with_fields_of(old: Spec, new: S) -> S:
     return dataclasses.replace(new, **{name: getattr(old, name) for name in names})
 
 
-def _override_inside(old: Any, path: str, value: Any, at: str) -> Any:
+def _override_inside(old: Any, path: str, value: Any, at: str, root: Spec) -> Any:
     if isinstance(old, Spec):
-        return override(old, path, value, at + ".")
+        return override(old, path, value, at + ".", root)
     place, _, rest = path.partition(".")
     if isinstance(old, tuple) and rest and place.isdecimal() and int(place) < len(old):
         i = int(place)
-        return (*old[:i], _override_inside(old[i], rest, value, f"{at}.{i}"), *old[i + 1 :])
+        return (*old[:i], _override_inside(old[i], rest, value, f"{at}.{i}", root), *old[i + 1 :])
     if isinstance(old, tuple) and any(isinstance(part, Spec) for part in old):
         raise InputError(f"{at}.{path}: {at} has {len(old)} parts; give {at}.0.FIELD to {at}.{len(old) - 1}.FIELD")
     raise InputError(f"{at}.{path}: {at}={old!r} has no fields; set {at} itself")
 
 
-def listing(spec: Spec, at: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every field by its path, its value as the command line takes it, and what it means."""
-    hints, comments = typing.get_type_hints(type(spec)), _comments(type(spec))
+def fields(spec: Spec, at: str = "") -> Iterator[tuple[str, Spec, str]]:
+    """Every field: its path, the spec that has it, its name there."""
     for name in (field.name for field in dataclasses.fields(spec)):
+        yield at + name, spec, name
         value = getattr(spec, name)
+        for i, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(part, Spec):
+                yield from fields(part, f"{at}{name}.{i}." if isinstance(value, tuple) else f"{at}{name}.")
+
+
+def listing(spec: Spec) -> Iterator[tuple[str, str, str]]:
+    """Every field by its path, its value as the command line takes it, and what it means; "" for a value that must be
+    given."""
+    for path, owner, name in fields(spec):
+        value, options = getattr(owner, name), _options(typing.get_type_hints(type(owner))[name])
         parts = value if isinstance(value, tuple) else (value,)
-        kinds = [k for o in _options(hints[name]) for k in (o, *typing.get_args(o)) if isinstance(k, type)]
-        kinds = [kind for kind in kinds if issubclass(kind, Spec)]
-        comment = comments.get(name, "")
-        if kinds:
-            comment = "; ".join(filter(None, [comment, f"of {_choices(kinds)}"]))
-        is_part = lambda part: isinstance(part, Spec)
-        yield at + name, ",".join(type(p).__name__ if is_part(p) else str(p) for p in parts), comment
-        for i, part in enumerate(parts):
-            if is_part(part):
-                yield from listing(part, f"{at}{name}.{i}." if isinstance(value, tuple) else f"{at}{name}.")
+        missing = value is None and types.NoneType not in options
+        meaning = ["must be given"] if missing else []
+        meaning += filter(None, [field_comments(type(owner)).get(name)])
+        kinds = [k for o in options for k in (o, *typing.get_args(o)) if isinstance(k, type)]
+        if kinds := [kind for kind in kinds if issubclass(kind, Spec)]:
+            choices = _choices(kinds)
+            meaning += [f"of {choices}"] if choices != type(value).__name__ else []
+        meaning += [f"one of {', '.join(_literals([o]))}" for o in options if _literals([o])]
+        shown = ",".join(type(p).__name__ if isinstance(p, Spec) else str(p) for p in parts)
+        yield path, "" if missing else shown, "; ".join(meaning)
 
 
 def _choices(kinds: Iterable[type[Spec]]) -> str:
@@ -157,12 +173,15 @@ def _choices(kinds: Iterable[type[Spec]]) -> str:
     )
 
 
-def _comments(cls: type) -> dict[str, str]:
-    """What stands behind # beside the fields of a class and its bases."""
+@functools.cache
+def field_comments(cls: type) -> dict[str, str]:
+    """What stands behind # beside the fields of a class and its bases; of two comments, as on a line that pyright is to
+    pass over, the first."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         with contextlib.suppress(OSError, TypeError):  # no source
-            found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base), re.MULTILINE))
+            rows = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base), re.MULTILINE)
+            found |= {name: re.sub(r"\s*(# )?pyright:.*", "", text) for name, text in rows}
     return found
 
 
@@ -173,6 +192,40 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"it has {', '.join(names) or 'none'}"
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def _meant(name: str, names: list[str], root: Spec, value: Any) -> str:
+    """The end of a sentence about a wrong name: a field that has it elsewhere in the root, by its initials too, or one
+    that is called nearly so. A string comes from the command line, where a path begins with dashes."""
+    last = lambda path: path.rpartition(".")[2]
+    paths = {path: getattr(owner, field) for path, owner, field in fields(root)}
+    found = [path for path in paths if last(path) == name]
+    found = found or [path for path in paths if "".join(word[:1] for word in last(path).split("_")) == name]
+    if not found:
+        close = difflib.get_close_matches(name, [*names, *map(last, paths)], n=1, cutoff=0.75)
+        found = [path for path in paths if last(path) in close and last(path) not in names]
+    if not found:
+        return nearest(name, names)
+    if _is_number(value):  # which no part is, but perhaps a field of it
+        found = [next(iter(_numbers(paths[path], f"{path}.")), path) for path in found]
+    return f"did you mean {' or '.join(('--' if isinstance(value, str) else '') + path for path in found)}?"
+
+
+def _is_number(value: Any) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        return math.isfinite(float(value))
+    return False
+
+
+def _numbers(part: Any, at: str) -> list[str]:
+    """The paths of a part's own fields of type float."""
+    hints = typing.get_type_hints(type(part)) if isinstance(part, Spec) else {}
+    return [at + name for name, annotation in hints.items() if float in _options(annotation)]
+
+
 def _cast(value: Any, annotation: Any, path: str) -> Any:
     options, value = _options(annotation), value.item() if isinstance(value, np.generic) else value
     for option in options:
@@ -180,6 +233,8 @@ def _cast(value: Any, annotation: Any, path: str) -> Any:
         if origin is tuple and isinstance(value, tuple | list):
             inner = typing.get_args(option)[0]
             return tuple(_cast(v, inner, f"{path}.{i}") for i, v in enumerate(value))
+        if any(value == text for text in _literals([option])):
+            return value
         if isinstance(option, type) and type(value) is option and option is not float:
             return value if not isinstance(value, Spec) else checked(value, path + ".")
         if isinstance(option, type) and issubclass(option, Spec) and isinstance(value, option):
@@ -189,9 +244,14 @@ def _cast(value: Any, annotation: Any, path: str) -> Any:
         if abs(value) < 3.4e38:  # NaN is not
             return float(value)
         raise InputError(f"{path}={value!r} must be a finite number in float32")
-    names = " or ".join("None" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    if int in options and isinstance(value, float) and value.is_integer():
+        return int(value)
+    names = [*_literals(options), *(getattr(o, "__name__", str(o)) for o in options if not _literals([o]))]
+    names = " or ".join(filter(None, [", ".join(names[:-1]), names[-1]])).replace("NoneType", "None")
     if value is None:
         raise InputError(f"{path} must be given, as --{path}=VALUE on the command line or in the config: {names}")
+    if isinstance(value, str) and _literals(options):
+        raise InputError(f"{path}={value!r} must be {names}")
     raise InputError(f"{path}={value!r} must be {names}, but it is {type(value).__name__}")
 
 
@@ -209,10 +269,10 @@ def _parse(text: str, annotation: Any, path: str) -> Any:
             return tuple(_parse(part.strip(), inner, path) for part in text.split(",") if part.strip())
     for option in (int, float):
         if option in options:
-            try:
+            with contextlib.suppress(ValueError):
                 return option(text)
-            except ValueError:
-                pass
+    if int in options and _is_number(text) and float(text).is_integer():  # "1e3"
+        return int(float(text))
     return _part(text, specs, path) if specs and text else text
 
 
@@ -230,11 +290,24 @@ def _part(text: str, kinds: tuple[type[Spec], ...], path: str) -> Spec:
         modules = " or ".join(sorted(f"{c.__module__}:{name}" for c in found))
         raise InputError(f"{path}={text!r} has several classes of that name; give {modules}")
     if not found or not isinstance(found[0], type) or not issubclass(found[0], kinds):
-        raise InputError(f"{path}={text!r} must be one of {_choices(kinds)}, or module:Class of such a part")
+        raise InputError(f"{path}={text!r} {_no_part(text, kinds, path)}")
     try:
         return found[0](**{f.name: None for f in dataclasses.fields(found[0]) if _default(f) is dataclasses.MISSING})
     except InputError as error:
         raise InputError(f"{path}={text}: {error}, of {_choices(kinds)}") from None
+
+
+def _no_part(text: str, kinds: tuple[type[Spec], ...], path: str) -> str:
+    """What is wrong with a name that no class has."""
+    module, _, name = text.rpartition(".")
+    if re.fullmatch(r"\w+(\.\w+)*", module) and re.fullmatch(r"[A-Z]\w*", name):
+        return f"must name a class of a module with a colon; give --{path}={module}:{name}"
+    readers = [c for kind in kinds for c in (kind, *known_specs(kind)) if "path" in c.__dataclass_fields__]
+    if readers and (re.search(r"[./\\]", text) or os.path.exists(text)):
+        known = lambda reader: {*PurePath(text).suffixes} & {*getattr(reader, "suffixes", ())}
+        reader = next(filter(known, readers), readers[0])
+        return f"is a path, and must be a class; give --{path}={reader.__name__} --{path}.path={text}"
+    return f"must be one of {_choices(kinds)}, or module:Class of such a part"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -245,6 +318,11 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _options(annotation: Any) -> tuple[Any, ...]:
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if union else (annotation,)
+
+
+def _literals(options: Iterable[Any]) -> list[str]:
+    """The texts that a field may have whose type is Literal."""
+    return [text for o in options if typing.get_origin(o) is Literal for text in typing.get_args(o)]
 
 
 # --- stored form: class names and fields, resolved among classes that exist already; nothing is imported or run

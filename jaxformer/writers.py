@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from jaxformer.spec import InputError, Spec
 
@@ -36,7 +36,7 @@ class Writer(Spec):
         if self.package and importlib.util.find_spec(self.package) is None:
             extra = self.package.lower().removesuffix("x")
             raise InputError(
-                f"writers: {type(self).__name__} needs the package {self.package}; pip install 'jaxformer[{extra}]'"
+                f'writers: {type(self).__name__} needs the package {self.package}; pip install "jaxformer[{extra}]"'
             )
 
     @abc.abstractmethod
@@ -62,17 +62,15 @@ class WandB(Writer):
     """
 
     package = "wandb"
-    project: str = "jaxformer"
-    name: str | None = None  # None: the name of the run's directory
-    mode: str = "online"  # online, offline or disabled
+    project: str = "jaxformer"  # the project that the run belongs to
+    name: str | None = None  # what the run is called; None: as its directory
+    mode: Literal["online", "offline", "disabled"] = "online"  # whether rows are uploaded
 
     def check(self, at: str = "") -> None:
         if not self.project:
             raise ValueError(f"{at}project={self.project!r} must not be empty; 'jaxformer' is the default")
         if self.name == "":
             raise ValueError(f"{at}name={self.name!r} must not be empty; None is the name of the directory")
-        if self.mode not in ("online", "offline", "disabled"):
-            raise ValueError(f"{at}mode={self.mode!r} must be online, offline or disabled")
 
     def open(self, directory: Path, config: Mapping[str, Any], step: int) -> Sink:
         return _Logged(self, directory, config)
@@ -108,7 +106,7 @@ class _Logged:
         self._run = wandb.init(
             project=writer.project,
             name=writer.name or directory.resolve().name,
-            mode=writer.mode,  # pyright: ignore[reportArgumentType]
+            mode=writer.mode,
             id=_id(directory / "wandb.id"),
             resume="allow",
             dir=str(directory),

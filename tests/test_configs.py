@@ -1,8 +1,10 @@
 """Every published config loads, checks, and has the shape that its docstring claims."""
 
 import ast
+import dataclasses
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -10,7 +12,9 @@ import pytest
 from tiny import without_corpus
 
 import jaxformer
-from jaxformer.config import resolve
+from jaxformer import config as config_lib
+from jaxformer.commands import main
+from jaxformer.config import load, presets, resolve
 from jaxformer.data.corpora import TextFiles
 from jaxformer.spec import dumps, from_json
 
@@ -23,13 +27,48 @@ def test_config(path):
     tokenizer, state = without_corpus(config)
     count = sum(a.size for a in jax.tree.leaves(state.params))
     text = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"python scripts/train.py configs/{path.name}" in text and "cores" in text
+    assert f"jaxformer train {path.stem}" in text and "cores" in text
     published = re.search(r"([\d,]+) parameters", text)
     assert published, "the docstring gives the number of parameters"
     if "tinyshakespeare" in text or tokenizer is None:
         assert int(published[1].replace(",", "")) == count
     assert config.directory == f"runs/{path.stem}"
     assert from_json(json.loads(dumps(config)), type(config), "x") == config
+
+
+def test_a_preset_goes_by_its_name_and_a_file_comes_before_it(tmp_path, monkeypatch):
+    assert list(presets().values()) == CONFIGS
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # no file
+    assert load("quickstart") == load(CONFIGS[0].parent / "quickstart.py")
+    (tmp_path / "quickstart.py").write_text(
+        "from jaxformer import Config, Decoder\nconfig = Config('a', Decoder(2, 2))"
+    )
+    assert load("quickstart") == load("quickstart.py") == jaxformer.Config("a", jaxformer.Decoder(2, 2))
+
+
+def test_a_wheel_has_the_presets_inside(tmp_path, monkeypatch):
+    project = tomllib.loads((CONFIGS[0].parent.parent / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {"configs": "jaxformer/presets"}
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "only.py").write_text(CONFIGS[0].read_text())
+    monkeypatch.setattr(config_lib, "__file__", str(tmp_path / "config.py"))
+    assert list(presets()) == ["only"] and load("only") == load(CONFIGS[0])
+
+
+def test_new_writes_a_preset_to_edit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.run("new", ["mine.py"]) == 0 and main.run("new", ["tiny.py", "reverse"]) == 0
+    assert load("mine") == dataclasses.replace(load("quickstart"), directory="runs/mine")
+    assert load("tiny").model == load("reverse").model
+    assert "jaxformer train mine.py" in capsys.readouterr().out
+    assert main.run("new", ["mine.py", "reverse"]) == 2 and load("mine").directory == "runs/mine"
+
+
+def test_presets_are_listed(capsys):
+    assert main.run("presets", []) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:] if line[0] != " "}
+    assert list(rows) == list(presets()) and "810,112  A small decoder" in rows["quickstart"]
 
 
 def test_the_readmes_training_commands_are_right():

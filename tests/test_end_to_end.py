@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import jaxformer
+from jaxformer.commands.main import COMMANDS
 from jaxformer.run.directory import has_checkpoint
+from jaxformer.run.inspection import human
 from jaxformer.run.manifest import sha256
 from jaxformer.spec import InputError
 
@@ -243,12 +245,16 @@ def test_the_installed_command_is_the_same(home, whole):
     program = Path(sys.executable).parent / "jaxformer"
     done = subprocess.run([program, "inspect", "run", "--json"], cwd=home, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["state_sha256"] == whole["state_sha256"]
-    for arguments in ([], ["--help"], ["nonsense"]):
+    for arguments in ([], ["nonsense"]):
         done = subprocess.run([program, *arguments], capture_output=True, text=True)
-        assert (
-            done.returncode == (2 if arguments != ["--help"] else 0)
-            and "train|sample|evaluate|predict|inspect" in done.stderr
-        )
+        assert (done.returncode, done.stdout) == (2, "") and "jaxformer --help" in done.stderr
+
+
+def test_the_page_of_help():
+    done = subprocess.run([sys.executable, "-m", "jaxformer", "--help"], capture_output=True, text=True, check=True)
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} +[A-Z]\w+s .*", done.stdout, re.MULTILINE)
+    assert "jaxformer train quickstart\n" in done.stdout and "docs" in done.stdout and done.stderr == ""
 
 
 # --- mistakes
@@ -261,8 +267,16 @@ def listing(home):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train", "usage: train CONFIG"),
-        ("train nowhere.py", "config 'nowhere.py' is no file"),
+        ("train", "usage: jaxformer train CONFIG"),
+        ("train nowhere.py", "config 'nowhere.py' is no file and no preset; `jaxformer presets` lists"),
+        ("train quikstart", "config 'quikstart' is no file and no preset; did you mean the preset quickstart?"),
+        ("trian config.py", "'trian' is no command; did you mean train?"),
+        ("new config.py", "config.py exists already; give another name"),
+        ("new own.py quikstart", "did you mean quickstart?"),
+        (
+            "train config.py --directory=new --data.corpus=notes",
+            "data.corpus='notes' is a path, and must be a class; give --data.corpus=TextFiles --data.corpus.path=notes",
+        ),
         ("train exits.py", "exits.py, line 1: SystemExit: 3"),
         ("train two_lines.py", "two_lines.py, line 1: ValueError: x y"),
         ("train config.py --directory=text.txt/x", "Not a directory; check the path"),
@@ -282,7 +296,7 @@ def listing(home):
         ("train config.py --directory=new --model.n_layer=3", "did you mean n_layers?"),
         ("train config.py --directory=new --model.n_layers=x", "model.n_layers='x' must be int"),
         ("train config.py --directory=new --model.n_heads=4", "model.n_heads=4 must divide model.d_model=14; 2 does"),
-        ("train config.py --directory=new --steps=4", "steps: Config has no such field"),
+        ("train config.py --directory=new --steps=4", "no such field; did you mean --train.steps?"),
         ("train config.py --directory=new --model.bias --train.steps=5", "'--model.bias' must be --field.path=value"),
         ("train config.py --directory=new stray", "'stray' must be --field.path=value"),
         ("train config.py --directory=new --data.window=18", "data.window=18 must be at most model.context_length=17"),
@@ -316,7 +330,10 @@ def listing(home):
         ("train config.py --directory=new --profile=5:5", "profile=5:5 must be START:STOP with"),
         ("train config.py --directory=new --profile=5:701", "profile=5:701 must be START:STOP with"),
         ("train config.py --directory=new --dry_run --model.n_layers=0", "model.n_layers=0 must be at least 1"),
-        ("train config.py --directory=new --model.remat=all", "model.remat='all' must be None or one of"),
+        (
+            "train config.py --directory=new --model.remat=all",
+            "model.remat='all' must be nothing_saveable, dots_saveable, ",
+        ),
         ("train config.py --directory=new --model.head.cap=0", "model.head.cap=0.0 must be more than 0"),
         ("train config.py --directory=new --train.ema_decay=1", "train.ema_decay=1.0 must lie between 0 and 1"),
         ("train config.py --directory=new --writers=WandB --writers.0.mode=off", "writers.0.mode='off' must be online"),
@@ -329,6 +346,10 @@ def listing(home):
         ("train config.py --directory=notes", "directory='notes' holds something that is no run"),
         ("train config.py --directory=text.txt", "directory='text.txt' is a file"),
         ("train config.py --model.d_model=28", "holds another run: model.d_model was 14 and is 28"),
+        (
+            "train config.py --model=Bigram",
+            "another run: model was Decoder and is Bigram; model.d_model was 14 and is None; model.head was Lang",
+        ),
         ("train config.py --train.seed=1 --train.steps=9", "holds another run: train.seed was 0 and is 1"),
         ("sample nowhere", "'nowhere' holds no run"),
         ("sample run --prompt=é", "prompt: character 'é' (U+00E9, line 1) is not known to the tokenizer"),
@@ -344,7 +365,7 @@ def listing(home):
         ("sample run --samples=0", "samples=0 must be at least 1"),
         ("sample run --tokens=-1", "tokens=-1 must be at least 0"),
         ("sample run --step=17", "step=17 must be one of the checkpoints of run: "),
-        ("sample run --tokns=3", "unrecognized arguments: --tokns=3; sample --help lists what there is"),
+        ("sample run --tokns=3", "unrecognized arguments: --tokns=3; jaxformer sample --help lists what there is"),
         ("sample run --top_k=1.5", "argument --top_k: invalid int value: '1.5'"),
         ("sample", "the following arguments are required: run"),
         ("evaluate run --json=true", "argument --json: ignored explicit argument 'true'"),
@@ -364,7 +385,7 @@ def listing(home):
             "file='short.txt': characters 'o' (U+006F, short.txt, line 1), 'h' (U+0068, short.txt",
         ),
         ("evaluate run --file=empty.txt", "empty.txt: 0 tokens"),
-        ("evaluate run --file=one.txt", "one.txt: 1 tokens"),
+        ("evaluate run --file=one.txt", "one.txt: 1 token cannot"),
         ("evaluate run --file=one.txt --data.corpus=TextLines", "file='one.txt' must not be given beside data.corpus;"),
         ("evaluate run --data.corpus=TextLines", "data.corpus.path must be given, as --data.corpus.path=VALUE"),
         ("evaluate run --data.corpus TextLines --data.corpus.pth one.txt", "no such field; did you mean path?"),
@@ -378,6 +399,10 @@ def listing(home):
         ("predict run --file=one.txt --data.corpus.path=one.txt", "predict needs --text TEXT"),
         ("predict run --file=nowhere.csv", "file='nowhere.csv': corpus 'nowhere.csv' does not exist in "),
         ("inspect notes", "'notes' holds no run"),
+        *(
+            (f"{name} seeds{more}", "'seeds' holds no run (no config.json); give one of seeds/seed-2, seeds/seed-10")
+            for name, more in (("evaluate", ""), ("sample", ""), ("inspect", ""), ("predict", " --text=1"))
+        ),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch, capfd, arguments, message):
@@ -396,6 +421,9 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch
         "one.txt": "1",
     }.items():
         (home / name).write_text(text)
+    for seed in ("seed-2", "seed-10"):
+        (home / "seeds" / seed).mkdir(parents=True, exist_ok=True)
+        (home / "seeds" / seed / "config.json").write_text("{}")
     (home / "latin1.txt").write_bytes(b"caf\xe9 " * 100)
     for run, name, old, new in (
         ("damaged", "tokenizer.json", None, '{"class": "jaxformer.data.tokenizers:Characters", "alphabet": null}'),
@@ -598,9 +626,12 @@ def test_a_corpus_may_move_with_a_notice(home, whole):
 
 
 def test_help(home, whole):
-    out, _ = finish(command(home, "train", "config.py", "--help", "--model.position=Sinusoidal"))
-    assert "--model.position=Sinusoidal " in out and "of ALiBi, Learned, NoPosition" in out
-    assert "--model.position.base=10000.0\n" in out and "--data.batch_size=3\n" in out
+    out, _ = finish(command(home, "train", "config", "--help", "--model.position=Sinusoidal", "--data.corpus=Mixture"))
+    assert "--model.position=Sinusoidal " in out and "of ALiBi, Learned, NoPosition" in " ".join(out.split())
+    assert re.search(r"--model.position.base=10000.0 +wavelengths", out) and "--data.batch_size=3 " in out
+    assert re.search(r"--data.corpus.weights= +must be given", out) and "pyright" not in out
+    for flag in ("dry_run", "seeds=N", "profile=START:STOP", "init_from=RUN", "import=MODULE"):
+        assert f"  --{flag} " in out
     out, _ = finish(command(home, "sample", "--help"))
     assert "--prompt_file" in out and "A UTF-8 file that holds the prompt." in out and "--import=MODULE" in out
     out, _ = finish(command(home, "predict", "--help"))
@@ -612,15 +643,14 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(home, whole):
     out, err = finish(command(home, "train", "config.py", "--directory=new", "--dry_run", "--model.n_layers=4"))
     config, _, summary = out.rpartition("}\n")
     assert json.loads(config + "}")["model"]["n_layers"] == 4 and listing(home) == before
-    found = dict(line.split() for line in summary.splitlines())
+    found = dict(line.split(maxsplit=1) for line in summary.splitlines())
     count = int(found["n_params"].replace(",", ""))
-    assert int(found["params_bytes"].replace(",", "")) == 4 * count and found["tokens_per_step"] == "39"
-    assert int(found["total_bytes"].replace(",", "")) > 12 * count and "compiled" not in err
+    assert found["params_bytes"] == human(4 * count, "B") and found["tokens_per_step"] == "39"
+    assert re.fullmatch(r"[\d.]+ kB", found["total_bytes"]) and "compiled" not in err
     missing = ["--data.corpus.path=nowhere.txt", "--data.tokenizer=BPE", "--data.tokenizer.vocab_size=300"]
-    out, _ = finish(
-        command(home, "train", "config.py", "--directory=new", "--dry_run", *missing)
-    )  # the size is declared
-    assert "vocab_size      300\n" in out
+    out, err = finish(command(home, "train", "config.py", "--dry_run", *missing))  # the size is declared
+    assert "vocab_size      300\n" in out and listing(home) == before
+    assert "directory='run' holds another run: data.tokenizer was Characters and is BPE; train it in another" in err
 
 
 def test_prompts(home, whole):

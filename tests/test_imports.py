@@ -39,8 +39,9 @@ FLOORS = [
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("pictures", "measures", "experiments")),
     "commands.arguments",
-    *(f"commands.{n}" for n in ("train", "sample", "evaluate", "predict", "inspect", "reproduce")),
+    *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect", "reproduce")),
     "commands.main",
+    "__main__",
 ]
 NEEDS_NO_MODEL = {"data"}  # knows nothing of models
 

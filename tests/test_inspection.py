@@ -15,7 +15,7 @@ from jaxformer.model.layers import GatedFeedForward, RMSNorm
 from jaxformer.model.masks import Causal, Window
 from jaxformer.model.models import Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import Rotary
-from jaxformer.run.inspection import ELSEWHERE, activations, flops, inspect, layers, parameters, render
+from jaxformer.run.inspection import ELSEWHERE, activations, flops, human, inspect, layers, parameters, render
 
 S, V, D, L, H, G, K, F = 17, 29, 84, 5, 6, 2, 14, 11
 NEXT, SEQUENCES, MASKED = NextToken(), SequenceToSequence(), Masked(mask=3, special=(3,), vocab_size=V)
@@ -240,7 +240,7 @@ def test_the_page_for_people():
     assert parts[0].split() == ["part", "layers", "n_params", "flops_forward", "flops_step", "activations_bytes"]
     assert len(parts) == len(found["layers"]) + 2 and len({len(line) for line in parts}) == 1
     assert parts[-1].split()[2:] == [
-        f"{found[name]:,}" for name in ("n_params", "flops_forward", "flops_step", "activations_bytes")
+        human(found[name]) for name in ("n_params", "flops_forward", "flops_step", "activations_bytes")
     ]
     assert len(arrays) == len(found["activations"]) + 1 and len(table) == len(found["table"]) + 1
     assert table[1].split() == [f"{LAYERS}/attention/project/k", "L|D->GK", "5×84×2×14", "11,760", "yes"]

@@ -25,8 +25,10 @@ from jaxformer.spec import (
     Spec,
     checked,
     dumps,
+    field_comments,
     from_json,
     is_declared,
+    known_specs,
     listing,
     map_declared,
     override,
@@ -75,6 +77,31 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
     [
         ("model.n_layer", "3", "model.n_layer: Decoder has no such field; did you mean n_layers?"),
         ("modle.n_layers", "3", "did you mean model?"),
+        ("seed", "1", "seed: Config has no such field; did you mean --train.seed?"),
+        ("seed", 1, "did you mean train.seed?"),  # from Python
+        ("n_layers", "3", "did you mean --model.n_layers?"),
+        ("n_layer", "3", "did you mean --model.n_layers?"),
+        ("lr", "1e-3", "did you mean --optimizer.learning_rate.peak?"),
+        ("train.lr", "1e-3", "train.lr: Train has no such field; did you mean --optimizer.learning_rate.peak?"),
+        ("learning_rate", "Constant", "did you mean --optimizer.learning_rate?"),
+        ("eps", "1e-9", "did you mean --model.norm.eps or --optimizer.eps?"),
+        ("size", "3", "did you mean --model.mask.0.size?"),
+        (
+            "optimizer.learning_rate",
+            "1e-3",
+            "optimizer.learning_rate=1e-3: a part is no number; give a field of it, "
+            "optimizer.learning_rate.peak or optimizer.learning_rate.final",
+        ),
+        (
+            "data.corpus",
+            "notes.txt",
+            "is a path, and must be a class; give --data.corpus=TextFiles --data.corpus.path=notes.txt",
+        ),
+        ("data.corpus", "a/b.jsonl.gz", "give --data.corpus=JSONLines --data.corpus.path=a/b.jsonl.gz"),
+        ("data.tokenizer", "tokenizer.json", "give --data.tokenizer=TokenizerFile --data.tokenizer.path=tokenizer"),
+        ("model.kernel", "my_module.Sink", "a module with a colon; give --model.kernel=my_module:Sink"),
+        ("model.kernel", "a/b.py", "model.kernel='a/b.py' must be one of "),
+        ("train.steps", "1e-3", "train.steps='1e-3' must be int, but it is str"),
         ("model.n_layers", "three", "model.n_layers='three' must be int, but it is str"),
         ("model.n_layers", 2.5, "model.n_layers=2.5 must be int, but it is float"),
         ("model.n_layers", True, "model.n_layers=True must be int, but it is bool"),
@@ -116,7 +143,8 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("train.steps", 2**31, "train.steps=2147483648 must be less than 2**31"),
         ("model.position", EmbedsPerLayer(), "model.position=EmbedsPerLayer embeds above the layers"),
         ("train.accumulation", 3, "train.accumulation=3 must divide data.batch_size=16"),
-        ("train.compute_dtype", "float8", "train.compute_dtype='float8' must be"),
+        ("train.compute_dtype", "float8", "train.compute_dtype='float8' must be float32, bfloat16 or float16"),
+        ("train.compute_dtype", 8, "train.compute_dtype=8 must be float32, bfloat16 or float16, but it is int"),
         ("data.window", 8, "data.window=8 must be at most model.context_length=7"),
         ("data.valid_fraction", 1, "data.valid_fraction=1.0 must lie between 0 and 1"),
         ("directory", "", "directory='' must name a folder"),
@@ -180,15 +208,32 @@ def test_the_listing_says_what_the_command_line_takes():
     )
     rows = {path: (value, meaning) for path, value, meaning in listing(config)}
     assert rows["model.mask.0.size"][0] == "5" and rows["data.corpus.weights"][0] == "0.7,0.3"
-    assert rows["model.norm"] == ("LayerNorm", "of LayerNorm, NoNorm, RMSNorm")
+    assert rows["model.norm"] == ("LayerNorm", "how branches are normalised; of LayerNorm, NoNorm, RMSNorm")
+    assert rows["train.compute_dtype"][1].endswith("; one of float32, bfloat16, float16")
     assert rows["optimizer"][0] == "AdamW"
-    assert {"AdamW", "SGD"} <= {*rows["optimizer"][1].removeprefix("of ").split(", ")}
+    assert {"AdamW", "SGD"} <= {*rows["optimizer"][1].rpartition("of ")[2].split(", ")}
     assert "Optimizer" not in rows["optimizer"][1]  # nor any other class that could not be made
-    assert rows["model.head.tied"] == ("True", "")
+    assert rows["model.head.tied"] == ("True", "the matrix is that of the embedding")
     assert {path.split(".")[0] for path in rows} == {field.name for field in dataclasses.fields(Config)}
-    for path, (value, meaning) in rows.items():
-        if not re.search(r"\bof [A-Z]", meaning):  # a part begins with its defaults
+    for path, (value, _) in rows.items():
+        if not re.fullmatch(r"(?!None|True|False)[A-Z]\w+(,[A-Z]\w+)*", value):  # a part begins with its defaults
             assert checked(override(config, path, value)) == config, path
+
+
+def test_what_must_be_given_is_listed_so():
+    rows = {path: (value, meaning) for path, value, meaning in listing(override(CONFIG, "data.corpus", "Mixture"))}
+    assert rows["data.corpus.weights"] == ("", "must be given; the share of each in the rows of a batch, as 0.7,0.3")
+    assert rows["data.corpus.names"][0] == "None" and "must" not in rows["data.corpus.names"][1]
+
+
+def test_every_field_that_a_user_may_set_says_what_it_means():
+    inner = {"Parts", "BlockSpec", "Subwords", "Recipe"}  # made by the library
+    for spec in known_specs():
+        if spec.__module__.startswith("jaxformer.") and spec.__name__ not in inner:
+            meanings = field_comments(spec)
+            for field in dataclasses.fields(spec):
+                assert meanings.get(field.name), f"{spec.__name__}.{field.name} has no comment"
+                assert "pyright" not in meanings[field.name] and len(meanings[field.name].split()) > 1
 
 
 def test_a_longer_remat_needs_a_scan():
@@ -210,6 +255,9 @@ def test_strings_are_read_as_the_type_of_the_field():
     assert (config.model.d_ff, config.optimizer.clip, config.model.head.tied) == (None, 1e-3, False)
     assert config.model.feed_forward is None
     assert (config.train.steps, config.directory) == (12, "12")
+    assert override(config, "train.steps", "1e3").train.steps == 1000
+    assert override(config, "model.d_ff", "2.4e1").model.d_ff == 24
+    assert checked(override(config, "train.steps", 1e3)).train.steps == 1000
     checked(config)
 
 

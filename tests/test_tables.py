@@ -123,7 +123,7 @@ def test_long_cells_are_texts(tmp_path):
         ({"columns": ("text", "text")}, "columns=.* must differ"),
         ({"several": ("y",)}, "several=.* must be among labels"),
         ({"separator": ""}, "separator='' must hold a character"),
-        ({"malformed": "warn"}, "malformed='warn' must be 'stop' or 'skip'"),
+        ({"malformed": "warn"}, "malformed='warn' must be stop or skip"),
     ],
 )
 def test_tables_refuse(fields, message):

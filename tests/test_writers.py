@@ -214,7 +214,7 @@ def test_wandb_disabled_writes_no_run(wandb, tmp_path):
 @pytest.mark.parametrize(("writer", "extra"), [(TensorBoard(), "tensorboard"), (WandB(), "wandb")])
 def test_a_missing_package_is_named(writer, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, writer.package, None)  # as if not installed
-    with pytest.raises(InputError, match=rf"needs the package {writer.package}; pip install 'jaxformer\[{extra}\]'"):
+    with pytest.raises(InputError, match=rf'needs the package {writer.package}; pip install "jaxformer\[{extra}\]"'):
         writer.require()
     monkeypatch.setitem(sys.modules, writer.package, json)  # as if installed
     writer.require()

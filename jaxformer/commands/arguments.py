@@ -6,30 +6,35 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
 def call(function: Callable[..., None], arguments: Sequence[str], program: str) -> None:
-    """Calls the function with the arguments: required ones by position, others as --name=value."""
+    """Calls the function with the arguments: those without a default and positional ones (before a /) by position,
+    the others as --name=value."""
     from jaxformer.spec import InputError
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message}; {program} --help lists what there is")
 
-    head, _, tail = inspect.getdoc(function).partition("\n\nArgs:\n")  # pyright: ignore
+    head, _, tail = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
     meanings = dict(line.strip().split(": ", 1) for line in tail.splitlines())
-    more = "--import=MODULE imports a module of your own first, for parts that the run was made of."
+    more = "--import=MODULE imports a module of your own first, whose parts the run is made of."
     parser = Parser(prog=program, description=head, epilog=more, allow_abbrev=False)
     hints = typing.get_type_hints(function)
-    rest, given = list(arguments), {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    rest, given, parameters = list(arguments), {}, inspect.signature(function).parameters
+    for name, parameter in parameters.items():
         kind = (typing.get_args(hints[name]) or (hints[name],))[0]
         if parameter.default is parameter.empty:
             parser.add_argument(name, help=meanings[name])
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            parser.add_argument(name, help=meanings[name], nargs="?", default=parameter.default)
         elif name == "overrides":
             rest, given[name] = dotted(rest)
             parser.add_argument("--data.corpus", help=meanings[name], metavar="CLASS", default=argparse.SUPPRESS)
@@ -38,7 +43,26 @@ def call(function: Callable[..., None], arguments: Sequence[str], program: str) 
         else:
             default = {"type": kind, "default": parameter.default, "metavar": kind.__name__.upper()}
             parser.add_argument(f"--{name}", help=meanings[name], **default)
-    function(**vars(parser.parse_args(rest)), **given)
+    given |= vars(parser.parse_args(rest))
+    first = [given.pop(name) for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+    function(*first, **given)
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """What a command does: the first sentence of its docstring, up to any colon."""
+    return re.split(r"[:.;]\s", f"{inspect.getdoc(function)} ", maxsplit=1)[0]
+
+
+def page(rows: Sequence[tuple[str, str]], indent: str = "  ") -> str:
+    """Two columns, the second wrapped to the width of the terminal."""
+    width = shutil.get_terminal_size((120, 24)).columns
+    left = len(indent) + max((len(name) for name, _ in rows if len(name) < 48), default=0) + 2
+    lines = []
+    for name, text in rows:
+        head = f"{indent}{name}".ljust(left - 2) + "  "
+        wrapped = textwrap.wrap(text, max(width - left, 40), break_long_words=False)
+        lines += [(head if not i else " " * left) + line for i, line in enumerate(wrapped or [""])]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def dotted(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -108,5 +132,14 @@ def print_row(row: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(finite(row), ensure_ascii=False))
     else:
         for name, value in row.items():
-            form = ",.4f" if isinstance(value, float) else "," if type(value) is int and value >= 10_000 else ""
-            print(f"{name:15} {value if isinstance(value, dict | list) else format(value, form)}")
+            print(f"{name:15} {_shown(name, value)}")
+
+
+def _shown(name: str, value: Any) -> str:
+    from jaxformer.run.inspection import human
+
+    if type(value) is int and name.endswith("bytes"):
+        return human(value, "B")
+    if type(value) is int and value >= 10_000:
+        return f"{value:,}" + (f" ({human(value)})" if value >= 1e6 else "")
+    return f"{value:,.4f}" if isinstance(value, float) else str(value)

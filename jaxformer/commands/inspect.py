@@ -6,16 +6,18 @@ from jaxformer.commands.arguments import print_row
 
 
 def inspect(run: str, json: bool = False) -> None:
-    """Prints what is in a run, or what a config would make: parameters, activations, operations, bytes, hashes.
+    """Prints what a run, or the model of a config, is made of: parameters, activations, operations, bytes, hashes.
 
     Args:
-        run: The run's directory, or a config file.
+        run: The run's directory, a config file, or the name of a preset.
         json: Print one JSON object.
     """
+    from jaxformer.config import config_file
     from jaxformer.run.inspection import inspect_config, render
     from jaxformer.run.opened import open_run
 
-    found = inspect_config(run) if Path(run).suffix == ".py" and not Path(run).is_dir() else open_run(run).inspect()
+    is_config = not Path(run).is_dir() and (Path(run).suffix == ".py" or config_file(run))
+    found = inspect_config(run) if is_config else open_run(run).inspect()
     if json:
         return print_row(found, True)
     found.pop("config")

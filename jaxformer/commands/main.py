@@ -1,20 +1,32 @@
 """The command line: each command reads its arguments, calls one function of the library and prints the answer."""
 
+import difflib
 import errno
 import importlib
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from jaxformer.commands.arguments import call, imported
+from jaxformer.commands.arguments import call, imported, page, summary
 from jaxformer.run.signals import meant
 
 # Nothing heavy is imported up here, so that a signal during JAX's import is met by `main` already.
 
 PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-COMMANDS = ("train", "sample", "evaluate", "predict", "inspect", "reproduce")  # each in a module of its name
+GROUPS = {
+    "train": ("train", "presets", "new"),
+    "use a run": ("sample", "evaluate", "predict", "inspect"),
+    "experiments": ("reproduce",),
+}
+COMMANDS = tuple(name for group in GROUPS.values() for name in group)  # each in a module of its name
+EXAMPLES = """\
+  jaxformer train quickstart
+  jaxformer train quickstart --model.n_layers=6 --train.seed=1 --directory=runs/six_layers
+  jaxformer sample runs/quickstart --prompt "The " --temperature 0.8
+  jaxformer new my_config.py"""
 
 
 def main(name: str | None = None) -> None:
@@ -43,15 +55,20 @@ def run(name: str | None, arguments: list[str]) -> int:
     if name is None:
         name = arguments.pop(0) if arguments else ""
     try:
-        arguments = imported(arguments)
+        if not name:
+            return _fail("a command is missing; jaxformer --help lists them", 2)
+        if name in ("-h", "--help", "help"):
+            print(_help())
+            return 0
         if name not in COMMANDS:
-            usage = f"usage: jaxformer {'|'.join(COMMANDS)} ...; add --help to any of them"
-            return _fail(usage, 0 if name in ("-h", "--help") else 2)
-        command = getattr(importlib.import_module(f"jaxformer.commands.{name}"), name)
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            which = f"did you mean {close[0]}?" if close else f"give {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}"
+            raise InputError(f"{name!r} is no command; {which}; jaxformer --help tells of each")
+        arguments, command = imported(arguments), _command(name)
         if name == "train":
             command(arguments)
         else:
-            call(command, arguments, name)
+            call(command, arguments, f"jaxformer {name}")
     except InputError as error:
         return _fail(str(error), 2)
     except PATH_ERRORS as error:
@@ -62,6 +79,25 @@ def run(name: str | None, arguments: list[str]) -> int:
     except MemoryError as error:
         return _fail(f"not enough memory ({error}); make the batch, the window or the model smaller", 1)
     return 0
+
+
+def _command(name: str) -> Callable[..., None]:
+    return getattr(importlib.import_module(f"jaxformer.commands.{name}"), name)
+
+
+def _help() -> str:
+    groups = [
+        f"{title}\n{page([(f'{name:10}', summary(_command(name))) for name in names])}"
+        for title, names in GROUPS.items()
+    ]
+    return "\n\n".join(
+        (
+            "usage: jaxformer COMMAND ...        jaxformer COMMAND --help tells all of one",
+            *groups,
+            f"examples\n{EXAMPLES}",
+            "documentation: README.md and the folder docs beside it; in Python, help(jaxformer.train)",
+        )
+    )
 
 
 def _fail(message: str, status: int) -> int:

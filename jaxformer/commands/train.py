@@ -2,35 +2,43 @@
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from jaxformer.commands.arguments import find_modules_here, overrides_of, print_row
+from jaxformer.commands.arguments import find_modules_here, overrides_of, page, print_row
+
+if TYPE_CHECKING:
+    from jaxformer.config import Config
+
+
+FLAGS = {
+    "--field.path=value": "sets a field of the config; CONFIG --help lists all of them, with their values",
+    "--dry_run": "prints the config, its parameters and the memory that it needs; trains and writes nothing",
+    "--seeds=N": "trains N seeds, from train.seed on, as one program, each in DIRECTORY/seed-SEED",
+    "--init_from=RUN": "begins with the parameters of another run",
+    "--profile=START:STOP": "records a trace of the device between these steps, in DIRECTORY/profile",
+    "--import=MODULE": "imports a module of your own first, for its parts",
+    "--help": "shows this page; after a CONFIG also its fields",
+}
+USAGE = "usage: jaxformer train CONFIG [--field.path=value ...] [--dry_run] [--seeds=N] [--profile=START:STOP]"
 
 
 def train(arguments: Sequence[str]) -> None:
-    """train CONFIG [--field.path=value ...]: trains a run, or goes on with it. CONFIG --help lists the fields."""
+    """Trains a run, or resumes it where it stopped: train CONFIG [--field.path=value ...]."""
     from jaxformer import config as config_lib
-    from jaxformer.spec import InputError, listing
+    from jaxformer.spec import InputError
 
+    helps = {"-h", "--help"} & set(arguments)
     if not arguments or arguments[0].startswith("-"):
-        usage = (
-            "usage: train CONFIG [--field.path=value ...] [--dry_run] [--profile=START:STOP] [--seeds=N] "
-            "[--import=MODULE], "
-            "as in: train configs/quickstart.py --train.steps=500"
-        )
-        if arguments and arguments[0] in ("-h", "--help"):
-            return print(usage + "\ntrain CONFIG --help lists every field and its value in that config")
-        raise InputError(usage)
+        if helps:
+            return print(_help())
+        raise InputError(f"{USAGE}, such as jaxformer train quickstart --train.steps=500")
     find_modules_here()
     config = config_lib.load(arguments[0])
     flags = {"-h", "--help", "--dry_run"}
     overrides = overrides_of([a for a in arguments[1:] if a not in flags])
     profile, seeds = _span(overrides.pop("profile", None)), _count(overrides.pop("seeds", None))
-    if {"-h", "--help"} & set(arguments):
-        fields = list(listing(config_lib.resolve(config, overrides)))
-        wide = max(len(path) + len(value) for path, value, _ in fields if len(path) + len(value) < 60)
-        for path, value, meaning in fields:
-            print(f"{f'--{path}={value}':{wide + 5}} {meaning}".rstrip())
-        return None
+    if helps:
+        return print(f"{_help()}\n\n{_fields(arguments[0], config_lib.overridden(config, overrides))}")
     if seeds and (profile or "--dry_run" in arguments):
         raise InputError("profile and dry_run are of one run; leave them out, or --seeds")
     if "--dry_run" in arguments:
@@ -47,6 +55,25 @@ def train(arguments: Sequence[str]) -> None:
         first = config_lib.resolve(config, overrides).train.seed
         loop.train_seeds(config, range(first, first + seeds), overrides)
     return None
+
+
+def _help() -> str:
+    about = "CONFIG is a Python file that defines `config`, with or without its .py, or the name of a preset\n"
+    return f"{USAGE}\n\n{about}(jaxformer presets lists them); a file comes before a preset of its name.\n\n" + page(
+        list(FLAGS.items())
+    )
+
+
+def _fields(name: str, config: "Config") -> str:
+    """Every field, its value and its meaning, in groups of the config's own fields."""
+    from jaxformer.spec import listing
+
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for path, value, meaning in listing(config):
+        groups.setdefault(path.partition(".")[0], []).append((f"--{path}={value}", meaning))
+    single = [row for rows in groups.values() if len(rows) == 1 for row in rows]
+    pages = [page(rows) for rows in [single, *(rows for rows in groups.values() if len(rows) > 1)] if rows]
+    return "\n\n".join((f"fields of {name}", *pages))
 
 
 def _span(text: str | None) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from jaxformer.data.corpora import Corpus
 from jaxformer.data.hashes import Hashes, mix, permuted
 from jaxformer.data.sources import Source
-from jaxformer.spec import InputError, Spec
+from jaxformer.spec import InputError, Spec, counted
 
 Batch = dict[str, NDArray[np.int32]]
 
@@ -85,7 +85,7 @@ class RandomWindows(Sampling):
 
     def check_source(self, source: Source, size: RowSize) -> None:
         if len(source.tokens) < size.tokens:
-            raise InputError(f"{len(source.tokens)} tokens, but a row has {size.tokens}")
+            raise InputError(f"{counted(len(source.tokens), 'token')}, but a row has {size.tokens}")
 
     def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
         first = mix(mix(key) + numbers) % np.uint64(len(source.tokens) - size.tokens + 1)
@@ -129,9 +129,9 @@ class Examples(Sampling):
     `labels_COLUMN`.
     """
 
-    joined: bool = False
-    n_buckets: int = 1
-    bucket_steps: int = 10
+    joined: bool = False  # a second text follows the first in the same row
+    n_buckets: int = 1  # how many widths of rows there are
+    bucket_steps: int = 10  # how many steps a bucket has its turn
 
     whole_documents = True
     examples = True
@@ -241,7 +241,7 @@ class PackedDocuments(Sampling):
 
     def check_source(self, source: Source, size: RowSize) -> None:
         if not len(_plan(source, size).ends):
-            raise InputError(f"{len(source.tokens)} tokens, of which no document has {size.lookahead + 1}")
+            raise InputError(f"{counted(len(source.tokens), 'token')}, of which no document has {size.lookahead + 1}")
 
     def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
         plan = _plan(source, size)

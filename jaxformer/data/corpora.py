@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -113,7 +113,7 @@ class TextFiles(Corpus):
     Hidden files are left out. What ends in .gz or .zst is decompressed.
     """
 
-    path: str
+    path: str  # a file or a folder
 
     suffixes = ("",)  # of files that are taken from a folder, before .gz and .zst
 
@@ -171,7 +171,7 @@ class TextLines(TextFiles):
 class JSONLines(TextFiles):
     """Files of one JSON object per line, each a document: the string in `field`. A null is no document."""
 
-    field: str = "text"
+    field: str = "text"  # the key of the text
 
     suffixes = (".jsonl", ".ndjson")
 
@@ -196,7 +196,7 @@ class JSONLines(TextFiles):
 class Parquet(TextFiles):
     """Parquet files, each row a document: the string in a column. A null is no document. Needs pyarrow."""
 
-    column: str = "text"
+    column: str = "text"  # the column of the text
 
     suffixes = (".parquet",)
 
@@ -205,7 +205,7 @@ class Parquet(TextFiles):
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise InputError("data.corpus=Parquet needs pyarrow; pip install 'jaxformer[parquet]'") from None
+            raise InputError('data.corpus=Parquet needs pyarrow; pip install "jaxformer[parquet]"') from None
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if self.column not in file.schema_arrow.names:
@@ -224,12 +224,8 @@ class Parquet(TextFiles):
 class TokenFile(Corpus):
     """A file of ids, one after another as nanoGPT's `train.bin` holds them; its documents end with the end token."""
 
-    path: str
-    dtype: str = "uint16"
-
-    def check(self, at: str = "") -> None:
-        if self.dtype not in ("uint8", "uint16", "uint32"):
-            raise ValueError(f"{at}dtype={self.dtype!r} must be uint8, uint16 or uint32")
+    path: str  # the file of ids
+    dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of each id
 
     def documents(self) -> Iterator[str]:
         raise InputError(f"corpus {self.path!r} holds ids, no text to learn from; give the data.tokenizer of its ids")
@@ -251,9 +247,9 @@ class TokenFile(Corpus):
 class Mixture(Corpus):
     """Several corpora. Each gives its share of the rows of batches, whatever its size."""
 
-    corpora: tuple[Corpus, ...]
-    weights: tuple[float, ...]
-    names: tuple[str, ...] | None = None  # in the rows of an evaluation; None: those of the files, or of the classes
+    corpora: tuple[Corpus, ...]  # their classes, as TextFiles,JSONLines
+    weights: tuple[float, ...]  # the share of each in the rows of a batch, as 0.7,0.3
+    names: tuple[str, ...] | None = None  # what they are called in evaluations; None: as their files or classes
 
     def check(self, at: str = "") -> None:
         if not self.corpora:

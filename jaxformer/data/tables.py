@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxformer.data.corpora import Corpus, Piece, TextFiles, TextLines, cut
 from jaxformer.data.files import lines, plain_name
@@ -38,19 +38,17 @@ class Table(TextFiles):
     """
 
     text: str = "text"  # the column of the text
-    target: str | None = None  # the column of a second text, as an answer or a translation; None: there is none
+    target: str | None = None  # the column of a second text, such as an answer or a translation; None: none
     labels: tuple[str, ...] = ()  # the columns of classes
-    several: tuple[str, ...] = ()  # those of them whose cells hold any number of classes
-    separator: str = "|"  # between these; JSON may hold a list
-    columns: tuple[str, ...] | None = None  # their names, where files have no first line of them
-    malformed: str = "stop"  # at a row that cannot be used; "skip": leave it out, count and tell
+    several: tuple[str, ...] = ()  # those of labels whose cells hold several classes
+    separator: str = "|"  # what stands between several classes; JSON may hold a list
+    columns: tuple[str, ...] | None = None  # names of the columns; None: they are the first line
+    malformed: Literal["stop", "skip"] = "stop"  # what happens at a row that cannot be used; skip counts and tells them
 
     suffixes = (".csv", ".tsv", ".jsonl", ".ndjson")
     aligned = True
 
     def check(self, at: str = "") -> None:
-        if self.malformed not in ("stop", "skip"):
-            raise ValueError(f"{at}malformed={self.malformed!r} must be 'stop' or 'skip'")
         if self.columns is not None:
             for name in self._columns():
                 if name not in self.columns:

@@ -17,11 +17,11 @@ class Copy(Corpus):
     Example i depends on `seed` and i alone, so that more examples leave the first ones as they were.
     """
 
-    length: int = 10  # symbols of the first text
-    shortest: int | None = None  # lengths are drawn evenly from here on; None: all have `length`
-    symbols: int = 10  # how many there are: 0 to 9, then a to z
-    examples: int = 10_000
-    seed: int = 0
+    length: int = 10  # symbols in the first text, at most
+    shortest: int | None = None  # fewest symbols, each length as often; None: all have `length`
+    symbols: int = 10  # how many different symbols there are: 0 to 9, then a to z
+    examples: int = 10_000  # how many examples there are
+    seed: int = 0  # another seed gives other examples
 
     texts = 2
     aligned = True

@@ -129,9 +129,9 @@ class Unfitted(Tokenizer):
 class Plain(Tokenizer):
     """Ids of bytes or characters, and behind them special ones: the base of both."""
 
-    end_token: bool = dataclasses.field(default=False, kw_only=True)  # an id that begins and ends each document
-    mask_token: bool = dataclasses.field(default=False, kw_only=True)  # one that hides a token (objective Masked)
-    sentinels: int = dataclasses.field(default=0, kw_only=True)  # ids of missing spans (objective SpanCorruption)
+    end_token: bool = dataclasses.field(default=False, kw_only=True)  # adds an id that begins and ends each document
+    mask_token: bool = dataclasses.field(default=False, kw_only=True)  # adds an id that hides tokens (for Masked)
+    sentinels: int = dataclasses.field(default=0, kw_only=True)  # ids for missing spans (for SpanCorruption)
 
     def check(self, at: str = "") -> None:
         if self.sentinels < 0:
@@ -188,8 +188,8 @@ class Bytes(Plain):
 class Characters(Plain):
     """One id for each character of the corpus, in the order of their code points."""
 
-    alphabet: str | None = None  # None: found in the corpus
-    unknown_token: bool = dataclasses.field(default=False, kw_only=True)  # an id for characters that it does not know
+    alphabet: str | None = None  # the characters that it knows; None: those of the corpus
+    unknown_token: bool = dataclasses.field(default=False, kw_only=True)  # adds an id for all other characters
 
     def check(self, at: str = "") -> None:
         super().check(at)
@@ -410,12 +410,12 @@ class BPE(Unfitted):
     unused. Id 0 begins and ends each document.
     """
 
-    vocab_size: int = 8192  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-    sample: int = 100_000_000  # characters to learn from, spread evenly over the corpus; they bound the memory
-    mask_token: bool = False  # whether an id hides a token (objective Masked)
-    sentinels: int = 0  # so many ids stand for missing spans (objective SpanCorruption)
-    lowercase: bool = False  # all text is read in lower case
-    drop: str | None = None  # a regular expression: what it matches is left out of all text
+    vocab_size: int = 8192  # how many ids there are  # pyright: ignore
+    sample: int = 100_000_000  # how many characters it learns from, spread over the corpus; they bound the memory
+    mask_token: bool = False  # adds an id that hides tokens (for Masked)
+    sentinels: int = 0  # ids for missing spans (for SpanCorruption)
+    lowercase: bool = False  # reads all text in lower case
+    drop: str | None = None  # a regular expression: what it matches is left out of all text; None: nothing
 
     def check(self, at: str = "") -> None:
         if self.sentinels < 0:
@@ -484,11 +484,11 @@ class TokenizerFile(Unfitted):
     Tokens that begin, end and pad are found by their usual names; those of other names must be given.
     """
 
-    path: str
-    start_token: str | None = None
-    end_token: str | None = None
-    padding_token: str | None = None
-    mask_token: str | None = None
+    path: str  # a tokenizer.json
+    start_token: str | None = None  # begins each document; None: found by its usual name
+    end_token: str | None = None  # ends each document; None: found by its usual name
+    padding_token: str | None = None  # fills rows; None: found by its usual name
+    mask_token: str | None = None  # hides a token; None: found by its usual name
 
     @property
     def vocab_size(self) -> int | None:

@@ -20,7 +20,7 @@ class LogitsProcessor(Spec):
 class Temperature(LogitsProcessor):
     """Divides by `temperature`: less than 1 sharpens, 0 leaves the likeliest token alone."""
 
-    temperature: float = 1.0
+    temperature: float = 1.0  # logits are divided by it
 
     def check(self, at: str = "") -> None:
         if self.temperature < 0:
@@ -38,7 +38,7 @@ class Temperature(LogitsProcessor):
 class TopK(LogitsProcessor):
     """Keeps the `top_k` likeliest tokens (arXiv:1805.04833); of equal ones, those of lower id."""
 
-    top_k: int
+    top_k: int  # how many tokens are kept
 
     def check(self, at: str = "") -> None:
         if self.top_k < 1:
@@ -51,7 +51,7 @@ class TopK(LogitsProcessor):
 class TopP(LogitsProcessor):
     """Keeps the fewest likeliest tokens whose probabilities reach `top_p` together (nucleus, arXiv:1904.09751)."""
 
-    top_p: float
+    top_p: float  # the probability that the kept tokens reach
 
     def check(self, at: str = "") -> None:
         if not 0 < self.top_p <= 1:
@@ -69,7 +69,7 @@ class TopP(LogitsProcessor):
 class MinP(LogitsProcessor):
     """Keeps the tokens at least `min_p` times as probable as the likeliest (arXiv:2407.01082)."""
 
-    min_p: float
+    min_p: float  # least share of the likeliest token's probability
 
     def check(self, at: str = "") -> None:
         if not 0 <= self.min_p <= 1:

@@ -1,4 +1,4 @@
-"""Pictures of numbers, with Matplotlib (pip install -e ".[pictures]"), small enough to be kept beside a text."""
+"""Pictures of numbers, with Matplotlib (pip install "jaxformer[pictures]"), small enough to be kept beside a text."""
 
 import importlib.util
 import math
@@ -16,7 +16,7 @@ Lines = Mapping[str, tuple[ArrayLike, ArrayLike]]  # label -> xs, ys
 def require() -> None:
     """Raises InputError if Matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('pictures need Matplotlib; pip install -e ".[pictures]"')
+        raise InputError('pictures need Matplotlib; pip install "jaxformer[pictures]"')
 
 
 def panels(rows: int, columns: int, width: float = 8.0, height: float = 4.5) -> tuple[Any, list[Any]]:

@@ -160,8 +160,8 @@ LOSS = "loss of "  # a part, in the sums of an evaluation
 class TokenObjective(Objective):
     """Predict tokens by the language head; also the base of all objectives that do."""
 
-    label_smoothing: float = 0.0  # of the target's weight, what is spread over the vocabulary (arXiv:1512.00567)
-    z_loss: float = 0.0  # times the square of the logarithm of the softmax's sum: keeps logits small (arXiv:2204.02311)
+    label_smoothing: float = 0.0  # share of the target's weight that is spread over the vocabulary (arXiv:1512.00567)
+    z_loss: float = 0.0  # weight of (log of the sum of exp(logits))², which keeps logits small (arXiv:2204.02311)
 
     def check(self, at: str = "") -> None:
         _check_smoothing(self.label_smoothing, at)
@@ -242,10 +242,10 @@ class Masked(TokenObjective):
     A batch holds `tokens` and `segments` int32[B, T].
     """
 
-    share: float = 0.15
-    mask: int | None = None  # id; None: the tokenizer's
+    share: float = 0.15  # the share of tokens that is predicted
+    mask: int | None = None  # the id that hides a token; None: the tokenizer's
     special: tuple[int, ...] | None = None  # ids that are never predicted, nor put in; None: the tokenizer's
-    vocab_size: int | None = None  # None: the tokenizer's
+    vocab_size: int | None = None  # how many ids there are; None: as the tokenizer
 
     lookahead = 0
 
@@ -349,11 +349,11 @@ class SpanCorruption(TokenObjective):
     """
 
     density: float = 0.15  # the share of tokens that is missing
-    mean_span: float = 3.0  # tokens
-    sentinels: tuple[int, ...] | None = None  # ids; None: the tokenizer's
-    start: int | None = None  # id that a target begins with; None: the tokenizer's
-    end: int | None = None
-    several: bool | None = None  # whether rows may hold several documents; None: the sampling's
+    mean_span: float = 3.0  # mean length of a missing span, in tokens
+    sentinels: tuple[int, ...] | None = None  # ids that stand for spans; None: the tokenizer's
+    start: int | None = None  # the id that a target begins with; None: the tokenizer's
+    end: int | None = None  # the id that a target ends with; None: the tokenizer's
+    several: bool | None = None  # whether rows may hold several documents; None: as the sampling says
 
     lookahead = 0
 
@@ -490,7 +490,7 @@ class Classification(Objective):
     A batch holds `tokens` and `segments` int32[B, T], and for each head `labels_COLUMN`.
     """
 
-    label_smoothing: float = 0.0  # of the target's weight, what is spread over the classes (arXiv:1512.00567)
+    label_smoothing: float = 0.0  # share of the target's weight that is spread over the classes (arXiv:1512.00567)
 
     lookahead = 0
 
@@ -556,8 +556,8 @@ class Contrastive(Objective):
     equal, neither has the other's among those to choose from.
     """
 
-    label_smoothing: float = 0.0  # of the target's weight, what is spread over the choices (arXiv:1512.00567)
-    temperature: float = 0.05
+    label_smoothing: float = 0.0  # share of the target's weight that is spread over the choices (arXiv:1512.00567)
+    temperature: float = 0.05  # similarities are divided by it
 
     lookahead = 0
     needs = ("source", "source_segments", "tokens", "segments")

@@ -1,25 +1,27 @@
 """Optimizers: Optax transforms, told by the declared letters what to do with each parameter."""
 
 import abc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 from jaxtyping import Array, Int
 
 from jaxformer.learning.schedules import Schedule, WarmupCosine
 from jaxformer.spec import Spec, map_declared
 
+if TYPE_CHECKING:  # a config costs no import of Optax
+    import optax
+
 
 class Optimizer(Spec):
     """What becomes of gradients."""
 
-    learning_rate: Schedule = WarmupCosine()
+    learning_rate: Schedule = WarmupCosine()  # the learning rate of each step
 
     keeps_fields = True
 
     @abc.abstractmethod
-    def transform(self, declared: Any, step: Int[Array, ""], steps: Int[Array, ""]) -> optax.GradientTransformation:
+    def transform(self, declared: Any, step: Int[Array, ""], steps: Int[Array, ""]) -> "optax.GradientTransformation":
         """From gradients to updates, at a step, counted from 0, of a run of `steps`.
 
         It is built anew inside each step, so that every number may be traced; its `init` must not depend on them.
@@ -35,18 +37,20 @@ def decayed(declared: Any) -> Any:
 class SGD(Optimizer):
     """Plain gradient descent."""
 
-    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
+    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> "optax.GradientTransformation":
+        import optax
+
         return optax.sgd(self.learning_rate(step, steps))
 
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101), after clipping by the global norm (arXiv:1211.5063)."""
 
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
+    b1: float = 0.9  # decay of the average of gradients
+    b2: float = 0.99  # decay of the average of their squares
+    eps: float = 1e-8  # is added to the root of that average
+    weight_decay: float = 0.1  # what is taken off matrices in each step, times the learning rate
+    clip: float | None = 1.0  # largest global norm of gradients; None: any
 
     def check(self, at: str = "") -> None:
         for name in ("b1", "b2"):
@@ -59,7 +63,9 @@ class AdamW(Optimizer):
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"{at}clip={self.clip} must be more than 0; None turns it off")
 
-    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
+    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> "optax.GradientTransformation":
+        import optax
+
         rate, mask = self.learning_rate(step, steps), decayed(declared)
         adamw = optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask)
         return adamw if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), adamw)

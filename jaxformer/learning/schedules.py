@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxformer.spec import Spec
+from jaxformer.spec import Spec, counted
 
 
 class Schedule(Spec):
@@ -29,7 +29,7 @@ def _check_peak(peak: float, at: str) -> None:
 class Constant(Schedule):
     """The same rate at every step."""
 
-    peak: float = 1e-3
+    peak: float = 1e-3  # the learning rate
 
     def check(self, at: str = "") -> None:
         _check_peak(self.peak, at)
@@ -41,10 +41,10 @@ class Constant(Schedule):
 class WarmupLinear(Schedule):
     """Linear up to `peak`, then linear down to `final` (arXiv:1810.04805); also the base of those with a warm-up."""
 
-    peak: float = 1e-3
-    final: float = 1e-4
-    warmup_steps: int = 100
-    shortens: bool = True  # a warm-up as long as the run, or longer, takes a tenth of the run
+    peak: float = 1e-3  # the highest learning rate
+    final: float = 1e-4  # the learning rate at the end
+    warmup_steps: int = 100  # how many steps lead up to the peak
+    shortens: bool = True  # a warm-up that would fill the run takes a tenth of it
 
     def check(self, at: str = "") -> None:
         _check_peak(self.peak, at)
@@ -68,7 +68,8 @@ class WarmupLinear(Schedule):
         warmup = int(self.warmup(steps))
         if warmup == self.warmup_steps or type(self).__call__ is not WarmupLinear.__call__:
             return None
-        return f"warmup_steps={self.warmup_steps} would fill the run of {steps} steps: it is shortened to {warmup}"
+        run = counted(steps, "step")
+        return f"warmup_steps={self.warmup_steps} would fill the run of {run}: it is shortened to {warmup}"
 
     def left(self, done: jax.Array) -> jax.Array:
         """How much of the way from `final` to `peak` is left when `done`, from 0 to 1, of the steps after the warm-up
@@ -88,7 +89,7 @@ class WSD(WarmupLinear):
     then a line leads down to `final`. A run may be stopped before the decay and prolonged by more steps."""
 
     final: float = 0.0
-    decay: float = 0.2
+    decay: float = 0.2  # the share of the steps after the warm-up in which the rate falls
 
     def check(self, at: str = "") -> None:
         super().check(at)

@@ -54,7 +54,7 @@ class Bigram(TokenEmbedding):
     A hidden state is a row, so that D is V and `d_model` is not to be given.
     """
 
-    d_model: int | None = dataclasses.field(default=None, kw_only=True)  # None: vocab_size
+    d_model: int | None = dataclasses.field(default=None, kw_only=True)  # None: vocab_size, always
     head: Head | tuple[Head, ...] = Rows()
     initializer: Initializer = GPT2Normal()
 
@@ -79,8 +79,8 @@ class RNN(TokenEmbedding):
     of what each layer is given and of what the last one gives, never of the state.
     """
 
-    n_layers: int = 1
-    dropout: float = 0.0
+    n_layers: int = 1  # number of layers
+    dropout: float = 0.0  # probability of dropout between layers
 
     cell = nn.SimpleCell
 

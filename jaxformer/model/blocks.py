@@ -62,8 +62,8 @@ class PreNorm(Residual):
     """x + f(norm(x)) (arXiv:2002.04745). Where a sum is off, the stream goes through the branch alone."""
 
     attention: bool = True  # whether x is added to what attention gives
-    cross_attention: bool = True
-    feed_forward: bool = True
+    cross_attention: bool = True  # whether x is added to what cross-attention gives
+    feed_forward: bool = True  # whether x is added to what the feed-forward gives
 
     def before(self, stream: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
         return site.norms[0](stream)

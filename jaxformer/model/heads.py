@@ -67,10 +67,10 @@ class Head(Spec):
 class LanguageHead(Head):
     """Logits over the vocabulary, by default from the embedding table (arXiv:1608.05859)."""
 
-    tied: bool = True
-    bias: bool = False
-    scaled: bool = False  # hidden states by 1/√D, as T5 before its tied table
-    cap: float | None = None  # logits are kept within ± this by tanh (arXiv:2408.00118)
+    tied: bool = True  # the matrix is that of the embedding
+    bias: bool = False  # whether logits have a bias
+    scaled: bool = False  # hidden states are multiplied by 1/√D, as T5 does before its tied matrix
+    cap: float | None = None  # logits are kept within ± this by tanh (arXiv:2408.00118); None: any
 
     writes = True
 
@@ -106,8 +106,8 @@ class MaskedLanguageHead(LanguageHead):
     """A layer with activation and norm, then logits over the vocabulary, as BERT (arXiv:1810.04805)."""
 
     bias: bool = True
-    activation: Activation = GELU(approximate=False)
-    norm: Norm = LayerNorm(eps=1e-12)
+    activation: Activation = GELU(approximate=False)  # the function of the layer before
+    norm: Norm = LayerNorm(eps=1e-12)  # the norm behind it
 
     def params(self) -> dict[str, Param]:
         norm = {f"norm_{name}": param for name, param in self.norm.params().items()}
@@ -182,9 +182,9 @@ class AttentionPooling(Pooling):
 class EmbeddingHead(Head):
     """A unit vector for each text: pooled and, if there is a width, projected (arXiv:1908.10084)."""
 
-    pooling: Pooling = MeanPooling()
-    width: int | None = None  # None: no projection
-    activation: Activation = Identity()  # of the projection
+    pooling: Pooling = MeanPooling()  # how a text becomes one vector
+    width: int | None = None  # width of a projection; None: no projection
+    activation: Activation = Identity()  # the function behind the projection
     unit: bool = True  # the vector is divided by its length
 
     @property
@@ -224,12 +224,12 @@ class EmbeddingHead(Head):
 class ClassificationHead(Head):
     """One class of a column for each text: softmax over a linear layer or, with `hidden`, over two."""
 
-    column: str = "label"  # of the table
-    classes: tuple[str, ...] | None = None  # None: those that the table's column holds
-    pooling: Pooling = MeanPooling()
-    hidden: int | None = None  # width of a layer before; None: there is none
-    activation: Activation = Tanh()  # of that layer
-    dropout: float = 0.0  # of what the last layer is given
+    column: str = "label"  # the table's column of classes
+    classes: tuple[str, ...] | None = None  # names of the classes; None: those that the column holds
+    pooling: Pooling = MeanPooling()  # how a text becomes one vector
+    hidden: int | None = None  # width of a layer before the last; None: no such layer
+    activation: Activation = Tanh()  # the function of that layer
+    dropout: float = 0.0  # probability of dropout before the last layer
 
     @property
     def name(self) -> str:

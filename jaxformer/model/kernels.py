@@ -56,7 +56,7 @@ class Kernel(Spec):
 class Softmax(Kernel):
     """Softmax attention (arXiv:1706.03762). A subclass overrides the step in which its idea differs."""
 
-    scale: float | None = dataclasses.field(default=None, kw_only=True)  # of scores; None: 1/√K
+    scale: float | None = dataclasses.field(default=None, kw_only=True)  # scores are multiplied by it; None: 1/√K
 
     def slots(self) -> dict[str, Slot]:
         return {"k": Slot("BGSK"), "v": Slot("BGSK")}
@@ -105,7 +105,7 @@ def plain(
 class SoftCapped(Softmax):
     """Softmax attention whose scores are kept within ± `cap` by tanh (arXiv:2408.00118)."""
 
-    cap: float = 50.0
+    cap: float = 50.0  # scores are kept within ± this
 
     def check(self, at: str = "") -> None:
         if self.cap <= 0:

@@ -60,7 +60,7 @@ class Initializer(Spec):
 class Normal(Initializer):
     """Normal weights, zero biases."""
 
-    std: float = 0.02
+    std: float = 0.02  # standard deviation
 
     def check(self, at: str = "") -> None:
         if self.std < 0:
@@ -118,7 +118,7 @@ class LeCunNormal(Normal):
 class TorchUniform(Normal):
     """PyTorch's default: matrices and biases uniform in ± 1/√fan_in, embeddings normal."""
 
-    std: float = 1.0  # of embeddings
+    std: float = 1.0  # standard deviation of embeddings
 
     def __call__(self, box: Declared, n_residuals: int) -> Draw:
         return _uniform(box.fan_in**-0.5) if box.fan_in else super().__call__(box, n_residuals)
@@ -183,7 +183,7 @@ class NoNorm(Norm):
 class RMSNorm(Norm):
     """Unit mean square over D, then a gain (arXiv:1910.07467); computed in float32."""
 
-    eps: float = 1e-6
+    eps: float = 1e-6  # is added to the mean square
     one_plus: bool = False  # the gain is 1 + scale, which begins at zero, as Gemma's (arXiv:2403.08295)
 
     def params(self, letter: str = "D") -> Declarations:
@@ -199,8 +199,8 @@ class RMSNorm(Norm):
 class LayerNorm(Norm):
     """Zero mean and unit variance over D, then gain and bias (arXiv:1607.06450); computed in float32."""
 
-    bias: bool = True
-    eps: float = 1e-5
+    bias: bool = True  # whether there is a bias beside the gain
+    eps: float = 1e-5  # is added to the variance
     one_plus: bool = False  # the gain is 1 + scale, which begins at zero
 
     def params(self, letter: str = "D") -> Declarations:
@@ -231,7 +231,7 @@ class Identity(Activation):
 class GELU(Activation):
     """x·Φ(x) (arXiv:1606.08415), by default in the tanh approximation that GPT-2 used."""
 
-    approximate: bool = True
+    approximate: bool = True  # takes the approximation by tanh
 
     def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
         return jax.nn.gelu(x, approximate=self.approximate)
@@ -288,8 +288,8 @@ class FeedForward(Spec):
 class MLP(FeedForward):
     """Two matrices with an activation between them (arXiv:1706.03762, section 3.3)."""
 
-    activation: Activation = GELU()
-    bias: bool = False
+    activation: Activation = GELU()  # the function between the two matrices
+    bias: bool = False  # whether both have a bias
 
     def params(self) -> Declarations:
         matrices = {"up": Param("D->F"), "down": Param("F->D")}
@@ -311,8 +311,8 @@ class MLP(FeedForward):
 class OneLayer(FeedForward):
     """One matrix, from D to D, and the activation behind it."""
 
-    activation: Activation = ReLU()
-    bias: bool = False
+    activation: Activation = ReLU()  # the function behind the matrix
+    bias: bool = False  # whether it has a bias
 
     def params(self) -> Declarations:
         return {"kernel": Param("D->D")} | ({"bias": Param("D", fan_in="D")} if self.bias else {})

@@ -95,7 +95,7 @@ class Prefix(Mask):
 class Local(Mask):
     """A token sees those less than `size` away, on either side (arXiv:2004.05150)."""
 
-    size: int = 128
+    size: int = 128  # how many tokens away the first unseen one is
 
     def check(self, at: str = "") -> None:
         if self.size < 1:
@@ -120,7 +120,7 @@ class Window(Local):
 class Both(Mask):
     """What every one of several rules allows, as Both((Prefix(), Local(64)))."""
 
-    rules: tuple[Mask, ...]
+    rules: tuple[Mask, ...]  # the masks that are combined
 
     def check(self, at: str = "") -> None:
         if not self.rules:

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxformer.spec import Arrays, Declarations, Param, Spec, declare, draw, pat
 Params = Mapping[str, Any]
 H = TypeVar("H", bound=Head)
 T = TypeVar("T")
-REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
+Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"]
 ENCODER, HEAD = 1 << 30, (1 << 30) + 1  # folded into the key of dropout: these have others than the layers
 
 
@@ -36,11 +36,11 @@ class Model(Spec):
     A model is a Flax module, its `network`, and what can be said of it without one.
     """
 
-    d_model: int
-    context_length: int  # the longest text that the model sees at once
-    vocab_size: int | None = None  # None: the tokenizer's
-    head: Head | tuple[Head, ...] = LanguageHead()
-    initializer: Initializer = GPT2Normal()
+    d_model: int  # width of the residual stream
+    context_length: int  # the longest text that the model sees at once, in tokens
+    vocab_size: int | None = None  # how many ids there are; None: as the tokenizer
+    head: Head | tuple[Head, ...] = LanguageHead()  # what the model is asked for
+    initializer: Initializer = GPT2Normal()  # how parameters are initialised
 
     keeps_fields = True
     generates = True  # token after token
@@ -196,9 +196,9 @@ def _as_tuple(parts: T | tuple[T, ...]) -> tuple[T, ...]:
 class Embedding(Spec):
     """Ids to vectors, by a table [V, D]."""
 
-    scaled: bool = False  # by √d_model (arXiv:1706.03762, section 3.4)
-    normed: bool = False  # with positions added, as in BERT
-    token_types: int = 0  # that have a vector each, as BERT's two sentences; 0: there are none
+    scaled: bool = False  # vectors are multiplied by √d_model (arXiv:1706.03762, section 3.4)
+    normed: bool = False  # a norm follows, with positions added, as in BERT
+    token_types: int = 0  # how many types of tokens have a vector each, as BERT's two sentences; 0: none
 
     def check(self, at: str = "") -> None:
         if self.token_types < 0:
@@ -222,26 +222,26 @@ class Embedding(Spec):
 class Decoder(Model):
     """A decoder-only language model (GPT-2 by default); also the base of the other transformers."""
 
-    n_layers: int = 6
-    n_heads: int = 6
-    n_kv_heads: int | None = None  # None: n_heads
-    head_width: int | None = None  # None: d_model / n_heads
-    d_ff: int | None = None  # None: 4 · d_model
-    dropout: float = 0.0
-    embedding: Embedding = Embedding()
-    position: Position | tuple[Position, ...] = Learned()  # of this and other parts below, tuples repeat over layers
-    mixer: Mixer | tuple[Mixer, ...] = MultiHead()
-    kernel: Kernel | tuple[Kernel, ...] | None = Softmax()  # None: no attention
-    mask: Mask | tuple[Mask, ...] = Causal()
-    feed_forward: FeedForward | tuple[FeedForward, ...] | None = MLP()  # None: attention alone
-    norm: Norm = LayerNorm()
-    residual: Residual = PreNorm()
-    qk_norm: Norm = NoNorm()  # of each head's queries and keys (arXiv:2010.04245)
-    bias: bool = False  # of attention's projections; feed_forward and norm have their own
-    qkv_bias: bool | None = None  # of queries, keys and values; None: as bias
-    output_projection: bool = True  # False: attention gives its heads side by side, and 0 where d_model is wider
-    unroll: int = 1  # groups of layers in a turn of the scan, at most all: more is faster on CPU, slower to compile
-    remat: str | None = None  # "nothing_saveable": least memory; "dots_saveable": some; None: no recomputation
+    n_layers: int = 6  # number of blocks
+    n_heads: int = 6  # number of query heads
+    n_kv_heads: int | None = None  # number of key and value heads; None: n_heads
+    head_width: int | None = None  # width of each head; None: d_model / n_heads
+    d_ff: int | None = None  # width inside the feed-forward; None: 4 · d_model
+    dropout: float = 0.0  # probability of dropout
+    embedding: Embedding = Embedding()  # how ids become vectors
+    position: Position | tuple[Position, ...] = Learned()  # how places are told; a tuple repeats over layers
+    mixer: Mixer | tuple[Mixer, ...] = MultiHead()  # how tokens learn of each other
+    kernel: Kernel | tuple[Kernel, ...] | None = Softmax()  # the function inside attention; None: no attention
+    mask: Mask | tuple[Mask, ...] = Causal()  # which tokens see which
+    feed_forward: FeedForward | tuple[FeedForward, ...] | None = MLP()  # done with each token; None: attention alone
+    norm: Norm = LayerNorm()  # how branches are normalised
+    residual: Residual = PreNorm()  # how branches join the stream
+    qk_norm: Norm = NoNorm()  # how each head's queries and keys are normalised (arXiv:2010.04245)
+    bias: bool = False  # whether attention's projections have biases; feed_forward and norm have fields of their own
+    qkv_bias: bool | None = None  # whether those of queries, keys and values have; None: as bias
+    output_projection: bool = True  # attention ends with a projection; False: its heads side by side, then zeros
+    unroll: int = 1  # groups of layers in one turn of the scan: more is faster on CPU, slower to compile; at most all
+    remat: Remat | None = None  # which activations are kept for the gradient and not recomputed; None: all
 
     stacks = ("decoder",)  # by name
 
@@ -355,10 +355,10 @@ class EncoderDecoder(Decoder):
     Both share the embedding; each has its own positions.
     """
 
-    n_encoder_layers: int | None = None  # None: n_layers
-    encoder_mask: Mask | tuple[Mask, ...] = Bidirectional()
-    encoder_mixer: Mixer | tuple[Mixer, ...] | None = None  # None: mixer
-    cross_kernel: Kernel = Softmax()  # of the decoder's attention to the encoder
+    n_encoder_layers: int | None = None  # number of blocks of the encoder; None: n_layers
+    encoder_mask: Mask | tuple[Mask, ...] = Bidirectional()  # which tokens of the source see which
+    encoder_mixer: Mixer | tuple[Mixer, ...] | None = None  # how tokens of the source learn of each other; None: mixer
+    cross_kernel: Kernel = Softmax()  # kernel of the decoder's attention to the encoder
 
     stacks = ("encoder", "decoder")
     encodes = True
@@ -434,8 +434,6 @@ def check_transformer(model: Decoder, at: str) -> None:
     model.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
     if not 0 <= model.dropout < 1:
         raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
-    if model.remat not in (None, *REMAT):
-        raise ValueError(f"{at}remat={model.remat!r} must be None or one of {', '.join(REMAT)}")
     if model.feed_forward is None and model.kernel is None:
         raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
     for position in _as_tuple(model.position):

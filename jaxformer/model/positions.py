@@ -59,7 +59,7 @@ class Learned(Position):
 class Sinusoidal(Position):
     """Sines in the even places of D, cosines in the odd ones, of falling frequency (arXiv:1706.03762, section 3.5)."""
 
-    base: float = 10_000.0
+    base: float = 10_000.0  # wavelengths rise from 2π to 2π times this
 
     def check(self, at: str = "") -> None:
         if self.base <= 1:
@@ -74,8 +74,8 @@ class Sinusoidal(Position):
 class Rotary(Position):
     """Rotary positions, halves of a head paired (arXiv:2104.09864)."""
 
-    base: float = 10_000.0
-    fraction: float = 1.0  # of each head's width that is turned, from its beginning (arXiv:2204.06745)
+    base: float = 10_000.0  # wavelengths rise from 2π to 2π times this
+    fraction: float = 1.0  # share of each head's width that is turned, from its beginning (arXiv:2204.06745)
     scaling: float = 1.0  # positions are divided by it, to stretch a trained context (arXiv:2306.15595)
 
     def check(self, at: str = "") -> None:
@@ -119,8 +119,8 @@ class RelativeBias(Position):
     comes after them, half of the buckets are for that.
     """
 
-    buckets: int = 32
-    max_distance: int = 128
+    buckets: int = 32  # how many distances are told apart
+    max_distance: int = 128  # from here on all distances share a bucket
 
     def check(self, at: str = "") -> None:
         if self.buckets < 4 or self.buckets % 4:

@@ -59,7 +59,8 @@ def check_begun(config: Config) -> bool:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
     if has_begun(directory):
-        _check_same(config, config_lib.read(directory / "config.json"))
+        if other := other_run(config):
+            raise InputError(f"{other}; give another directory")
         return True
     if wild := sorted(WILD & set(str(directory.absolute()))):
         raise InputError(
@@ -93,13 +94,13 @@ def has_checkpoint(directory: Path) -> bool:
     return any(path.name.isdecimal() and has_manifest(path) for path in (directory / "checkpoints").glob("*"))
 
 
-def _check_same(config: Config, stored: Config) -> None:
-    changed = config_lib.differences(stored, config)
+def other_run(config: Config) -> str | None:
+    """How the run in the directory is not one of this config, in a sentence; None if it is."""
+    changed = config_lib.differences(config_lib.read(Path(config.directory) / "config.json"), config)
     may = config_lib.FREE | config_lib.NOTICE
     wrong = {path: change for path, change in changed.items() if not {path, path.partition(".")[0]} & may}
-    if wrong:
-        fields = "; ".join(f"{path} was {old!r} and is {new!r}" for path, (old, new) in wrong.items())
-        raise InputError(f"directory={config.directory!r} holds another run: {fields}; give another directory")
+    fields = "; ".join(config_lib.told(path, *change) for path, change in wrong.items())
+    return f"directory={config.directory!r} holds another run: {fields}" if wrong else None
 
 
 def noticed(config: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,5 +1,6 @@
 """What a run would be, without one step of it: its config, its size, its memory."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,22 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.platform import set_flags
-from jaxformer.run.directory import as_begun, check_begun
+from jaxformer.run.directory import as_begun, check_begun, has_begun, other_run
 from jaxformer.run.notices import tell_beginning
 from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of, planned_recipe, planned_tokenizer
 from jaxformer.run.step import train_steps
 from jaxformer.run.warm_start import compare, open_source
 from jaxformer.spec import to_json
 
+log = logging.getLogger(__name__)
+
 
 def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The resolved config as JSON values, and what its compiled step needs, in bytes of one device.
 
     The corpus is read only if the size of the vocabulary depends on it; nothing is allocated on the device. Raises
-    InputError as `train` would, but for what the corpus itself may bring.
+    InputError as `train` would, but for what the corpus itself may bring; a directory that holds another run is a
+    warning.
     """
     (config,) = as_begun([config_lib.resolve(config, overrides)])
     for writer in config.writers:
@@ -30,7 +34,10 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
     set_flags()
     tokenizer = planned_tokenizer(config)
     recipe, hyper = planned_recipe(config, tokenizer), hyper_of(config)
-    if not check_begun(config):
+    other = other_run(config) if has_begun(Path(config.directory)) else None
+    if other:
+        log.warning("%s; train it in another directory", other)
+    if other or not check_begun(config):
         tell_beginning(config)
         if config.init_from is not None:
             source = open_source(config.init_from)

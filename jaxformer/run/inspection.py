@@ -246,4 +246,14 @@ def _text(value: Any) -> str:
         return "×".join(map(str, value))
     if isinstance(value, bool):
         return "yes" if value else ""
-    return f"{value:,}" if isinstance(value, int) else value
+    return human(value) if isinstance(value, int) else value
+
+
+def human(number: float, unit: str = "") -> str:
+    """A large number by three digits and the power of 1,000 that they are of: "810,112", "10.7M", "1.3 GB"."""
+    if number < (10_000 if unit else 1_000_000):
+        return f"{number:,} {unit}".rstrip()
+    power = 0
+    while number >= 999.5:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g}{' ' if unit else ''}{'kMGTPE'[power - 1]}{unit}"

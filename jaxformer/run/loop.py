@@ -28,7 +28,7 @@ from jaxformer.run.profile import Profile
 from jaxformer.run.reports import Reports
 from jaxformer.run.signals import collected
 from jaxformer.run.step import TrainState, train_steps
-from jaxformer.spec import InputError
+from jaxformer.spec import InputError, counted
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
         runs, origin = restored(configs, prepared, saved, origin)
         step, steps = int(runs[0].state.step), config.train.steps
         if step >= steps and not any(owed(configs, saved, step)):
-            log.info("%s is finished: it has made %d of %d steps", config.directory, step, steps)
+            log.info("%s is finished: it has made %d of %s", config.directory, step, counted(steps, "step"))
             received.interrupt(step)
             return runs
         record(runs, prepared, saved, origin)
@@ -158,5 +158,5 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
             if received:
                 pauses.save(step, state)
     received.interrupt(step)
-    log.info("done: %d steps in %s", step, ", ".join(each.directory for each in configs))
+    log.info("done: %s in %s", counted(step, "step"), ", ".join(each.directory for each in configs))
     return [dataclasses.replace(run, state=own) for run, own in zip(runs, members.apart(state), strict=True)]

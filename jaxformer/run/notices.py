@@ -11,6 +11,7 @@ from jaxformer.data.datasets import Prepared
 from jaxformer.run.directory import noticed
 from jaxformer.run.opened import Run
 from jaxformer.run.starts import changed_sources
+from jaxformer.spec import counted
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
     run, devices = runs[0], devices_of(runs[0].state)
     config, model, device = run.config, run.model, devices[0]
     n_params = sum(a.size for a in jax.tree.leaves(run.state.params))
-    counts = prepared.manifest
+    counts, per_call = prepared.manifest, counted(config.train.steps_per_call, "step")
     rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
     rows |= {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
@@ -57,8 +58,8 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
         "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
         **model.summary(),
         "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
-        "data": f"{counts['train_tokens']:,} tokens for training, {counts['valid_tokens']:,} for validation",
-        "step": f"{config.data.batch_size * config.window:,} tokens; {config.train.steps_per_call} steps per call",
+        "data": f"{counted(counts['train_tokens'], 'token')} for training, {counts['valid_tokens']:,} for validation",
+        "step": f"{counted(config.data.batch_size * config.window, 'token')}; {per_call} per call",
     }
     for name, text in rows.items():
         log.info("%-10s %s", name, text)

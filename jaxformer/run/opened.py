@@ -31,7 +31,7 @@ from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, checked, override
+from jaxformer.spec import InputError, checked, counted, override
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -231,7 +231,9 @@ class Run:
         (found,) = evaluate(self.recipe, self.state.eval_params, judged, self.config, self.tokenizer)
         if math.isnan(found["loss"]) and not found.get("tokens", found.get("examples")):
             count = sum(source.n_tokens for source in judged.sources)
-            raise InputError(f"{split}: {count} tokens cannot be predicted from one another; give at least 2")
+            raise InputError(
+                f"{split}: {counted(count, 'token')} cannot be predicted from one another; give at least 2"
+            )
         perplexity = {"perplexity": math.exp(min(found["loss"], 700))} if "tokens" in found else {}
         return {"step": int(self.state.step), "split": split, "loss": found["loss"]} | perplexity | found
 
@@ -325,7 +327,12 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     check_numerics()
     directory = located(str(directory))
     if not (directory / "config.json").is_file():
-        raise InputError(f"{str(directory)!r} holds no run (no config.json); give a directory that train.py wrote")
+        runs = sorted(
+            (str(path.parent) for path in directory.glob("*/config.json")), key=lambda name: (len(name), name)
+        )
+        more = f" and {len(runs) - 10} more" if len(runs) > 10 else ""
+        remedy = f"give one of {', '.join(runs[:10])}{more}" if runs else "give a directory that train.py wrote"
+        raise InputError(f"{str(directory)!r} holds no run (no config.json); {remedy}")
     config = dataclasses.replace(config_lib.read(directory / "config.json"), directory=str(directory))
     tokenizer = read_tokenizer(directory / "tokenizer.json")
     classes = read_classes(directory)

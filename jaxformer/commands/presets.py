@@ -1,0 +1,21 @@
+"""jaxformer presets."""
+
+import ast
+import re
+
+from jaxformer.commands.arguments import page
+
+
+def presets() -> None:
+    """Lists the configs that come with jaxformer: their names, their sizes, what they are.
+
+    Train one by its name, as in jaxformer train quickstart; jaxformer new my_config.py quickstart writes one to edit.
+    """
+    from jaxformer import config
+
+    rows = []
+    for name, path in config.presets().items():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        count = re.search(r"([\d,]+) parameters", text)
+        rows.append((f"{name:22}  {count[1] if count else '':>13}", text.partition("\n")[0]))
+    print(page([(f"{'preset':22}     parameters", ""), *rows], indent=""))
