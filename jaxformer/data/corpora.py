@@ -15,6 +15,7 @@ from jaxformer.data.files import decoded, fetch, file_sha256, lines, located, pl
 from jaxformer.spec import InputError, Spec
 
 PIECE = 16_384  # characters that are encoded at once
+CACHES = ("__pycache__", "node_modules", "venv")  # folders that programs fill
 
 
 class Piece(NamedTuple):
@@ -70,6 +71,10 @@ class Corpus(Spec):
     def __iter__(self) -> Iterator[str]:
         return (piece.text for piece in self.pieces())
 
+    def summary(self) -> str | None:
+        """What a run says of it before it is read: of a folder which files, and what is left out."""
+        return None
+
     def fingerprint(self) -> str:
         """SHA-256 of the documents and their boundaries."""
         digest = hashlib.sha256()
@@ -110,12 +115,18 @@ class PythonTopics(Corpus):
 class TextFiles(Corpus):
     """UTF-8 files, each a document: one, or all of a folder and its subfolders in the order of their paths.
 
-    Hidden files are left out. What ends in .gz or .zst is decompressed.
+    What ends in .gz or .zst is decompressed. Of a folder, what is hidden is left out and, where no `suffixes` say which
+    files to read, what is binary. The fingerprint has the names of the files that are read, not what chose them.
     """
 
     path: str
+    suffixes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, repr=False)  # of files, before .gz; (): all
+    skip: tuple[str, ...] = dataclasses.field(default=CACHES, kw_only=True, repr=False)  # names of folders to leave out
 
-    suffixes = ("",)  # of files that are taken from a folder, before .gz and .zst
+    def check(self, at: str = "") -> None:
+        for suffix in self.suffixes:
+            if not suffix.startswith("."):
+                raise ValueError(f"{at}suffixes={self.suffixes} must each begin with a dot, such as .py; () reads all")
 
     def documents(self) -> Iterator[str]:
         return (piece.text for piece in joined(self.pieces()))
@@ -140,11 +151,34 @@ class TextFiles(Corpus):
             return [root]
         if not root.is_dir():
             raise InputError(f"corpus {self.path!r} is no regular file, which could be read again; copy it to one")
-        found = [path for path in visible_files(root) if plain_name(path).lower().endswith(self.suffixes)]
+        found, left = self._of_folder(root)
         if not found:
-            kinds = " or ".join(self.suffixes) if any(self.suffixes) else "visible"
-            raise InputError(f"corpus {self.path!r} holds no {kinds} file; give another folder")
+            kinds, more = " or ".join(self.suffixes) or "visible text", f" (left out: {left})" if left else ""
+            raise InputError(f"corpus {self.path!r} holds no {kinds} file{more}; give another folder")
         return found
+
+    def _of_folder(self, root: Path) -> tuple[list[Path], str]:
+        """The files to read, and what is left out, in words."""
+        visible, hidden, skipped = visible_files(root, self.skip)
+        suffixes = tuple(suffix.lower() for suffix in self.suffixes)
+        chosen = (lambda path: plain_name(path).lower().endswith(suffixes)) if suffixes else lambda p: not is_binary(p)
+        found = [path for path in visible if chosen(path)]
+        others, names = sorted({*visible} - {*found}), sorted({path.name for path in skipped})
+        kind = f"without {' or '.join(suffixes)}" if suffixes else "binary"
+        reasons = [f"{len(others):,} {kind}, such as {others[0].relative_to(root)}"] if others else []
+        reasons += [f"{len(hidden):,} hidden"] if hidden else []
+        reasons += [f"what lies in folders called {', '.join(names)}"] if names else []
+        return found, "; ".join(reasons)
+
+    def summary(self) -> str | None:
+        root = located(self.path)
+        if not root.is_dir():
+            return None
+        files, left = self._of_folder(root)
+        size = sum(path.stat().st_size for path in files)
+        what = f"{self.path}: {len(files):,} file{'s' * (len(files) != 1)}, "
+        what += f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+        return what + (f"; left out: {left}" if left else "")
 
     def fingerprint(self) -> str:
         """SHA-256 over class, fields, and the names and contents of the files, wherever their folder lies."""
@@ -172,8 +206,7 @@ class JSONLines(TextFiles):
     """Files of one JSON object per line, each a document: the string in `field`. A null is no document."""
 
     field: str = "text"
-
-    suffixes = (".jsonl", ".ndjson")
+    suffixes: tuple[str, ...] = dataclasses.field(default=(".jsonl", ".ndjson"), kw_only=True, repr=False)
 
     def read(self, path: Path) -> Iterator[Piece]:
         for number, line in enumerate(lines(path), 1):
@@ -197,8 +230,7 @@ class Parquet(TextFiles):
     """Parquet files, each row a document: the string in a column. A null is no document. Needs pyarrow."""
 
     column: str = "text"
-
-    suffixes = (".parquet",)
+    suffixes: tuple[str, ...] = dataclasses.field(default=(".parquet",), kw_only=True, repr=False)
 
     def read(self, path: Path) -> Iterator[Piece]:
         try:
@@ -232,7 +264,10 @@ class TokenFile(Corpus):
             raise ValueError(f"{at}dtype={self.dtype!r} must be uint8, uint16 or uint32")
 
     def documents(self) -> Iterator[str]:
-        raise InputError(f"corpus {self.path!r} holds ids, no text to learn from; give the data.tokenizer of its ids")
+        raise InputError(
+            f"corpus {self.path!r} holds ids, no text to learn from; give the data.tokenizer of its ids, or how many "
+            "there are, as NoTokenizer(vocab_size=50257)"
+        )
 
     def fingerprint(self) -> str:
         self.ids()
