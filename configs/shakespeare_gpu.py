@@ -2,9 +2,9 @@
 
     python scripts/train.py configs/shakespeare_gpu.py
 
-10,745,088 parameters on tinyshakespeare.txt (10,646,784 without the table of positions, as nanoGPT counts). Data, split,
-windows, model, exact GELU, initial values, dropout, AdamW, decay of all matrices and tables, clipping, warm-up and
-cosine are nanoGPT's. What stays different:
+10,745,088 parameters on tinyshakespeare.txt (10,646,784 without the table of positions, as nanoGPT counts). Data,
+split, windows, model, exact GELU, initial values, dropout, AdamW, decay of all matrices and tables, clipping, warm-up
+and cosine are nanoGPT's. What stays different:
 
 * random numbers: other initial values, batches and dropout masks; seed 0, not 1337
 * with bfloat16 the residual stream is rounded to it, too, and logits are float32 (nanoGPT: the reverse); attention's

@@ -251,7 +251,7 @@ def as_begun(new: S, stored: S, since: int) -> S:
     def renewed(a: Any, b: Any) -> Any:
         if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
             return tuple(map(renewed, a, b))
-        return as_begun(a, b, since) if isinstance(a, Spec) and type(a) is type(b) else a
+        return as_begun(a, b, since) if isinstance(a, Spec) and isinstance(b, Spec) and type(a) is type(b) else a
 
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(new):

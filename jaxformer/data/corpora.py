@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxformer.data.files import decoded, fetch, file_sha256, lines, located, plain_name, visible_files
+from jaxformer.data.files import decoded, fetch, file_sha256, is_binary, lines, located, plain_name, visible_files
 from jaxformer.spec import InputError, Spec
 
 PIECE = 16_384  # characters that are encoded at once
@@ -161,13 +161,13 @@ class TextFiles(Corpus):
         """The files to read, and what is left out, in words."""
         visible, hidden, skipped = visible_files(root, self.skip)
         suffixes = tuple(suffix.lower() for suffix in self.suffixes)
-        chosen = (lambda path: plain_name(path).lower().endswith(suffixes)) if suffixes else lambda p: not is_binary(p)
-        found = [path for path in visible if chosen(path)]
+        named = lambda path: plain_name(path).lower().endswith(suffixes)
+        found = [path for path in visible if (named(path) if suffixes else not is_binary(path))]
         others, names = sorted({*visible} - {*found}), sorted({path.name for path in skipped})
-        kind = f"without {' or '.join(suffixes)}" if suffixes else "binary"
-        reasons = [f"{len(others):,} {kind}, such as {others[0].relative_to(root)}"] if others else []
-        reasons += [f"{len(hidden):,} hidden"] if hidden else []
-        reasons += [f"what lies in folders called {', '.join(names)}"] if names else []
+        kind = f"not {' or '.join(suffixes)}" if suffixes else "binary"
+        reasons = [f"{_counted(others)} {kind}, such as {others[0].relative_to(root)}"] if others else []
+        reasons += [f"{_counted(hidden)} hidden"] if hidden else []
+        reasons += [f"folders called {', '.join(names)}"] if names else []
         return found, "; ".join(reasons)
 
     def summary(self) -> str | None:
@@ -176,9 +176,8 @@ class TextFiles(Corpus):
             return None
         files, left = self._of_folder(root)
         size = sum(path.stat().st_size for path in files)
-        what = f"{self.path}: {len(files):,} file{'s' * (len(files) != 1)}, "
-        what += f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
-        return what + (f"; left out: {left}" if left else "")
+        amount = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+        return f"{self.path}: reads {_counted(files)}, {amount}" + (f"; leaves out: {left}" if left else "")
 
     def fingerprint(self) -> str:
         """SHA-256 over class, fields, and the names and contents of the files, wherever their folder lies."""
@@ -187,6 +186,10 @@ class TextFiles(Corpus):
         files = [(name(path), file_sha256(path)) for path in self.files()]
         fields = f"{type(self).__module__}.{dataclasses.replace(self, path='')!r}"
         return hashlib.sha256(json.dumps([fields, files]).encode()).hexdigest()
+
+
+def _counted(files: list[Path]) -> str:
+    return "1 file" if len(files) == 1 else f"{len(files):,} files"
 
 
 class TextLines(TextFiles):

@@ -127,9 +127,12 @@ class Unfitted(Tokenizer):
 
 
 class NoTokenizer(Tokenizer):
-    """Ids of which nobody says what they stand for, as those of a `TokenFile`. As text they are numbers: "464 262"."""
+    """Ids that stand for no known text, as those of a `TokenFile`; by default as many as GPT-2's.
 
-    vocab_size: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    As text they are numbers: "464 262".
+    """
+
+    vocab_size: int = 50257  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     end_id: int | None = None  # that ends each document, as GPT-2's 50256; None if there is none
 
     def check(self, at: str = "") -> None:
