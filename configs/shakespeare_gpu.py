@@ -13,13 +13,11 @@ and cosine are nanoGPT's. What stays different:
 * no evaluation before the first step; a sample is shown at each evaluation; the newest two checkpoints are kept beside
   the best
 * the loss: ours is that of the whole validation split, each token asked for once, in windows side by side. nanoGPT's is
-  the mean of 200 random batches, of each split; its best of 1.4697 is the least of 21 such estimates. Beside ours:
+  the mean of 200 random batches, of each split; its best, 1.4697, is the least of 21 such estimates. Both of a run:
 
-    from jaxformer import open_run
-    from jaxformer.lab.measures import estimate_loss
-
-    print(open_run("runs/shakespeare_gpu", step="best").evaluate_valid()["loss"])
-    print(estimate_loss(open_run("runs/shakespeare_gpu", step="best")))  # {"train": ..., "valid": ...}
+    python scripts/evaluate.py runs/shakespeare_gpu --step best
+    python -c 'import jaxformer, jaxformer.lab.measures as m; print(m.estimate_loss(jaxformer.open_run(
+        "runs/shakespeare_gpu", "best")))'
 
 Not yet run in full, for want of a GPU. Its first 20 steps on 2 cores:
 

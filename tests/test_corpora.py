@@ -83,12 +83,12 @@ CACHES = "folders called .git, __pycache__, node_modules, venv"
         (
             {},
             ["main.py", "pkg/notes.MD", "pkg/tool.py"],
-            f"reads 3 files, 0.0 kB; leaves out: 2 files binary, such as logo.png; 2 files hidden; {CACHES}",
+            f"reads 3 files, 0.0 kB; leaves out: 2 binary files, such as logo.png; 2 hidden files; {CACHES}",
         ),
         (
             {"suffixes": (".PY",)},
             ["main.py", "pkg/tool.py"],
-            f"reads 2 files, 0.0 kB; leaves out: 3 files not .py, such as logo.png; 2 files hidden; {CACHES}",
+            f"reads 2 files, 0.0 kB; leaves out: 3 files not .py, such as logo.png; 2 hidden files; {CACHES}",
         ),
         ({"suffixes": (".md", ".js"), "skip": ()}, ["-", "pkg/notes.MD"], "folders called .git"),
     ],
@@ -111,7 +111,7 @@ def test_what_chose_the_files_is_not_in_the_fingerprint(tmp_path):
 def test_binary_files_are_left_out_of_folders_and_damaged_text_is_not(tmp_path):
     folder = tmp_path / "folder"
     put(folder, "logo.png", PNG)
-    with pytest.raises(InputError, match=r"no visible text file \(left out: 1 file binary, such as logo.png\)"):
+    with pytest.raises(InputError, match=r"no visible text file \(left out: 1 binary file, such as logo.png\)"):
         texts(TextFiles(str(folder)))
     with pytest.raises(InputError, match=r"logo.png is not UTF-8 .*; convert it, or leave it out, as by data.corpus"):
         texts(TextFiles(str(folder / "logo.png")))

@@ -164,9 +164,9 @@ class TextFiles(Corpus):
         named = lambda path: plain_name(path).lower().endswith(suffixes)
         found = [path for path in visible if (named(path) if suffixes else not is_binary(path))]
         others, names = sorted({*visible} - {*found}), sorted({path.name for path in skipped})
-        kind = f"not {' or '.join(suffixes)}" if suffixes else "binary"
-        reasons = [f"{_counted(others)} {kind}, such as {others[0].relative_to(root)}"] if others else []
-        reasons += [f"{_counted(hidden)} hidden"] if hidden else []
+        what = f"{_counted(others)} not {' or '.join(suffixes)}" if suffixes else _counted(others, "binary file")
+        reasons = [f"{what}, such as {others[0].relative_to(root)}"] if others else []
+        reasons += [_counted(hidden, "hidden file")] if hidden else []
         reasons += [f"folders called {', '.join(names)}"] if names else []
         return found, "; ".join(reasons)
 
@@ -188,8 +188,8 @@ class TextFiles(Corpus):
         return hashlib.sha256(json.dumps([fields, files]).encode()).hexdigest()
 
 
-def _counted(files: list[Path]) -> str:
-    return "1 file" if len(files) == 1 else f"{len(files):,} files"
+def _counted(files: list[Path], kind: str = "file") -> str:
+    return f"{len(files):,} {kind}{'s' * (len(files) != 1)}"
 
 
 class TextLines(TextFiles):
