@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from jaxformer.data import tables, tasks
 from jaxformer.data.batches import RandomWindows, RowSize, Sampling
-from jaxformer.data.corpora import Corpus, PythonTopics
+from jaxformer.data.corpora import Corpus, PythonTopics, TextFiles
 from jaxformer.data.files import expanded, located, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.generation.decode import Sampler
@@ -190,9 +190,13 @@ def check_storable(config: Config) -> None:
 
 # --- the stored form, in which runs of before still open
 
-FORMAT = 2
-# Class, field, value: what runs of format 1 did where a field has another default since, or was not there.
-BEFORE: tuple[tuple[type[Spec], str, Any], ...] = ((Data, "split_seed", None), (WarmupLinear, "shortens", False))
+FORMAT = 3
+# Format, class, field, value: what runs up to it did where a field has another default since, or was not there.
+BEFORE: tuple[tuple[int, type[Spec], str, Any], ...] = (
+    (1, Data, "split_seed", None),
+    (1, WarmupLinear, "shortens", False),
+    (2, TextFiles, "skip", ()),
+)
 # What classes were called.
 RENAMED = {
     "jaxformer.model.heads:Pooling": "jaxformer.model.heads:MeanPooling",
@@ -231,8 +235,8 @@ def _renewed(stored: dict[str, Any], since: int, known: Mapping[str, type[Spec]]
         return found
     gone = found.keys() - {field.name for field in dataclasses.fields(kind)}
     rows = lambda table: [row for row in table if issubclass(kind, row[0]) and row[1] in gone]
-    for cls, name, old in BEFORE:
-        if since == 1 and issubclass(kind, cls):
+    for until, cls, name, old in BEFORE:
+        if since <= until and issubclass(kind, cls):
             found.setdefault(name, old)
     for _, name, part, inner in rows(MOVED_INTO):
         there = found.get(part)
@@ -259,15 +263,19 @@ def _stored(path: Path) -> tuple[Any, int]:
     return value, since
 
 
-def as_begun(new: S, stored: S) -> S:
-    """The config of a run that was stored in format 1, with what has another default since as it was then."""
+def as_begun(new: S, stored: S, since: int) -> S:
+    """The config of a run that was stored in an older format, with what has another default since as it was then."""
+    before = [(name, old) for until, cls, name, old in BEFORE if since <= until and isinstance(new, cls)]
+
+    def renewed(a: Any, b: Any) -> Any:
+        if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+            return tuple(map(renewed, a, b))
+        return as_begun(a, b, since) if isinstance(a, Spec) and isinstance(b, Spec) and type(a) is type(b) else a
+
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(new):
         a, b = getattr(new, field.name), getattr(stored, field.name)
-        if isinstance(a, Spec) and type(a) is type(b):
-            changes[field.name] = as_begun(a, b)
-        elif a == field.default and any(isinstance(new, c) and (field.name, b) == (n, old) for c, n, old in BEFORE):
-            changes[field.name] = b
+        changes[field.name] = b if a == field.default and (field.name, b) in before else renewed(a, b)
     return dataclasses.replace(new, **changes)
 
 

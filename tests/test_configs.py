@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny import without_corpus
 
@@ -16,7 +18,8 @@ from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.config import load, presets, resolve
 from jaxformer.data.corpora import TextFiles
-from jaxformer.spec import dumps, from_json
+from jaxformer.run.plan import planned_recipe
+from jaxformer.spec import dumps, from_json, is_declared
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -80,6 +83,18 @@ def test_the_readmes_training_commands_are_right():
         given = dict(flag[2:].split("=", 1) for flag in flags.split())
         fields = {n: v for n, v in given.items() if n not in ("seeds", "profile") and "$" not in v}
         resolve(CONFIGS[0].parent.parent / path, fields)
+
+
+def test_the_scaled_rung_is_nanogpts_recipe(data_directory):
+    """nanoGPT prints 10,740,096 decayed parameters, and 4,992 that are not: the gains of its norms."""
+    config = resolve(CONFIGS[0].parent / "shakespeare_gpu.py")
+    sizes: dict[bool, int] = {True: 0, False: 0}
+    for box in jax.tree.leaves(planned_recipe(config).model.declared(), is_leaf=is_declared):
+        sizes[box.decay] += box.value.size
+    assert sizes == {True: 10_740_096, False: 4_992}
+    x = np.linspace(-5, 5, 41, dtype=np.float32)
+    exact = [v * (1 + math.erf(v / 2**0.5)) / 2 for v in x.tolist()]
+    np.testing.assert_allclose(config.model.feed_forward.activation(jax.numpy.asarray(x)), exact, atol=1e-6)
 
 
 @pytest.mark.slow

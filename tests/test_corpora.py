@@ -24,9 +24,11 @@ from jaxformer.data.corpora import (
     Parquet,
     PythonTopics,
     TextFiles,
+    TextLines,
     TokenFile,
     cut,
 )
+from jaxformer.data.tables import Table
 from jaxformer.spec import InputError, checked
 
 TEXT = "naïve café — 数学 🦜\nzwölf Boxkämpfer\n" * 7
@@ -56,6 +58,72 @@ def test_a_folder_is_its_visible_files_in_order(tmp_path):
     for name, text in {"b.txt": "B", "a/z.md": "Z", "a/y.md": "Y", ".hidden": "-", ".git/x": "-"}.items():
         put(tmp_path / "folder", name, text)
     assert texts(TextFiles(str(tmp_path / "folder"))) == ["Y", "Z", "B"]
+
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+def sources(folder):
+    """A folder as programmers have them."""
+    for name in ("main.py", "pkg/tool.py", "pkg/notes.MD"):
+        put(folder, name, name)
+    for name in (".git/config", "pkg/__pycache__/tool.txt", "node_modules/x/index.js", "venv/a.py", ".env", "pkg/.b"):
+        put(folder, name, "-")
+    put(folder, "logo.png", PNG)
+    put(folder, "packed.gz", gzip.compress(PNG))
+    return str(folder)
+
+
+CACHES = "folders called .git, __pycache__, node_modules, venv"
+
+
+@pytest.mark.parametrize(
+    ("fields", "read", "told"),
+    [
+        (
+            {},
+            ["main.py", "pkg/notes.MD", "pkg/tool.py"],
+            f"reads 3 files, 0.0 kB; leaves out: 2 binary files, such as logo.png; 2 hidden files; {CACHES}",
+        ),
+        (
+            {"suffixes": (".PY",)},
+            ["main.py", "pkg/tool.py"],
+            f"reads 2 files, 0.0 kB; leaves out: 3 files not .py, such as logo.png; 2 hidden files; {CACHES}",
+        ),
+        ({"suffixes": (".md", ".js"), "skip": ()}, ["-", "pkg/notes.MD"], "folders called .git"),
+    ],
+)
+def test_what_is_read_of_a_folder_and_what_is_left_out(tmp_path, fields, read, told):
+    corpus = TextFiles(sources(tmp_path / "folder"), **fields)
+    assert texts(corpus) == read and corpus.summary().endswith(told)
+    assert TextFiles(str(tmp_path / "folder" / "main.py")).summary() is None
+
+
+def test_what_chose_the_files_is_not_in_the_fingerprint(tmp_path):
+    folder = sources(tmp_path / "folder")
+    everything = TextFiles(folder)
+    assert everything.fingerprint() == TextFiles(folder, suffixes=(".py", ".md")).fingerprint()
+    assert everything.fingerprint() != TextFiles(folder, suffixes=(".py",)).fingerprint()
+    with pytest.raises(InputError, match=r"suffixes=\('py',\) must each begin with a dot, such as .py"):
+        checked(TextFiles(folder, suffixes=("py",)))
+
+
+def test_binary_files_are_left_out_of_folders_and_damaged_text_is_not(tmp_path):
+    folder = tmp_path / "folder"
+    put(folder, "logo.png", PNG)
+    with pytest.raises(InputError, match=r"no visible text file \(left out: 1 binary file, such as logo.png\)"):
+        texts(TextFiles(str(folder)))
+    with pytest.raises(InputError, match=r"logo.png is not UTF-8 .*; convert it, or leave it out, as by data.corpus"):
+        texts(TextFiles(str(folder / "logo.png")))
+    with pytest.raises(InputError, match=r"logo.png is not UTF-8"):  # it was asked for
+        texts(TextFiles(str(folder), suffixes=(".png",)))
+    put(folder, "zero.txt", "a\0b")  # is UTF-8, and was always read
+    assert texts(TextFiles(str(folder))) == ["a\0b"]
+    for name, data in (("latin.txt", "é".encode("latin-1")), ("wide.txt", "ab".encode("utf-16"))):
+        put(folder, name, data)
+        with pytest.raises(InputError, match=f"{name} is not UTF-8"):
+            texts(TextFiles(str(folder)))
+        (folder / name).unlink()
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -92,7 +160,7 @@ def test_missing_corpora_are_named(tmp_path):
         (TextFiles(str(tmp_path / "nowhere")), "does not exist"),
         (TextFiles(""), "does not exist"),
         (JSONLines(str(tmp_path / "folder")), "holds no .jsonl or .ndjson file"),
-        (TextFiles(str(tmp_path / "folder")), "holds no visible file"),
+        (TextFiles(str(tmp_path / "folder")), "holds no visible text file; give another folder"),
     ):
         with pytest.raises(InputError, match=message):
             texts(corpus)
@@ -208,6 +276,19 @@ def test_fingerprints_tell_apart_what_differs_and_nothing_else(tmp_path, cache):
     assert TextFiles(str(same)).fingerprint() == prints[0]
     plain, packed = put(tmp_path, "same.txt", "x"), put(tmp_path, "same.txt.gz", "x")
     assert TextFiles(plain).fingerprint() == TextFiles(str(a / "1")).fingerprint() != TextFiles(packed).fingerprint()
+
+
+def test_fingerprints_are_those_of_runs_of_before(tmp_path):
+    """Before there were `suffixes` and `skip`."""
+    put(tmp_path, "f/1", "x"), put(tmp_path, "f/sub/2.txt", "yz")
+    table = put(tmp_path, "c.jsonl", '{"text": "x", "label": "a"}')
+    found = (TextFiles(str(tmp_path / "f")), TextLines(str(tmp_path / "f/sub")), JSONLines(table), Table(table, "text"))
+    assert [corpus.fingerprint()[:16] for corpus in found] == [
+        "48812750b02ff690",
+        "1902b0d16d21671b",
+        "010899ba68806580",
+        "f611c2d1bc35d25e",
+    ]
 
 
 class Two(Corpus):

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import linecache
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ import pyarrow.parquet
 import pytest
 import test_tokenizers
 
+import jaxformer
+from jaxformer import Config, Data, Train
 from jaxformer.data import datasets
 from jaxformer.data.corpora import (
     PIECE,
@@ -31,7 +34,11 @@ from jaxformer.data.corpora import (
 from jaxformer.data.datasets import encode, prepare
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import Table
-from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, TokenizerFile
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import Constant
+from jaxformer.model.baselines import Bigram
+from jaxformer.run.manifest import sha256
 from jaxformer.spec import InputError
 
 TEXT = "naïve café — 数学 🦜\nzwölf Boxkämpfer\n" * 7
@@ -173,6 +180,32 @@ def test_ids_that_lie_ready_are_taken_as_they_are(tmp_path, cache):
 
 
 # --- the cache
+
+
+def test_ids_without_a_tokenizer_train_and_sample_as_numbers(tmp_path, caplog):
+    """As nanoGPT's train.bin and val.bin: id i + 1 follows id i, and 28 ends."""
+    for name, count in (("train", 40), ("val", 5)):
+        np.tile(np.arange(29, dtype=np.uint16), count).tofile(tmp_path / f"{name}.bin")
+    train, valid = (TokenFile(str(tmp_path / f"{name}.bin")) for name in ("train", "val"))
+    data = Data(train, valid, tokenizer=NoTokenizer(29, end_id=28), batch_size=5)
+    train = Train(steps=40, steps_per_call=10, eval_every=20, save_every=20, sample_tokens=3)
+    model, optimizer = Bigram(context_length=7), AdamW(Constant(1.0), weight_decay=0.0)
+    config = Config(str(tmp_path / "run"), model, data, optimizer=optimizer, train=train)
+    caplog.set_level(logging.INFO)
+    jaxformer.train(config, {"train.steps": 20})
+    resumed = jaxformer.train(config)  # which was stopped, and goes on
+    whole = jaxformer.train(config, directory=tmp_path / "whole")
+    assert sha256(resumed.state) == sha256(whole.state)
+    run = jaxformer.open_run(tmp_path / "run")
+    found = run.evaluate_valid()
+    assert found["loss"] < 0.1 and found["tokens"] == 5 * 29 - 1 and found["bits_per_byte"] is None
+    assert run.evaluate_file(str(tmp_path / "val.bin"))["loss"] == found["loss"]
+    assert run.sample("25 26", temperature=0.0) == "25 26 27" and run.sample(tokens=3, temperature=0.0) == "0 1 2"
+    assert "0 1 2" in caplog.messages  # shown at the evaluations
+    with pytest.raises(InputError, match=r"prompt: 'The' is no id: .* train with data\.tokenizer=TokenizerFile"):
+        run.sample("The ")
+    with pytest.raises(InputError, match=r"holds ids, no text to learn from; give the data\.tokenizer of its ids, or"):
+        jaxformer.train(config, {"data.tokenizer": Characters()}, tmp_path / "other")
 
 
 def test_prepared_tokens_are_reused_until_the_text_changes(tmp_path, cache, monkeypatch):

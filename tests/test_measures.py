@@ -21,6 +21,7 @@ from jaxformer.lab.measures import (
     attention_weights,
     before_training,
     differences_by_layer,
+    estimate_loss,
     gradient_by_distance,
     gradient_norms,
     loss_by_position,
@@ -70,10 +71,21 @@ def test_losses_by_place_are_those_of_a_log_softmax_and_their_mean_that_of_the_e
     assert loss_by_position(run).mean() == pytest.approx(run.evaluate(same)["loss"], rel=1e-6)
 
 
+def test_nanogpts_estimate_is_the_mean_of_random_windows_of_each_split(run_of):
+    run = run_of(decoder(n_layers=2, head=UNTIED))
+    prepared, found = prepare_data(run.config, run.tokenizer), estimate_loss(run, 40)
+    for split, source in (("train", prepared.train[0]), ("valid", prepared.valid[0])):
+        rows = np.stack([source.tokens[i : i + T + 1] for i in range(len(source.tokens) - T)]).astype(np.int32)
+        each = np.asarray(nats(run.model, run.state.params, jnp.asarray(rows[: len(rows) // 3 * 3]))).mean(1)
+        assert abs(found[split] - each.mean()) < 4 * each.std() / (3 * 40) ** 0.5, split
+    assert found == estimate_loss(run, 40) != estimate_loss(run, 40, seed=1)
+
+
 def test_what_cannot_be_measured_is_refused(run_of):
     encoder = run_of(Encoder(**NARROW, context_length=T, vocab_size=29), objective=Masked())
-    with pytest.raises(InputError, match="run: its model sees what it should predict"):
-        loss_by_position(encoder)
+    for measure in (loss_by_position, estimate_loss):
+        with pytest.raises(InputError, match="run: its model sees what it should predict"):
+            measure(encoder)
     both = run_of(EncoderDecoder(**NARROW, context_length=T, vocab_size=29))
     with pytest.raises(InputError, match="run: its model reads two texts"):
         attention_weights(both, "AB")

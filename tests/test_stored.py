@@ -1,11 +1,13 @@
 """Runs that were stored before classes and fields were what they are now."""
 
+import dataclasses
 import json
 
 import pytest
 
 from jaxformer import config as config_lib
-from jaxformer.config import Config, read, resolve, save
+from jaxformer.config import Config, Data, read, resolve, save
+from jaxformer.data.corpora import JSONLines, Mixture, TextFiles
 from jaxformer.learning.objectives import Classification, NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.model.heads import ClassificationHead, MeanPooling
@@ -71,6 +73,26 @@ def test_a_run_of_before_parts_had_roles_opens(tmp_path):
     path.write_text(json.dumps(BEFORE | {"objective": BEFORE["objective"] | {"z_loss": 0.1}}))
     with pytest.raises(InputError, match=r"z_loss=0\.1 is known no more"):
         read(path)
+
+
+def test_a_folder_of_before_is_read_with_what_is_skipped_since(tmp_path):
+    """Runs of format 2 looked into all visible folders; what they had from the user is theirs."""
+    folders = Mixture((TextFiles("a"), JSONLines("b")), (1.0, 1.0))
+    config = dataclasses.replace(CONFIG, data=Data(folders, TextFiles("c"), split_seed=None))
+    save(config, tmp_path / "config.json")
+    value = json.loads((tmp_path / "config.json").read_text())
+    for corpus in (*value["data"]["corpus"]["corpora"], value["data"]["valid"]):
+        del corpus["skip"], corpus["suffixes"]
+    (tmp_path / "config.json").write_text(json.dumps(value | {"format": 2}))
+    old = read(tmp_path / "config.json")
+    first, second = old.data.corpus.corpora
+    assert first.skip == second.skip == old.data.valid.skip == () and second.suffixes == (".jsonl", ".ndjson")
+    assert config_lib.as_begun(config, old, 2) == old
+    now = dataclasses.replace(config, data=dataclasses.replace(config.data, split_seed=0))
+    assert config_lib.as_begun(now, old, 2) == dataclasses.replace(
+        old, data=dataclasses.replace(old.data, split_seed=0)
+    )
+    assert config_lib.as_begun(now, old, 1) == old
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxformer.data.files import decoded, fetch, file_sha256, lines, located, plain_name, visible_files
+from jaxformer.data.files import decoded, fetch, file_sha256, is_binary, lines, located, plain_name, visible_files
 from jaxformer.spec import InputError, Spec
 
 PIECE = 16_384  # characters that are encoded at once
+CACHES = ("__pycache__", "node_modules", "venv")  # folders that programs fill
 
 
 class Piece(NamedTuple):
@@ -70,6 +71,10 @@ class Corpus(Spec):
     def __iter__(self) -> Iterator[str]:
         return (piece.text for piece in self.pieces())
 
+    def summary(self) -> str | None:
+        """What a run says of it before it is read: of a folder which files, and what is left out."""
+        return None
+
     def fingerprint(self) -> str:
         """SHA-256 of the documents and their boundaries."""
         digest = hashlib.sha256()
@@ -110,12 +115,18 @@ class PythonTopics(Corpus):
 class TextFiles(Corpus):
     """UTF-8 files, each a document: one, or all of a folder and its subfolders in the order of their paths.
 
-    Hidden files are left out. What ends in .gz or .zst is decompressed.
+    What ends in .gz or .zst is decompressed. Of a folder, what is hidden is left out and, where no `suffixes` say which
+    files to read, what is binary. The fingerprint has the names of the files that are read, not what chose them.
     """
 
     path: str  # a file or a folder
+    suffixes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, repr=False)  # of files, before .gz; (): all
+    skip: tuple[str, ...] = dataclasses.field(default=CACHES, kw_only=True, repr=False)  # names of folders to leave out
 
-    suffixes = ("",)  # of files that are taken from a folder, before .gz and .zst
+    def check(self, at: str = "") -> None:
+        for suffix in self.suffixes:
+            if not suffix.startswith("."):
+                raise ValueError(f"{at}suffixes={self.suffixes} must each begin with a dot, such as .py; () reads all")
 
     def documents(self) -> Iterator[str]:
         return (piece.text for piece in joined(self.pieces()))
@@ -140,11 +151,33 @@ class TextFiles(Corpus):
             return [root]
         if not root.is_dir():
             raise InputError(f"corpus {self.path!r} is no regular file, which could be read again; copy it to one")
-        found = [path for path in visible_files(root) if plain_name(path).lower().endswith(self.suffixes)]
+        found, left = self._of_folder(root)
         if not found:
-            kinds = " or ".join(self.suffixes) if any(self.suffixes) else "visible"
-            raise InputError(f"corpus {self.path!r} holds no {kinds} file; give another folder")
+            kinds, more = " or ".join(self.suffixes) or "visible text", f" (left out: {left})" if left else ""
+            raise InputError(f"corpus {self.path!r} holds no {kinds} file{more}; give another folder")
         return found
+
+    def _of_folder(self, root: Path) -> tuple[list[Path], str]:
+        """The files to read, and what is left out, in words."""
+        visible, hidden, skipped = visible_files(root, self.skip)
+        suffixes = tuple(suffix.lower() for suffix in self.suffixes)
+        named = lambda path: plain_name(path).lower().endswith(suffixes)
+        found = [path for path in visible if (named(path) if suffixes else not is_binary(path))]
+        others, names = sorted({*visible} - {*found}), sorted({path.name for path in skipped})
+        what = f"{_counted(others)} not {' or '.join(suffixes)}" if suffixes else _counted(others, "binary file")
+        reasons = [f"{what}, such as {others[0].relative_to(root)}"] if others else []
+        reasons += [_counted(hidden, "hidden file")] if hidden else []
+        reasons += [f"folders called {', '.join(names)}"] if names else []
+        return found, "; ".join(reasons)
+
+    def summary(self) -> str | None:
+        root = located(self.path)
+        if not root.is_dir():
+            return None
+        files, left = self._of_folder(root)
+        size = sum(path.stat().st_size for path in files)
+        amount = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+        return f"{self.path}: reads {_counted(files)}, {amount}" + (f"; leaves out: {left}" if left else "")
 
     def fingerprint(self) -> str:
         """SHA-256 over class, fields, and the names and contents of the files, wherever their folder lies."""
@@ -153,6 +186,10 @@ class TextFiles(Corpus):
         files = [(name(path), file_sha256(path)) for path in self.files()]
         fields = f"{type(self).__module__}.{dataclasses.replace(self, path='')!r}"
         return hashlib.sha256(json.dumps([fields, files]).encode()).hexdigest()
+
+
+def _counted(files: list[Path], kind: str = "file") -> str:
+    return f"{len(files):,} {kind}{'s' * (len(files) != 1)}"
 
 
 class TextLines(TextFiles):
@@ -172,8 +209,7 @@ class JSONLines(TextFiles):
     """Files of one JSON object per line, each a document: the string in `field`. A null is no document."""
 
     field: str = "text"  # the key of the text
-
-    suffixes = (".jsonl", ".ndjson")
+    suffixes: tuple[str, ...] = dataclasses.field(default=(".jsonl", ".ndjson"), kw_only=True, repr=False)
 
     def read(self, path: Path) -> Iterator[Piece]:
         for number, line in enumerate(lines(path), 1):
@@ -197,8 +233,7 @@ class Parquet(TextFiles):
     """Parquet files, each row a document: the string in a column. A null is no document. Needs pyarrow."""
 
     column: str = "text"  # the column of the text
-
-    suffixes = (".parquet",)
+    suffixes: tuple[str, ...] = dataclasses.field(default=(".parquet",), kw_only=True, repr=False)
 
     def read(self, path: Path) -> Iterator[Piece]:
         try:
@@ -228,7 +263,10 @@ class TokenFile(Corpus):
     dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of each id
 
     def documents(self) -> Iterator[str]:
-        raise InputError(f"corpus {self.path!r} holds ids, no text to learn from; give the data.tokenizer of its ids")
+        raise InputError(
+            f"corpus {self.path!r} holds ids, no text to learn from; give the data.tokenizer of its ids, or how many "
+            "there are, as NoTokenizer(vocab_size=50257)"
+        )
 
     def fingerprint(self) -> str:
         self.ids()

@@ -143,6 +143,8 @@ def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None)
 
 def encode(corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]] | None = None) -> Source:
     """The ids of a corpus in memory; with classes, as examples."""
+    if told := corpus.summary():
+        log.info("%s", told)
     ready = corpus.ids()
     tokens, starts = _in_memory(corpus, tokenizer) if ready is None else (ready, _starts(ready, tokenizer))
     source = Source(tokens, np.concatenate([np.empty(0, np.int64), *starts]), tokenizer.padding, _shared(tokenizer))

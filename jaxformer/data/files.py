@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from jaxformer.spec import InputError
@@ -94,9 +94,29 @@ def located(path: str) -> Path:
     return Path(expanded(path))
 
 
-def visible_files(root: Path) -> list[Path]:
-    paths = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
-    return sorted(p for p in paths if p.is_file())
+def visible_files(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], list[Path], list[Path]]:
+    """The visible files of a folder and its subfolders, in the order of their paths; its hidden files; and the folders
+    that were not looked into, which are hidden or have a name in `skip`."""
+    visible, hidden, skipped = list[Path](), list[Path](), list[Path]()
+    for folder, folders, names in os.walk(root):
+        left = [name for name in folders if name.startswith(".") or name in skip]
+        skipped += map(Path(folder).joinpath, left)
+        folders[:] = [name for name in folders if name not in left]
+        for path in filter(Path.is_file, map(Path(folder).joinpath, names)):
+            (hidden if path.name.startswith(".") else visible).append(path)
+    return sorted(visible), sorted(hidden), sorted(skipped)
+
+
+def is_binary(path: Path) -> bool:
+    """Whether the first 8,000 bytes are no UTF-8 and hold a zero byte. UTF-16 is text, though not read."""
+    head = next(_chunks(path), b"")[:8000]
+    if b"\0" not in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def plain_name(path: Path) -> str:
@@ -170,7 +190,8 @@ def decoded(path: Path) -> Iterator[str]:
 def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> InputError:
     byte = error.object[error.start]
     return InputError(
-        f"{path} is not UTF-8 (byte {offset + error.start} is 0x{byte:02x}); convert it, or leave it out of the corpus"
+        f"{path} is not UTF-8 (byte {offset + error.start} is 0x{byte:02x}); convert it, or leave it out, as by "
+        "data.corpus.suffixes=.txt,.md for a folder"
     )
 
 

@@ -17,6 +17,7 @@ from jaxformer.spec import InputError
 log = logging.getLogger(__name__)
 
 Labels = str | tuple[str, ...]
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
 class Row(NamedTuple):
@@ -44,11 +45,12 @@ class Table(TextFiles):
     separator: str = "|"  # what stands between several classes; JSON may hold a list
     columns: tuple[str, ...] | None = None  # names of the columns; None: they are the first line
     malformed: Literal["stop", "skip"] = "stop"  # what happens at a row that cannot be used; skip counts and tells them
+    suffixes: tuple[str, ...] = dataclasses.field(default=TABLES, kw_only=True, repr=False)
 
-    suffixes = (".csv", ".tsv", ".jsonl", ".ndjson")
     aligned = True
 
     def check(self, at: str = "") -> None:
+        super().check(at)
         if self.columns is not None:
             for name in self._columns():
                 if name not in self.columns:
@@ -89,8 +91,8 @@ class Table(TextFiles):
 
     def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
         name, skipped, first = plain_name(path).lower(), 0, ""
-        if not name.endswith(self.suffixes):
-            raise InputError(f"{path} must end in {', '.join(self.suffixes)}, which tell how to read it; rename it")
+        if not name.endswith(TABLES):
+            raise InputError(f"{path} must end in {', '.join(TABLES)}, which tell how to read it; rename it")
         cells = self._json(path) if name.endswith((".jsonl", ".ndjson")) else self._csv(path, name.endswith(".tsv"))
         for line, found in cells:
             try:
@@ -175,14 +177,14 @@ def asked_in(path: str, own: Corpus) -> tuple[Corpus, ...]:
     line that is not blank. In a folder with tables only these are read. Raises InputError for what is not there.
     """
     files = TextFiles(path).files()
-    of_own = own.suffixes if isinstance(own, TextFiles) and any(own.suffixes) else ()
-    tables = [file for file in files if plain_name(file).lower().endswith((*of_own, *Table.suffixes))]
+    of_own = tuple(map(str.lower, own.suffixes)) if isinstance(own, TextFiles) else ()
+    tables = [file for file in files if plain_name(file).lower().endswith((*of_own, *TABLES))]
 
     def kind(file: Path) -> Corpus:
         name = plain_name(file).lower()
         if name.endswith(of_own):
             return own.at(str(file))
-        return (Table if name.endswith(Table.suffixes) else TextLines)(str(file))
+        return (Table if name.endswith(TABLES) else TextLines)(str(file))
 
     return tuple(kind(file) for file in tables or files)
 

@@ -123,6 +123,49 @@ class Unfitted(Tokenizer):
     encode = decode = byte_lengths = Tokenizer._unfitted
 
 
+# --- ids alone
+
+
+class NoTokenizer(Tokenizer):
+    """Ids that stand for no known text, as those of a `TokenFile`; by default as many as GPT-2's.
+
+    As text they are numbers: "464 262".
+    """
+
+    vocab_size: int = 50257  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    end_id: int | None = None  # that ends each document, as GPT-2's 50256; None if there is none
+
+    def check(self, at: str = "") -> None:
+        if not 1 <= self.vocab_size <= 1 << 32:
+            raise ValueError(f"{at}vocab_size={self.vocab_size} must be at least 1, at most 2**32; GPT-2's is 50257")
+        if self.end_id is not None and not 0 <= self.end_id < self.vocab_size:
+            raise ValueError(f"{at}end_id={self.end_id} must be less than {at}vocab_size={self.vocab_size}, or None")
+
+    @property
+    def start(self) -> int:
+        """The end or, without one, 0."""
+        return self.end_id or 0
+
+    @property
+    def end(self) -> int | None:
+        return self.end_id
+
+    def encode(self, text: str) -> Ids:
+        for word in text.split():
+            if not (word.isascii() and word.isdecimal() and len(word) < 12 and int(word) < self.vocab_size):
+                raise InputError(
+                    f"{word!r} is no id: data.tokenizer=NoTokenizer reads numbers less than {self.vocab_size}, such as "
+                    "'464 262', and no text; give those, or train with data.tokenizer=TokenizerFile, which reads text"
+                )
+        return np.array(text.split(), np.uint32)
+
+    def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
+        return " ".join(str(i) for i in np.asarray(ids, np.int64).tolist() if i != self.end_id)
+
+    def byte_lengths(self) -> None:
+        return None
+
+
 # --- bytes and characters
 
 

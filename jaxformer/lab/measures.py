@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxformer.data.sources import Source, Tokens
 from jaxformer.learning.objectives import cross_entropy
 from jaxformer.model.masks import one_document
 from jaxformer.model.models import Model
@@ -21,23 +22,47 @@ from jaxformer.spec import InputError
 def validation_rows(run: Run, count: int) -> Int[np.ndarray, "B T"]:
     """The first `count` windows of the run's validation split, side by side, each with the token that follows it; of a
     mixture, of its first corpus."""
-    source, length = prepare_data(run.config, run.tokenizer, run.classes).valid[0], run.config.window
+    length = run.config.window
+    tokens = _text(run, prepare_data(run.config, run.tokenizer, run.classes).valid[0], "validation")
+    whole = (len(tokens) - 1) // length
+    first = np.arange(min(count, whole))[:, None] * length
+    return np.asarray(tokens[first + np.arange(length + 1)], np.int32)
+
+
+def _text(run: Run, source: Source, split: str) -> Tokens:
+    """A split's documents one after another, at least a window and the token that follows it."""
     if source.examples:
         raise InputError(f"{run.config.directory}: it is validated on examples, of which no windows can be cut")
     tokens = source.tokens
     if source.picked is not None:  # documents that were drawn
         tokens = np.concatenate([source.example(i)[0] for i in range(source.n_examples)])
-    whole = (len(tokens) - 1) // length
-    if whole < 1:
-        raise InputError(f"{run.config.directory}: its validation split has no window of {length + 1} tokens")
-    first = np.arange(min(count, whole))[:, None] * length
-    return np.asarray(tokens[first + np.arange(length + 1)], np.int32)
+    if len(tokens) <= run.config.window:
+        raise InputError(f"{run.config.directory}: its {split} split has no window of {run.config.window + 1} tokens")
+    return tokens
+
+
+def estimate_loss(run: Run, batches: int = 200, seed: int = 0) -> dict[str, float]:
+    """nanoGPT's estimate of a causal model's loss, by split: the mean of so many batches of windows that begin
+    anywhere, in float32; of a mixture, of its first corpus. `evaluate` asks for each token of the split once."""
+    _check_causal(run)
+    prepared, found, rng = prepare_data(run.config, run.tokenizer, run.classes), {}, np.random.default_rng(seed)
+    length, shape = run.config.window, (run.config.data.batch_size, 1)
+    for split, source in (("train", prepared.train[0]), ("valid", prepared.valid[0])):
+        tokens = _text(run, source, {"train": "training", "valid": "validation"}[split])
+        first = (rng.integers(0, len(tokens) - length, shape) for _ in range(batches))
+        rows = (np.asarray(tokens[each + np.arange(length + 1)], np.int32) for each in first)
+        found[split] = float(np.mean([nats(run.model, run.state.eval_params, each).mean() for each in rows]))
+    return found
+
+
+def _check_causal(run: Run) -> None:
+    if run.model.encodes or run.model.sees_ahead:
+        raise InputError(f"{run.config.directory}: its model sees what it should predict; take a causal decoder")
 
 
 def loss_by_position(run: Run, count: int = 1024) -> Float[np.ndarray, "T"]:
     """Mean nats of a causal model's predictions at each place of `count` windows of the validation split."""
-    if run.model.encodes or run.model.sees_ahead:
-        raise InputError(f"{run.config.directory}: its model sees what it should predict; take a causal decoder")
+    _check_causal(run)
     rows, total, batch = validation_rows(run, count), 0.0, run.config.data.batch_size
     for first in range(0, len(rows), batch):
         total = total + np.asarray(nats(run.model, run.state.eval_params, rows[first : first + batch])).sum(0)

@@ -49,8 +49,10 @@ class NoPosition(Position):
 class Learned(Position):
     """A learned vector for each of the context's positions (arXiv:1705.03122)."""
 
+    decay: bool = False  # whether weight decay acts on the table
+
     def params(self) -> Declarations:
-        return {"table": Param("CD")}
+        return {"table": Param("CD", decay=self.decay)}
 
     def embed(self, params: Arrays, x: Float[Array, "B T D"], at: Places) -> Float[Array, "B T D"]:
         return add(x, lookup(params["table"], at.position))

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 def checked_data(config: Config) -> Prepared:
     """The data that a config asks for. Raises InputError if no row of it can be drawn, or nothing validated; for a
     wrong vocabulary; and for what objective and heads cannot learn from."""
+    for corpus, _ in config.data.corpus.parts() + (config.data.valid.parts() if config.data.valid else ()):
+        if told := corpus.summary():
+            log.info("%s", told)
     prepared = prepare_data(config)
     recipe = recipe_of(config, prepared.tokenizer, prepared.classes)
     sampling, more = config.data.sampling, "give more text, or a smaller data.window"

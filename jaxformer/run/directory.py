@@ -84,8 +84,8 @@ def has_begun(directory: Path) -> bool:
 def as_begun(configs: Sequence[Config]) -> list[Config]:
     """The configs as the runs in their directories mean them: defaults may have changed since one of these began."""
     for stored in (Path(config.directory) / "config.json" for config in configs):
-        if has_begun(stored.parent) and config_lib.format_of(stored) < config_lib.FORMAT:
-            return [config_lib.as_begun(config, config_lib.read(stored)) for config in configs]
+        if has_begun(stored.parent) and (since := config_lib.format_of(stored)) < config_lib.FORMAT:
+            return [config_lib.as_begun(config, config_lib.read(stored), since) for config in configs]
     return list(configs)
 
 
