@@ -14,7 +14,7 @@ from jaxformer.run.signals import meant
 # Nothing heavy is imported up here, so that a signal during JAX's import is met by `main` already.
 
 PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-COMMANDS = ("train", "sample", "evaluate", "predict", "inspect", "reproduce")  # each in a module of its name
+COMMANDS = ("train", "sample", "evaluate", "predict", "inspect", "compare", "reproduce")  # each in a module of its name
 
 
 def main(name: str | None = None) -> None:
