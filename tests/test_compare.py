@@ -105,7 +105,10 @@ def test_seeds_places_and_what_changes_no_number_make_no_group(tmp_path):
     put(tmp_path / "b-0", 0, NEAR, ROTARY)
     put(tmp_path / "b-1", 1, NEAR, ROTARY | {"data.corpus.path": "moved.txt"})
     put(tmp_path / "c", 5, NEAR, {"data.corpus.path": "other.txt"}, {"corpus_sha256": "d1" * 32})
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "config.json").write_text("{}")  # of something else
     found = jaxformer.compare(tmp_path)
+    assert [line["seed"] for line in csv.DictReader(found.csv().splitlines())] == ["2", "10", "0", "1", "5"]
     assert [(row["name"].removeprefix(f"{tmp_path}/"), row["seeds"]) for row in found.rows] == [
         ("a", [2, 10]),
         ("b", [0, 1]),
@@ -209,11 +212,14 @@ def test_more_is_better_of_an_accuracy_and_the_whole_split_counts(tmp_path):
         for seed in range(3):
             whole = {"split": "valid_full", "step": STEPS, "loss": 3.0, "accuracy": 0.5 + seed / 100, "tokens": 999}
             own = changes | {"data.valid_tokens": 50}
-            put(tmp_path / name / str(seed), seed, [1.0, 1.0, 1.0], own, more={"accuracy": 0.9})
+            put(tmp_path / name / str(seed), seed, [1.0, 1.0, 1.0], own, more={"accuracy": 0.6})
             with open(tmp_path / name / str(seed) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(whole) + "\n")
+                file.writelines(
+                    json.dumps(row) + "\n" for row in ({"split": "valid", "step": 1, "accuracy": 0.9}, whole)
+                )
     (row, _) = jaxformer.compare(tmp_path, by="accuracy").rows
     assert row["final_accuracy"] == pytest.approx(0.51) and row["best_accuracy"] == pytest.approx(0.9)
+    assert "best accuracy: the greatest of" in str(jaxformer.compare(tmp_path, by="accuracy"))
     assert jaxformer.compare(tmp_path).rows[0]["final_loss"] == 3.0
     assert jaxformer.compare(tmp_path).rows[0]["best_loss"] == 1.0
 
@@ -269,9 +275,11 @@ def test_runs_without_a_final_number_are_told_and_do_not_count(tmp_path):
         f"twice: seed 1 counts already, in {tmp_path}/b/seed-1",
     ]
     put(tmp_path / "b" / "seed-5", 5, [2.0, 1.5, None], ROTARY)
+    put(tmp_path / "b" / "seed-6", 6, [2.0, None], ROTARY)
     put(tmp_path / "c" / "seed-0", 0, [2.0, 1.5], {"model.dropout": 0.5})
     found = jaxformer.compare(tmp_path)
     assert f"left out: {tmp_path}/b/seed-5: seed 5 diverged: no finite number at step 60" in found.notes
+    assert f"left out: {tmp_path}/b/seed-6: seed 6 diverged: no finite number at step 40" in found.notes
     assert [v.said for v in found.verdicts] == [
         "no verdict: a run diverged, and the mean of the others would hide it",
         "no verdict: no run with a final number",
@@ -338,7 +346,7 @@ def test_a_line_for_each_run_and_the_curves(three, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "'nowhere' is no folder; give the directory of a run"),
-        (["empty"], "'empty' holds no run: there is no config.json"),
+        (["empty"], "'empty' holds no run, no config.json beside a data.json"),
         (["a", "--by=acuracy"], "by='acuracy' must be a number of the runs' evaluations: bits_per_byte, loss"),
         (["a", "--json", "--markdown"], "json must not be given beside markdown"),
         (["a", "--csv=x.csv", "--picture=x.docx"], "picture='x.docx' must end in one of ."),
@@ -351,10 +359,11 @@ def test_a_line_for_each_run_and_the_curves(three, tmp_path):
 def test_a_mistake_gets_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capfd, arguments, message):
     put_seeds(tmp_path / "a", NEAR)
     put(tmp_path / "unfinished", 0, [1.0])
-    for name, text in (("empty", None), ("broken", "{"), ("strange", '{"model": {"class": "x"}}')):
+    for name, text in (("empty", "{"), ("broken", "{"), ("strange", '{"model": {"class": "x"}}')):
         (tmp_path / name).mkdir()
-        if text:
-            (tmp_path / name / "config.json").write_text(text)
+        (tmp_path / name / "config.json").write_text(text)
+        if name != "empty":
+            (tmp_path / name / "data.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert main.run("compare", list(arguments)) == 2

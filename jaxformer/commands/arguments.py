@@ -29,8 +29,8 @@ def call(function: Callable[..., None], arguments: Sequence[str], program: str) 
     for name, parameter in inspect.signature(function).parameters.items():
         kind = (typing.get_args(hints[name]) or (hints[name],))[0]
         if parameter.default is parameter.empty:
-            several = {"nargs": "+"} if typing.get_origin(hints[name]) is list else {}
-            parser.add_argument(name, help=meanings[name], **several)
+            several = "+" if typing.get_origin(hints[name]) is list else None
+            parser.add_argument(name, help=meanings[name], nargs=several)
         elif name == "overrides":
             rest, given[name] = dotted(rest)
             parser.add_argument("--data.corpus", help=meanings[name], metavar="CLASS", default=argparse.SUPPRESS)

@@ -17,5 +17,5 @@ def reproduce(name: str, json: bool = False, directory: str = "runs", results: s
     for each in known:
         experiments.load(each)  # a fault in the last is told before the first has trained for hours
     for each in known or [name]:
-        found += experiments.reproduce(each, located(directory), results and located(results))
+        found += experiments.reproduce(each, located(directory), located(results) if results else None)
     print(experiments.as_json(found) if json else experiments.as_table(found))

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,23 +95,13 @@ def find_runs(paths: Sequence[str | Path]) -> list[Record]:
     for path in map(located, map(str, paths)):
         if not path.is_dir():
             raise InputError(f"{str(path)!r} is no folder; give the directory of a run, or a folder of runs")
-        inside = [Path(folder) for folder in _folders(path)]
+        inside = [each.parent for each in path.rglob("config.json") if (each.parent / "data.json").is_file()]
         if not inside:
-            raise InputError(f"{str(path)!r} holds no run: there is no config.json; give a run, or a folder of runs")
+            raise InputError(f"{str(path)!r} holds no run, no config.json beside a data.json; give a folder of runs")
         for folder in sorted(inside, key=lambda folder: _natural(str(folder))):
             if folder.resolve() not in found:
                 found[folder.resolve()] = _record(folder)
     return list(found.values())
-
-
-def _folders(root: Path) -> list[str]:
-    found = []
-    for folder, inner, files in os.walk(root):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        if "config.json" in files:
-            found.append(folder)
-            inner.clear()  # a run holds no runs
-    return found
 
 
 def _natural(text: str) -> list[Any]:
@@ -132,8 +121,7 @@ def _record(directory: Path) -> Record:
     if any(not isinstance(config.get(part), dict) or name not in config[part] for part, name in known):
         raise InputError(f"{path}: holds no config of a run; give another folder")
     config.pop("format", None)
-    data, tokenizer = directory / "data.json", directory / "tokenizer.json"
-    texts = _json(data) if data.exists() else {}
+    texts, tokenizer = _json(directory / "data.json"), directory / "tokenizer.json"
     sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else None
     return Record(
         str(directory), config, texts | {"tokenizer_sha256": sha256}, read_rows(directory / "metrics.jsonl")[0]
