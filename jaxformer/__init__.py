@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from jaxformer.config import Config as Config
     from jaxformer.config import Data as Data
     from jaxformer.config import Train as Train
+    from jaxformer.lab.compare import compare as compare
     from jaxformer.model.models import Decoder as Decoder
     from jaxformer.model.models import Encoder as Encoder
     from jaxformer.model.models import EncoderDecoder as EncoderDecoder
@@ -25,6 +26,7 @@ _HOMES = {
     "Spec": "spec",
     "Train": "config",
     "build": "run.loop",
+    "compare": "lab.compare",
     "open_run": "run.opened",
     "train": "run.loop",
     "train_seeds": "run.loop",

@@ -27,13 +27,13 @@ from jaxformer.lab.experiments import (
     final_exact,
     late_training_loss,
     load,
-    markdown_table,
     mean_or_better,
     near,
     read_metrics,
     run_row,
     within_or_better,
 )
+from jaxformer.lab.tables import markdown_table
 from jaxformer.model.baselines import Bigram
 from jaxformer.spec import dumps, from_json
 
@@ -100,10 +100,10 @@ OTHER = "<!-- my own -->\n## Another experiment\n\n| a | b |\n| --- | --- |\n| 1
 
 
 def reproduce(home, *arguments):
-    """The answer of the command, called in a folder."""
-    out = io.StringIO()
+    """The answer of the command, called in a folder; of tiny.py, if no name is given."""
+    out, name = io.StringIO(), [] if arguments and not arguments[0].startswith("-") else ["tiny.py"]
     with contextlib.chdir(home), contextlib.redirect_stdout(out):
-        assert main.run("reproduce", ["tiny.py", "--json", *arguments]) == 0
+        assert main.run("reproduce", [*name, "--json", *arguments]) == 0
     return json.loads(out.getvalue())
 
 
@@ -170,7 +170,7 @@ def test_the_results_file_has_the_same_numbers_and_the_pictures_and_keeps_other_
     text = (home / "Numbers.md").read_text()
     other, own = text[text.index("<!-- my own") :], text[text.index("<!-- tiny -->") :]
     assert other.startswith(OTHER) and "Old words" not in text and text.index(other) < text.index(own)
-    assert own.startswith("<!-- tiny -->\n## Tables of pairs\n\n`python scripts/reproduce.py tiny.py`: ")
+    assert own.startswith("<!-- tiny -->\n## Tables of pairs\n\n`jaxformer reproduce tiny.py`: ")
     for part in ("What they are.", "* Together: Three at once.", "What is said.", "```\n['One by one', 'Together',"):
         assert part in own
     table = list(read_table(own))
@@ -196,6 +196,26 @@ def test_a_second_call_trains_nothing_and_says_the_same(home, whole):
     done = subprocess.run([*script, "--json"], cwd=home, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == whole and times(home / "kept") == before
     assert written() == text and picture.read_bytes() == drawn
+
+
+def test_only_an_experiment_of_the_project_writes_to_the_results_of_the_project(home, whole):
+    """Any other one beside its runs; both with the command that made them."""
+    project, beside = home / "RESULTS.md", home / "kept" / "tiny" / "RESULTS.md"
+    project.write_text("# Results\n\nOf the project.\n")
+    assert reproduce(home, "--directory=kept") == whole and project.read_text() == "# Results\n\nOf the project.\n"
+    assert "\nMade by `jaxformer reproduce tiny.py`, " in beside.read_text()
+    assert re.findall(r"!\[.+\]\((.+)\)", beside.read_text()) == ["results/tiny-curves.png"]
+    assert (beside.parent / "results" / "tiny-curves.png").exists() and not (home / "results").exists()
+    (home / "experiments").mkdir()
+    shutil.copy(home / "tiny.py", home / "experiments")
+    for name in ("tiny", "experiments/tiny.py"):
+        beside.unlink(missing_ok=True)
+        project.write_text("# Results\n")
+        assert reproduce(home, name, "--directory=kept") == whole and not beside.exists()
+        text = project.read_text()
+        assert "Made by `python scripts/reproduce.py all`, " in text
+        assert f"\n`python scripts/reproduce.py {name}`: " in text
+        assert (home / "results" / "tiny-curves.png").exists()
 
 
 def test_what_was_stopped_in_the_middle_goes_on_to_the_same_numbers(home, whole):

@@ -37,9 +37,11 @@ FLOORS = [
     *(f"run.{n}" for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "directory", "plan")),
     *(f"run.{n}" for n in ("inspection", "opened", "notices", "warm_start", "dry_run", "members", "checks")),
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
-    *(f"lab.{n}" for n in ("pictures", "measures", "experiments")),
+    *(f"lab.{n}" for n in ("pictures", "intervals", "tables", "groups", "compare", "measures", "experiments")),
     "commands.arguments",
-    *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect", "reproduce")),
+    *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
+    "commands.compare",
+    "commands.reproduce",
     "commands.main",
     "__main__",
 ]
@@ -92,7 +94,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_the_public_names():
-    assert len(jaxformer.__all__) == 11
+    assert len(jaxformer.__all__) == 12
     for name in jaxformer.__all__:
         assert getattr(jaxformer, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):

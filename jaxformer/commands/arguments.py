@@ -32,7 +32,8 @@ def call(function: Callable[..., None], arguments: Sequence[str], program: str) 
     for name, parameter in parameters.items():
         kind = (typing.get_args(hints[name]) or (hints[name],))[0]
         if parameter.default is parameter.empty:
-            parser.add_argument(name, help=meanings[name])
+            several = "+" if typing.get_origin(hints[name]) is list else None
+            parser.add_argument(name, help=meanings[name], nargs=several)
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             parser.add_argument(name, help=meanings[name], nargs="?", default=parameter.default)
         elif name == "overrides":

@@ -19,7 +19,7 @@ PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExi
 GROUPS = {
     "train": ("train", "presets", "new"),
     "use a run": ("sample", "evaluate", "predict", "inspect"),
-    "experiments": ("reproduce",),
+    "experiments": ("compare", "reproduce"),
 }
 COMMANDS = tuple(name for group in GROUPS.values() for name in group)  # each in a module of its name
 EXAMPLES = """\

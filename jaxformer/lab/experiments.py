@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import re
 import statistics
@@ -15,11 +16,15 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.files import write
 from jaxformer.lab import pictures
+from jaxformer.lab.intervals import estimate
+from jaxformer.lab.tables import markdown_table
 from jaxformer.run.loop import check_together, train, train_seeds
 from jaxformer.run.metrics import finite, rows_of
 from jaxformer.run.opened import Run
 from jaxformer.run.starts import last_seeds, last_start, starts_of
 from jaxformer.spec import InputError
+
+log = logging.getLogger(__name__)
 
 Metrics = Sequence[Mapping[str, Any]]  # the rows of a run's metrics.jsonl
 
@@ -96,12 +101,12 @@ class Result:
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values)
+        return estimate(self.values).mean
 
     @property
     def deviation(self) -> float | None:
         """Of the seeds; None if there is but one."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
+        return estimate(self.values).deviation
 
     @property
     def seconds(self) -> float:
@@ -219,23 +224,28 @@ def read_metrics(run: Run) -> Metrics:
         return [json.loads(line, object_hook=numbers) for line in lines]
 
 
-def reproduce(name: str, directory: Path, results: Path) -> list[Result]:
+def reproduce(name: str, directory: Path, results: Path | None = None) -> list[Result]:
     """Runs an experiment and puts its section into the results file; pictures go to the folder of the same name.
 
-    Runs are in directory/NAME/ROW; one that is finished is not run again.
+    Runs are in directory/NAME/ROW; one that is finished is not run again. The results file is RESULTS.md, of the
+    working directory for an experiment in its folder experiments, and of directory/NAME for any other.
     """
     experiment, stem = load(name), Path(name).stem
     pictures.require()
+    ours = not name.endswith(".py") or Path(name).resolve().parent == Path("experiments").resolve()
+    command = f"python scripts/reproduce.py {name}" if ours else f"jaxformer reproduce {name}"
+    results = results or (Path() if ours else directory / stem) / "RESULTS.md"
     _read(results)
     found = [run_row(row, directory / stem) for row in experiment.rows]
     report = Report(stem, found, results.parent / results.stem.lower())
     experiment.tell(report)
     seconds = sum(result.seconds for result in found)
-    cost = f"`python scripts/reproduce.py {name}`: {seconds:.0f} s of training. {trained_on(found)}."
+    cost = f"`{command}`: {seconds:.0f} s of training. {trained_on(found)}."
     head = f"## {experiment.title}\n\n{cost}"
     remarks = [f"* {result.row.name}: {result.row.remark}" for result in found if result.row.remark]
     blocks = [head, experiment.about.strip(), as_table(found), "\n".join(remarks), *report.blocks]
-    _put(results, stem, "\n\n".join(filter(None, blocks)))
+    _put(results, stem, "\n\n".join(filter(None, blocks)), "python scripts/reproduce.py all" if ours else command)
+    log.info("%s has the report", results)
     return found
 
 
@@ -253,13 +263,6 @@ def _cells(result: Result) -> dict[str, Any]:
     }
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The keys of the first row are the columns."""
-    cells = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def trained_on(results: Sequence[Result]) -> str:
     """Versions and machines at the last starts of all runs, as starts.jsonl has them."""
     found: dict[str, None] = {}
@@ -275,9 +278,10 @@ def trained_on(results: Sequence[Result]) -> str:
 
 TITLE = """# Results
 
-Made by `python scripts/reproduce.py all`, which runs what is missing and writes this file; nothing in it is typed by
-hand. Losses are nats per token on the whole validation split, and "reached" says whether the published number lies
-within the range of the seeds or is beaten, unless the section says otherwise.
+Made by `{command}`, which runs what is missing and writes this file; nothing in it is typed by
+hand. Losses are nats per token on the whole validation split, "measured" is the mean of the seeds ± their standard
+deviation (their range), and "reached" says whether the published number lies within the range of the seeds or is
+beaten, unless the section says otherwise.
 """
 
 
@@ -289,12 +293,12 @@ def _read(path: Path) -> dict[str, str]:
     return dict(re.findall(r"<!-- ([^\n]+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
 
 
-def _put(path: Path, name: str, section: str) -> None:
+def _put(path: Path, name: str, section: str, command: str) -> None:
     """Replaces a section of the file, or adds it in alphabetical order."""
     sections = _read(path) | {name: section}
     parts = [f"<!-- {key} -->\n{sections[key]}\n<!-- end -->" for key in sorted(sections)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, "\n".join([TITLE, *(part + "\n" for part in parts)]))
+    write(path, "\n".join([TITLE.format(command=command), *(part + "\n" for part in parts)]))
 
 
 def as_table(results: Sequence[Result]) -> str:

@@ -80,3 +80,12 @@ def smooth(values: ArrayLike, width: int) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def bands(axes: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]], x: str, y: str, title: str) -> None:
+    """Draws for each label, of xs, ys and widths, a line with markers in a band from y - width to y + width."""
+    lines(axes, {label: (xs, ys) for label, (xs, ys, _) in curves.items()}, x, y, title, legend=bool(curves))
+    for line, (xs, ys, widths) in zip(axes.get_lines(), curves.values(), strict=True):
+        line.set_marker(".")
+        low, high = np.asarray(ys) - np.asarray(widths), np.asarray(ys) + np.asarray(widths)
+        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -1,0 +1,277 @@
+"""Runs as their files tell of them, and which differ by their seed alone. No model is built, nothing executed."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxformer import config as config_lib
+from jaxformer.data.files import located
+from jaxformer.run.metrics import read_rows
+from jaxformer.spec import InputError, Spec, class_name, known_specs, to_json
+
+# What does not make another group; what texts hold is told by their fingerprints, not by where they stand.
+IGNORED = (config_lib.FREE | config_lib.NOTICE | {"train.seed"}) - {"train.steps"}
+NUMBERS_OF_NONE = {"step", "tokens", "seconds"}  # numbers in a row that say nothing of how good a run is
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A run: its config as it is stored, what it was trained on, and its rows."""
+
+    directory: str
+    config: dict[str, Any]
+    texts: dict[str, Any]  # data.json, and the SHA-256 of tokenizer.json
+    rows: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        return self.config["train"]["seed"]
+
+    @property
+    def steps(self) -> int:
+        return self.config["train"]["steps"]
+
+    @property
+    def end(self) -> dict[str, Any]:
+        """The row of the whole validation split at the last step; {} if the run has not come so far."""
+        split = "valid" if self.config["data"].get("valid_tokens") is None else "valid_full"
+        found = [row for row in self.rows if row.get("split") == split and row["step"] == self.steps]
+        return found[-1] if found else {}
+
+    def curve(self, by: str) -> dict[int, float]:
+        """Step → number of every evaluation; those that are not finite are left out."""
+        rows = [row for row in self.rows if row.get("split") == "valid"]
+        return {row["step"]: float(row[by]) for row in rows if _finite(row.get(by))}
+
+    def trouble(self, by: str) -> str:
+        """Why it has no final number, in a few words; "" if it has one."""
+        if not self.rows:
+            return "has no rows: not begun"
+        step = self.rows[-1]["step"]
+        if self.rows[-1].get("loss", 0.0) is None or self.end.get(by, 0.0) is None:
+            return f"diverged: no finite number at step {step:,}"
+        if not self.end:
+            return f"unfinished: at step {step:,} of {self.steps:,}"
+        return "" if _finite(self.end.get(by)) else f"has no {by}"
+
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """Which text its evaluations are of."""
+        data, kinds = self.config["data"], {class_name(c): c for c in known_specs()}
+        if data.get("valid") is not None:
+            return ("valid", self.texts.get("valid_sha256"))
+        sampling = str((data.get("sampling") or {}).get("class"))
+        documents = getattr(kinds.get(sampling), "whole_documents", sampling)  # which are drawn, not taken from the end
+        seed = data.get("split_seed") if documents else None
+        return ("corpus", self.texts.get("corpus_sha256"), data.get("valid_fraction"), documents, seed)
+
+    @property
+    def objective(self) -> Any:
+        """What its loss is of; smoothing and z-loss are left out of what is reported."""
+        fields = self.config.get("objective") or {}
+        return {name: value for name, value in fields.items() if name not in ("label_smoothing", "z_loss")}
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def numbers_of(records: Sequence[Record]) -> list[str]:
+    """The names of the numbers that the evaluations have."""
+    rows = [row for record in records for row in record.rows if str(row.get("split")).startswith("valid")]
+    return sorted({name for row in rows for name, value in row.items() if _finite(value)} - NUMBERS_OF_NONE)
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Record]:
+    """The runs in these folders and the folders within, in their order, each once. Raises InputError if one has
+    none."""
+    found: dict[Path, Record] = {}
+    for path in map(located, map(str, paths)):
+        if not path.is_dir():
+            raise InputError(f"{str(path)!r} is no folder; give the directory of a run, or a folder of runs")
+        inside = [each.parent for each in path.rglob("config.json") if (each.parent / "data.json").is_file()]
+        if not inside:
+            raise InputError(f"{str(path)!r} holds no run, no config.json beside a data.json; give a folder of runs")
+        for folder in sorted(inside, key=lambda folder: _natural(str(folder))):
+            if folder.resolve() not in found:
+                found[folder.resolve()] = _record(folder)
+    return list(found.values())
+
+
+def _natural(text: str) -> list[Any]:
+    """A key by which seed-2 comes before seed-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+
+def _record(directory: Path) -> Record:
+    path = directory / "config.json"
+    try:
+        config = to_json(config_lib.read(path))
+    except (
+        InputError
+    ):  # it has parts of a module that was not imported, perhaps: the fields can be compared all the same
+        config = _json(path)
+    known = ("train", "seed"), ("train", "steps"), ("data", "corpus"), ("model", "class")
+    if any(not isinstance(config.get(part), dict) or name not in config[part] for part, name in known):
+        raise InputError(f"{path}: holds no config of a run; give another folder")
+    config.pop("format", None)
+    texts, tokenizer = _json(directory / "data.json"), directory / "tokenizer.json"
+    sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else None
+    return Record(
+        str(directory), config, texts | {"tokenizer_sha256": sha256}, read_rows(directory / "metrics.jsonl")[0]
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore the file, or leave the run out") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: must hold a JSON object; restore the file, or leave the run out")
+    return found
+
+
+# --- groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed. `records` are those that count, one for each seed."""
+
+    name: str
+    config: dict[str, Any]  # what makes the group: without seed, directory and the like
+    records: list[Record]
+    left_out: dict[str, str]  # directory -> why
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(record.seed for record in self.records)
+
+    @property
+    def diverged(self) -> int:
+        return sum(" diverged: " in why for why in self.left_out.values())
+
+    def final(self, by: str) -> dict[int, float]:
+        """Seed → number of the whole validation split at the last step."""
+        return {record.seed: float(record.end[by]) for record in self.records}
+
+    def best(self, by: str) -> dict[int, float]:
+        """Seed → the best of all evaluations, which was chosen by the split that it is of."""
+        best = min if less_is_better(by) else max
+        return {record.seed: best(record.curve(by).values()) for record in self.records}
+
+
+def less_is_better(by: str) -> bool:
+    """As `train.best_by` has it."""
+    return by.startswith(("loss", "bits_per_byte"))
+
+
+def grouped(records: Sequence[Record], by: str) -> list[Group]:
+    """In the order in which each has its first run."""
+    paths: dict[Any, str] = {}
+    configs = [_config(record, paths) for record in records]
+    alike: dict[str, list[int]] = {}
+    for i, config in enumerate(configs):
+        alike.setdefault(_key(config | {"data": config["data"] | {"split_seed": None}}), []).append(i)
+    for each in alike.values():
+        seeds = [records[i].seed for i in each]
+        if len(set(seeds)) > 1 and [configs[i]["data"].get("split_seed") for i in each] == seeds:
+            for i in each:
+                configs[i]["data"]["split_seed"] = "train.seed"  # a split for each seed, as `Row.also` makes them
+    found: dict[str, list[int]] = {}
+    for i, config in enumerate(configs):
+        found.setdefault(_key(config), []).append(i)
+    return [_group([records[i] for i in each], configs[each[0]], by) for each in found.values()]
+
+
+def _key(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
+    """What makes a run's group. A text that was moved keeps the path at which it was met first."""
+    config = copy.deepcopy(record.config)
+    prints = {name: record.texts.get(f"{name}_sha256") for name in ("corpus", "valid", "tokenizer")}
+    for field in IGNORED:
+        *way, name = field.split(".")
+        part: Any = config
+        for step in way:
+            part = part.get(step) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or name not in part:
+            continue
+        if field not in config_lib.MOVED:
+            del part[name]
+        elif (sha256 := prints[way[-1]]) is not None:
+            part[name] = paths.setdefault((field, sha256), part[name])
+    config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}
+    return config
+
+
+def _group(records: Sequence[Record], config: dict[str, Any], by: str) -> Group:
+    counted: dict[int, Record] = {}
+    left_out: dict[str, str] = {}
+    for record in records:
+        if why := record.trouble(by):
+            left_out[record.directory] = f"seed {record.seed} {why}"
+        elif record.seed in counted:  # the same numbers again, and no more is known by them
+            left_out[record.directory] = f"seed {record.seed} counts already, in {counted[record.seed].directory}"
+        else:
+            counted[record.seed] = record
+    return Group(_name([record.directory for record in records]), config, list(counted.values()), left_out)
+
+
+def _name(directories: Sequence[str]) -> str:
+    """What the directories have in common, as runs/rotary of runs/rotary/seed-0 or of runs/rotary-0 and more."""
+    if len(directories) == 1:
+        return directories[0]
+    names = {re.sub(r"[-_./]?(seed)?[-_.]?\d+$", "", directory) for directory in directories}
+    return names.pop() if len(names) == 1 else f"{directories[0]} and others"
+
+
+# --- what differs
+
+
+def differences(values: Sequence[Any], at: str = "") -> dict[str, list[Any]]:
+    """Path → a stored value for each, of the fields that are not the same in all. None where a field is not there."""
+    first = values[0]
+    if all(value == first for value in values):
+        return {}
+    if all(isinstance(value, dict) and value.get("class") == first.get("class") for value in values):
+        names = dict.fromkeys(name for value in values for name in value)
+        found = [differences([value.get(name) for value in values], f"{at}.{name}") for name in names]
+    elif all(isinstance(value, list) and len(value) == len(first) for value in values):
+        found = [differences(list(each), f"{at}.{i}") for i, each in enumerate(zip(*values, strict=True))]
+    else:
+        return {at.removeprefix("."): list(values)}
+    return {path: each for part in found for path, each in part.items()}
+
+
+def told(value: Any) -> str:
+    """A stored value for the eye: classes without their modules, and without fields that have their defaults."""
+    if isinstance(value, list):
+        return ", ".join(map(told, value)) or "()"
+    if not isinstance(value, dict):
+        return str(value)
+    kinds = {class_name(c): c for c in known_specs()}
+    name = str(value.get("class"))
+    defaults = _defaults(kinds[name]) if name in kinds else {}
+    fields = [f"{n}={told(v)}" for n, v in value.items() if n != "class" and not (n in defaults and defaults[n] == v)]
+    return f"{name.rpartition(':')[2]}({', '.join(fields)})"
+
+
+def _defaults(kind: type[Spec]) -> dict[str, Any]:
+    fields = [field for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING]
+    return {field.name: _stored(field.default) for field in fields}
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_stored(inner) for inner in value]
+    return to_json(value) if isinstance(value, Spec) else value

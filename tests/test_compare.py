@@ -1,0 +1,376 @@
+"""Comparing runs: what makes a group, what is said of the difference between two, and what is not."""
+
+import csv
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import jaxformer
+from jaxformer import Config, Data, Decoder, Train
+from jaxformer import config as config_lib
+from jaxformer.commands import main
+from jaxformer.config import resolve
+from jaxformer.data.batches import PackedDocuments, ShuffledWindows
+from jaxformer.data.corpora import TextFiles
+from jaxformer.lab.compare import judge
+from jaxformer.lab.groups import told
+from jaxformer.lab.intervals import estimate, paired_difference, welch_difference
+from jaxformer.lab.tables import aligned_table
+from jaxformer.learning.objectives import NextToken
+from jaxformer.model.positions import ALiBi, NoPosition, Rotary
+
+STEPS, LAST = 60, 3
+BASE = Config(
+    "unused",
+    Decoder(n_layers=2, n_heads=2, d_model=12, context_length=7),
+    Data(TextFiles("one.txt"), batch_size=3),
+    train=Train(steps=STEPS, eval_every=STEPS // LAST),
+)
+TEXTS = {"corpus_sha256": "c0" * 32, "valid_sha256": None, "valid_tokens": 101}
+
+
+def put(folder, seed, losses, changes=None, texts=None, tokenizer="{}", more=None):
+    """A run as it would have left its files: losses are those of its evaluations, the last at the last step."""
+    folder.mkdir(parents=True)
+    config = resolve(BASE, {**(changes or {}), "train.seed": seed, "directory": str(folder)})
+    config_lib.save(config, folder / "config.json")
+    (folder / "data.json").write_text(json.dumps(TEXTS | (texts or {})))
+    (folder / "tokenizer.json").write_text(tokenizer)
+    rows = [{"step": 0, "split": "train", "loss": 9.0, "seconds": 0.5}]
+    for step, loss in zip(range(config.train.eval_every, 10**6, config.train.eval_every), losses, strict=False):
+        bits = None if loss is None else loss * 2
+        rows.append({"step": step, "split": "valid", "loss": loss, "bits_per_byte": bits, "tokens": 101})
+    rows[-1] |= more or {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def put_seeds(folder, losses, changes=None, seeds=None, **more):
+    for seed, loss in zip(seeds or range(len(losses)), losses, strict=True):
+        put(folder / f"seed-{seed}", seed, [loss + 0.5, loss - 0.25, loss], changes, **more)
+
+
+NEAR, FAR = [2.0, 2.1, 2.3], [1.0, 1.1, 1.4]
+ROTARY = {"model.position": Rotary()}
+
+
+# --- numbers
+
+
+def test_intervals_and_tests_are_those_of_the_textbook():
+    """Here SciPy's, at any error; a mean's interval misses it as often as it says."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        n, m, error = rng.integers(2, 9), rng.integers(2, 9), rng.uniform(0.01, 0.2)
+        a, b, c = rng.normal(2, 0.1, n), rng.normal(2, 0.3, m), rng.normal(2, 0.3, n)
+        found = estimate(a, error)
+        low, high = stats.t.interval(1 - error, n - 1, a.mean(), stats.sem(a))
+        np.testing.assert_allclose([found.mean, found.deviation], [a.mean(), a.std(ddof=1)])
+        np.testing.assert_allclose([found.mean - found.half_width, found.mean + found.half_width], [low, high])
+        welch, paired = stats.ttest_ind(b, a, equal_var=False), stats.ttest_rel(c, a)
+        for found, wanted in ((welch_difference(a, b, error), welch), (paired_difference(a, c, error), paired)):
+            interval = wanted.confidence_interval(1 - error)
+            np.testing.assert_allclose(found.p_value, wanted.pvalue)
+            np.testing.assert_allclose([found.mean - found.half_width, found.mean + found.half_width], interval)
+    draws = rng.normal(0, 1, (4000, 3))
+    missed = np.mean([abs(found.mean) > found.half_width for found in map(estimate, draws)])
+    assert 0.04 < missed < 0.06
+
+
+def test_few_or_equal_numbers_have_no_interval_and_no_verdict():
+    for first, second in (([1.0], [2.0]), ([1.0], [2.0, 3.0]), ([1.0, 1.0], [2.0, 2.0]), ([1.0, 1.0], [1.0, 1.0])):
+        for seeds in (0, 7):  # paired, where there are as many, and not
+            verdict = judge(dict(enumerate(first)), dict(enumerate(second, seeds)))
+            assert not verdict.differ and verdict.said.startswith("no verdict: ")
+            assert verdict.difference.half_width is verdict.difference.p_value is None
+    assert estimate([1.0]).half_width is estimate([1.0]).deviation is None and estimate([1.0, 1.0]).half_width is None
+
+
+# --- what makes a group
+
+
+def test_seeds_places_and_what_changes_no_number_make_no_group(tmp_path):
+    free = {
+        "train.log_every": 3,
+        "train.keep": 5,
+        "train.steps_per_call": 1,
+        "model.unroll": 1,
+        "train.sample_tokens": 1,
+    }
+    put(tmp_path / "a" / "seed-10", 10, NEAR)
+    put(tmp_path / "a" / "seed-2", 2, NEAR, free)
+    put(tmp_path / "b-0", 0, NEAR, ROTARY)
+    put(tmp_path / "b-1", 1, NEAR, ROTARY | {"data.corpus.path": "moved.txt"})
+    put(tmp_path / "c", 5, NEAR, {"data.corpus.path": "other.txt"}, {"corpus_sha256": "d1" * 32})
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "config.json").write_text("{}")  # of something else
+    found = jaxformer.compare(tmp_path)
+    assert [line["seed"] for line in csv.DictReader(found.csv().splitlines())] == ["2", "10", "0", "1", "5"]
+    assert [(row["name"].removeprefix(f"{tmp_path}/"), row["seeds"]) for row in found.rows] == [
+        ("a", [2, 10]),
+        ("b", [0, 1]),
+        ("c", [5]),
+    ]
+    rotary = {"class": "jaxformer.model.positions:Rotary"}
+    assert {path: values for path, values in found.differences.items() if path != "model.position"} == {
+        "data.corpus.path": ["one.txt", "one.txt", "other.txt"],
+        "data.corpus_sha256": ["c0" * 6, "c0" * 6, "d1" * 6],
+    }
+    assert [value.items() >= rotary.items() for value in found.differences["model.position"]] == [False, True, False]
+
+
+def test_the_first_that_is_named_comes_first_and_each_counts_once(tmp_path):
+    put_seeds(tmp_path / "a", FAR)
+    put_seeds(tmp_path / "b", NEAR, ROTARY)
+    names = lambda *paths: [row["name"].removeprefix(f"{tmp_path}/") for row in jaxformer.compare(paths).rows]
+    assert names(tmp_path) == names(tmp_path / "a", tmp_path / "b") == ["a", "b"]
+    again = [str(tmp_path / "b" / "seed-1"), tmp_path, tmp_path / "a" / ".." / "b"]
+    assert names(*again) == ["b", "a"]
+    assert [row["seeds"] for row in jaxformer.compare(again).rows] == [[0, 1, 2]] * 2
+
+
+def test_a_split_that_follows_the_seed_is_no_other_config(tmp_path):
+    """As `Row.also` makes it; its groups are compared where the seeds, and so the splits, are the same."""
+    documents = {"data.sampling": PackedDocuments()}
+    for name, changes in (("a", {}), ("b", ROTARY)):
+        for seed in range(3):
+            own = documents | changes | {"data.split_seed": seed}
+            put(tmp_path / name / f"seed-{seed}", seed, [1.0, 1.0, 1 + seed / 9 + len(changes) + seed**2 / 99], own)
+    found = jaxformer.compare(tmp_path)
+    assert [row["seeds"] for row in found.rows] == [[0, 1, 2]] * 2 and found.verdicts[0].paired
+    assert found.differences.keys() == {"model.position"}
+    put(tmp_path / "c" / "seed-7", 7, [1.0, 1.0, 1.0], documents | {"data.split_seed": 7, "model.d_ff": 11})
+    put(tmp_path / "c" / "seed-8", 8, [1.0, 1.0, 1.1], documents | {"data.split_seed": 8, "model.d_ff": 11})
+    assert jaxformer.compare(tmp_path).verdicts[1].said == "no verdict: the validation texts differ"
+
+
+def test_what_differs_is_told_by_path_as_deep_as_the_classes_are_the_same(tmp_path):
+    for i, changes in enumerate(
+        (
+            {"model.position": (Rotary(), NoPosition())},
+            {"model.position": (Rotary(base=500.0), NoPosition()), "model.dropout": 0.5},
+            {"model.position": (Rotary(), ALiBi())},
+            {"model.position": Rotary()},
+        )
+    ):
+        put(tmp_path / str(i), 0, NEAR, changes)
+    named = lambda *which: jaxformer.compare([tmp_path / i for i in which]).differences
+    assert named("0", "1") == {"model.dropout": [0.0, 0.5], "model.position.0.base": [10000.0, 500.0]}
+    assert list(named("0", "2")) == ["model.position.1"] and list(named("0", "1", "3")) == [
+        "model.dropout",
+        "model.position",
+    ]
+    texts = [told(value) for value in named("1", "2", "3")["model.position"]]
+    assert texts == ["Rotary(base=500.0), NoPosition()", "Rotary(), ALiBi()", "Rotary()"]
+
+
+def test_parts_of_a_module_that_is_not_there_are_compared_as_they_are_stored(tmp_path):
+    put_seeds(tmp_path / "a", NEAR, ROTARY)
+    put_seeds(tmp_path / "b", FAR, ROTARY)
+    for path in tmp_path.glob("b/*/config.json"):
+        stored = json.loads(path.read_text())
+        stored["model"]["position"] = {"class": "nowhere:Decay", "rate": 0.5}
+        path.write_text(json.dumps(stored))
+    found = jaxformer.compare(tmp_path)
+    (difference,) = found.differences.items()
+    assert difference[0] == "model.position" and told(difference[1][1]) == "Decay(rate=0.5)"
+    assert found.verdicts[0].said == "lower" and "nowhere" not in sys.modules
+
+
+# --- what is said of a difference
+
+
+def test_final_and_best_of_each_group_and_the_verdict(tmp_path):
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, ROTARY)
+    put_seeds(tmp_path / "c", [2.0, 2.2, 2.2], {"model.dropout": 0.5})
+    put_seeds(tmp_path / "d", [2.0, 2.1, 2.2, 2.3], {"model.dropout": 0.25})
+    found = jaxformer.compare(tmp_path)
+    for row, losses in zip(found.rows, (NEAR, FAR, [2.0, 2.2, 2.2], [2.0, 2.1, 2.2, 2.3]), strict=True):
+        interval = stats.t.interval(0.95, len(losses) - 1, np.mean(losses), stats.sem(losses))
+        wide = np.ptp(interval) / 2
+        wanted = [np.mean(losses), wide, np.mean(losses) - 0.25, wide, np.std(losses, ddof=1)]
+        names = ("final_loss", "final_half_width", "best_loss", "best_half_width", "final_deviation")
+        np.testing.assert_allclose([row[name] for name in names], wanted)
+    assert [(v.said, v.paired) for v in found.verdicts] == [
+        ("lower", True),
+        ("no difference shown", True),
+        ("no difference shown", False),
+    ]
+    paired = stats.ttest_rel(FAR, NEAR)
+    np.testing.assert_allclose(found.rows[1]["p_value"], paired.pvalue)
+    low, high = paired.confidence_interval(1 - 0.05 / 3)  # of three tests
+    np.testing.assert_allclose(found.rows[1]["difference_half_width"], (high - low) / 2)
+    assert "intervals are at 98.33 %" in str(found)
+
+
+def test_more_is_better_of_an_accuracy_and_the_whole_split_counts(tmp_path):
+    for name, changes in (("a", {}), ("b", {"model.dropout": 0.5})):
+        for seed in range(3):
+            whole = {"split": "valid_full", "step": STEPS, "loss": 3.0, "accuracy": 0.5 + seed / 100, "tokens": 999}
+            own = changes | {"data.valid_tokens": 50}
+            put(tmp_path / name / str(seed), seed, [1.0, 1.0, 1.0], own, more={"accuracy": 0.6})
+            with open(tmp_path / name / str(seed) / "metrics.jsonl", "a") as file:
+                file.writelines(
+                    json.dumps(row) + "\n" for row in ({"split": "valid", "step": 1, "accuracy": 0.9}, whole)
+                )
+    (row, _) = jaxformer.compare(tmp_path, by="accuracy").rows
+    assert row["final_accuracy"] == pytest.approx(0.51) and row["best_accuracy"] == pytest.approx(0.9)
+    assert "best accuracy: the greatest of" in str(jaxformer.compare(tmp_path, by="accuracy"))
+    assert jaxformer.compare(tmp_path).rows[0]["final_loss"] == 3.0
+    assert jaxformer.compare(tmp_path).rows[0]["best_loss"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"tokenizer": "other"}, "the tokenizers differ, and so do their tokens; compare with by=bits_per_byte"),
+        ({"changes": {"data.valid_fraction": 0.2}}, "the validation texts differ"),
+        ({"texts": {"corpus_sha256": "d1" * 32}}, "the validation texts differ"),
+        ({"changes": {"data.sampling": PackedDocuments()}}, "the validation texts differ"),
+        ({"changes": {"data.sampling": ShuffledWindows()}}, None),
+        ({"changes": {"objective": NextToken(z_loss=0.1)}}, None),
+        ({"changes": {"data.split_seed": 5, "model.dropout": 0.5}}, None),  # draws no windows
+        ({"changes": {"train.steps": 90, "train.eval_every": 30}}, None),
+    ],
+)
+def test_only_what_measures_the_same_is_compared(tmp_path, second, said):
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, **second)
+    found = jaxformer.compare(tmp_path)
+    assert found.verdicts[0].said == (f"no verdict: {said}" if said else "lower")
+    assert (found.verdicts[0].difference is None) == (said is not None)
+    if "tokenizer" in second:
+        bits = jaxformer.compare(tmp_path, by="bits_per_byte")
+        assert bits.verdicts[0].said == "lower" and any("Tokenizers differ" in note for note in bits.notes)
+    assert any("different numbers of steps (60, 90)" in n for n in found.notes) == ("train.steps" in str(second))
+
+
+def test_an_objective_of_another_kind_measures_something_else(tmp_path):
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, ROTARY)
+    for path in tmp_path.glob("b/*/config.json"):
+        path.write_text(path.read_text().replace("objectives:NextToken", "objectives:PrefixLM"))
+    assert jaxformer.compare(tmp_path).verdicts[0].said == (
+        "no verdict: the objectives differ, and so does what is measured"
+    )
+
+
+def test_runs_without_a_final_number_are_told_and_do_not_count(tmp_path):
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, ROTARY)
+    put(tmp_path / "b" / "seed-3", 3, [2.0, 1.5], ROTARY)
+    put(tmp_path / "b" / "seed-4", 4, [], ROTARY)
+    (tmp_path / "b" / "seed-4" / "metrics.jsonl").unlink()
+    put(tmp_path / "b" / "twice", 1, [5.0, 5.0, 5.0], ROTARY)
+    found = jaxformer.compare(tmp_path)
+    assert found.rows[1]["seeds"] == [0, 1, 2] and found.verdicts[0].said == "lower" and found.verdicts[0].paired
+    left_out = [note.removeprefix(f"left out: {tmp_path}/b/") for note in found.notes if "left out" in note]
+    assert left_out == [
+        "seed-3: seed 3 unfinished: at step 40 of 60",
+        "seed-4: seed 4 has no rows: not begun",
+        f"twice: seed 1 counts already, in {tmp_path}/b/seed-1",
+    ]
+    put(tmp_path / "b" / "seed-5", 5, [2.0, 1.5, None], ROTARY)
+    put(tmp_path / "b" / "seed-6", 6, [2.0, None], ROTARY)
+    put(tmp_path / "c" / "seed-0", 0, [2.0, 1.5], {"model.dropout": 0.5})
+    found = jaxformer.compare(tmp_path)
+    assert f"left out: {tmp_path}/b/seed-5: seed 5 diverged: no finite number at step 60" in found.notes
+    assert f"left out: {tmp_path}/b/seed-6: seed 6 diverged: no finite number at step 40" in found.notes
+    assert [v.said for v in found.verdicts] == [
+        "no verdict: a run diverged, and the mean of the others would hide it",
+        "no verdict: no run with a final number",
+    ]
+    assert found.rows[2]["final_loss"] is None and "nan" not in str(found) + found.json()
+
+
+# --- forms
+
+
+@pytest.fixture
+def three(tmp_path):
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, ROTARY)
+    put(tmp_path / "c|d", 0, [1.0, 1.0, 1.5], {"model.dropout": 0.5})
+    return tmp_path
+
+
+def command(*arguments):
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert main.run("compare", list(map(str, arguments))) == 0
+    return out.getvalue()
+
+
+def test_the_command_prints_what_python_gives_in_every_form(three):
+    found, before = jaxformer.compare(three), sorted(three.rglob("*"))
+    assert command(three) == f"{found}\n" and command(three, "--markdown") == f"{found.markdown()}\n"
+    told = json.loads(command(three, "--json"))
+    assert told["differences"] == found.differences and told["notes"] == found.notes
+    for row, group, losses in zip(told["groups"], found.rows, (NEAR, FAR, [1.5]), strict=True):
+        assert row["final"] == losses and row.items() >= group.items()
+        assert [path.rpartition("/")[0] for path in row["runs"]][:1] == [row["runs"][0].rpartition("/")[0]]
+    text = str(found)
+    for part in ("2.1333 ± 0.3795", "-0.9667 ± ", "lower", "no verdict: one seed", "95 % confidence", "optimistic"):
+        assert part in text
+    assert text.count("± ") == 6 and "c\\|d" in found.markdown()  # two means, two bests, a difference, the note
+    assert sorted(three.rglob("*")) == before
+    only = jaxformer.compare(three / "a")
+    assert "differs" not in str(only) and "Against" not in str(only) and "t-tests" not in str(only)
+
+
+def test_a_line_for_each_run_and_the_curves(three, tmp_path):
+    command(three, f"--csv={tmp_path / 'all.csv'}", f"--picture={tmp_path / 'all.png'}")
+    lines = list(csv.DictReader((tmp_path / "all.csv").read_text().splitlines()))
+    assert [float(line["final"]) for line in lines] == [*NEAR, *FAR, 1.5]
+    assert [line["seed"] for line in lines] == ["0", "1", "2", "0", "1", "2", "0"]
+    assert {line["model.position"] for line in lines if line["group"] == "2"} == {"Rotary()"}
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = jaxformer.compare(three).figure().axes
+    assert axes.get_xlabel() == "step" and axes.get_ylabel() == "validation loss (nats per token)"
+    curves = [line.get_xydata() for line in axes.get_lines()]
+    np.testing.assert_allclose(curves[1], [[20, 1.5 + 1 / 6], [40, 11 / 12], [60, 7 / 6]])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        f"{i} {three / name}" for i, name in enumerate(("a", "b", "c|d"), 1)
+    ]
+    band = axes.collections[1].get_paths()[0].vertices[:, 1]
+    assert band.max() - 1.5 - 1 / 6 == pytest.approx(estimate(FAR).half_width)
+    assert np.ptp(axes.collections[2].get_paths()[0].vertices[:, 1]) == pytest.approx(0.5)  # one seed: no band
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "'nowhere' is no folder; give the directory of a run"),
+        (["empty"], "'empty' holds no run, no config.json beside a data.json"),
+        (["a", "--by=acuracy"], "by='acuracy' must be a number of the runs' evaluations: bits_per_byte, loss"),
+        (["a", "--json", "--markdown"], "json must not be given beside markdown"),
+        (["a", "--csv=x.csv", "--picture=x.docx"], "picture='x.docx' must end in one of ."),
+        (["broken"], "broken/config.json: cannot be read"),
+        (["strange"], "strange/config.json: holds no config of a run"),
+        (["unfinished", "--csv=x.csv"], "csv: no run has a final loss yet"),
+        ([], "the following arguments are required: runs"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capfd, arguments, message):
+    put_seeds(tmp_path / "a", NEAR)
+    put(tmp_path / "unfinished", 0, [1.0])
+    for name, text in (("empty", "{"), ("broken", "{"), ("strange", '{"model": {"class": "x"}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+        if name != "empty":
+            (tmp_path / name / "data.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main.run("compare", list(arguments)) == 2
+    out, err = capfd.readouterr()
+    assert message in err and err.count("\n") == 1 and out == "" and sorted(tmp_path.rglob("*")) == before
+
+
+def test_columns_stand_below_each_other():
+    text = aligned_table([{"a": 1, "long name": "x"}, {"a": 22222, "long name": ""}])
+    assert text == "a      long name\n1      x\n22222"
