@@ -76,7 +76,7 @@ def test_what_cannot_be_measured_is_refused(run_of):
         loss_by_position(encoder)
     both = run_of(EncoderDecoder(**NARROW, context_length=T, vocab_size=29))
     with pytest.raises(InputError, match="run: its model reads two texts"):
-        attention_weights(both, "AB")
+        activations(both, "decoder/out")
     run = run_of(decoder())
     data = dataclasses.replace(run.config.data, corpus=Copy(T, examples=29), sampling=Examples(joined=True))
     pairs = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
@@ -124,7 +124,7 @@ def test_weights_of_attention_lie_in_the_order_of_layers(run_of):
     """Eleven windows twice: each layer looks as far back as its own. And the second eleven are the second."""
     kinds = 11
     run = run_of(decoder(n_layers=2 * kinds, mask=tuple(Window(1 + i) for i in range(kinds)), **NARROW))
-    tokens, weights = attention_weights(run, "HELLOWORLDZZTOPX", "decoder")
+    tokens, weights = attention_weights(run, "HELLOWORLDZZTOPX")
     assert tokens == list("HELLOWORLDZZT") and weights.shape == (2 * kinds, 2, T, T)
     back = np.arange(T)[:, None] - np.arange(T)
     for layer, weight in enumerate(weights):
@@ -134,18 +134,19 @@ def test_weights_of_attention_lie_in_the_order_of_layers(run_of):
     short = run_of(dataclasses.replace(run.config.model, n_layers=kinds))
     params = {**run.state.params, "decoder": {**run.state.params["decoder"], "layers": first}}
     half = dataclasses.replace(short, state=run.state.replace(params=params))
-    np.testing.assert_allclose(attention_weights(half, "HELLOWORLDZZT", "decoder")[1], weights[:kinds], atol=1e-6)
+    np.testing.assert_allclose(attention_weights(half, "HELLOWORLDZZT")[1], weights[:kinds], atol=1e-6)
 
 
 def test_weights_of_attention_are_triangular_where_nothing_later_is_seen(run_of):
     text = "ABCDEFG"
     _, both = attention_weights(run_of(Encoder(**NARROW, context_length=T, vocab_size=29), objective=Masked()), text)
     run = run_of(decoder(n_layers=4, mask=(Causal(), Window(2)), **NARROW))
-    _, past = attention_weights(run, text, "decoder")
+    _, past = attention_weights(run, text)
     assert (both > 0).all() and (np.triu(past, 1) == 0).all() and (past[::2] > 0).sum() == 2 * 2 * 7 * 8 / 2
     assert (np.tril(past[1::2], -2) == 0).all()
-    with pytest.raises(InputError, match="run: its model has no attention in a stack 'encoder'"):
-        attention_weights(run, text)
+    recurrent = run_of(GRU(d_model=11, context_length=23, vocab_size=29))
+    with pytest.raises(InputError, match="run: its layers record no weights of attention; a model with Softmax does"):
+        attention_weights(recurrent, text)
 
 
 def test_activations_are_those_of_windows_of_the_validation_split(run_of):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from jaxformer.lab.pictures import attention_maps, lines, panels, smooth
+from jaxformer.pictures import attention_maps, lines, panels, smooth
 
 
 def test_smooth_is_a_mean_of_those_before():

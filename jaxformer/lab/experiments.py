@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxformer import config as config_lib
+from jaxformer import pictures
 from jaxformer.config import Config
 from jaxformer.data.files import write
-from jaxformer.lab import pictures
 from jaxformer.run.loop import check_together, train, train_seeds
 from jaxformer.run.metrics import finite, rows_of
 from jaxformer.run.opened import Run

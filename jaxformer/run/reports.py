@@ -1,24 +1,51 @@
 """What is said of a run while it trains: rows, a progress bar or lines in its place, and warnings."""
 
 import collections
+import contextlib
 import logging
 import math
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer.config import Config
+from jaxformer.platform import in_notebook
 from jaxformer.run.metrics import Rows
 
 log = logging.getLogger(__name__)
 
 QUIET = 50.0  # seconds between two lines where there is no terminal for a bar
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Lines of the run are shown on stderr, beside the bar, unless the program has its own way with them.
+
+    It has if it has set the level of the logger "jaxformer" or, but in a notebook, has given it or the root a handler:
+    then level and handlers stay as they are. Else both are as they were when the run ends.
+    """
+    root, own = logging.getLogger(), logging.getLogger("jaxformer")
+    bare, level = not own.hasHandlers(), own.level
+    console = [logger for logger in (root, own) if any(map(_is_console, logger.handlers))]
+    if level == logging.NOTSET and (bare or in_notebook()):
+        own.setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm([root] if bare else console):  # gives the root a handler for stderr if it has none
+            yield
+    finally:
+        own.setLevel(level)
+
+
+def _is_console(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
 
 
 class Reports:
@@ -33,7 +60,8 @@ class Reports:
         knobs = configs[0].train
         self._runs = [Rows(config, step) for config in configs]
         self._seeds = [config.train.seed for config in configs]
-        self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        hidden = False if in_notebook() else None  # None: where stderr is no terminal
+        self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
         self._log_every = knobs.log_every
         self._in_flight: collections.deque[tuple[int, int, int, Mapping[str, Any]]] = collections.deque()
         self._seconds, self._elapsed = self._runs[0].seconds, 0.0
