@@ -97,7 +97,9 @@ class _Curve:
     def __init__(self, directory: Path):
         path = directory / "metrics.jsonl"
         self._rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self._directory, self._handle, self._drawn = directory, None, -math.inf
+        self._directory, self._handle, self._drawn = directory, None, 0.0
+        if in_notebook():
+            self._show()
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._rows.append(row)

@@ -99,3 +99,6 @@ def test_the_public_names():
     with pytest.raises(AttributeError, match="nothing"):
         _ = jaxformer.nothing
     assert importlib.import_module("jaxformer") is jaxformer
+    assert {*jaxformer.__all__, "__version__"} <= {*dir(jaxformer)}
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert f'version = "{jaxformer.__version__}"' in project

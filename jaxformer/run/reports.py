@@ -9,12 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer.config import Config
 from jaxformer.platform import in_notebook
@@ -29,23 +28,48 @@ QUIET = 50.0  # seconds between two lines where there is no terminal for a bar
 def shown() -> Iterator[None]:
     """Lines of the run are shown on stderr, beside the bar, unless the program has its own way with them.
 
-    It has if it has set the level of the logger "jaxformer" or, but in a notebook, has given it or the root a handler:
-    then level and handlers stay as they are. Else both are as they were when the run ends.
+    It has if it has set the level of the logger "jaxformer", or has given a handler to that or to the root; one for the
+    console that the root has in a notebook is the kernel's, and says nothing of the program. When the run ends, level
+    and handlers are as they were.
     """
     root, own = logging.getLogger(), logging.getLogger("jaxformer")
-    bare, level = not own.hasHandlers(), own.level
-    console = [logger for logger in (root, own) if any(map(_is_console, logger.handlers))]
-    if level == logging.NOTSET and (bare or in_notebook()):
-        own.setLevel(logging.INFO)
+    before = [(logger, logger.handlers) for logger in (root, own)]
+    kernels = in_notebook() and all(map(_is_console, root.handlers))
+    undecided = own.level == logging.NOTSET and not own.handlers and (kernels or not root.handlers)
     try:
-        with logging_redirect_tqdm([root] if bare else console):  # gives the root a handler for stderr if it has none
-            yield
+        for logger, handlers in before:
+            logger.handlers = [_Beside(handler) if _is_console(handler) else handler for handler in handlers]
+        if undecided:
+            own.handlers, own.propagate = [_Beside(logging.StreamHandler())], False
+            own.setLevel(logging.INFO)
+        yield
     finally:
-        own.setLevel(level)
+        if undecided:
+            own.propagate = True
+            own.setLevel(logging.NOTSET)
+        for logger, handlers in before:
+            logger.handlers = handlers
 
 
-def _is_console(handler: logging.Handler) -> bool:
+def _is_console(handler: logging.Handler) -> TypeGuard[logging.StreamHandler[Any]]:
     return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+
+
+class _Beside(logging.StreamHandler):
+    """Writes what another handler would, and the bar anew below. (tqdm has one, whose import warns in notebooks that
+    lack ipywidgets.)"""
+
+    def __init__(self, handler: logging.StreamHandler[Any]):
+        super().__init__(handler.stream)
+        self.setLevel(handler.level)
+        self.setFormatter(handler.formatter)
+        self.filters = handler.filters
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:  # as every handler does
+            self.handleError(record)
 
 
 class Reports:
