@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxformer.config import load
 from jaxformer.lab.experiments import Experiment, Report, Row, best_accuracy, mean_or_better
 from jaxformer.lab.measures import attention_weights
-from jaxformer.lab.pictures import attention_maps
+from jaxformer.pictures import attention_maps
 from jaxformer.run.inspection import render
 from jaxformer.run.opened import open_run
 

@@ -13,7 +13,6 @@ from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TinyShakespeare
 from jaxformer.lab.experiments import Experiment, Report, Result, Row, mean_or_better
 from jaxformer.lab.measures import nats
-from jaxformer.lab.pictures import lines, panels, smooth
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.baselines import Bigram, TokenEmbedding
@@ -23,6 +22,7 @@ from jaxformer.model.kernels import Look, Softmax, Uniform
 from jaxformer.model.layers import MLP, LayerNorm, LeCunNormal, NoNorm, OneLayer, ReLU, TorchUniform
 from jaxformer.model.masks import Causal, View, one_document
 from jaxformer.model.models import Model
+from jaxformer.pictures import lines, panels, smooth
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import prepare_data
 

@@ -7,13 +7,13 @@ from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TinyShakespeare
 from jaxformer.lab.experiments import Experiment, Report, Result, Row
 from jaxformer.lab.measures import before_training, gradient_by_distance, loss_by_position
-from jaxformer.lab.pictures import lines, panels, smooth
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupCosine
 from jaxformer.model.baselines import GRU, LSTM, RNN
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.models import Model
 from jaxformer.model.positions import Rotary
+from jaxformer.pictures import lines, panels, smooth
 
 CONTEXT = 128
 HEAD = LanguageHead(tied=False, bias=True)

@@ -10,10 +10,10 @@ from jaxformer.config import load
 from jaxformer.data.tasks import Addition, Copy, Sort
 from jaxformer.data.tokenizers import BPE, Tokenizer
 from jaxformer.lab.experiments import Experiment, Report, Row, final_exact, mean_or_better
-from jaxformer.lab.pictures import image, panels
 from jaxformer.learning.objectives import Masked, SequenceToSequence
 from jaxformer.model.masks import one_document
 from jaxformer.model.positions import Sinusoidal
+from jaxformer.pictures import image, panels
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALTERNATING, REVERSE = load(CONFIGS / "alternating.py"), load(CONFIGS / "reverse.py")

@@ -9,12 +9,12 @@ from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TinyShakespeare
 from jaxformer.lab.experiments import Experiment, Report, Result, Row, late_training_loss, near, within_or_better
 from jaxformer.lab.measures import activations, before_training, differences_by_layer, gradient_norms, norms_by_layer
-from jaxformer.lab.pictures import lines, panels, smooth
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.blocks import PostNorm
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import MLP, ReLU, TorchUniform
+from jaxformer.pictures import lines, panels, smooth
 
 BOTH = PostNorm()
 NO_ATTENTION, NO_FEED = PostNorm(attention=False), PostNorm(feed_forward=False)

@@ -35,6 +35,12 @@ __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("jaxformer")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxformer' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jaxformer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

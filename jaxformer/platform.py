@@ -1,6 +1,7 @@
-"""The numerical ground: the flags of XLA, and a canary that no run starts without."""
+"""What a run stands on: the flags of XLA, a canary that no run starts without, and whether a notebook shows it."""
 
 import os
+import sys
 from importlib import metadata
 
 import jax
@@ -35,3 +36,10 @@ def check_numerics() -> None:
         "install a release that does not (pip install 'jax!=0.10.2,!=0.11.*'), or start a new process with "
         "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
     )
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which shows figures, and lines though it has no terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from jaxformer.pictures import loss_curve
+from jaxformer.platform import in_notebook
 from jaxformer.spec import InputError, Spec
 
 
@@ -29,25 +31,34 @@ class Writer(Spec):
     A killed process may take rows of its last 15 seconds with it; metrics.jsonl has them.
     """
 
-    package = ""  # what `open` imports; jaxformer's extra bears the name in lower case, less a trailing "x"
+    package = ""  # what `open` imports
+    extra = ""  # jaxformer's, which installs it
 
     def require(self) -> None:
         """Raises InputError if the package is missing, so that a run fails before it starts."""
         if self.package and importlib.util.find_spec(self.package) is None:
-            extra = self.package.lower().removesuffix("x")
-            raise InputError(
-                f'writers: {type(self).__name__} needs the package {self.package}; pip install "jaxformer[{extra}]"'
-            )
+            name, remedy = type(self).__name__, f'pip install "jaxformer[{self.extra}]"'
+            raise InputError(f"writers: {name} needs the package {self.package}; {remedy}")
 
     @abc.abstractmethod
     def open(self, directory: Path, config: Mapping[str, Any], step: int) -> Sink:
         """A sink for the run in `directory`; rows after `step` that a killed process wrote are superseded."""
 
 
+class LossCurve(Writer):
+    """The loss by step, of training and of validation: in a notebook a figure that grows below the cell, anywhere the
+    file loss.png of the run's folder, written at each evaluation and at the end."""
+
+    package, extra = "matplotlib", "pictures"
+
+    def open(self, directory: Path, config: Mapping[str, Any], step: int) -> Sink:
+        return _Curve(directory)
+
+
 class TensorBoard(Writer):
     """Event files in the run's folder tensorboard/; TensorBoard hides the rows after `step` and marks NaN as such."""
 
-    package = "tensorboardX"
+    package, extra = "tensorboardX", "tensorboard"
 
     def open(self, directory: Path, config: Mapping[str, Any], step: int) -> Sink:
         return _Events(directory / "tensorboard", config, step)
@@ -61,7 +72,7 @@ class WandB(Writer):
     each start leaves a folder wandb/offline-run-*, and `wandb sync` uploads them all.
     """
 
-    package = "wandb"
+    package = extra = "wandb"
     project: str = "jaxformer"  # the project that the run belongs to
     name: str | None = None  # what the run is called; None: as its directory
     mode: Literal["online", "offline", "disabled"] = "online"  # whether rows are uploaded
@@ -74,6 +85,49 @@ class WandB(Writer):
 
     def open(self, directory: Path, config: Mapping[str, Any], step: int) -> Sink:
         return _Logged(self, directory, config)
+
+
+class _Curve:
+    """Draws anew at most every SECONDS, so that training is not held up; what is drawn takes a tenth of one."""
+
+    SECONDS = 2.0
+
+    def __init__(self, directory: Path):
+        path = directory / "metrics.jsonl"
+        self._rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._directory, self._handle, self._drawn = directory, None, 0.0
+        if in_notebook():
+            self._show()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._rows.append(row)
+        evaluated = row["split"] != "train"
+        if in_notebook() and (evaluated or time.monotonic() - self._drawn > self.SECONDS):
+            self._show()
+        if evaluated:
+            self._save()
+
+    def close(self) -> None:
+        if self._rows:
+            if in_notebook():
+                self._show()
+            self._save()
+
+    def _show(self) -> None:
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        figure = loss_curve(self._rows, str(self._directory))
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)
+        else:
+            self._handle.update(figure)
+        self._drawn = time.monotonic()
+
+    def _save(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        new = self._directory / "loss.png.new"
+        loss_curve(self._rows, str(self._directory)).savefig(new, format="png", dpi=100)
+        new.replace(self._directory / "loss.png")
 
 
 class _Events:

@@ -540,7 +540,7 @@ def test_a_moving_average_is_what_is_evaluated_and_sampled(home, whole):
     cwd = os.getcwd()
     os.chdir(home)
     try:
-        row = run.evaluate_valid()
+        row = run.evaluate()
     finally:
         os.chdir(cwd)
     assert row["loss"] == found[-1]["loss"] and row["bits_per_byte"] == found[-1]["bits_per_byte"]

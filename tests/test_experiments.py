@@ -60,7 +60,7 @@ from jaxformer.data.batches import PackedDocuments
 from jaxformer.data.corpora import TextLines
 from jaxformer.data.tokenizers import Characters
 from jaxformer.lab.experiments import Experiment, Row, late_training_loss, near
-from jaxformer.lab.pictures import lines, panels
+from jaxformer.pictures import lines, panels
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.baselines import Bigram

@@ -297,7 +297,7 @@ def test_a_runs_path_is_nothing_but_a_name(home, name):
     jaxformer.train(config(name, steps=6))
     assert sorted(path.name for path in Path(name, "checkpoints").iterdir())[-2:] == ["4", "6"]
     run = jaxformer.open_run(name, step="best")
-    assert np.isfinite(run.evaluate_valid()["loss"]) and len(run.sample("1 ", tokens=3)) == 5
+    assert np.isfinite(run.evaluate()["loss"]) and len(run.sample("1 ", tokens=3)) == 5
 
 
 @pytest.mark.parametrize("name", ["runs [1]/a", "run*", "why?", "back\\slash"])

@@ -32,12 +32,14 @@ FLOORS = [
     *(f"model.{n}" for n in ("models", "baselines")),
     *(f"learning.{n}" for n in ("rows", "objectives", "schedules", "optimizers")),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "predict")),
-    "writers",
-    "config",
+    *("pictures", "writers", "config"),
     *(f"run.{n}" for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "directory", "plan")),
-    *(f"run.{n}" for n in ("inspection", "opened", "notices", "warm_start", "dry_run", "members", "checks")),
+    *(
+        f"run.{n}"
+        for n in ("inspection", "attention", "opened", "notices", "warm_start", "dry_run", "members", "checks")
+    ),
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
-    *(f"lab.{n}" for n in ("pictures", "intervals", "tables", "groups", "compare", "measures", "experiments")),
+    *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
     "commands.arguments",
     *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
@@ -82,7 +84,7 @@ def test_imports_point_up(name):
 def test_nothing_needs_an_extra_to_be_imported():
     """In a process where no package of the extras can be imported, nor those that few runs need."""
     hidden = ["chex", "pytest", "beartype", "torch", "transformers", "tokenizers", "matplotlib"]
-    hidden += ["zstandard", "pyarrow", "tensorboardX", "wandb"]
+    hidden += ["zstandard", "pyarrow", "tensorboardX", "wandb", "IPython"]
     names = [f"jaxformer.{name}" for name in FLOORS]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport importlib\n"
     subprocess.run([sys.executable, "-c", code + f"[importlib.import_module(n) for n in {names}]"], check=True)
@@ -100,3 +102,6 @@ def test_the_public_names():
     with pytest.raises(AttributeError, match="nothing"):
         _ = jaxformer.nothing
     assert importlib.import_module("jaxformer") is jaxformer
+    assert {*jaxformer.__all__, "__version__"} <= {*dir(jaxformer)}
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert f'version = "{jaxformer.__version__}"' in project

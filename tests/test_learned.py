@@ -97,7 +97,7 @@ def test_sequence_to_sequence(home):
     (source,) = run_data(reverse)
     pairs = [[reverse.tokenizer.decode(ids) for ids in source.example(i)] for i in range(source.n_examples)]
     exact = np.mean([reverse.answers([first])[0] == second for first, second in pairs])
-    assert 0 < exact < 1 and reverse.evaluate_valid()["exact"] == pytest.approx(exact)
+    assert 0 < exact < 1 and reverse.evaluate()["exact"] == pytest.approx(exact)
 
 
 def run_data(run):
@@ -117,7 +117,7 @@ def test_classes_of_every_kind_at_once(home, capsys):
     row = last(home, "classes")
     assert {"accuracy", "accuracy_first", "accuracy_long"} < row.keys() and row["examples"] == 10
     assert run.classes == {"first": ("a", "b", "e", "i", "o", "u"), "long": ("0", "1")}
-    whole = run.evaluate_file(str(home / "words.jsonl"))
+    whole = run.evaluate(str(home / "words.jsonl"))
     assert whole["examples"] == 96 and whole["accuracy"] > 0.9
     rows = [json.loads(line) for line in (home / "words.jsonl").read_text().splitlines()]
     found = run.predict([row["word"] for row in rows])

@@ -98,7 +98,7 @@ def test_a_system_without_locks_opens_runs_and_does_not_train(tmp_path):
     sys.modules["fcntl"] = None
     import jaxformer
     run = jaxformer.open_run("run")
-    assert len(run.sample("a", 5)) > 1 and run.evaluate_file("short.txt")["tokens"] == 11
+    assert len(run.sample("a", 5)) > 1 and run.evaluate("short.txt")["tokens"] == 11
     jaxformer.train("config.py", directory="new") if len(sys.argv) > 1 else None
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]

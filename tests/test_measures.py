@@ -29,10 +29,11 @@ from jaxformer.lab.measures import (
     norms_by_layer,
     validation_rows,
 )
-from jaxformer.learning.objectives import Masked
+from jaxformer.learning.objectives import Masked, PrefixLM
 from jaxformer.model.baselines import GRU
 from jaxformer.model.heads import LanguageHead
-from jaxformer.model.masks import Causal, Window, one_document
+from jaxformer.model.kernels import Softmax
+from jaxformer.model.masks import Causal, Prefix, Window, one_document
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import prepare_data
 from jaxformer.run.step import TrainState
@@ -88,7 +89,7 @@ def test_what_cannot_be_measured_is_refused(run_of):
             measure(encoder)
     both = run_of(EncoderDecoder(**NARROW, context_length=T, vocab_size=29))
     with pytest.raises(InputError, match="run: its model reads two texts"):
-        attention_weights(both, "AB")
+        activations(both, "decoder/out")
     run = run_of(decoder())
     data = dataclasses.replace(run.config.data, corpus=Copy(T, examples=29), sampling=Examples(joined=True))
     pairs = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
@@ -136,7 +137,7 @@ def test_weights_of_attention_lie_in_the_order_of_layers(run_of):
     """Eleven windows twice: each layer looks as far back as its own. And the second eleven are the second."""
     kinds = 11
     run = run_of(decoder(n_layers=2 * kinds, mask=tuple(Window(1 + i) for i in range(kinds)), **NARROW))
-    tokens, weights = attention_weights(run, "HELLOWORLDZZTOPX", "decoder")
+    tokens, weights = attention_weights(run, "HELLOWORLDZZTOPX")
     assert tokens == list("HELLOWORLDZZT") and weights.shape == (2 * kinds, 2, T, T)
     back = np.arange(T)[:, None] - np.arange(T)
     for layer, weight in enumerate(weights):
@@ -146,18 +147,71 @@ def test_weights_of_attention_lie_in_the_order_of_layers(run_of):
     short = run_of(dataclasses.replace(run.config.model, n_layers=kinds))
     params = {**run.state.params, "decoder": {**run.state.params["decoder"], "layers": first}}
     half = dataclasses.replace(short, state=run.state.replace(params=params))
-    np.testing.assert_allclose(attention_weights(half, "HELLOWORLDZZT", "decoder")[1], weights[:kinds], atol=1e-6)
+    np.testing.assert_allclose(attention_weights(half, "HELLOWORLDZZT")[1], weights[:kinds], atol=1e-6)
 
 
 def test_weights_of_attention_are_triangular_where_nothing_later_is_seen(run_of):
     text = "ABCDEFG"
     _, both = attention_weights(run_of(Encoder(**NARROW, context_length=T, vocab_size=29), objective=Masked()), text)
     run = run_of(decoder(n_layers=4, mask=(Causal(), Window(2)), **NARROW))
-    _, past = attention_weights(run, text, "decoder")
+    _, past = attention_weights(run, text)
     assert (both > 0).all() and (np.triu(past, 1) == 0).all() and (past[::2] > 0).sum() == 2 * 2 * 7 * 8 / 2
     assert (np.tril(past[1::2], -2) == 0).all()
-    with pytest.raises(InputError, match="run: its model has no attention in a stack 'encoder'"):
-        attention_weights(run, text)
+    recurrent = run_of(GRU(d_model=11, context_length=23, vocab_size=29))
+    with pytest.raises(InputError, match="run: its layers record no weights of attention; a model with Softmax does"):
+        attention_weights(recurrent, text)
+
+
+class Silent(Softmax):
+    """A kernel that keeps its weights to itself."""
+
+    def __call__(self, params, look, key, rate):
+        return super().__call__(params, look, key, rate)._replace(activations={})
+
+
+def test_layers_that_record_no_weights_are_left_out_and_the_others_keep_their_numbers(run_of):
+    run = run_of(decoder(n_layers=6, kernel=(Silent(), Softmax(), Softmax()), **NARROW))
+    found = run.attention("HELLO")
+    assert found.layers == [1, 2, 4, 5] and found.weights.shape == (4, 2, 5, 5)
+    ids = jnp.asarray([run.tokenizer.encode("HELLO")], jnp.int32)
+    recorded = run.model.activations(run.state.params, ids, one_document(5))
+    for i, (turn, block) in enumerate(((0, 1), (0, 2), (1, 1), (1, 2))):
+        expected = recorded[f"decoder/layers/block{block}/attention/weights"][turn, 0]
+        np.testing.assert_allclose(found.weights[i], expected, atol=1e-5)
+    assert [axes.get_title() for axes in found.plot(4).axes] == ["layer 4, head 0", "layer 4, head 1"]
+    assert len(found.plot().axes) == 8 and repr(found) == "<Attention of 4 layers, 2 heads: 5 tokens look at 5>"
+    with pytest.raises(InputError, match="layer=3 must be one of 1, 2, 4, 5"):
+        found.plot(3)
+
+
+def test_an_encoder_decoder_looks_at_one_text_and_from_another_at_it(run_of):
+    run = run_of(EncoderDecoder(**NARROW, n_layers=2, context_length=T, vocab_size=29))
+    first, second = "HELLO", "WORLDLY"
+    own, cross = run.attention(first), run.attention(first, second)
+    assert (own.tokens, own.columns) == ([*first], [*first]) and (cross.tokens, cross.columns) == ([*second], [*first])
+    source, ids = (jnp.asarray([run.tokenizer.encode(text)], jnp.int32) for text in (first, second))
+    recorded = run.model.activations(run.state.params, ids, one_document(7), (source, one_document(5)))
+    for found, name in ((own, "encoder/layers/block0/attention"), (cross, "decoder/layers/block0/cross_attention")):
+        np.testing.assert_allclose(found.weights, recorded[f"{name}/weights"][:, 0], atol=1e-5)
+        np.testing.assert_allclose(found.weights.sum(-1), 1, rtol=1e-5)
+
+
+def test_pairs_that_are_joined_are_looked_at_together(run_of):
+    """What is of the first text sees all of that, and nothing of the second."""
+    run = run_of(decoder(n_layers=1, mask=Prefix(), **NARROW), objective=PrefixLM())
+    data = dataclasses.replace(run.config.data, sampling=Examples(joined=True))
+    joined = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    found = joined.attention("ABC", "DE")
+    assert found.tokens == found.columns == [*"ABCDE"]
+    seen = [[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert ((found.weights > 0) == np.array(seen, bool)).all()
+    with pytest.raises(InputError, match="second: run was trained on pairs of texts: give a second one, too"):
+        joined.attention("ABC")
+    with pytest.raises(InputError, match="second: run was trained on single texts: leave the second out"):
+        run.attention("ABC", "DE")
+    for text, message in (("", "text: must not be empty"), ("a", "text: .*'a'")):
+        with pytest.raises(InputError, match=message):
+            run.attention(text)
 
 
 def test_activations_are_those_of_windows_of_the_validation_split(run_of):

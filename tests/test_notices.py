@@ -245,8 +245,8 @@ def test_a_run_of_before_keeps_its_split_and_its_warm_up(tmp_path, caplog):
         run = jaxformer.train(now, {"train.steps": steps})
     assert sha256(run.state) == sha256(whole.state) and "warmup" not in caplog.text
     assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 1
-    assert run.evaluate_valid() == whole.evaluate_valid()
-    assert jaxformer.open_run(tmp_path / "run").evaluate_valid()["examples"] == 20
+    assert run.evaluate() == whole.evaluate()
+    assert jaxformer.open_run(tmp_path / "run").evaluate()["examples"] == 20
     with pytest.raises(InputError, match=r"data.split_seed was None and is 3"):
         jaxformer.train(now, {"data.split_seed": 3})
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from ideas import Unmasking
 from test_tokenizers import word_piece
 from tiny import SIZES, decoder, hidden, ids, log_softmax, loud
 
-from jaxformer.config import Config, Data
+from jaxformer.config import Config, Data, Train
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Characters, TokenizerFile
 from jaxformer.generation.decode import LeftToRight
@@ -72,3 +73,37 @@ def test_evaluation_is_the_mean_over_all_tokens_but_the_first(length):
     assert row["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
     n_bytes = len(tokenizer.decode(tokens[1:]).encode())
     assert row["bits_per_byte"] == pytest.approx(np.sum(nats) / n_bytes / np.log(2), rel=1e-5)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run with rows, whose state is that of step 5."""
+    (tmp_path / "metrics.jsonl").write_text(
+        """{"step": 4, "split": "train", "loss": 3.25}
+        {"step": 5, "split": "valid", "loss": 3.125}
+        {"step": 6, "split": "train", "loss": 3.0}
+        {"step": 6, "split": "valid", "loss": 2.5}
+        """
+    )
+    model = decoder(n_layers=2)
+    state = TrainState(jnp.int32(5), loud(model), ())
+    config = Config(str(tmp_path), model, Data(batch_size=3, window=11), train=Train(steps=1000))
+    return Run(config, Characters("".join(map(chr, range(65, 94)))), state)
+
+
+def test_a_run_is_told_in_a_line(trained):
+    count = sum(array.size for array in jax.tree.leaves(trained.state.params))
+    where = trained.config.directory
+    start = f"<Run {where}: Decoder, {count:,} parameters, step 5 of 1,000"
+    assert repr(trained) == f"{start}, validation loss 3.1250>"
+    elsewhere = dataclasses.replace(trained, config=dataclasses.replace(trained.config, directory="nowhere"))
+    assert repr(elsewhere) == f"{start}>".replace(where, "nowhere")
+
+
+def test_the_curve_of_a_run_is_that_of_its_rows(trained):
+    (axes,) = trained.plot().axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert curves == {"training": [[4, 3.25], [6, 3.0]], "validation": [[5, 3.125], [6, 2.5]]}
+    assert axes.get_title() == trained.config.directory
+    with pytest.raises(InputError, match=r"nowhere: there are no rows in metrics\.jsonl to plot; train first"):
+        dataclasses.replace(trained, config=dataclasses.replace(trained.config, directory="nowhere")).plot()

@@ -97,15 +97,15 @@ def test_a_file_is_read_as_the_runs_own_corpus_is(tmp_path, write):
     own, other = write(tmp_path / "own", ["ein Wort", "noch eins"]), write(tmp_path, TEXTS)
     run = run_of(own, valid=other)
     expected = run.evaluate(*prepare_data(run.config, run.tokenizer).valid) | {"split": other.path}
-    assert run.evaluate_file(other.path) == expected and expected["tokens"] > 40
-    assert run.evaluate_corpus(run.corpus_of({"data.corpus.path": other.path})) == expected
+    assert run.evaluate(other.path) == expected and expected["tokens"] > 40
+    assert run.evaluate(run.corpus_of({"data.corpus.path": other.path})) == expected
     plain = run_of(PythonTopics())
     fields = {f"data.corpus.{field.name}": getattr(other, field.name) for field in dataclasses.fields(other)}
     named = plain.corpus_of(fields | {"data.corpus": type(other).__name__})
-    assert named == other and plain.evaluate_corpus(named) == expected
+    assert named == other and plain.evaluate(named) == expected
     if write is not token_file:
         with pytest.raises(InputError) if write is parquet else pytest.MonkeyPatch.context():
-            assert plain.evaluate_file(other.path)["loss"] != expected["loss"]
+            assert plain.evaluate(other.path)["loss"] != expected["loss"]
 
 
 class Hat(Corpus):
@@ -128,17 +128,17 @@ def test_at_is_the_same_kind_of_text_elsewhere():
     for corpus, message in (
         (
             Mixture((a, b, c), (1, 1, 1)),
-            "Mixture has parts of several kinds; name the class that reads the file, as --data",
+            "Mixture has parts of several kinds; name the class that reads the file, as data",
         ),
-        (Hat(), "Hat is read from no file; name the class .* --data.corpus=JSONLines --data.corpus.path=y"),
-        (Reverse(), "Reverse is made up; .* as --data.corpus=Table --data.corpus.path=y --data.corpus.text=COLUMN"),
+        (Hat(), "Hat is read from no file; name the class .* data.corpus=JSONLines data.corpus.path=y"),
+        (Reverse(), "Reverse is made up; .* as data.corpus=Table data.corpus.path=y data.corpus.text=COLUMN"),
     ):
         with pytest.raises(InputError, match=message):
             corpus.at("y")
         other = dataclasses.replace(run, config=dataclasses.replace(run.config, data=Data(corpus)))
         with pytest.raises(InputError, match=f"file='y': {message}"):
-            other.evaluate_file("y")
-    row = run.evaluate_corpus(Hat())
+            other.evaluate("y")
+    row = run.evaluate(Hat())
     assert row["split"] == "Hat" and row["tokens"] == len("rabbit") + 1
 
 
@@ -163,20 +163,20 @@ def test_only_the_corpus_may_be_another():
 def test_what_a_run_was_not_trained_on_is_refused(tmp_path):
     pairs = Table(write_csv(tmp_path / "p.csv", ("text", "other", "class"), ("a", "b", "1")), target="other")
     with pytest.raises(InputError, match="was trained on single texts, and these are pairs; leave the target out"):
-        run_of(TextLines("x")).evaluate_corpus(pairs)
+        run_of(TextLines("x")).evaluate(pairs)
     model = EncoderDecoder(**SIZE)
     run = run_of(Reverse(), model, SequenceToSequence(), Examples())
     with pytest.raises(InputError, match="was trained on pairs of texts, and these are single ones"):
-        run.evaluate_corpus(PythonTopics())
+        run.evaluate(PythonTopics())
     head = ClassificationHead("class", classes=("0", "1"))
     single = dataclasses.replace(pairs, target=None, labels=("class",))
     run = run_of(single, Encoder(**SIZE, head=head), Classification(), Examples())
     run = dataclasses.replace(run, classes={"class": ("0", "1")})
-    assert run.evaluate_file(single.path)["examples"] == 1
+    assert run.evaluate(single.path)["examples"] == 1
     with pytest.raises(InputError, match=r"labels of the column 'class', and a batch has no labels_class; name the"):
-        run.evaluate_corpus(dataclasses.replace(single, labels=()))
+        run.evaluate(dataclasses.replace(single, labels=()))
     with pytest.raises(InputError, match=r"labels_class must have the shape \(\) in a row, but has \(2,\)"):
-        run.evaluate_corpus(dataclasses.replace(single, several=("class",)))
+        run.evaluate(dataclasses.replace(single, several=("class",)))
 
 
 # --- answers
@@ -266,7 +266,7 @@ def test_several_files_are_named(tmp_path):
     a, b = str(folder / "a.jsonl"), str(folder / "b.csv")
     assert places(rows) == [{"file": a, "line": 1}, {"file": a, "line": 2}, {"file": b, "line": 2}]
     assert said(rows) == alone(run, ["eins", "zwei", "drei"])
-    assert run.predict_corpus(run.corpus_of({"data.corpus.path": str(folder)})) == rows
+    assert run.predict(run.corpus_of({"data.corpus.path": str(folder)})) == rows
     lines = tmp_path / "lines"
     lines.mkdir()
     put(lines / "a", "eins"), put(lines / "b.txt", "\nzwei")
@@ -280,12 +280,12 @@ def test_a_class_is_named_where_names_of_files_do_not_tell(tmp_path):
     run = classifier(OWN)
     path = write_csv(tmp_path / "q.csv", ("question", "word"), ("eins", "-"), ("zwei", "-"))
     fields = {"data.corpus": "Table", "data.corpus.path": path, "data.corpus.text": "question"}
-    rows = run.predict_corpus(run.corpus_of(fields))
+    rows = run.predict(run.corpus_of(fields))
     assert said(rows) == alone(run, ["eins", "zwei"]) and places(rows) == [{"line": 2}, {"line": 3}]
     with pytest.raises(InputError, match=r"q.csv: no column 'q' among 'question', 'word'"):
-        run.predict_corpus(run.corpus_of(fields | {"data.corpus.text": "q"}))
+        run.predict(run.corpus_of(fields | {"data.corpus.text": "q"}))
     put(tmp_path / "document.txt", "eins\nzwei")
-    rows = run.predict_corpus(TextFiles(str(tmp_path / "document.txt")))
+    rows = run.predict(TextFiles(str(tmp_path / "document.txt")))
     assert said(rows) == alone(run, ["eins\nzwei"]) and places(rows) == [{"line": 1}]
 
 
@@ -308,12 +308,10 @@ def test_pairs_that_are_joined_are_answered_by_both_texts(tmp_path):
     assert said(rows) == alone(run, ["zwei", "vier", "sechs"], ["eins", "drei\n", "fünf"])
     with pytest.raises(InputError, match="no column 'other' among 'word'"):
         run.predict_file(write_csv(tmp_path / "q.csv", ("word",), ("eins",)))
-    with pytest.raises(
-        InputError, match=r"was trained on pairs of texts; give a table of both, as --data.corpus=Table"
-    ):
+    with pytest.raises(InputError, match=r"was trained on pairs of texts; give a table of both, as data.corpus=Table"):
         run.predict_file(put(tmp_path / "q.txt", "eins\nzwei"))
     run = classifier(Addition(), joined=True)
-    with pytest.raises(InputError, match=r"--data.corpus.text=COLUMN --data.corpus.target=COLUMN"):
+    with pytest.raises(InputError, match=r"data.corpus.text=COLUMN data.corpus.target=COLUMN"):
         run.predict_file(write_csv(tmp_path / "q.csv", ("text", "target"), ("eins", "zwei")))
 
 
@@ -337,9 +335,9 @@ def test_pairs_apart_are_answered_by_the_first_text(tmp_path):
     assert [row["line"] for row in run.predict_file(only)] == [2, 3]
     tokenizer = Characters("0123456789", end_token=True)
     run = run_of(Reverse(), EncoderDecoder(**SIZE), SequenceToSequence(), Examples(), tokenizer=tokenizer)
-    assert len(run.predict_corpus(Doubtful())) == 2
+    assert len(run.predict(Doubtful())) == 2
     task = Reverse(4, examples=3, seed=1)
-    found = run.predict_corpus(task)
+    found = run.predict(task)
     assert places(found) == [{"example": i} for i in (1, 2, 3)]
     assert [row["text"] for row in found] == run.answers([source for source, _ in task.pairs()])
 

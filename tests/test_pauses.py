@@ -271,7 +271,7 @@ def test_a_part_of_the_split_is_evaluated_along_the_way(home, whole, tmp_path, b
     assert 130 - 7 < part["tokens"] == last["tokens"] <= 130
     assert full["tokens"] == rows(whole, "valid")[-1]["tokens"] > 200
     assert full["loss"] == rows(whole, "valid")[-1]["loss"] != last["loss"]
-    again = run.evaluate_valid()
+    again = run.evaluate()
     assert (again["split"], again["loss"], again["tokens"]) == ("valid_full", full["loss"], full["tokens"])
     assert Checkpoints(tmp_path / "run" / "checkpoints").best() == (20, last["loss"])
     with pytest.raises(InputError, match="valid_tokens=0 must be at least 1"):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from jaxformer.lab.pictures import attention_maps, lines, panels, smooth
+from jaxformer.pictures import attention_maps, lines, loss_curve, panels, smooth
 
 
 def test_smooth_is_a_mean_of_those_before():
@@ -51,3 +51,37 @@ def test_attention_has_a_map_for_each_layer_and_head():
     for file in saved:
         figure.savefig(file, dpi=90, metadata={"Software": None})
     assert saved[0].getvalue() == saved[1].getvalue() and len(saved[0].getvalue()) < 100_000
+
+
+def test_attention_of_some_layers_to_another_text_bears_their_numbers_and_its_tokens():
+    weights = np.random.default_rng(0).dirichlet(np.ones(5), (2, 3, 4))
+    figure = attention_maps(list("abcd"), weights, 6.0, list("vwxyz"), [1, 3])
+    assert [axes.get_title() for axes in figure.axes[::3]] == ["layer 1, head 0", "layer 3, head 0"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("vwxyz")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list("abcd")
+
+
+def test_a_loss_curve_has_a_line_for_each_split():
+    rows = [
+        {"step": 10, "split": "train", "loss": 3.5},
+        {"step": 20, "split": "train", "loss": None},  # was no finite number
+        {"step": 20, "split": "valid", "loss": 3.25},
+        {"step": 20, "split": "valid_full", "loss": 3.0},
+        {"step": 30, "split": "train", "loss": 2.5},
+    ]
+    (axes,) = loss_curve(rows, "runs/a").axes
+    training, validation = axes.get_lines()
+    np.testing.assert_equal(training.get_xydata(), [[10, 3.5], [20, np.nan], [30, 2.5]])
+    np.testing.assert_equal(validation.get_xydata(), [[20, 3.25]])
+    assert (training.get_label(), validation.get_label(), axes.get_title()) == ("training", "validation", "runs/a")
+    assert validation.get_marker() == "o"  # or a single one could not be seen
+    (empty,) = loss_curve([]).axes
+    assert not empty.get_lines() and empty.get_legend() is None
+
+
+def test_a_figure_is_shown_once():
+    """By itself, as a cell's result; pyplot, whose figures notebooks show at a cell's end, has none."""
+    from matplotlib import pyplot
+
+    figure, _ = panels(1, 1)
+    assert figure._repr_png_().startswith(b"\x89PNG") and not pyplot.get_fignums()

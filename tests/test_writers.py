@@ -7,11 +7,12 @@ import os
 import struct
 import sys
 import time
+import types
 
 import pytest
 
 from jaxformer.spec import InputError, checked, from_json, to_json
-from jaxformer.writers import TensorBoard, WandB, Writer
+from jaxformer.writers import LossCurve, TensorBoard, WandB, Writer
 
 CONFIG = {"directory": "runs/a", "model": {"n_layers": 3, "window": None}, "text": "`#` − ×"}
 ROWS = [
@@ -41,6 +42,66 @@ def write(writer, directory, step, rows):
     for one in rows:
         sink.write(one)
     sink.close()
+
+
+# --- the curve
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook shows of figures, as (how, labels and numbers of its lines)."""
+    pytest.importorskip("matplotlib", reason="needs Matplotlib: jaxformer[pictures]")
+    found = []
+
+    def note(how, figure):
+        found.append((how, {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}))
+
+    def display(figure, display_id=None):
+        note("new", figure)
+        return types.SimpleNamespace(update=lambda figure: note("update", figure)) if display_id else None
+
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = lambda: types.SimpleNamespace(kernel=None)
+    ipython.display = types.ModuleType("IPython.display")
+    ipython.display.display = display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython.display)
+    return found
+
+
+def test_a_curve_grows_in_place_in_a_notebook(shown, tmp_path, monkeypatch):
+    """Anew after a while and at each evaluation; of a run that is resumed, with what was before."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1, 4.0)) + "\n")
+    clock = iter([100.0, 100.5, 103.0, 103.1, 103.2, 103.3, 103.4])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    sink = LossCurve().open(tmp_path, CONFIG, 1)
+    sink.write(row(2, 3.0))  # half a second later: waits
+    sink.write(row(3, 2.5))
+    sink.write({"step": 3, "split": "valid", "loss": 2.75})
+    sink.write(row(4, 2.25))
+    sink.close()
+    training = [[1, 4.0], [2, 3.0], [3, 2.5], [4, 2.25]]
+    validation = {"validation": [[3, 2.75]]}
+    assert shown == [
+        ("new", {"training": training[:1]}),
+        ("update", {"training": training[:3]}),
+        ("update", {"training": training[:3]} | validation),
+        ("update", {"training": training} | validation),
+    ]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_is_a_file_in_a_script(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs Matplotlib: jaxformer[pictures]")
+    sink = LossCurve().open(tmp_path / "a", CONFIG, 0)
+    sink.write(row(1, 3.0))
+    assert not (tmp_path / "a").exists()
+    sink.write({"step": 1, "split": "valid", "loss": 2.75})
+    first = (tmp_path / "a" / "loss.png").read_bytes()
+    sink.write(row(2, 2.0))
+    sink.close()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["loss.png"]
+    assert first.startswith(b"\x89PNG") and (tmp_path / "a" / "loss.png").read_bytes() != first
 
 
 # --- TensorBoard
@@ -211,7 +272,9 @@ def test_wandb_disabled_writes_no_run(wandb, tmp_path):
 # --- before a run
 
 
-@pytest.mark.parametrize(("writer", "extra"), [(TensorBoard(), "tensorboard"), (WandB(), "wandb")])
+@pytest.mark.parametrize(
+    ("writer", "extra"), [(TensorBoard(), "tensorboard"), (WandB(), "wandb"), (LossCurve(), "pictures")]
+)
 def test_a_missing_package_is_named(writer, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, writer.package, None)  # as if not installed
     with pytest.raises(InputError, match=rf'needs the package {writer.package}; pip install "jaxformer\[{extra}\]"'):
@@ -226,5 +289,5 @@ def test_writers_are_checked_and_stored():
     for wrong in (WandB(project=""), WandB(name="")):
         with pytest.raises(InputError, match="must not be empty"):
             checked(wrong)
-    for writer in (TensorBoard(), WandB("p", "n", "offline"), WandB()):
+    for writer in (TensorBoard(), WandB("p", "n", "offline"), WandB(), LossCurve()):
         assert from_json(to_json(writer), Writer, "test") == writer

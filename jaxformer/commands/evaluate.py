@@ -25,12 +25,6 @@ def evaluate(
     from jaxformer.spec import InputError
 
     if file is not None and overrides:
-        raise InputError(
-            f"file={file!r} must not be given beside {', '.join(overrides)}; give --data.corpus.path={file}"
-        )
+        raise InputError(f"file={file!r} must not be given beside {', '.join(overrides)}; give data.corpus.path={file}")
     opened = open_run(run, step_of(step))
-    if overrides:
-        row = opened.evaluate_corpus(opened.corpus_of(overrides))
-    else:
-        row = opened.evaluate_valid() if file is None else opened.evaluate_file(file)
-    print_row(row, json)
+    print_row(opened.evaluate(opened.corpus_of(overrides) if overrides else file), json)

@@ -35,7 +35,7 @@ def predict(
         )
     opened = open_run(run, step_of(step))
     if text is None:
-        rows = opened.predict_file(str(file)) if not overrides else opened.predict_corpus(opened.corpus_of(overrides))
+        rows = opened.predict(opened.corpus_of(overrides)) if overrides else opened.predict_file(str(file))
     else:
         rows = opened.predict([text], None if second is None else [second])
     for row in rows:

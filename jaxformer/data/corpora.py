@@ -365,9 +365,9 @@ TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/maste
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def name_class(path: str, example: str = "--data.corpus=JSONLines", more: str = "") -> str:
+def name_class(path: str, example: str = "data.corpus=JSONLines", more: str = "") -> str:
     """The end of a sentence about a file of which it is not known how to read it."""
-    return f"name the class that reads the file, as {example} --data.corpus.path={path}{more}"
+    return f"name the class that reads the file, as {example} data.corpus.path={path}{more}"
 
 
 def cut(chunks: Iterable[str], record: tuple[str, int] | None = None) -> Iterator[Piece]:

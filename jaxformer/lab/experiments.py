@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jaxformer import config as config_lib
+from jaxformer import pictures
 from jaxformer.config import Config
 from jaxformer.data.files import write
-from jaxformer.lab import pictures
 from jaxformer.lab.intervals import estimate
 from jaxformer.lab.tables import markdown_table
 from jaxformer.run.loop import check_together, train, train_seeds

@@ -103,16 +103,10 @@ def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, 
     return jax.lax.map(one, rows, batch_size=32).mean(0)
 
 
-def attention_weights(run: Run, text: str, stack: str = "encoder") -> tuple[list[str], Float[np.ndarray, "L H T S"]]:
-    """A text's tokens, and how much each looks at each other, by layer and head; nothing is padded."""
-    ids = run.tokenizer.document(text)[: run.config.window]
-    found = _activations(run, jnp.asarray([ids]))
-    names = [name for name in found if name.startswith(f"{stack}/") and name.endswith("/attention/weights")]
-    if not names:
-        raise InputError(f"{run.config.directory}: its model has no attention in a stack {stack!r}")
-    names.sort(key=lambda name: (len(name), name))  # block10 behind block9
-    weights = np.stack([np.asarray(found[name]) for name in names], 1)  # [L/p, p, 1, H, T, S]
-    return [run.tokenizer.decode([i]) for i in ids], weights.reshape(-1, *weights.shape[3:])
+def attention_weights(run: Run, text: str) -> tuple[list[str], Float[np.ndarray, "L H T S"]]:
+    """A text's tokens, and how much each looks at each other, by layer and head (`Run.attention`)."""
+    found = run.attention(text)
+    return found.tokens, found.weights
 
 
 def before_training(run: Run) -> Run:
@@ -123,16 +117,13 @@ def before_training(run: Run) -> Run:
 def activations(run: Run, name: str, count: int = 32) -> Float[np.ndarray, "L ..."]:
     """A stacked activation by its name (`inspect_run.py` lists them), over windows of the validation split."""
     rows = validation_rows(run, count)
-    found = _activations(run, jnp.asarray(rows[:, :-1]))
+    if run.model.encodes:
+        raise InputError(f"{run.config.directory}: its model reads two texts; call model.activations with both")
+    ids = jnp.asarray(rows[:, :-1])
+    found = run.model.activations(run.state.eval_params, ids, one_document(ids.shape[1]))
     if name not in found:
         raise InputError(f"activation {name!r} is none of this model; it has {', '.join(found)}")
     return np.asarray(found[name], np.float64)
-
-
-def _activations(run: Run, ids: Int[Array, "B T"]) -> dict[str, jax.Array]:
-    if run.model.encodes:
-        raise InputError(f"{run.config.directory}: its model reads two texts; call model.activations with both")
-    return run.model.activations(run.state.eval_params, ids, one_document(ids.shape[1]))
 
 
 def norms_by_layer(values: Float[np.ndarray, "L *N"]) -> Float[np.ndarray, "L"]:

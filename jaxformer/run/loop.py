@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
@@ -25,7 +24,7 @@ from jaxformer.run.opened import Run
 from jaxformer.run.pauses import Pauses, owed, until_pause
 from jaxformer.run.plan import check_batch, hyper_of, recipe_of
 from jaxformer.run.profile import Profile
-from jaxformer.run.reports import Reports
+from jaxformer.run.reports import Reports, shown
 from jaxformer.run.signals import collected
 from jaxformer.run.step import TrainState, train_steps
 from jaxformer.spec import InputError, counted
@@ -44,6 +43,9 @@ def train(
     `config` is a Config or the path of a file that defines one; `overrides` maps field paths to values
     ({"model.n_layers": 6}). `profile` asks for a trace of the device from after one step to after another, in the
     run's folder `profile`. Raises InputError before anything is written, and Interrupted after a signal that ends runs.
+
+    What the run says of itself goes to stderr, unless the program has handlers of its own for logs; fewer lines with
+    logging.getLogger("jaxformer").setLevel("WARNING").
     """
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
@@ -114,7 +116,7 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
         writer.require()
     set_flags()
     check_numerics()
-    with logging_redirect_tqdm(), contextlib.ExitStack() as claims:
+    with shown(), contextlib.ExitStack() as claims:
         prepared = checked_data(configs[0])
         for config in configs:
             check_directory(config, prepared)  # of all, before anything is written to one

@@ -24,11 +24,14 @@ from jaxformer.generation.logits_processors import LogitsProcessor, MinP, Temper
 from jaxformer.generation.predict import predict
 from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
+from jaxformer.pictures import loss_curve
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run import inspection
+from jaxformer.run.attention import Attention, attention, cross_attention
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.manifest import sha256
+from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of
 from jaxformer.run.step import Recipe, TrainState
 from jaxformer.spec import InputError, checked, counted, override
@@ -37,14 +40,23 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
-    """A config with its tokenizer and a state: all that sampling needs."""
+    """A config with its tokenizer and a state: sample from it, evaluate it, ask what it predicts, look inside."""
 
     config: Config
     tokenizer: Tokenizer
     state: TrainState
     classes: Classes = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        step, steps = int(self.state.step), self.config.train.steps
+        count = sum(array.size for array in jax.tree.leaves(self.state.params))
+        rows = [row for row in read_rows(rows_of(self.config), step)[0] if row["step"] == step]
+        losses = [row["loss"] for row in rows if row.get("split") in ("valid", "valid_full") and row.get("loss")]
+        loss = f", validation loss {losses[-1]:.4f}" if losses else ""
+        what = f"{type(self.model).__name__}, {count:,} parameters"
+        return f"<Run {self.config.directory}: {what}, step {step:,} of {steps:,}{loss}>"
 
     @property
     def recipe(self) -> Recipe:
@@ -137,6 +149,10 @@ class Run:
         """Whether it was trained on two texts one behind the other."""
         return self.config.data.sampling.joined
 
+    @property
+    def _asks(self) -> str:
+        return "pairs of texts: give a second one, too" if self.joins else "single texts: leave the second out"
+
     def answers(
         self, texts: Sequence[str], tokens: int | None = None, between: Callable[[], None] = lambda: None
     ) -> list[str]:
@@ -152,15 +168,21 @@ class Run:
             found += [tokenizer.decode(_until(row, tokenizer.end)) for row in new.tolist()]
         return found
 
-    def predict(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, texts: str | Sequence[str] | Corpus, seconds: str | Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """What the model says of each text, or pair of texts: "text" of an encoder–decoder; of each column the class
-        and all probabilities; the "embedding".
+        and all probabilities; the "embedding". Of a corpus also where each example stands, as `predict_file`.
 
         Raises InputError for a model of another kind, and for text that the tokenizer does not know.
         """
+        if isinstance(texts, Corpus):
+            with _naming(f"data.corpus={texts}"):
+                return self._predicted([texts], not located(getattr(texts, "path", "")).is_file())
+        texts = [texts] if isinstance(texts, str) else texts
+        seconds = [seconds] if isinstance(seconds, str) else seconds
         if (seconds is not None) != self.joins:
-            asked = "pairs of texts: give a second one, too" if self.joins else "single texts: leave the second out"
-            raise InputError(f"second: {self.config.directory} was trained on {asked}")
+            raise InputError(f"second: {self.config.directory} was trained on {self._asks}")
         for text in [*texts, *(seconds or ())]:
             if not text.strip():
                 raise InputError("text: must not be empty; give one")
@@ -181,7 +203,7 @@ class Run:
             raise InputError(f"{self.config.directory}: its model has no head that says something of a text; sample")
         return found
 
-    def predict_file(self, path: str) -> list[dict[str, Any]]:
+    def predict_file(self, path: str | Path) -> list[dict[str, Any]]:
         """`predict` for each example of a file, or of a folder's files, in order: {"line": where it begins, ...}; of a
         folder also "file".
 
@@ -189,13 +211,8 @@ class Run:
         has files of this name, else as `Table` is by default; labels are not needed. Anything else has a text in each
         line that is not blank. Raises InputError for what cannot be read or answered.
         """
-        with _naming(f"file={path!r}"):
+        with _naming(f"file={str(path)!r}"):
             return self._predicted(asked_in(str(path), self.config.data.corpus), located(str(path)).is_dir())
-
-    def predict_corpus(self, corpus: Corpus) -> list[dict[str, Any]]:
-        """`predict` for each example of a corpus, as `predict_file`."""
-        with _naming(f"data.corpus={corpus}"):
-            return self._predicted([corpus], not located(getattr(corpus, "path", "")).is_file())
 
     def _predicted(self, corpora: Sequence[Corpus], several: bool) -> list[dict[str, Any]]:
         found = [texts for corpus in corpora for texts in corpus.asked(self.joins).questions()]
@@ -205,7 +222,7 @@ class Run:
         if self.joins and min(map(len, asked)) < 2:
             raise InputError(
                 f"{self.config.directory} was trained on pairs of texts; give a table of both, as "
-                "--data.corpus=Table --data.corpus.path=FILE --data.corpus.text=COLUMN --data.corpus.target=COLUMN"
+                "data.corpus=Table data.corpus.path=FILE data.corpus.text=COLUMN data.corpus.target=COLUMN"
             )
         check_known((text for texts in asked for text in texts), self.tokenizer)
         seconds = [texts[1].text for texts in asked] if self.joins else None
@@ -223,9 +240,28 @@ class Run:
         first, second = (self.tokenizer.decode(ids) for ids in source.example(0))
         return f"{first} → {self.answers([first], self.config.train.sample_tokens, between)[0]} (right: {second})"
 
-    def evaluate(self, judged: Judged | Source, split: str = "valid") -> dict[str, Any]:
-        """Loss in nats per token, each predicted once; perplexity; bits per byte; the number of tokens."""
-        judged = Judged((judged,), (1.0,), ("",)) if isinstance(judged, Source) else judged
+    def evaluate(self, what: str | Path | Corpus | Source | None = None) -> dict[str, Any]:
+        """Loss in nats per token, each predicted once; perplexity; bits per byte; the number of tokens.
+
+        Of the validation split of the run's corpus, which must be what it was; or of a file or folder, read as the
+        run's own corpus is, by its fields; or of all of another corpus, or of its ids. "split" says of which.
+        """
+        if what is None:
+            data = self.config.data
+            verify_data(Path(self.config.directory), fingerprints(data.corpus, data.valid))
+            prepared = prepare_data(self.config, self.tokenizer, self.classes)
+            return self._evaluated(Judged.of(prepared), "valid" if data.valid_tokens is None else "valid_full")
+        if isinstance(what, Source):
+            return self._evaluated(Judged((what,), (1.0,), ("",)), "valid")
+        if isinstance(what, Corpus):
+            with _naming(f"data.corpus={what}"):
+                judged = self._judged(what)
+            return self._evaluated(judged, getattr(what, "path", type(what).__name__))
+        with _naming(f"file={str(what)!r}"):
+            judged = self._judged(self.config.data.corpus.at(str(what)))
+        return self._evaluated(judged, str(what))
+
+    def _evaluated(self, judged: Judged, split: str) -> dict[str, Any]:
         for source in judged.sources:
             check_ids(source.tokens, self.tokenizer.vocab_size)
         (found,) = evaluate(self.recipe, self.state.eval_params, judged, self.config, self.tokenizer)
@@ -236,18 +272,6 @@ class Run:
             )
         perplexity = {"perplexity": math.exp(min(found["loss"], 700))} if "tokens" in found else {}
         return {"step": int(self.state.step), "split": split, "loss": found["loss"]} | perplexity | found
-
-    def evaluate_file(self, path: str) -> dict[str, Any]:
-        """`evaluate` on the text of a file or folder, which is read as the run's own corpus is, by its fields."""
-        with _naming(f"file={path!r}"):
-            judged = self._judged(self.config.data.corpus.at(str(path)))
-        return self.evaluate(judged, split=str(path))
-
-    def evaluate_corpus(self, corpus: Corpus) -> dict[str, Any]:
-        """`evaluate` on all of a corpus; its "split" is the path, or the class where there is none."""
-        with _naming(f"data.corpus={corpus}"):
-            judged = self._judged(corpus)
-        return self.evaluate(judged, split=getattr(corpus, "path", type(corpus).__name__))
 
     def _judged(self, corpus: Corpus) -> Judged:
         """The ids of a corpus. Raises InputError if it has not what the run was trained on."""
@@ -277,12 +301,43 @@ class Run:
                 raise InputError(f"{path}={value} is as it was in training; only data.corpus may differ: leave it out")
         return checked(config.data.corpus, "data.corpus.")
 
-    def evaluate_valid(self) -> dict[str, Any]:
-        """`evaluate` on the validation split of the run's corpus, which must be what it was."""
-        data = self.config.data
-        verify_data(Path(self.config.directory), fingerprints(data.corpus, data.valid))
-        prepared = prepare_data(self.config, self.tokenizer, self.classes)
-        return self.evaluate(Judged.of(prepared), "valid" if data.valid_tokens is None else "valid_full")
+    def attention(self, text: str, second: str | None = None) -> Attention:
+        """How much each token looks at each other, by layer and head; `.plot()` draws it.
+
+        A run on joined pairs is given both texts. An encoder–decoder reads the text with its encoder; given a second
+        one, what its tokens look at in the first. Raises InputError for a model that records no weights.
+        """
+        if not self.model.encodes and (second is not None) != self.joins:
+            raise InputError(f"second: {self.config.directory} was trained on {self._asks}")
+        tokenizer, window, rows = self.tokenizer, self.config.window, None
+        with _naming("text"):
+            if self.model.encodes:
+                ids, start = tokenizer.document(text), None
+                rows = None if second is None else tokenizer.document(second)
+            else:
+                ids, start = self._pair(text, second)
+            if not ids:
+                raise InputError("must not be empty; give one")
+        self._tell_cut([ids] if rows is None else [ids, rows])
+        ids, how = ids[:window], (self.model, self.state.eval_params)
+        with _naming(self.config.directory):
+            if rows is None:
+                weights, layers = attention(*how, ids, start if self.joins else None, window)
+            else:
+                weights, layers = cross_attention(*how, ids, rows[:window], window)
+        return Attention(self._tokens(ids if rows is None else rows[:window]), self._tokens(ids), weights, layers)
+
+    def _tokens(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id, or the name of one that stands for none."""
+        named = {i: f"<{name}>" for name, own in self.tokenizer.special.items() for i in own}
+        return [self.tokenizer.decode([i]) or named.get(i, f"<{i}>") for i in ids]
+
+    def plot(self) -> Any:
+        """A Matplotlib figure of the run's losses by step, of training and of validation."""
+        rows, _ = read_rows(rows_of(self.config))
+        if not rows:
+            raise InputError(f"{self.config.directory}: there are no rows in metrics.jsonl to plot; train first")
+        return loss_curve(rows, self.config.directory)
 
     def inspect(self) -> dict[str, Any]:
         """What is in the run, as JSON values."""
@@ -331,7 +386,7 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
             (str(path.parent) for path in directory.glob("*/config.json")), key=lambda name: (len(name), name)
         )
         more = f" and {len(runs) - 10} more" if len(runs) > 10 else ""
-        remedy = f"give one of {', '.join(runs[:10])}{more}" if runs else "give a directory that train.py wrote"
+        remedy = f"give one of {', '.join(runs[:10])}{more}" if runs else "give the directory of a run"
         raise InputError(f"{str(directory)!r} holds no run (no config.json); {remedy}")
     config = dataclasses.replace(config_lib.read(directory / "config.json"), directory=str(directory))
     tokenizer = read_tokenizer(directory / "tokenizer.json")

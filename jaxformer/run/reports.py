@@ -1,24 +1,75 @@
 """What is said of a run while it trains: rows, a progress bar or lines in its place, and warnings."""
 
 import collections
+import contextlib
 import logging
 import math
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from jaxformer.config import Config
+from jaxformer.platform import in_notebook
 from jaxformer.run.metrics import Rows
 
 log = logging.getLogger(__name__)
 
 QUIET = 50.0  # seconds between two lines where there is no terminal for a bar
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Lines of the run are shown on stderr, beside the bar, unless the program has its own way with them.
+
+    It has if it has set the level of the logger "jaxformer", or has given a handler to that or to the root; one for the
+    console that the root has in a notebook is the kernel's, and says nothing of the program. When the run ends, level
+    and handlers are as they were.
+    """
+    root, own = logging.getLogger(), logging.getLogger("jaxformer")
+    before = [(logger, logger.handlers) for logger in (root, own)]
+    kernels = in_notebook() and all(map(_is_console, root.handlers))
+    undecided = own.level == logging.NOTSET and not own.handlers and (kernels or not root.handlers)
+    try:
+        for logger, handlers in before:
+            logger.handlers = [_Beside(handler) if _is_console(handler) else handler for handler in handlers]
+        if undecided:
+            own.handlers, own.propagate = [_Beside(logging.StreamHandler())], False
+            own.setLevel(logging.INFO)
+        yield
+    finally:
+        if undecided:
+            own.propagate = True
+            own.setLevel(logging.NOTSET)
+        for logger, handlers in before:
+            logger.handlers = handlers
+
+
+def _is_console(handler: logging.Handler) -> TypeGuard[logging.StreamHandler[Any]]:
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+
+
+class _Beside(logging.StreamHandler):
+    """Writes what another handler would, and the bar anew below. (tqdm has one, whose import warns in notebooks that
+    lack ipywidgets.)"""
+
+    def __init__(self, handler: logging.StreamHandler[Any]):
+        super().__init__(handler.stream)
+        self.setLevel(handler.level)
+        self.setFormatter(handler.formatter)
+        self.filters = handler.filters
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:  # as every handler does
+            self.handleError(record)
 
 
 class Reports:
@@ -33,7 +84,8 @@ class Reports:
         knobs = configs[0].train
         self._runs = [Rows(config, step) for config in configs]
         self._seeds = [config.train.seed for config in configs]
-        self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        hidden = False if in_notebook() else None  # None: where stderr is no terminal
+        self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
         self._log_every = knobs.log_every
         self._in_flight: collections.deque[tuple[int, int, int, Mapping[str, Any]]] = collections.deque()
         self._seconds, self._elapsed = self._runs[0].seconds, 0.0

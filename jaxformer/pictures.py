@@ -1,6 +1,8 @@
 """Pictures of numbers, with Matplotlib (pip install "jaxformer[pictures]"), small enough to be kept beside a text."""
 
+import functools
 import importlib.util
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,12 +22,23 @@ def require() -> None:
 
 
 def panels(rows: int, columns: int, width: float = 8.0, height: float = 4.5) -> tuple[Any, list[Any]]:
-    """A figure of so many inches and its axes, row after row."""
+    """A figure of so many inches and its axes, row after row.
+
+    Pyplot does not know of it, so that a notebook shows it where it is a cell's result, and only there.
+    """
     require()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = functools.partial(_png, figure)  # pyright: ignore[reportAttributeAccessIssue]
     return figure, list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+
+
+def _png(figure: Any) -> bytes:
+    """What a notebook shows of a figure, though pyplot was never imported."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
 
 
 def lines(axes: Any, curves: Lines, x: str, y: str, title: str = "", log: str = "", legend: bool = True) -> None:
@@ -53,23 +66,49 @@ def image(axes: Any, values: ArrayLike, x: str = "", y: str = "", title: str = "
     axes.set_title(title, fontsize=8)
 
 
-def attention_maps(tokens: Sequence[str], weights: ArrayLike, width: float = 18.0) -> Any:
+def loss_curve(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
+    """A figure of the losses in rows of metrics.jsonl: a line for training, and one for validation."""
+    figure, (axes,) = panels(1, 1, 7.0, 4.0)
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        if row.get("split") in LOSSES and "loss" in row:
+            steps, losses = curves.setdefault(LOSSES[row["split"]], ([], []))
+            steps.append(row["step"])
+            losses.append(math.nan if row["loss"] is None else row["loss"])
+    lines(axes, curves, "step", "loss (nats)", title, legend=bool(curves))
+    if LOSSES["valid"] in curves:
+        next(line for line in axes.get_lines() if line.get_label() == LOSSES["valid"]).set_marker("o")
+    return figure
+
+
+LOSSES = {"train": "training", "valid": "validation"}  # split -> what its line is called
+
+
+def attention_maps(
+    tokens: Sequence[str],
+    weights: ArrayLike,
+    width: float = 18.0,
+    columns: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Any:
     """A figure with a map for each layer (down) and head (across): rows look at columns.
 
-    `weights` is [L, H, T, S], the tokens those of both axes.
+    `weights` is [L, H, T, S]; `tokens` are those of the rows, and of the columns if these have none of their own.
+    `layers` are the numbers of the layers, by default from 0.
     """
     weights = np.asarray(weights)
     top = float(weights.max())  # one scale for all
-    layers, heads = weights.shape[:2]
+    count, heads = weights.shape[:2]
     side = width / heads
-    figure, axes = panels(layers, heads, width, side * layers + 0.6)
-    names = [token.strip() or repr(token) for token in tokens]
+    figure, axes = panels(count, heads, width, side * count + 0.6)
+    rows, across = ([t.strip() or repr(t) for t in own] for own in (tokens, tokens if columns is None else columns))
     for i, each in enumerate(axes):
         layer, head = divmod(i, heads)
-        image(each, weights[layer, head], title=f"layer {layer}, head {head}", vmin=0, vmax=top, cmap="viridis")
+        title = f"layer {layer if layers is None else layers[layer]}, head {head}"
+        image(each, weights[layer, head], title=title, vmin=0, vmax=top, cmap="viridis")
         plain = {"fontsize": 5, "parse_math": False}  # a token may have dollars in it
-        each.set_xticks(range(len(names)), names, rotation=90, **plain)
-        each.set_yticks(range(len(names)), names if head == 0 else [], **plain)
+        each.set_xticks(range(len(across)), across, rotation=90, **plain)
+        each.set_yticks(range(len(rows)), rows if head == 0 else [], **plain)
     return figure
 
 
