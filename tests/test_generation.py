@@ -1,24 +1,18 @@
 """Decoding against the naive loop, and processors against NumPy."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import outside
 import pytest
-from tiny import decoder, hidden, ids, loud
+from tiny import decoder, generate, hidden, ids, loud
 
 from jaxformer.generation import decode
-from jaxformer.generation.decode import LeftToRight
 from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP
-from jaxformer.learning.objectives import NextToken
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.positions import Rotary
-
-generate = functools.partial(LeftToRight(), NextToken())
 
 MODELS = [
     decoder(n_layers=2),
@@ -81,7 +75,7 @@ def test_a_row_ends_with_its_end():
         at = plain.index(end) if end in plain else 40
         assert row[: at + 1] == plain[: at + 1] and set(row[at:]) <= {end}
     alone = generate(model, params, prompts[:1], 10_000, (), 5, end=end)  # far beyond what it would take to draw
-    assert alone.shape == (1, 10_000) and alone[0, : out.shape[1]].tolist() == out[0].tolist()
+    assert alone.shape[1] < 100 and alone[0].tolist() == out[0, : alone.shape[1]].tolist() and alone[0, -1] == end
 
 
 def test_more_samples_and_more_tokens_leave_the_first_ones_as_they_were():

@@ -1,28 +1,24 @@
 """Evaluation against a loop over windows, one by one, in NumPy."""
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ideas import Unmasking
 from test_tokenizers import word_piece
-from tiny import SIZES, decoder, hidden, ids, log_softmax, loud
+from tiny import SIZES, decoder, generate, hidden, ids, log_softmax, loud
 
 from jaxformer.config import Config, Data
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Characters, TokenizerFile
-from jaxformer.generation.decode import LeftToRight
 from jaxformer.generation.logits_processors import Temperature
-from jaxformer.learning.objectives import Masked, NextToken
+from jaxformer.learning.objectives import Masked
 from jaxformer.model.masks import one_document
 from jaxformer.model.models import Encoder
 from jaxformer.run.opened import Run
 from jaxformer.run.step import TrainState
 from jaxformer.spec import InputError
-
-generate = functools.partial(LeftToRight(), NextToken())
 
 
 def test_samples_are_the_text_of_prompt_and_continuation_together(tmp_path):
