@@ -19,6 +19,7 @@ from jaxformer.spec import Spec
 Processors = tuple[LogitsProcessor, ...]
 
 STRETCH = 32  # tokens that are drawn without a word to the host
+ROOM = 1024  # tokens of text for which processors that read it have room without compiling again
 
 
 class Request(NamedTuple):
@@ -124,7 +125,7 @@ def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.n
 
 def _known(texts: Sequence[Sequence[int]], room: int) -> Text:
     """The whole texts, with room for so many tokens more; as wide for whatever number of tokens is asked for."""
-    size = 1 << (max(map(len, texts)) + room - 1).bit_length()
+    size = max(ROOM, 1 << (max(map(len, texts)) + room - 1).bit_length())
     ids, segments = padded(texts, size)
     more = (0, 0), (0, size - ids.shape[1])
     return Text(jnp.asarray(np.pad(ids, more)), jnp.asarray(np.pad(segments > 0, more)))
