@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxformer.generation.decode import Sampler
+from jaxformer.generation.decode import Drawn, Sampler
+from jaxformer.generation.logits_processors import Text
 from jaxformer.learning.objectives import Example, Masked, NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.model import cache
@@ -386,41 +387,28 @@ class Unmasking(Sampler):
         if not isinstance(objective, Masked):
             raise ValueError(f"sampler=Unmasking must have a model that fills in masks, not {type(objective).__name__}")
 
-    def __call__(
-        self,
-        objective,
-        model,
-        params,
-        prompts,
-        tokens,
-        processors=(),
-        seed=0,
-        context=None,
-        end=None,
-        sources=None,
-        **_,
-    ):
-        rows = [
-            [*prompt[-(context or model.context_length) + tokens :], *[objective.mask] * tokens] for prompt in prompts
-        ]
+    def __call__(self, request):
+        context, mask = request.context or request.model.context_length, request.objective.mask
+        rows = [[*prompt[-context + request.tokens :], *[mask] * request.tokens] for prompt in request.prompts]
         width = max(map(len, rows))
         ids = np.array([[0] * (width - len(row)) + row for row in rows], np.int32)
         segments = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows], np.int32)
-        filled = _unmask(model, objective, self.rounds, params, ids, segments, processors, jax.random.key(seed))
-        return np.asarray(filled)[:, -tokens:]
+        how = self.rounds, request.params, ids, segments, request.processors, request.keys
+        yield Drawn(np.asarray(_unmask(request.model, request.objective, *how))[:, -request.tokens :])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _unmask(model, objective, rounds, params, ids, segments, processors, key):
+def _unmask(model, objective, rounds, params, ids, segments, processors, keys):
     at, total = places(segments), (ids == objective.mask).sum(1)
 
     def one(i, ids):
-        logits = objective.logits(model, params, model.hidden(params, ids, at).h)
-        shape = logits.shape
-        logits = functools.reduce(lambda a, f: f(a), processors, logits.reshape(-1, shape[-1])).reshape(shape)
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), logits)
-        sure = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1)[..., 0]
         still = ids == objective.mask
+        text = Text(ids, ~still & (segments > 0))
+        logits = objective.logits(model, params, model.hidden(params, ids, at).h)
+        for processor in processors:
+            logits = jax.vmap(lambda a, f=processor: f(a, text), 1, 1)(logits)
+        drawn = jax.vmap(lambda key, a: jax.random.categorical(jax.random.fold_in(key, i), a))(keys, logits)
+        sure = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1)[..., 0]
         count = still.sum(1) - (total * (rounds - 1 - i)) // rounds
         rank = jnp.argsort(jnp.argsort(jnp.where(still, -sure, jnp.inf), 1), 1)
         return jnp.where(still & (rank < count[:, None]), drawn, ids)

@@ -1,16 +1,14 @@
 """Properties of the models from before the transformers, and their equations in NumPy."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import hidden, ids, loud
+from tiny import generate, hidden, ids, loud
 
-from jaxformer.generation.decode import LeftToRight
 from jaxformer.keys import fold
 from jaxformer.learning.objectives import NextToken
 from jaxformer.model.baselines import GRU, LSTM, RNN, Bigram, Rows, TokenEmbedding
@@ -18,8 +16,6 @@ from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import dropout
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.spec import Letters, checked, dumps, from_json, map_declared, override, to_json
-
-generate = functools.partial(LeftToRight(), NextToken())
 
 B, T, V, D, L = 3, 13, 29, 7, 5
 SIZES = {"d_model": D, "context_length": 23, "vocab_size": V}

@@ -21,6 +21,7 @@ from jaxformer.data.datasets import classes_of, encode, prepare
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Reverse
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, TokenizerFile
+from jaxformer.generation.decode import Drawn
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.learning.objectives import Classification, NextToken, SequenceToSequence
 from jaxformer.model.heads import ClassificationHead, LanguageHead
@@ -206,7 +207,7 @@ def test_a_prompt_is_not_repeated(tmp_path, monkeypatch):
     run = run_of(Documents(("x",)), tokenizer=tokenizer)
     assert tokenizer.decode([*tokenizer.encode("hi é"), 3 + 0xE9]) == "hi \ufffd\ufffd\ufffd"
     for drawn, text in (([3 + 0xE9, 260], "hi é\ufffdh"), ([262, 260], "hi é hh"), ([261, 1, 261], "hi éi")):
-        monkeypatch.setattr(opened.LeftToRight, "__call__", lambda *_, drawn=drawn, **__: np.array([drawn] * 2))
+        monkeypatch.setattr(opened.LeftToRight, "__call__", lambda *_, drawn=drawn: [Drawn(np.array([drawn] * 2))])
         assert run.samples("hi é", 2, 2) == [text] * 2
 
 

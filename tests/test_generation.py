@@ -1,6 +1,6 @@
 """Decoding against the naive loop, and processors against NumPy."""
 
-import functools
+import itertools
 
 import chex
 import jax
@@ -8,17 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import outside
 import pytest
-from tiny import decoder, hidden, ids, loud
+from tiny import decoder, generate, hidden, ids, log_softmax, loud
 
 from jaxformer.generation import decode
-from jaxformer.generation.decode import LeftToRight
-from jaxformer.generation.logits_processors import MinP, Temperature, TopK, TopP
+from jaxformer.generation.decode import LeftToRight, Request, row_keys
+from jaxformer.generation.logits_processors import (
+    LogitsProcessor,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    Text,
+    TopK,
+    TopP,
+)
 from jaxformer.learning.objectives import NextToken
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.positions import Rotary
-
-generate = functools.partial(LeftToRight(), NextToken())
 
 MODELS = [
     decoder(n_layers=2),
@@ -27,18 +33,28 @@ MODELS = [
 ]
 
 
-def naive(model, params, prompt, tokens, row, seed, temperature):
+def penalised(logits, said, penalty):
+    """Of one text, as transformers has it."""
+    logits = np.array(logits)
+    for token in set(said):
+        logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+    return logits
+
+
+def naive(model, params, prompt, tokens, row, seed, temperature, penalty=None):
     """Every token from a full pass. A text that fills the context goes on from its last half."""
-    text = prompt[-model.context_length :]
+    text, said = prompt[-model.context_length :], [*prompt]
     for t in range(tokens):
         if len(text) > model.context_length:
             text = text[-(model.context_length // 2) :]
         h, _ = hidden(model, params, jnp.array([text], jnp.int32), one_document(len(text)))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), t)
         logits = model.logits(params, h)[0, -1]
+        logits = logits if penalty is None else jnp.asarray(penalised(logits, said, penalty))
         text.append(
             int(logits.argmax()) if temperature == 0 else int(jax.random.categorical(key, logits / temperature))
         )
+        said.append(text[-1])
         yield text[-1]
 
 
@@ -58,6 +74,52 @@ def test_a_text_that_fills_the_context_goes_on_from_its_last_half(length):
     params, prompt = loud(model), ids(length).tolist()
     out = generate(model, params, [prompt], 40, (Temperature(0.7),), 3)
     assert out[0].tolist() == list(naive(model, params, prompt, 40, 0, 3, 0.7))
+
+
+def test_a_repetition_penalty_is_of_the_whole_text():
+    """Of what the model no longer sees, too; in stretches of any length; of each row apart."""
+    model = MODELS[0]
+    params, prompt = loud(model), ids(22).tolist()
+    how = (RepetitionPenalty(1.7), Temperature(0.7))
+    out = generate(model, params, [prompt], 40, how, 3)
+    assert out[0].tolist() == list(naive(model, params, prompt, 40, 0, 3, 0.7, 1.7))
+    assert out[0].tolist() != generate(model, params, [prompt], 40, how[1:], 3)[0].tolist()
+    assert np.array_equal(generate(model, params, [prompt], 40, how, 3, stretch=7), out)
+
+
+class NoRepeatedPair(LogitsProcessor):
+    """A stranger's: no two tokens follow one another twice."""
+
+    reads_text = True
+
+    def __call__(self, logits, text=None):
+        row, last = jnp.arange(len(logits))[:, None], text.real.sum(1) - 1
+        again = (text.ids[:, :-1] == text.ids[row[:, 0], last][:, None]) & text.real[:, 1:]
+        return logits.at[row, text.ids[:, 1:]].add(jnp.where(again, -jnp.inf, 0))
+
+
+def test_a_strangers_processor_reads_the_text():
+    model = MODELS[0]
+    params, prompts = loud(model), [ids(22).tolist(), ids(3, seed=2).tolist()]
+    pairs = lambda row: list(itertools.pairwise(row))
+    for new, prompt in zip(generate(model, params, prompts, 40, (NoRepeatedPair(),)).tolist(), prompts, strict=True):
+        found = pairs([*prompt, *new])[len(prompt) - 1 :]
+        assert len(set(found)) == 40 and not set(found) & set(pairs(prompt))
+    free = generate(model, params, prompts, 40)
+    assert len({*pairs(free[0].tolist())}) < 39  # which the model would repeat
+
+
+def test_log_probabilities_are_those_of_the_model():
+    """Before any processor."""
+    model = MODELS[0]
+    params, prompt = loud(model), ids(4).tolist()
+    how = (Temperature(0.5), TopK(3))
+    request = Request(NextToken(), model, params, [prompt], 18, row_keys(3, 0, 1), how)
+    drawn = list(LeftToRight()(request))
+    new, found = (np.concatenate(arrays, 1)[0] for arrays in zip(*drawn, strict=True))
+    h, _ = hidden(model, params, jnp.array([[*prompt, *new]], jnp.int32), one_document(22))
+    expected = log_softmax(model.logits(params, h)[0, 3:-1])[np.arange(18), new]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -81,7 +143,7 @@ def test_a_row_ends_with_its_end():
         at = plain.index(end) if end in plain else 40
         assert row[: at + 1] == plain[: at + 1] and set(row[at:]) <= {end}
     alone = generate(model, params, prompts[:1], 10_000, (), 5, end=end)  # far beyond what it would take to draw
-    assert alone.shape == (1, 10_000) and alone[0, : out.shape[1]].tolist() == out[0].tolist()
+    assert alone.shape[1] < 100 and alone[0].tolist() == out[0, : alone.shape[1]].tolist() and alone[0, -1] == end
 
 
 def test_more_samples_and_more_tokens_leave_the_first_ones_as_they_were():
@@ -102,6 +164,17 @@ def test_other_lengths_and_temperatures_compile_nothing(monkeypatch):
         monkeypatch.setattr(decode, name, jax.jit(once, static_argnums=static))
     generate(model, params, [ids(5).tolist()], 5, (Temperature(0.5),))
     generate(model, params, [ids(8).tolist()], 9, (Temperature(0.9),), 3)
+
+
+def test_a_repetition_penalty_against_numpy():
+    rng = np.random.default_rng(0)
+    logits, text, real = rng.normal(size=(3, 7)), rng.integers(0, 7, (3, 5)), rng.random((3, 5)) < 0.6
+    out = RepetitionPenalty(1.3)(jnp.float32(logits), Text(jnp.asarray(text), jnp.asarray(real)))
+    expected = [
+        penalised(*row, 1.3) for row in zip(logits, (a[b] for a, b in zip(text, real, strict=True)), strict=True)
+    ]
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert (RepetitionPenalty(1.3)(jnp.float32(logits)) == jnp.float32(logits)).all()  # nothing is known to be said
 
 
 def test_processors():

@@ -29,7 +29,7 @@ from ideas import (
     Unmasking,
     ValueResidual,
 )
-from tiny import loud
+from tiny import generate, loud
 
 import jaxformer
 from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
@@ -344,7 +344,7 @@ def test_a_middle_is_moved_behind_marks():
 def test_unmasking_fills_all_masks_and_keeps_the_prompt():
     model, objective = Encoder(**SIZES, vocab_size=V), MaskedDiffusion(mask=28, special=(28,), vocab_size=V)
     greedy = (checked(Temperature(0.0)),)
-    drawn = Unmasking(rounds=3)(objective, model, loud(model), [[1, 2, 3], [4]], 7, greedy)
+    drawn = generate(model, loud(model), [[1, 2, 3], [4]], 7, greedy, sampler=Unmasking(rounds=3), objective=objective)
     assert drawn.shape == (2, 7) and drawn.max() < 28
 
 

@@ -22,7 +22,7 @@ from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextFiles, TextLines
 from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import Bytes, Characters
-from jaxformer.generation.decode import LeftToRight
+from jaxformer.generation.decode import Drawn, LeftToRight
 from jaxformer.learning.objectives import Classification, NextToken, PrefixLM
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
@@ -44,8 +44,8 @@ class Fixed(LeftToRight):
 
     id: int = 0
 
-    def __call__(self, objective, model, params, prompts, tokens, *rest, **more):
-        return np.full((len(prompts), tokens), self.id, np.int32)
+    def __call__(self, request):
+        yield Drawn(np.full((len(request.prompts), request.tokens), self.id, np.int32))
 
 
 def text(tmp_path, corpus=None, **data):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,22 @@ import numpy as np
 import pytest
 from ideas import Unmasking
 from test_tokenizers import word_piece
-from tiny import SIZES, decoder, hidden, ids, log_softmax, loud
+from tiny import SIZES, decoder, generate, hidden, ids, log_softmax, loud
 
+from jaxformer.commands import main
 from jaxformer.config import Config, Data, Train
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Characters, TokenizerFile
-from jaxformer.generation.decode import LeftToRight
-from jaxformer.generation.logits_processors import Temperature
-from jaxformer.learning.objectives import Masked, NextToken
+from jaxformer.generation import decode
+from jaxformer.generation.logits_processors import LogitsProcessor, Temperature
+from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
+from jaxformer.model.baselines import GRU
 from jaxformer.model.masks import one_document
-from jaxformer.model.models import Encoder
+from jaxformer.model.models import Decoder, Encoder, EncoderDecoder
+from jaxformer.run import opened
 from jaxformer.run.opened import Run
 from jaxformer.run.step import TrainState
 from jaxformer.spec import InputError
-
-generate = functools.partial(LeftToRight(), NextToken())
 
 
 def test_samples_are_the_text_of_prompt_and_continuation_together(tmp_path):
@@ -42,14 +44,122 @@ def test_samples_are_the_text_of_prompt_and_continuation_together(tmp_path):
     assert {len(text) for text in expected} != {len(expected[0])} and any("é play" in text for text in expected)
 
 
+class Without(LogitsProcessor):
+    """A stranger's: some tokens are never drawn."""
+
+    ids: tuple[int, ...]
+
+    def __call__(self, logits, text=None):
+        return logits.at[:, jnp.array(self.ids)].set(-jnp.inf)
+
+
+LETTERS = Characters("\nabcdefghijklmnopqrstuvwxyz", end_token=True)  # 28 ids
+FIELDS = {name: value for name, value in SIZES.items() if name != "vocab_size"} | {"n_layers": 1}
+WRITERS = {
+    "decoder": (Decoder(**FIELDS), NextToken(), jnp.float32),
+    "bfloat16": (Decoder(**FIELDS), NextToken(), jnp.bfloat16),
+    "gru": (GRU(d_model=84, context_length=23), NextToken(), jnp.float32),
+    "encoder-decoder": (EncoderDecoder(**FIELDS), SequenceToSequence(), jnp.float32),
+}
+
+
+@functools.cache
+def writer(name):
+    model, objective, dtype = WRITERS[name]
+    config = Config("run", model, Data(window=23), objective)
+    params = jax.tree.map(lambda a: (a / 2).astype(dtype), loud(dataclasses.replace(model, vocab_size=28)))
+    return Run(config, LETTERS, TrainState(jnp.int32(5), params, ()))
+
+
+@pytest.mark.parametrize(
+    ("name", "at_once"),
+    [("decoder", 1), ("bfloat16", 4), ("gru", 4), *(pytest.param(n, 3, marks=pytest.mark.slow) for n in WRITERS)],
+)
+def test_sample_i_is_the_same_whatever_the_number_asked_for(name, at_once, monkeypatch):
+    """To the last bit of its log-probabilities; past the context of 23, and while other samples end early."""
+    monkeypatch.setattr(opened, "texts_at_once", lambda: at_once)
+    run = writer(name)
+    many = run.generate("abc", 40, 6, 3)
+    for count in (1, 5):
+        assert run.generate("abc", 40, count, 3) == many[:count]
+    assert len({found.text for found in many}) == 6 and len({len(found.ids) for found in many}) > 1
+    assert max(len(found.ids) for found in many) > 23
+    pieces = list(run.stream("abc", 40, 3))
+    assert "".join(pieces) == run.sample("abc", 40, 3) and len(pieces) > 5
+    more = run.generate("abc", 60, 2, 3)
+    assert [found.ids[:40] for found in more] == [found.ids for found in many[:2]]
+
+
+def test_what_is_known_of_a_text():
+    run = writer("decoder")
+    free = run.generate("abc", 40, 9, 5)
+    stop = next(one.text[5:7] for one in free if len(one.text) > 9)
+    found = run.generate("abc", 40, 9, 5, stop=(stop, "nowhere"))
+    assert [one.sample for one in found] == [*range(9)] and {one.seed for one in found} == {5}
+    assert {one.finish_reason for one in found} == {"end", "stop", "length"}
+    for one, other in zip(found, free, strict=True):
+        assert one.prompt == "abc" and len(one.ids) == len(one.log_probabilities) and max(one.log_probabilities) < 0
+        if one.finish_reason == "stop":
+            assert one.text == other.text[: other.text.index(stop)]
+            assert one.ids == other.ids[: len(one.ids)] and LETTERS.decode(one.ids) == one.text + stop
+        else:
+            assert one == other and (one.ids[-1] == LETTERS.end or len(one.ids) == 40)
+    assert "".join(run.stream("abc", 40, 5, stop=stop)) == run.sample("abc", 40, 5, stop=stop)
+    with pytest.raises(TypeError, match="tempreture"):
+        run.sample("abc", tempreture=0.5)
+
+
+def test_a_stop_text_ends_the_drawing(monkeypatch):
+    """Of 300 tokens, those of one stretch are drawn."""
+    run, calls = writer("decoder"), []
+    draw = decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda *a: (calls.append(1), draw(*a))[1])
+    stop = tuple("abcdefghijklmnopqrstuvwxyz\n")
+    assert run.generate("abc", 300, stop=stop)[0].finish_reason in ("stop", "end") and len(calls) <= 1
+
+
+def sampled(monkeypatch, capsys, *arguments):
+    """What `jaxformer sample` prints, and its exit status."""
+    monkeypatch.setattr(opened, "open_run", lambda *_: writer("decoder"))
+    status = main.run("sample", ["run", *arguments])
+    return (status, *capsys.readouterr())
+
+
+def test_the_command(monkeypatch, capsys):
+    how = ["--prompt=abc", "--tokens=40", "--seed=5", "--stop=zz", "--stop", "qq", "--repetition_penalty=1.7"]
+    expected = writer("decoder").generate("abc", 40, 3, 5, stop=("zz", "qq"), repetition_penalty=1.7)
+    status, plain, _ = sampled(monkeypatch, capsys, *how, "--samples=3")
+    assert status == 0 and plain == "\n---------------\n".join("abc" + one.text for one in expected) + "\n"
+    assert plain != sampled(monkeypatch, capsys, *how[:-1], "--samples=3")[1]
+    _, rows, _ = sampled(monkeypatch, capsys, *how, "--samples=3", "--json")
+    assert [json.loads(row) for row in rows.splitlines()] == [one._asdict() for one in expected]
+    assert sampled(monkeypatch, capsys, *how, "--stream")[1] == "abc" + expected[0].text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--repetition_penalty=0", "repetition_penalty=0.0 must be more than 0; 1 changes nothing"),
+        ("--repetition_penalty=-1", "repetition_penalty=-1.0 must be more than 0"),
+        ("--stop=", "stop='' must not be empty; give the text before which to end"),
+        ("--stream --samples=2", "stream must not be given beside samples=2: it prints one text alone; leave one"),
+        ("--stream --json", "stream must not be given beside json: it prints one text alone; leave one of them out"),
+        ("--stream --tokens=-1", "tokens=-1 must be at least 0"),
+    ],
+)
+def test_what_the_command_refuses(arguments, sentence, monkeypatch, capsys):
+    status, out, error = sampled(monkeypatch, capsys, *arguments.split())
+    assert (status, out) == (2, "") and sentence in error
+
+
 def test_a_sampler_of_a_strangers_draws_texts_of_an_encoder():
     tokenizer = Characters("abcdefghijklmnopqrstuvwxyz", mask_token=True)
     fields = {name: value for name, value in SIZES.items() if name != "vocab_size"}
     config = Config("run", Encoder(**fields), objective=Masked(), sampler=Unmasking(3))
     model = dataclasses.replace(config.model, vocab_size=27)
     run = Run(config, tokenizer, TrainState(jnp.int32(5), loud(model), ()))
-    one, other = run.samples("abc", 7, 2)
-    assert [one, other] == run.samples("abc", 7, 2) and one != other
+    one, other = run.samples("abc", 7, 2, processors=(Without((26,)),))  # 26 is the mask, which has no text
+    assert [one, other] == run.samples("abc", 7, 2, processors=(Without((26,)),)) and one != other
     assert all(text.startswith("abc") and len(text) == 10 for text in (one, other))
     with pytest.raises(InputError, match="its model writes no text"):
         dataclasses.replace(run, config=dataclasses.replace(config, sampler=None)).samples("abc", 7)

@@ -1,18 +1,15 @@
 """Positions, masks, kernels, wirings and initializers against NumPy, or by the property that defines them."""
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SIZES, B, T, block, crossed, decoder, hidden, ids, loud, mixed
+from tiny import SIZES, B, T, block, crossed, decoder, generate, hidden, ids, loud, mixed
 
-from jaxformer.generation.decode import LeftToRight
 from jaxformer.generation.logits_processors import Temperature
-from jaxformer.learning.objectives import NextToken
 from jaxformer.model import layers
 from jaxformer.model.blocks import PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
@@ -34,8 +31,6 @@ from jaxformer.model.masks import (
 from jaxformer.model.models import Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
 from jaxformer.spec import checked
-
-generate = functools.partial(LeftToRight(), NextToken())
 
 rng = np.random.default_rng(0)
 

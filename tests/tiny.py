@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.data.tokenizers import BPE, Characters, TokenizerFile
+from jaxformer.generation.decode import LeftToRight, Request, row_keys
+from jaxformer.learning.objectives import NextToken
 from jaxformer.model.blocks import Block
 from jaxformer.model.masks import one_document
 from jaxformer.model.mixers import Context, MultiHead
@@ -62,6 +64,14 @@ def crossed(kind, params, x, at, source):
 def block(kind, params, x, at, key=None, memory=None):
     """The stream behind one block."""
     return Block(kind, 1).apply({"params": params}, x, Context(None, at, 0, {}, key, None, memory)).h
+
+
+def generate(model, params, prompts, tokens, processors=(), seed=0, sampler=None, objective=None, **more):
+    """int32[B, n] that follow the prompts, n ≤ tokens: what the sampler draws, side by side."""
+    keys = row_keys(seed, 0, len(prompts))
+    request = Request(objective or NextToken(), model, params, prompts, tokens, keys, processors, **more)
+    drawn = [part.ids for part in (sampler or LeftToRight())(request)]
+    return np.concatenate([np.zeros((len(prompts), 0), np.int32), *drawn], 1)
 
 
 def totals(sums):

@@ -41,6 +41,8 @@ def call(function: Callable[..., None], arguments: Sequence[str], program: str) 
             parser.add_argument("--data.corpus", help=meanings[name], metavar="CLASS", default=argparse.SUPPRESS)
         elif kind is bool:
             parser.add_argument(f"--{name}", action="store_true", help=meanings[name])
+        elif typing.get_origin(hints[name]) is tuple:
+            parser.add_argument(f"--{name}", action="append", default=[], help=meanings[name], metavar="TEXT")
         else:
             default = {"type": kind, "default": parameter.default, "metavar": kind.__name__.upper()}
             parser.add_argument(f"--{name}", help=meanings[name], **default)

@@ -1,6 +1,6 @@
 """jaxformer sample."""
 
-from jaxformer.commands.arguments import step_of
+from jaxformer.commands.arguments import print_row, step_of
 
 
 def sample(
@@ -12,24 +12,32 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: tuple[str, ...] = (),
     seed: int = 0,
     step: str | None = None,
     prompt_file: str | None = None,
+    stream: bool = False,
+    json: bool = False,
 ) -> None:
     """Prints texts that a trained run writes.
 
     Args:
         run: The run's directory.
         prompt: How each text begins; by default it is what follows the tokenizer's start token.
-        tokens: How many tokens each text goes on, unless the tokenizer's end token comes before.
+        tokens: How many tokens each text continues, unless the tokenizer's end token comes before.
         samples: How many texts; a line of dashes stands between them.
         temperature: Less than 1 sharpens the distribution; 0 always takes the likeliest token.
         top_k: Draw among the k likeliest tokens.
         top_p: Draw among the likeliest tokens that reach this probability together.
         min_p: Draw among the tokens at least so many times as probable as the likeliest.
+        repetition_penalty: More than 1 makes tokens that stand in prompt or text less likely; 1.2 is usual.
+        stop: The text ends before this text; may be given several times.
         seed: Other seeds give other texts.
         step: A checkpoint's step, or "best"; by default the newest.
         prompt_file: A UTF-8 file that holds the prompt.
+        stream: Print the text as it is written; of one sample.
+        json: Print a JSON object for each text: prompt, text, ids, log_probabilities, finish_reason, seed, sample.
     """
     from jaxformer.run.opened import open_run, read_prompt
     from jaxformer.spec import InputError
@@ -38,7 +46,18 @@ def sample(
         if prompt is not None:
             raise InputError(f"prompt_file={prompt_file!r} must not be given beside prompt; leave one of them out")
         prompt = read_prompt(prompt_file)
+    if stream and (json or samples > 1):
+        other = "json" if json else f"samples={samples}"
+        raise InputError(f"stream must not be given beside {other}: it prints one text alone; leave one of them out")
     opened = open_run(run, step_of(step))
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    texts = opened.samples(prompt, tokens, samples, seed, **how)
-    print("\n---------------\n".join(texts))
+    how |= {"repetition_penalty": repetition_penalty, "stop": stop}
+    if stream:
+        for piece in opened.stream(prompt, tokens, seed, **how):
+            print(piece, end="", flush=True)
+        print()
+    elif json:
+        for generated in opened.generate(prompt, tokens, samples, seed, **how):
+            print_row(generated._asdict(), as_json=True)
+    else:
+        print("\n---------------\n".join(opened.samples(prompt, tokens, samples, seed, **how)))

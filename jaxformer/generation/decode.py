@@ -2,14 +2,15 @@
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.generation.logits_processors import LogitsProcessor
+from jaxformer.generation.logits_processors import LogitsProcessor, Text
 from jaxformer.learning.objectives import Objective
 from jaxformer.model.masks import Places, places
 from jaxformer.model.models import Model
@@ -18,6 +19,40 @@ from jaxformer.spec import Spec
 Processors = tuple[LogitsProcessor, ...]
 
 STRETCH = 32  # tokens that are drawn without a word to the host
+ROOM = 1024  # tokens of text for which processors that read it have room without compiling again
+
+
+class Request(NamedTuple):
+    """What a sampler is asked for: how B texts continue. Ids are not checked."""
+
+    objective: Objective
+    model: Model
+    params: Any
+    prompts: Sequence[Sequence[int]]  # none is empty
+    tokens: int  # at most so many of each text
+    keys: jax.Array  # [B], one for each text: `row_keys`
+    processors: Processors = ()  # act on logits before a token is drawn
+    context: int | None = None  # so many tokens the model sees at once; None: its context_length
+    end: int | None = None  # the id that ends a text
+    sources: Sequence[Sequence[int]] | None = None  # what the encoder reads, of a model that has one
+    stretch: int = STRETCH  # tokens between two words to the caller, at most STRETCH
+
+
+class Drawn(NamedTuple):
+    """The next tokens of each text."""
+
+    ids: np.ndarray  # int32[B, n]
+    log_probabilities: np.ndarray | None = None  # float32[B, n], natural, of the model itself; None: not known
+
+
+def row_keys(seed: int, first: int, count: int) -> jax.Array:
+    """Keys [count] of the samples from `first` on: fold_in(key(seed), number of the sample)."""
+    return _row_keys(np.uint32(seed), np.int32(first), count)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _row_keys(seed: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first + jnp.arange(count))
 
 
 class Sampler(Spec):
@@ -27,84 +62,55 @@ class Sampler(Spec):
         """Raises ValueError if it cannot draw texts from the model."""
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        objective: Objective,
-        model: Model,
-        params: Any,
-        prompts: Sequence[Sequence[int]],
-        tokens: int,
-        processors: Processors = (),
-        seed: int = 0,
-        context: int | None = None,
-        end: int | None = None,
-        sources: Sequence[Sequence[int]] | None = None,
-        between: Callable[[], None] = lambda: None,
-    ) -> np.ndarray:
-        """int32[B, tokens] that follow the prompts, none of which may be empty.
+    def __call__(self, request: Request) -> Iterator[Drawn]:
+        """What follows the prompts, some tokens at a time; the caller may stop asking for more.
 
-        A row in which `end` stands holds nothing else from there on. `processors` act on logits before a token is
-        drawn; the same `seed` gives the same texts. The model sees at most `context` tokens at once: its
-        context_length, if that is None. `sources` are what the encoder of a model that has one reads, a row each. Ids
-        are not checked. `between` is called every so often; what it raises ends the drawing.
+        A row in which `end` stands holds nothing else from there on. There may be fewer than `tokens` in all, if all
+        rows have ended. The same key gives the same text.
         """
 
 
 class LeftToRight(Sampler):
     """Token after token, each drawn from what the model says of those before it.
 
-    Sample i, token t is drawn with the key fold_in(fold_in(key(seed), i), t), so that asking for more samples of a
-    prompt, or for more tokens, leaves the first ones as they were. A text that fills the context goes on from its last
-    half; rows do so together, when the longest is full. A prefix mask sees the whole prompt, or the half. Nothing more
-    is drawn once all rows have ended.
+    Token t of a text is drawn with the key fold_in(key of the text, t), so that asking for more tokens leaves the first
+    ones as they were. A text that fills the context continues from its last half; the rows of a request do so together,
+    when the longest is full. A prefix mask sees the whole prompt, or the half. Nothing more is drawn once all rows have
+    ended.
     """
 
     def check_model(self, objective: Objective, model: Model) -> None:
         if not model.writes:
             raise ValueError(f"sampler=LeftToRight must have a decoder with a LanguageHead, not {type(model).__name__}")
 
-    def __call__(
-        self,
-        objective: Objective,
-        model: Model,
-        params: Any,
-        prompts: Sequence[Sequence[int]],
-        tokens: int,
-        processors: Processors = (),
-        seed: int = 0,
-        context: int | None = None,
-        end: int | None = None,
-        sources: Sequence[Sequence[int]] | None = None,
-        between: Callable[[], None] = lambda: None,
-    ) -> np.ndarray:
-        context = context or model.context_length
+    def __call__(self, request: Request) -> Iterator[Drawn]:
+        model, params, sources = request.model, request.params, request.sources
+        context = request.context or model.context_length
         memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
-        texts = [list(prompt)[-context:] for prompt in prompts]
-        how = np.uint32(seed), processors, np.int32(-1 if end is None else end)
-        made: list[np.ndarray] = []
-        done, ended = 0, np.zeros(len(texts), bool)
-        while done < tokens and not ended.all():
-            longest = max(map(len, texts))
-            left = min(tokens - done, context - longest + 1)
-            prompt, segment = padded(texts, context)
-            ids, ended, cache = _prefill(model, context, params, prompt, segment, memory, np.int32(done), *how, ended)
-            new = [np.asarray(ids)[:, None]]
-            at = segment.sum(1)
-            while (left := left - new[-1].shape[1]) > 0 and not np.asarray(ended).all():
-                between()
-                count = min(left, STRETCH)
-                first = np.int32(done + sum(part.shape[1] for part in new))
-                known = model, params, ids, cache, at, first
-                drawn, ended, cache = _decode(*known, np.int32(count), *how, ended, memory)
-                new.append(np.asarray(drawn)[:, :count])
-                ids, at = new[-1][:, -1], at + count
-            made.append(np.concatenate(new, 1))
-            ended = np.asarray(ended)
-            done += made[-1].shape[1]
-            half = max(1, context // 2)
-            texts = [(text + row.tolist())[-half:] for text, row in zip(texts, made[-1], strict=True)]
-        rest = np.full((len(texts), tokens - done if ended.all() else 0), end or 0, np.int32)
-        return np.concatenate([*made, rest], 1)
+        how = How(request.keys, request.processors, np.int32(-1 if request.end is None else request.end))
+        texts = [list(prompt) for prompt in request.prompts]
+        length, done, ended = context, 0, np.zeros(len(texts), bool)
+        while done < request.tokens and not ended.all():
+            seen = [text[-length:] for text in texts]
+            room = context - max(map(len, seen)) + 1
+            prompt, segment = padded(seen, context)
+            known = _known(texts, room) if any(p.reads_text for p in how.processors) else None
+            now, cache = _prefill(model, context, params, prompt, segment, memory, np.int32(done), how, ended, known)
+            new = Drawn(np.asarray(now.ids)[:, None], np.asarray(now.log_probabilities)[:, None])
+            at, left = segment.sum(1), min(request.tokens - done, room)
+            while True:
+                yield new
+                count, ended = new.ids.shape[1], np.asarray(now.ended)
+                for text, row in zip(texts, new.ids.tolist(), strict=True):
+                    text.extend(row)
+                done, left = done + count, left - count
+                if left == 0 or ended.all():
+                    break
+                count = min(left, request.stretch)
+                steps = at, np.int32(done), np.int32(count)
+                drawn, now, cache = _decode(model, params, now, cache, *steps, how, memory)
+                new, at = Drawn(*(np.asarray(a)[:, :count] for a in drawn)), at + count
+            length = max(1, context // 2)
 
 
 def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +121,31 @@ def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.n
     for i, text in enumerate(texts):
         ids[i, : len(text)], segments[i, : len(text)] = text, 1
     return ids, segments
+
+
+def _known(texts: Sequence[Sequence[int]], room: int) -> Text:
+    """The whole texts, with room for so many tokens more; as wide for whatever number of tokens is asked for."""
+    size = max(ROOM, 1 << (max(map(len, texts)) + room - 1).bit_length())
+    ids, segments = padded(texts, size)
+    more = (0, 0), (0, size - ids.shape[1])
+    return Text(jnp.asarray(np.pad(ids, more)), jnp.asarray(np.pad(segments > 0, more)))
+
+
+class How(NamedTuple):
+    """How tokens are drawn."""
+
+    keys: jax.Array  # [B]
+    processors: Processors
+    end: Int[Array, ""] | np.int32  # -1: none
+
+
+class Now(NamedTuple):
+    """Where texts stand: the last token of each, and whether it has ended."""
+
+    ids: Int[Array, "B"]
+    log_probabilities: Float[Array, "B"]
+    ended: Bool[Array, "B"]
+    text: Text | None  # with the last token; None: no processor reads it
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -131,70 +162,62 @@ def _prefill(
     segment: jax.Array,
     memory: Any,
     number: jax.Array,
-    seed: jax.Array,
-    processors: Processors,
-    end: jax.Array,
+    how: How,
     ended: jax.Array,
-) -> tuple[jax.Array, jax.Array, Any]:
-    """The token int32[B] behind each prompt [B, T], padded on the right; who has ended; and the filled cache."""
+    text: Text | None,
+) -> tuple[Now, Any]:
+    """Token `number` behind each prompt [B, T], padded on the right; and the filled cache."""
     at = places(segment, jnp.zeros_like(segment))
     cache = model.cache(len(prompt), context, jax.tree.leaves(params)[0].dtype)
     h, cache, *_ = model.hidden(params, prompt, at, cache=cache, memory=memory)
     last = jnp.take_along_axis(h, segment.sum(1)[:, None, None] - 1, axis=1)[:, 0]
-    return *_draw(model, params, last, number, seed, processors, end, ended), cache
+    return _draw(model, params, last, number, how, ended, text), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _decode(
     model: Model,
     params: Any,
-    last: jax.Array,
+    now: Now,
     cache: Any,
     lengths: jax.Array,
     first: jax.Array,
     count: jax.Array,
-    seed: jax.Array,
-    processors: Processors,
-    end: jax.Array,
-    ended: jax.Array,
+    how: How,
     memory: Any,
-) -> tuple[jax.Array, jax.Array, Any]:
-    """`count` tokens behind the `last` ones int32[B], numbered from `first` for their keys: the leading columns of
-    int32[B, STRETCH]; who has ended; and the cache. `lengths` are those of the texts before `last`."""
+) -> tuple[tuple[jax.Array, jax.Array], Now, Any]:
+    """`count` tokens behind the last ones, numbered from `first` for their keys: the leading columns of int32[B,
+    STRETCH], and of their log-probabilities; where the texts stand; and the cache. `lengths` are those of the texts
+    before the last token."""
 
     def goes_on(carry: Any) -> jax.Array:
-        i, _, _, _, ended = carry
-        return (i < count) & ~ended.all()
+        i, _, now, _ = carry
+        return (i < count) & ~now.ended.all()
 
     def body(carry: Any) -> Any:
-        i, last, ids, cache, ended = carry
-        one = jnp.ones((len(last), 1), jnp.int32)
+        i, (ids, log_probabilities), now, cache = carry
+        one = jnp.ones((len(now.ids), 1), jnp.int32)
         at = Places((lengths + i)[:, None], one, one)
-        h, cache, *_ = model.hidden(params, last[:, None], at, cache=cache, memory=memory)
-        new, ended = _draw(model, params, h[:, 0], first + i, seed, processors, end, ended)
-        return i + 1, new, ids.at[:, i].set(new), cache, ended
+        h, cache, *_ = model.hidden(params, now.ids[:, None], at, cache=cache, memory=memory)
+        now = _draw(model, params, h[:, 0], first + i, how, now.ended, now.text)
+        drawn = ids.at[:, i].set(now.ids), log_probabilities.at[:, i].set(now.log_probabilities)
+        return i + 1, drawn, now, cache
 
-    ids = jnp.full((len(last), STRETCH), end, jnp.int32)
-    _, _, ids, cache, ended = jax.lax.while_loop(goes_on, body, (jnp.int32(0), last, ids, cache, ended))
-    return ids, ended, cache
+    shape = len(now.ids), STRETCH
+    drawn = jnp.full(shape, how.end, jnp.int32), jnp.zeros(shape, jnp.float32)
+    _, drawn, now, cache = jax.lax.while_loop(goes_on, body, (jnp.int32(0), drawn, now, cache))
+    return drawn, now, cache
 
 
 def _draw(
-    model: Model,
-    params: Any,
-    h: jax.Array,
-    number: jax.Array,
-    seed: jax.Array,
-    processors: Processors,
-    end: jax.Array,
-    ended: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Token `number` of each row from its hidden state [B, D]: int32[B]; and who has ended."""
-    logits = model.logits(params, h)
-    for processor in processors:
-        logits = processor(logits)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), number))(
-        jnp.arange(len(h))
-    )
-    ids = jnp.where(ended, end, jax.vmap(jax.random.categorical)(keys, logits)).astype(jnp.int32)
-    return ids, ids == end
+    model: Model, params: Any, h: jax.Array, number: jax.Array, how: How, ended: jax.Array, text: Text | None
+) -> Now:
+    """Token `number` of each row from its hidden state [B, D]."""
+    own = logits = model.logits(params, h)
+    for processor in how.processors:
+        logits = processor(logits, text)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(how.keys, number)
+    ids = jnp.where(ended, how.end, jax.vmap(jax.random.categorical)(keys, logits)).astype(jnp.int32)
+    chosen = jnp.take_along_axis(own, jnp.maximum(ids, 0)[:, None], 1)[:, 0]
+    log_probabilities = chosen - jax.nn.logsumexp(own, -1)
+    return Now(ids, log_probabilities, ids == how.end, None if text is None else text.append(ids))

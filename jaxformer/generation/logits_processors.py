@@ -1,20 +1,61 @@
 """What happens to logits before a token is drawn. Processors apply in the order in which they are given."""
 
 import abc
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.spec import Spec
+from jaxformer.spec import Spec, checked
+
+
+class Text(NamedTuple):
+    """The texts so far, prompts and what has been drawn, in their order; no matter how much of them the model sees."""
+
+    ids: Int[Array, "B S"]
+    real: Bool[Array, "B S"]  # False: there is no token yet
+
+    def counts(self, vocab_size: int) -> Int[Array, "B V"]:
+        """How often each token stands in each text."""
+        row = jnp.arange(len(self.ids))[:, None]
+        return jnp.zeros((len(self.ids), vocab_size), jnp.int32).at[row, self.ids].add(self.real)
+
+    def append(self, new: Int[Array, "B"]) -> "Text":
+        """With one token more in each text."""
+        at = jnp.arange(len(new)), self.real.sum(1)
+        return Text(self.ids.at[at].set(new), self.real.at[at].set(True))
 
 
 class LogitsProcessor(Spec):
     """What becomes of logits."""
 
+    reads_text = False  # True: it is given the text; else that may be None, and costs nothing
+
     @abc.abstractmethod
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Other logits of the same tokens; −inf where one must not be drawn."""
+    def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
+        """Other logits of the same tokens; −inf where one must not be drawn. `text` is what they follow."""
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """Makes tokens that stand in prompt or text less likely (arXiv:1909.05858, section 4.1): logits above 0 are divided
+    by `repetition_penalty`, others multiplied, so that more than 1 discourages whatever their sign."""
+
+    repetition_penalty: float
+
+    reads_text = True
+
+    def check(self, at: str = "") -> None:
+        if self.repetition_penalty <= 0:
+            raise ValueError(
+                f"{at}repetition_penalty={self.repetition_penalty} must be more than 0; 1 changes nothing, 1.2 is usual"
+            )
+
+    def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
+        if text is None:  # nothing is known to have been said
+            return logits
+        rarer = jnp.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+        return jnp.where(text.counts(logits.shape[-1]) > 0, rarer, logits)
 
 
 class Temperature(LogitsProcessor):
@@ -28,7 +69,7 @@ class Temperature(LogitsProcessor):
                 f"{at}temperature={self.temperature} must be at least 0; 0 always takes the likeliest token"
             )
 
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         first = jnp.arange(logits.shape[-1])[None] == logits.argmax(-1, keepdims=True)
         greedy = jnp.where(first, logits, -jnp.inf)
         cold = self.temperature < 1e-30  # as good as 0; the quotient might be infinite
@@ -44,7 +85,7 @@ class TopK(LogitsProcessor):
         if self.top_k < 1:
             raise ValueError(f"{at}top_k={self.top_k} must be at least 1; 1 always takes the likeliest token")
 
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         return jnp.where(_rank(logits) < min(self.top_k, logits.shape[-1]), logits, -jnp.inf)
 
 
@@ -57,7 +98,7 @@ class TopP(LogitsProcessor):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"{at}top_p={self.top_p} must be more than 0 and at most 1; 1 keeps every token")
 
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         falling = -jnp.sort(-logits, axis=-1)
         probabilities = jax.nn.softmax(falling, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -75,9 +116,26 @@ class MinP(LogitsProcessor):
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"{at}min_p={self.min_p} must be at least 0 and at most 1; 0 keeps every token")
 
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
         least = logits.max(-1, keepdims=True) + jnp.log(self.min_p)
         return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def usual_processors(
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> tuple[LogitsProcessor, ...]:
+    """Those of `jaxformer sample`, in the order in which they act. Raises InputError for numbers out of their range."""
+    found: list[LogitsProcessor] = []
+    found += [] if repetition_penalty is None else [RepetitionPenalty(repetition_penalty)]
+    found += [Temperature(temperature)]
+    found += [] if top_k is None else [TopK(top_k)]
+    found += [] if top_p is None else [TopP(top_p)]
+    found += [] if min_p is None else [MinP(min_p)]
+    return tuple(checked(processor) for processor in found)
 
 
 def _rank(logits: jax.Array) -> jax.Array:

@@ -19,13 +19,14 @@ from jaxformer.data.files import located
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import asked_in
 from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
-from jaxformer.generation.decode import LeftToRight, Sampler
-from jaxformer.generation.logits_processors import LogitsProcessor, MinP, Temperature, TopK, TopP
+from jaxformer.generation.decode import LeftToRight, Processors, Request, Sampler, row_keys
+from jaxformer.generation.logits_processors import usual_processors
 from jaxformer.generation.predict import predict
+from jaxformer.generation.texts import Generated, Writing, write
 from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
 from jaxformer.pictures import loss_curve
-from jaxformer.platform import check_numerics, set_flags
+from jaxformer.platform import check_numerics, set_flags, texts_at_once
 from jaxformer.run import inspection
 from jaxformer.run.attention import Attention, attention, cross_attention
 from jaxformer.run.checkpoint import Checkpoints
@@ -80,55 +81,119 @@ class Run:
         return self.samples(prompt, tokens, 1, seed, **how)[0]
 
     def samples(
+        self, prompt: str | None = None, tokens: int = 200, samples: int = 1, seed: int = 0, **how: Any
+    ) -> list[str]:
+        """Prompt and text of each that `generate` gives with the same arguments; of an encoder–decoder the text."""
+        return [self._head(prompt) + found.text for found in self.generate(prompt, tokens, samples, seed, **how)]
+
+    def generate(
         self,
         prompt: str | None = None,
         tokens: int = 200,
         samples: int = 1,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
+        stop: str | Sequence[str] = (),
+        processors: Processors = (),
         between: Callable[[], None] = lambda: None,
-    ) -> list[str]:
-        """Texts that begin with the prompt; without one, what follows the tokenizer's start token.
+        **how: Any,
+    ) -> list[Generated]:
+        """Texts that continue the prompt, with their ids and log-probabilities; without a prompt, what follows the
+        tokenizer's start token.
 
-        A text ends before `tokens` are drawn if the tokenizer's end token comes. `temperature`, `top_k`, `top_p` and
-        `min_p` act on the logits in this order; `between` is that of `Sampler`. Raises InputError for a character of
-        the prompt that the tokenizer does not know, and for numbers out of their range.
+        A text ends before `tokens` are drawn if the tokenizer's end token comes, or before the first of the texts
+        `stop`. `how` is that of `usual_processors`, which act after `processors`. Sample i is the same whatever the
+        number of `samples`. `between` is called every so often; what it raises ends the drawing. Raises InputError for
+        a character of the prompt that the tokenizer does not know, and for numbers out of their range.
         """
-        for name, value, least in (("tokens", tokens, 0), ("samples", samples, 1)):
-            if value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
+        if samples < 1:
+            raise InputError(f"samples={samples} must be at least 1")
+        request, before, stop = self._asked(prompt, tokens, seed, stop, processors, how)
+        count, found = len(request.prompts), list[Generated]()
+        for first in range(0, samples, count):
+            writings = [Writing(self.tokenizer, before, stop) for _ in range(first, min(first + count, samples))]
+            for _ in write(self.sampler, request._replace(keys=row_keys(seed, first, count)), writings):
+                between()
+            found += [writing.generated(prompt or "", seed, first + i) for i, writing in enumerate(writings)]
+        return found
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        tokens: int = 200,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        processors: Processors = (),
+        between: Callable[[], None] = lambda: None,
+        **how: Any,
+    ) -> Iterator[str]:
+        """What `sample` gives with the same arguments, in pieces, each as soon as it is written."""
+        request, before, stop = self._asked(prompt, tokens, seed, stop, processors, how)
+
+        def pieces() -> Iterator[str]:
+            yield self._head(prompt)
+            writing, told = Writing(self.tokenizer, before, stop), 0
+            for _ in write(self.sampler, request._replace(stretch=1), [writing]):
+                between()
+                yield writing.text[told:]
+                told = len(writing.text)
+            yield writing.text[told:]
+
+        return filter(None, pieces())
+
+    def _head(self, prompt: str | None) -> str:
+        """How texts begin: an answer does not repeat what was asked."""
+        return "" if self.model.encodes else prompt or ""
+
+    def _asked(
+        self,
+        prompt: str | None,
+        tokens: int,
+        seed: int,
+        stop: str | Sequence[str],
+        processors: Processors,
+        how: Mapping[str, Any],
+    ) -> tuple[Request, list[int], tuple[str, ...]]:
+        """What is asked of the sampler for the first samples; the ids that stand before what is written; and the stop
+        texts."""
+        if tokens < 0:
+            raise InputError(f"tokens={tokens} must be at least 0")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed={seed} must be at least 0 and less than 2**32")
-        processors: list[LogitsProcessor] = [checked(Temperature(temperature))]
-        processors += [] if top_k is None else [checked(TopK(top_k))]
-        processors += [] if top_p is None else [checked(TopP(top_p))]
-        processors += [] if min_p is None else [checked(MinP(min_p))]
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stop:
+            raise InputError("stop='' must not be empty; give the text before which to end")
+        processors = (*processors, *usual_processors(**how))
         try:
             ids = self.tokenizer.encode(prompt or "").tolist()
         except InputError as error:
             raise InputError(f"prompt: {error}") from None
-        context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
-        how = self.recipe.objective, self.model, self.state.eval_params
         if not self.writes:
             raise InputError(
                 f"{self.config.directory}: its model writes no text; see what it says of one by predict.py"
             )
-        if self.model.encodes:
-            sources = [self.tokenizer.document(prompt or "")] * samples
-            self._tell_cut(sources[:1])
-            starts = [[self.tokenizer.start]] * samples
-            new = self.sampler(*how, starts, tokens, tuple(processors), seed, context, end, sources, between)
-            return [self.tokenizer.decode(_until(row, end)) for row in new.tolist()]
         start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
-        if ids and self.joins:  # the prompt is a first text, which the second follows
+        source = None
+        if self.model.encodes:
+            source, start, ids = self.tokenizer.document(prompt or ""), [self.tokenizer.start], []
+        elif ids and self.joins:  # the prompt is a first text, which the second follows
             start = self.tokenizer.document(prompt or "")
-        self._tell_cut([start])
-        new = self.sampler(*how, [start] * samples, tokens, tuple(processors), seed, context, end, between=between)
-        head = self.tokenizer.decode(ids)
-        return [(prompt or "") + self._rest(ids, head, _until(row, end)) for row in new.tolist()]
+        self._tell_cut([source or start])
+        count = texts_at_once()
+        sources = None if source is None else [source] * count
+        return self._request([start] * count, tokens, seed, processors, sources), ids, stop
+
+    def _request(
+        self,
+        starts: Sequence[Sequence[int]],
+        tokens: int,
+        seed: int,
+        processors: Processors,
+        sources: Sequence[Sequence[int]] | None,
+    ) -> Request:
+        model = self.recipe.objective, self.model, self.state.eval_params
+        keys = row_keys(seed, 0, len(starts))
+        context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
+        return Request(*model, starts, tokens, keys, processors, context, end, sources)
 
     def _tell_cut(self, texts: Sequence[Sequence[int]]) -> None:
         """Says how many texts are longer than what the model reads of them."""
@@ -136,13 +201,6 @@ class Run:
             log.warning(
                 "%d of %d texts are longer than data.window=%d, and are cut", cut, len(texts), self.config.window
             )
-
-    def _rest(self, ids: list[int], head: str, new: list[int]) -> str:
-        """The text of new ids behind others, whose text alone is `head`."""
-        text = self.tokenizer.decode([*ids, *new])
-        if text.startswith(head):
-            return text.removeprefix(head)
-        return self.tokenizer.decode(new)  # bytes that are no UTF-8 may have changed what stood before them
 
     @property
     def joins(self) -> bool:
@@ -157,15 +215,15 @@ class Run:
         self, texts: Sequence[str], tokens: int | None = None, between: Callable[[], None] = lambda: None
     ) -> list[str]:
         """What an encoder–decoder writes for each text, always the likeliest token, up to its end token."""
-        tokenizer, found = self.tokenizer, list[str]()
+        tokenizer, greedy, found = self.tokenizer, usual_processors(temperature=0), list[str]()
         tokens = self.config.window if tokens is None else tokens
         for some in _batched(texts, self.config.data.batch_size):
             sources = [tokenizer.document(text) for text in some]
-            more = self.config.window, tokenizer.end, sources, between
             starts = [[tokenizer.start]] * len(some)
-            how = self.recipe.objective, self.model, self.state.eval_params
-            new = self.sampler(*how, starts, tokens, (Temperature(0.0),), 0, *more)
-            found += [tokenizer.decode(_until(row, tokenizer.end)) for row in new.tolist()]
+            writings = [Writing(tokenizer) for _ in some]
+            for _ in write(self.sampler, self._request(starts, tokens, 0, greedy, sources), writings):
+                between()
+            found += [writing.text for writing in writings]
         return found
 
     def predict(
@@ -362,10 +420,6 @@ def _place(piece: Piece, several: bool) -> dict[str, Any]:
 
 def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[first : first + size] for first in range(0, len(items), size))
-
-
-def _until(ids: list[int], end: int | None) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
 
 
 def read_prompt(path: str) -> str:
