@@ -34,7 +34,7 @@ class InputError(ValueError):
     """The user's mistake, in one sentence that names field or file, value, rule and remedy."""
 
 
-@typing.dataclass_transform(frozen_default=True)
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(frozen=True)
 class Spec(abc.ABC):
     """A part that may be swapped. Subclassing makes the class a frozen dataclass, hashable, and a pytree.

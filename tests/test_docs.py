@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import importlib
 import inspect
 import os
 import re
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(ROOT.glob("docs/*.md"))
 QUICK = [ROOT / "README.md", ROOT / "docs/extend.md"]
 # What installs, measures or needs a GPU: its names are checked, it is not run.
-UNRUN = ("pip", "python3", "source", "export", "pytest", "git", "cd", "ruff", "pyright", "time")
+UNRUN = ("pip", "python", "python3", "source", "export", "pytest", "git", "cd", "ruff", "pyright", "time")
 
 
 def blocks(page):
@@ -61,7 +60,7 @@ def small(config):
     have = {name: getattr(model, name, None) for name in limits}
     model = dataclasses.replace(model, **{n: min(v, limits[n]) for n, v in have.items() if v})
     window = data.window and min(data.window, 16)
-    few = {"steps": min(train.steps, 2), "steps_per_call": 1, "eval_every": 2, "save_every": 2, "log_every": 1}
+    few = {"steps": min(train.steps, 2), "steps_per_call": 1, "eval_every": 2, "save_every": 2, "log_every": 1, "accumulation": 1}
     train = dataclasses.replace(train, **few, sample_tokens=min(train.sample_tokens, 4))
     data = dataclasses.replace(data, batch_size=min(data.batch_size, 4), window=window, valid_tokens=64)
     return dataclasses.replace(config, model=model, train=train, data=data)
@@ -71,7 +70,7 @@ def small(config):
 def shortened(monkeypatch, tmp_path):
     """A folder with what a checkout has, in which whatever is trained is small."""
     resolve = config_lib.resolve
-    monkeypatch.setattr(config_lib, "resolve", lambda *args: small(resolve(*args)))
+    monkeypatch.setattr(config_lib, "resolve", lambda *args, **more: small(resolve(*args, **more)))
     for name in ("configs", "experiments", "scripts", "benchmarks"):
         os.symlink(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -96,7 +95,7 @@ def follow(page, folder):
         elif language == "bash":
             for words, line in commands(text):
                 call = called(words)
-                if call is None and words[0] in UNRUN + ("python",):
+                if call is None and words[0] in UNRUN:
                     check_names(words)
                 elif call is None:
                     subprocess.run(["bash", "-ec", line], check=True)
@@ -139,7 +138,8 @@ def test_links_lead_somewhere(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert re.match(r"https?:", target) or (page.parent / target).exists(), target
-    for target in re.findall(r"`((?:jaxformer|configs|tests|experiments|benchmarks|docs|notebooks)/[\w/]+\.\w+)`", text):
+    folders = "jaxformer|configs|tests|experiments|benchmarks|docs|notebooks"
+    for target in re.findall(rf"`((?:{folders})/[\w/]+\.\w+)`", text):
         assert (ROOT / target).exists(), target
 
 
@@ -174,9 +174,11 @@ def test_the_table_of_hooks_is_that_of_the_code():
         found.setdefault(base, set()).add(name[0])
         assert (name[0] in base.__abstractmethods__) == bold, f"{base.__name__}.{name[0]}"
         if call:
-            parameters = [str(p).split(":")[0].split("=")[0] for p in inspect.signature(getattr(base, call[1])).parameters.values()]
-            assert [p for p in call[2].split(", ") if p] == parameters[1:], f"{base.__name__}.{code}: {parameters}"
+            given = inspect.signature(getattr(base, call[1])).parameters.values()
+            names = [str(p).split(":")[0].split("=")[0] for p in given if p.name != "self"]
+            assert [p for p in call[2].split(", ") if p] == names, f"{base.__name__}.{code}: {names}"
     for base, names in found.items():
         assert base.__abstractmethods__ <= names, f"{base.__name__}: {base.__abstractmethods__ - names}"
-    roles = {c for c in Spec.__subclasses__() if c.__module__.startswith("jaxformer.") and (c.abstract or inspect.isabstract(c))}
+    ours = [c for c in Spec.__subclasses__() if c.__module__.startswith("jaxformer.")]
+    roles = {c for c in ours if c.abstract or inspect.isabstract(c)}
     assert roles <= set(found), {c.__name__ for c in roles - set(found)}
