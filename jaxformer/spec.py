@@ -173,16 +173,24 @@ def _choices(kinds: Iterable[type[Spec]]) -> str:
     )
 
 
-@functools.cache
 def field_comments(cls: type) -> dict[str, str]:
     """What stands behind # beside the fields of a class and its bases; of two comments, as on a line that pyright is to
     pass over, the first."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        with contextlib.suppress(OSError, TypeError):  # no source
-            rows = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base), re.MULTILINE)
-            found |= {name: re.sub(r"\s*(# )?pyright:.*", "", text) for name, text in rows}
+        text = _class_sources(base.__module__).get(base.__qualname__, "")
+        rows = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", text, re.MULTILINE)
+        found |= {name: re.sub(r"\s*(# )?pyright:.*", "", comment) for name, comment in rows}
     return found
+
+
+@functools.cache
+def _class_sources(module: str) -> dict[str, str]:
+    """By name; `inspect` parses the whole file for each class."""
+    with contextlib.suppress(KeyError, OSError, TypeError):  # no source
+        source = inspect.getsource(sys.modules[module])
+        return dict(re.findall(r"^class (\w+)(.*?)(?=^[^\s)]|\Z)", source, re.MULTILINE | re.DOTALL))
+    return {}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -635,7 +635,7 @@ def test_help(home, whole):
     out, _ = finish(command(home, "sample", "--help"))
     assert "--prompt_file" in out and "A UTF-8 file that holds the prompt." in out and "--import=MODULE" in out
     out, _ = finish(command(home, "predict", "--help"))
-    assert "--data.corpus CLASS" in out and "as in --data.corpus=Table" in " ".join(out.split())
+    assert "--data.corpus CLASS" in out and "as --data.corpus=Table" in " ".join(out.split())
 
 
 def test_a_dry_run_prints_the_config_and_writes_nothing(home, whole):

@@ -12,14 +12,14 @@ def evaluate(
     json: bool = False,
     overrides: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints the loss of a trained run.
+    """Prints the loss of a trained run, and what else its task measures.
 
     Args:
         run: The run's directory.
-        file: A file or folder, read as the run's own corpus is; by default the run's validation split.
+        file: A file or folder to evaluate on, read as the run's own corpus is; by default the run's validation split.
         step: A checkpoint's step, or "best"; by default the newest.
-        json: Print one JSON object.
-        overrides: Another corpus instead of a file, and its fields, as in --data.corpus=JSONLines --data.corpus.path=F.
+        json: Prints one JSON object.
+        overrides: Another corpus in place of a file, with its fields, as --data.corpus=JSONLines --data.corpus.path=F.
     """
     from jaxformer.run.opened import open_run
     from jaxformer.spec import InputError

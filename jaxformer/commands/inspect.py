@@ -10,7 +10,7 @@ def inspect(run: str, json: bool = False) -> None:
 
     Args:
         run: The run's directory, a config file, or the name of a preset.
-        json: Print one JSON object.
+        json: Prints one JSON object.
     """
     from jaxformer.config import config_file
     from jaxformer.run.inspection import inspect_config, render

@@ -18,12 +18,12 @@ def predict(
 
     Args:
         run: The run's directory.
-        text: The text.
-        second: The second text, of a run that was trained on pairs as one row.
-        file: Instead of one text a table (.csv, .tsv, .jsonl), or a text in each line; each gets a JSON object.
+        text: The text to be judged or answered.
+        second: The second text of a pair, for a run that was trained on pairs in one row.
+        file: In place of one text a table (.csv, .tsv, .jsonl), or a text in each line; prints a JSON object for each.
         step: A checkpoint's step, or "best"; by default the newest.
-        json: Print one JSON object.
-        overrides: Another corpus instead of a file, and its fields, as in --data.corpus=Table --data.corpus.path=F.
+        json: Prints one JSON object.
+        overrides: Another corpus in place of a file, with its fields, as --data.corpus=Table --data.corpus.path=F.
     """
     from jaxformer.run.opened import open_run
     from jaxformer.spec import InputError
