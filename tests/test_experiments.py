@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny import without_corpus
 
+import jaxformer
 from jaxformer import Config
 from jaxformer.commands import main
 from jaxformer.config import resolve
@@ -196,6 +197,18 @@ def test_a_second_call_trains_nothing_and_says_the_same(home, whole):
     done = subprocess.run([*script, "--json"], cwd=home, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == whole and times(home / "kept") == before
     assert written() == text and picture.read_bytes() == drawn
+
+
+def test_rows_are_groups_of_seeds_to_compare(home, whole):
+    """Also where the seed draws the split. The third row is of the config of the first, and its seed counts once."""
+    with contextlib.chdir(home):
+        found = jaxformer.compare("kept")
+    apart, together = found.rows
+    assert (apart["name"], apart["seeds"], together["seeds"]) == ("kept/tiny/one-by-one", [0, 1], [0, 1, 2])
+    assert [together["final_loss"], together["final_deviation"]] == [whole[0]["measured"], whole[0]["deviation"]]
+    assert found.differences["data.split_seed"] == ["train.seed", 0]
+    assert found.verdicts[0].said == "no verdict: the validation texts differ"
+    assert "kept/tiny/unpublished/seed-0: seed 0 counts already, in kept/tiny/together/seed-0" in found.notes[-1]
 
 
 def test_only_an_experiment_of_the_project_writes_to_the_results_of_the_project(home, whole):

@@ -55,7 +55,9 @@ def judge(first: Mapping[int, float], second: Mapping[int, float], tests: int = 
         found = welch_difference(list(first.values()), list(second.values()), ERROR / tests)
     if found.p_value is None:
         alone = min(len(first), len(second)) < 2
-        return Verdict(found, paired, f"no verdict: {'one seed' if alone else 'the seeds are all alike'}")
+        return Verdict(
+            found, paired, f"no verdict: {'one seed; train more of them' if alone else 'the seeds are all alike'}"
+        )
     shown = found.p_value < ERROR / tests
     return Verdict(found, paired, ("lower" if found.mean < 0 else "higher") if shown else "no difference shown")
 
