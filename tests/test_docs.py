@@ -71,8 +71,9 @@ def shortened(monkeypatch, tmp_path):
     """A folder with what a checkout has, in which whatever is trained is small."""
     resolve = config_lib.resolve
     monkeypatch.setattr(config_lib, "resolve", lambda *args, **more: small(resolve(*args, **more)))
-    for name in ("configs", "experiments", "scripts", "benchmarks"):
+    for name in ("configs", "experiments", "scripts", "benchmarks", "docs", "README.md"):
         os.symlink(ROOT / name, tmp_path / name)
+    (tmp_path / "my.jsonl").write_text('{"text": "What a text of yours may say."}\n' * 20)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
