@@ -16,7 +16,7 @@ from jaxformer.platform import in_notebook
 from jaxformer.run import loop, reports
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-SHORT = {"train.steps_per_call": 1, "data.batch_size": 2, "data.valid_fraction": 0.01}
+SHORT = {"train.steps_per_call": 1, "train.sample_tokens": 0, "data.batch_size": 2, "data.valid_fraction": 0.01}
 
 
 def cells(path):
@@ -28,7 +28,11 @@ def python(source):
     return re.sub(r"^(\s*)[%!].*", r"\1pass", "".join(source), flags=re.M)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "bigram_to_block")) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs_as_plain_python(path, tmp_path, monkeypatch):
     """Its trainings are of a step for each 500, and each trained for all of them."""
     pytest.importorskip("matplotlib", reason="needs Matplotlib: jaxformer[pictures]")

@@ -208,6 +208,8 @@ def test_a_run_is_told_in_a_line(trained):
     assert repr(trained) == f"{start}, validation loss 3.1250>"
     elsewhere = dataclasses.replace(trained, config=dataclasses.replace(trained.config, directory="nowhere"))
     assert repr(elsewhere) == f"{start}>".replace(where, "nowhere")
+    later = dataclasses.replace(trained, state=trained.state.replace(step=jnp.int32(7)))  # not evaluated since
+    assert repr(later) == f"{start}>".replace("step 5", "step 7")
 
 
 def test_the_curve_of_a_run_is_that_of_its_rows(trained):

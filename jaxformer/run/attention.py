@@ -31,12 +31,13 @@ class Attention:
 
     def plot(self, layer: int | None = None) -> Any:
         """A Matplotlib figure: a map for each head (across) of one layer, or of all (down)."""
+        width = min(12.0, 4.0 * self.weights.shape[1])
         if layer is None:
-            return pictures.attention_maps(self.tokens, self.weights, 12.0, self.columns, self.layers)
+            return pictures.attention_maps(self.tokens, self.weights, width, self.columns, self.layers)
         if layer not in self.layers:
             raise InputError(f"layer={layer} must be one of {', '.join(map(str, self.layers))}")
         own = self.weights[[self.layers.index(layer)]]
-        return pictures.attention_maps(self.tokens, own, 12.0, self.columns, [layer])
+        return pictures.attention_maps(self.tokens, own, width, self.columns, [layer])
 
 
 def attention(
