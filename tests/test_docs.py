@@ -60,7 +60,14 @@ def small(config):
     have = {name: getattr(model, name, None) for name in limits}
     model = dataclasses.replace(model, **{n: min(v, limits[n]) for n, v in have.items() if v})
     window = data.window and min(data.window, 16)
-    few = {"steps": min(train.steps, 2), "steps_per_call": 1, "eval_every": 2, "save_every": 2, "log_every": 1, "accumulation": 1}
+    few = {
+        "steps": min(train.steps, 2),
+        "steps_per_call": 1,
+        "eval_every": 2,
+        "save_every": 2,
+        "log_every": 1,
+        "accumulation": 1,
+    }
     train = dataclasses.replace(train, **few, sample_tokens=min(train.sample_tokens, 4))
     data = dataclasses.replace(data, batch_size=min(data.batch_size, 4), window=window, valid_tokens=64)
     return dataclasses.replace(config, model=model, train=train, data=data)

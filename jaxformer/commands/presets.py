@@ -17,5 +17,7 @@ def presets() -> None:
     for name, path in config.presets().items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         count = re.search(r"([\d,]+) parameters", text)
-        rows.append((f"{name:22}  {count[1] if count else '':>13}", re.split(r"(?<=[.])\s", text)[0].replace("\n", " ")))
+        rows.append(
+            (f"{name:22}  {count[1] if count else '':>13}", re.split(r"(?<=[.])\s", text)[0].replace("\n", " "))
+        )
     print(page([(f"{'preset':22}     parameters", ""), *rows], indent=""))
