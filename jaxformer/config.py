@@ -94,7 +94,7 @@ class Config(Spec):
         return RowSize(self.window, self.objective.lookahead)
 
 
-# What may differ when a run goes on, with what is inside. Nothing else may: the result would be that of neither config.
+# What may differ when a run resumes, with what is inside. Nothing else may: the result would be that of neither config.
 FREE = {"directory", "sampler", "writers"} | {
     f"train.{n}" for n in ("log_every", "eval_every", "save_every", "keep", "sample_tokens")
 }
@@ -141,7 +141,7 @@ def execute(path: Path) -> dict[str, Any]:
     sys.path.insert(0, str(path.parent.absolute()))  # as Python does for a script: a config may import its neighbours
     try:
         return runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's to fix
         raise InputError(f"{_place(path, error)}: {_reason(error)}") from error
     finally:
         sys.path.pop(0)

@@ -290,8 +290,8 @@ def _part(text: str, kinds: tuple[type[Spec], ...], path: str) -> Spec:
     if colon:
         try:
             found = [getattr(importlib.import_module(module), name)]
-        except (Exception, SystemExit) as error:  # whatever the user's module raises, it is the user's to mend
-            raise InputError(f"{path}={text}: {type(error).__name__}: {error}; mend the module, or its name") from error
+        except (Exception, SystemExit) as error:  # whatever the user's module raises, it is the user's to fix
+            raise InputError(f"{path}={text}: {type(error).__name__}: {error}; fix the module, or its name") from error
     else:
         found = [c for kind in kinds for c in {kind, *known_specs(kind)} if c.__name__ == name]
     if len(found) > 1:

@@ -65,7 +65,7 @@ class TensorBoard(Writer):
 
 
 class WandB(Writer):
-    """A run of Weights & Biases that goes on under its id, kept in the run's file wandb.id.
+    """A run of Weights & Biases that resumes under its id, kept in the run's file wandb.id.
 
     Rows are drawn over their own "step". W&B's own counts calls, and it would drop the rows of a run that went back.
     It deletes none either: what a killed process wrote after `step` stays, and the summary shows the newest. Offline,

@@ -369,7 +369,7 @@ def listing(home):
         ("sample run --top_k=1.5", "argument --top_k: invalid int value: '1.5'"),
         ("sample", "the following arguments are required: run"),
         ("evaluate run --json=true", "argument --json: ignored explicit argument 'true'"),
-        ("sample run --import=exits", "--import=exits: SystemExit: 3; mend the module"),
+        ("sample run --import=exits", "--import=exits: SystemExit: 3; fix the module"),
         ("train config.py --directory=new --model.position=exits:Part", "model.position=exits:Part: SystemExit: 3"),
         ("train config.py --directory=new --data.valid=TextFiles --data.valid.path=empty.txt", "data.valid=TextFiles("),
         ("train config.py --directory=new --data.valid_fraction=1e-9", "or a larger data.valid_fraction"),
@@ -390,7 +390,7 @@ def listing(home):
         ("evaluate run --data.corpus=TextLines", "data.corpus.path must be given, as --data.corpus.path=VALUE"),
         ("evaluate run --data.corpus TextLines --data.corpus.pth one.txt", "no such field; did you mean path?"),
         ("evaluate run --data.corpos=TextLines", "data.corpos: Data has no such field; did you mean corpus?"),
-        ("evaluate run --data.corpus=exits:Part", "data.corpus=exits:Part: SystemExit: 3; mend the module"),
+        ("evaluate run --data.corpus=exits:Part", "data.corpus=exits:Part: SystemExit: 3; fix the module"),
         ("evaluate run --model.n_layers=3", "model.n_layers=3 is as it was in training; only data.corpus may differ"),
         ("evaluate run --data.corpus", "'--data.corpus' must be --field.path=value"),
         ("evaluate run --datacorpus=TextLines", "unrecognized arguments: --datacorpus=TextLines"),
@@ -467,7 +467,7 @@ def test_a_part_is_swapped_by_its_import_path(home, whole, tmp_path):
 
 
 def test_a_warm_start(home, whole, monkeypatch):
-    """What fits is taken, the rest is drawn; the report says which; and the run goes on without its source."""
+    """What fits is taken, the rest is drawn; the report says which; and the run continues without its source."""
     start = ["config.py", "--directory=run-warm", "--init_from=run", "--model.d_ff=20", "--train.seed=5"]
     start += ["--train.sample_tokens=0", "--train.steps=40", "--train.save_every=20"]
     process = command(home, "train", *start, "--train.eval_every=40")

@@ -291,7 +291,7 @@ def test_a_class_is_named_where_names_of_files_do_not_tell(tmp_path):
 
 def test_malformed_rows_are_left_out_and_told_if_the_table_says_so(tmp_path, caplog):
     path = write_csv(tmp_path / "q.csv", ("word", "long"), ("eins", "no"), ("zwei",), ("drei", ""))
-    with pytest.raises(InputError, match=r"q.csv, line 3: 1 cells, but there are 2 columns; mend the row"):
+    with pytest.raises(InputError, match=r"q.csv, line 3: 1 cells, but there are 2 columns; fix the row"):
         classifier(OWN).predict_file(path)
     run = classifier(dataclasses.replace(OWN, malformed="skip"))
     with caplog.at_level(logging.WARNING):

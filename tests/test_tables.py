@@ -79,7 +79,7 @@ BAD = [
 def test_a_malformed_row_is_told_with_file_line_and_reason(tmp_path, caplog, name, content, line, reason):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match="mend the row, or set malformed='skip'") as error:
+    with pytest.raises(InputError, match="fix the row, or set malformed='skip'") as error:
         list(Table(str(path), labels=("class",)).rows())
     assert f"{path}, line {line}: " in str(error.value) and reason in str(error.value)
     corpus = Table(str(path), labels=("class",), malformed="skip")
@@ -107,7 +107,7 @@ def test_columns_must_be_there(tmp_path, content, message):
 def test_quotes_that_do_not_match_end_it(tmp_path, content, line):
     """Where the next row begins is not known then."""
     (tmp_path / "t.csv").write_text(content)
-    with pytest.raises(InputError, match=rf"t.csv, line {line}: .*; mend the quotes"):
+    with pytest.raises(InputError, match=rf"t.csv, line {line}: .*; fix the quotes"):
         list(Table(str(tmp_path / "t.csv"), malformed="skip").rows())
 
 

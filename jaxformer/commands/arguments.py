@@ -112,9 +112,9 @@ def imported(arguments: Sequence[str]) -> list[str]:
         find_modules_here()
         try:
             importlib.import_module(module)
-        except (Exception, SystemExit) as error:  # whatever the user's module raises, it is the user's to mend
+        except (Exception, SystemExit) as error:  # whatever the user's module raises, it is the user's to fix
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"--import={module}: {reason}; mend the module, or its name") from error
+            raise InputError(f"--import={module}: {reason}; fix the module, or its name") from error
     return rest
 
 

@@ -2,7 +2,7 @@
 
 
 def reproduce(name: str, json: bool = False, directory: str = "runs", results: str | None = None) -> None:
-    """Trains the systems of an experiment, or goes on with them, and prints their numbers beside the published ones.
+    """Trains the systems of an experiment, or resumes them, and prints their numbers beside the published ones.
 
     Args:
         name: A file of the folder experiments, without its .py; a Python file of your own; or all.

@@ -222,10 +222,10 @@ class JSONLines(TextFiles):
                     raise ValueError(f"{self.field!r} is {type(text).__name__}, not a string")
                 (text or "").encode()
             except UnicodeEncodeError:
-                raise InputError(f"{path}, line {number}: half of a surrogate pair; mend the line") from None
+                raise InputError(f"{path}, line {number}: half of a surrogate pair; fix the line") from None
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 reason = f"no object with a {self.field!r}" if isinstance(error, KeyError | TypeError) else error
-                raise InputError(f"{path}, line {number}: {reason}; mend the line, or leave it out") from None
+                raise InputError(f"{path}, line {number}: {reason}; fix the line, or leave it out") from None
             yield from cut([text or ""], ("line", number))
 
 

@@ -109,7 +109,7 @@ def _labels(corpus: Corpus, classes: Mapping[str, tuple[str, ...]], field: str) 
             if unknown := [v for v in each if v not in index]:
                 raise InputError(
                     f"{field}={corpus}: example {i + 1} has {name}={unknown[0]!r}, which must be one of "
-                    f"{', '.join(classes[name])}; mend the row, or give it to the data to train on"
+                    f"{', '.join(classes[name])}; fix the row, or give it to the data to train on"
                 )
             if several:
                 labels[i, [index[v] for v in each]] = 1
@@ -273,7 +273,7 @@ def _scan(ids: NDArray[Any], tokenizer: Tokenizer, part: Path) -> np.dtype:
 
 
 def _starts(ids: NDArray[Any], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
-    """Where the documents of ids that lie ready begin: behind each end, or with it if it is a start, too."""
+    """Where the documents of ids in a file begin: behind each end, or with it if it is a start, too."""
     yield np.zeros(1, np.int64)
     for at in range(0, len(ids), 1 << 24):
         block = np.asarray(ids[at : at + (1 << 24)])
@@ -288,7 +288,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
     assert tokenizer.vocab_size is not None
     dtype, done = np.min_scalar_type(tokenizer.vocab_size - 1), _progress(part)
     if done["pieces"]:
-        log.info("going on with the preparation of the corpus after %s tokens", f"{done['tokens']:,}")
+        log.info("resuming the preparation of the corpus after %s tokens", f"{done['tokens']:,}")
     bar = tqdm(desc="tokenizing", unit="char", unit_scale=True, disable=None)
     with open(part / "tokens.bin", "ab") as tokens, open(part / "documents.bin", "ab") as documents, bar:
         tokens.truncate(done["tokens"] * dtype.itemsize)
@@ -365,7 +365,7 @@ def _known(encoded: Iterable[tuple[Piece, Ids]], corpus: Corpus, tokenizer: Toke
 def _framed(
     encoded: Iterable[tuple[Piece, Ids]], tokenizer: Tokenizer, inside: bool, empty: bool
 ) -> Iterator[tuple[Ids, bool, bool]]:
-    """Ids between those that stand before and after a document; whether one begins with them; whether it goes on.
+    """Ids between those that stand before and after a document; whether one begins with them; whether it continues.
 
     A document without an id is none, unless `empty` says so.
     """

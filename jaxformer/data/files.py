@@ -158,7 +158,7 @@ def _decompressed(path: Path) -> Iterator[bytes]:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    begun: list[bytes] = []  # of a line that goes on in the next chunk
+    begun: list[bytes] = []  # of a line that continues in the next chunk
     for chunk in _chunks(path):
         first, *others = chunk.split(b"\n")
         begun.append(first)

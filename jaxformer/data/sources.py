@@ -80,7 +80,7 @@ class Source:
         first, last = (int(np.searchsorted(self.starts, at, side)) for side in ("left", "right"))
         rest = self.starts[last:] - at
         if at < len(self.tokens):
-            rest = np.concatenate([np.zeros(1, np.int64), rest])  # the document that is cut goes on
+            rest = np.concatenate([np.zeros(1, np.int64), rest])  # the document that is cut continues
         one = dataclasses.replace(self, tokens=self.tokens[:at], starts=self.starts[:first])
         return one, dataclasses.replace(self, tokens=self.tokens[at:], starts=rest)
 

@@ -102,7 +102,7 @@ class Table(TextFiles):
             except Malformed as error:
                 if self.malformed == "stop":
                     raise InputError(
-                        f"{path}, line {line}: {error}; mend the row, or set malformed='skip' to leave such rows out"
+                        f"{path}, line {line}: {error}; fix the row, or set malformed='skip' to leave such rows out"
                     ) from None
                 skipped, first = skipped + 1, first or f"line {line}: {error}"
         if skipped and not quiet:
@@ -142,7 +142,7 @@ class Table(TextFiles):
             except StopIteration:
                 break
             except csv.Error as error:  # where the next row begins is not known: no row can be left out
-                raise InputError(f"{path}, line {line}: {error}; mend the quotes, or the ends of lines") from None
+                raise InputError(f"{path}, line {line}: {error}; fix the quotes, or the ends of lines") from None
             if names is None:
                 names = tuple(name.strip() for name in row)
                 self._check_names(path, names)

@@ -205,7 +205,7 @@ def names() -> list[str]:
 
 
 def run_row(row: Row, directory: Path) -> Result:
-    """Trains the runs of a row, or goes on with them, and reads what they have left."""
+    """Trains the runs of a row, or resumes them, and reads what they have left."""
     config = config_lib.resolve(row.config, row.overrides)
     if row.also:
         runs = []

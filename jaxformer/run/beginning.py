@@ -1,4 +1,4 @@
-"""How runs begin, or go on from where they stopped: their states, and what is told and stored before they train."""
+"""How runs begin, or resume where they stopped: their states, and what is told and stored before they train."""
 
 import contextlib
 import logging

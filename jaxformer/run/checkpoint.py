@@ -202,7 +202,7 @@ class CheckpointWriter(Checkpoints):
             self._ranks[step] = rank if math.isfinite(rank) else math.inf
 
     def set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that a run that goes on can save that step again."""
+        """Renames a damaged checkpoint, so that a run that resumes can save that step again."""
         aside = self.directory / f"{step}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(self.directory / str(step), aside)
@@ -259,7 +259,7 @@ def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[An
     """The states of all runs at the newest step that each of them has whole; None if none has a checkpoint, or if
     their very first save was cut short.
 
-    Damaged ones are set aside, if there is a step to go on from.
+    Damaged ones are set aside, if there is a step to resume from.
     """
     damaged: list[tuple[CheckpointWriter, int]] = []
     for step in sorted(set[int].intersection(*(set(run.steps()) for run in runs)), reverse=True):
@@ -305,5 +305,5 @@ def _reserve(directory: Path, n_bytes: int) -> None:
     except OSError as error:
         raise OSError(
             f"{directory} has no room for a checkpoint of {n_bytes:,} bytes ({error.strerror}); "
-            "free some, and the same command goes on from the last one"
+            "free some, and the same command resumes from the last one"
         ) from error

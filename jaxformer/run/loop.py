@@ -1,4 +1,4 @@
-"""The story of a run: it starts or goes on, trains, evaluates, saves, and stops when told to."""
+"""The story of a run: it starts or resumes, trains, evaluates, saves, and stops when told to."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ def train(
     directory: str | Path | None = None,
     profile: tuple[int, int] | None = None,
 ) -> Run:
-    """Trains a run, or goes on with it where it stopped, and returns it.
+    """Trains a run, or resumes it where it stopped, and returns it.
 
     `config` is a Config or the path of a file that defines one; `overrides` maps field paths to values
     ({"model.n_layers": 6}). `profile` asks for a trace of the device from after one step to after another, in the
@@ -59,10 +59,10 @@ def train_seeds(
     overrides: Mapping[str, Any] | None = None,
     directory: str | Path | None = None,
 ) -> list[Run]:
-    """Trains runs that differ in nothing but their seed together, as one program, or goes on with them.
+    """Trains runs that differ in nothing but their seed together, as one program, or resumes them.
 
     Each is a run of its own in directory/seed-SEED, and but for rounding what it would be alone: meant for an
-    accelerator that one small run leaves idle. Those that have a checkpoint go on with those that they were trained
+    accelerator that one small run leaves idle. Those that have a checkpoint resume with those that they were trained
     with last, so that other seeds may be added to them. Raises as `train` does.
     """
     if directory is not None:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Rows:
-    """The rows of one run, to metrics.jsonl and the config's writers. One that goes on from a step drops those after
+    """The rows of one run, to metrics.jsonl and the config's writers. One that resumes from a step drops those after
     it."""
 
     def __init__(self, config: Config, step: int):
@@ -57,7 +57,7 @@ class Rows:
             yield
         except Exception as error:  # whatever a service or its package raises
             self._sinks.pop(name, None)
-            log.warning("writers: %s failed (%s: %s); the run goes on without it", name, type(error).__name__, error)
+            log.warning("writers: %s failed (%s: %s); the run continues without it", name, type(error).__name__, error)
 
 
 def finite(value: Any) -> Any:

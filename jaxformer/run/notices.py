@@ -29,7 +29,7 @@ def tell_changes(config: Config, step: int) -> None:
         log.warning("%s was %s and is %s from here on%s", path, old, new, more)
     if names := changed_sources(config):
         log.warning(
-            "%s: the code has changed since the run's last start; it goes on with the new one", ", ".join(names)
+            "%s: the code has changed since the run's last start; it resumes with the new one", ", ".join(names)
         )
 
 

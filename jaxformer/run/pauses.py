@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class Pauses:
     """Saves first what is due to be saved, so that nothing is lost should the process die in an evaluation.
 
-    An evaluation and a sample end when a signal comes. The evaluation is made up for when the run goes on
+    An evaluation and a sample end when a signal comes. The evaluation is made up for when the run resumes
     (`before`), so that no row is missing.
     """
 
@@ -52,7 +52,7 @@ class Pauses:
 
     def before(self, step: int, state: TrainState, buffer: Batch) -> None:
         """What is due before the first call, of that buffer: makes up for evaluations that the step at which the run
-        goes on lacks and for ranks of its checkpoints, and compiles, so that no row counts these as training."""
+        resumes lacks and for ranks of its checkpoints, and compiles, so that no row counts these as training."""
         missing, found = owed(self._configs, self._saved, step)
         if found:
             self._rank(step, state, found)

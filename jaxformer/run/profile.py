@@ -32,7 +32,7 @@ class Profile:
         if self._running:
             self.close()
         elif step >= self._span[1]:
-            log.warning("profile=%d:%d lies before step %d, at which the run goes on: no trace", *self._span, step)
+            log.warning("profile=%d:%d lies before step %d, at which the run resumes: no trace", *self._span, step)
             self._span = None
         else:
             jax.profiler.start_trace(self._directory)

@@ -103,7 +103,7 @@ class Reports:
         self._doing = doing
 
     def resume(self) -> None:
-        """Training begins, or goes on after a pause; speed is the mean since then."""
+        """Training begins, or continues after a pause; speed is the mean since then."""
         self._seconds, self._elapsed = self._seconds + self._elapsed, 0.0
         self._since, self._tokens = time.perf_counter(), 0
         self._doing = ""

@@ -17,7 +17,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the run, after its state was saved."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"{signal.Signals(signum).name} at step {step}; the state is saved, the same command goes on")
+        super().__init__(f"{signal.Signals(signum).name} at step {step}; the state is saved, the same command resumes")
         self.signum = signum
 
 
