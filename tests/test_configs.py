@@ -74,17 +74,6 @@ def test_presets_are_listed(capsys):
     assert list(rows) == list(presets()) and "810,112  A small decoder" in rows["quickstart"]
 
 
-def test_the_readmes_training_commands_are_right():
-    """Each names a config that is there, and overrides that resolve."""
-    readme = (CONFIGS[0].parent.parent / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"python scripts/train.py (configs/\w+\.py)((?: --[\w.]+=\S+)*)", readme)
-    assert len(commands) >= 6 and any("n_layers" in flags for _, flags in commands)
-    for path, flags in commands:
-        given = dict(flag[2:].split("=", 1) for flag in flags.split())
-        fields = {n: v for n, v in given.items() if n not in ("seeds", "profile") and "$" not in v}
-        resolve(CONFIGS[0].parent.parent / path, fields)
-
-
 def test_the_scaled_rung_is_nanogpts_recipe(data_directory):
     """nanoGPT prints 10,740,096 decayed parameters, and 4,992 that are not: the gains of its norms."""
     config = resolve(CONFIGS[0].parent / "shakespeare_gpu.py")

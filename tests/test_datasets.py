@@ -197,9 +197,9 @@ def test_ids_without_a_tokenizer_train_and_sample_as_numbers(tmp_path, caplog):
     whole = jaxformer.train(config, directory=tmp_path / "whole")
     assert sha256(resumed.state) == sha256(whole.state)
     run = jaxformer.open_run(tmp_path / "run")
-    found = run.evaluate_valid()
+    found = run.evaluate()
     assert found["loss"] < 0.1 and found["tokens"] == 5 * 29 - 1 and found["bits_per_byte"] is None
-    assert run.evaluate_file(str(tmp_path / "val.bin"))["loss"] == found["loss"]
+    assert run.evaluate(str(tmp_path / "val.bin"))["loss"] == found["loss"]
     assert run.sample("25 26", temperature=0.0) == "25 26 27" and run.sample(tokens=3, temperature=0.0) == "0 1 2"
     assert "0 1 2" in caplog.messages  # shown at the evaluations
     with pytest.raises(InputError, match=r"prompt: 'The' is no id: .* train with data\.tokenizer=TokenizerFile"):
