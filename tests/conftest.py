@@ -45,22 +45,29 @@ for name in ("learning.rows", "learning.objectives", "generation.logits_processo
     check_shapes(importlib.import_module(f"jaxformer.{name}"))
 
 
-# XLA as it is takes most of a suite's time to optimise programs that run for a millisecond.
+# Most of a suite's time would go into optimising programs that run for a millisecond.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-as_users_have_it = compiler.get_compile_options
+try:
+    jax.jit(lambda: 0).lower().compile(compiler_options=QUICK)
+except jax.errors.JaxRuntimeError:  # another jaxlib, without these options
+    QUICK = {}
+FLAGS = os.environ["XLA_FLAGS"]  # this process has read them, the commands that tests start have not
+QUICK_FLAGS = " ".join([FLAGS, *(f"--{name}={str(value).lower()}" for name, value in QUICK.items())])
+optimised = compiler.get_compile_options
 
 
 def quickly(*args, env_options_overrides=None, **kwargs):
-    return as_users_have_it(*args, env_options_overrides={**QUICK, **(env_options_overrides or {})}, **kwargs)
+    return optimised(*args, env_options_overrides={**QUICK, **(env_options_overrides or {})}, **kwargs)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled(request):
-    """Programs compile quickly, but as users have them in modules marked `exact`, which compare bits of programs."""
-    compiler.get_compile_options = as_users_have_it if request.node.get_closest_marker("exact") else quickly
+    """Programs compile quickly; in modules marked `exact`, which compare their bits, as users have them."""
+    exact = request.node.get_closest_marker("exact")
+    compiler.get_compile_options, os.environ["XLA_FLAGS"] = (optimised, FLAGS) if exact else (quickly, QUICK_FLAGS)
     jax.clear_caches()  # the same program may have been compiled the other way
     yield
-    compiler.get_compile_options = as_users_have_it
+    compiler.get_compile_options, os.environ["XLA_FLAGS"] = optimised, FLAGS
 
 
 @pytest.fixture(autouse=True)

@@ -312,7 +312,7 @@ def listing(home):
         ),
         ("train config.py --directory=new --model.position=json:dumps", "model.position='json:dumps' must be one of"),
         ("train config.py --directory=new --model.position=Rotry", "model.position='Rotry' must be one of "),
-        ("train config.py --directory=new --model.norm=Rotary", "model.norm='Rotary' must be one of LayerNorm, NoNorm"),
+        ("train config.py --directory=new --model.norm=Rotary", "model.norm='Rotary' must be one of LayerNorm, "),
         (
             "train config.py --directory=new --data.corpus=JSONLines",
             "data.corpus.path must be given, as --data.corpus.path=VALUE",
