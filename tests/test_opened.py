@@ -122,8 +122,12 @@ def sampled(monkeypatch, capsys, *arguments):
 
 
 def test_the_command(monkeypatch, capsys):
-    how = ["--prompt=abc", "--tokens=40", "--seed=5", "--stop=zz", "--stop", "qq", "--repetition_penalty=1.7"]
-    expected = writer("decoder").generate("abc", 40, 3, 5, stop=("zz", "qq"), repetition_penalty=1.7)
+    free = writer("decoder").generate("abc", 40, 3, 5, repetition_penalty=1.7)
+    stop = free[0].text[3:5], free[1].text[3:5]
+    how = ["--prompt=abc", "--tokens=40", "--seed=5", f"--stop={stop[0]}", "--stop", stop[1]]
+    how += ["--repetition_penalty=1.7"]
+    expected = writer("decoder").generate("abc", 40, 3, 5, stop=stop, repetition_penalty=1.7)
+    assert [one.finish_reason for one in expected[:2]] == ["stop"] * 2
     status, plain, _ = sampled(monkeypatch, capsys, *how, "--samples=3")
     assert status == 0 and plain == "\n---------------\n".join("abc" + one.text for one in expected) + "\n"
     assert plain != sampled(monkeypatch, capsys, *how[:-1], "--samples=3")[1]
