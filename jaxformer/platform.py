@@ -20,14 +20,6 @@ def set_flags() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
-def texts_at_once() -> int:
-    """How many samples are drawn side by side: always so many, since sums of other shapes round differently.
-
-    On CPU one costs what it costs; an accelerator draws eight in the time of one, or nearly.
-    """
-    return 1 if jax.default_backend() == "cpu" else 8
-
-
 def check_numerics() -> None:
     """Raises InputError if this build of XLA sums wrongly; takes a tenth of a second.
 

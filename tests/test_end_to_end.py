@@ -554,6 +554,8 @@ PARTS = """
 from jaxformer.model.positions import NoPosition
 from jaxformer.writers import Writer
 
+pytestmark = pytest.mark.exact
+
 
 class Fails(NoPosition):
     def bias(self, params, view, new, seen):

@@ -26,6 +26,8 @@ from jaxformer.model.layers import MLP
 from jaxformer.model.positions import Learned
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state, train_members, train_step, train_steps
 
+pytestmark = pytest.mark.exact
+
 RECIPE = Recipe(decoder(n_layers=2, dropout=0.2))
 OPTIMIZER = AdamW(learning_rate=WarmupCosine(1e-2, 1e-3, 2))
 

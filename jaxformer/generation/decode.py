@@ -19,6 +19,7 @@ from jaxformer.spec import Spec
 Processors = tuple[LogitsProcessor, ...]
 
 STRETCH = 32  # tokens that are drawn without a word to the host
+TOGETHER = 4  # samples that are drawn side by side: always so many, since sums in other shapes round differently
 ROOM = 1024  # tokens of text for which processors that read it have room without compiling again
 
 

@@ -72,7 +72,7 @@ class Writing:
 
 
 def write(sampler: Sampler, request: Request, writings: Sequence[Writing]) -> Iterator[None]:
-    """Draws the first texts of a request until all of them have ended; comes back between stretches."""
+    """Draws a request until its first texts, which are written here, have ended; comes back between stretches."""
     for drawn in sampler(request):
         ids, known = drawn.ids.tolist(), drawn.log_probabilities
         chances = [[None] * len(row) for row in ids] if known is None else known.tolist()

@@ -19,14 +19,14 @@ from jaxformer.data.files import located
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import asked_in
 from jaxformer.data.tokenizers import Tokenizer, read_tokenizer
-from jaxformer.generation.decode import LeftToRight, Processors, Request, Sampler, row_keys
+from jaxformer.generation.decode import TOGETHER, LeftToRight, Processors, Request, Sampler, row_keys
 from jaxformer.generation.logits_processors import usual_processors
 from jaxformer.generation.predict import predict
 from jaxformer.generation.texts import Generated, Writing, write
 from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
 from jaxformer.pictures import loss_curve
-from jaxformer.platform import check_numerics, set_flags, texts_at_once
+from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run import inspection
 from jaxformer.run.attention import Attention, attention, cross_attention
 from jaxformer.run.checkpoint import Checkpoints
@@ -101,17 +101,17 @@ class Run:
         tokenizer's start token.
 
         A text ends before `tokens` are drawn if the tokenizer's end token comes, or before the first of the texts
-        `stop`. `how` is that of `usual_processors`, which act after `processors`. Sample i is the same whatever the
-        number of `samples`. `between` is called every so often; what it raises ends the drawing. Raises InputError for
-        a character of the prompt that the tokenizer does not know, and for numbers out of their range.
+        `stop`. `how` is that of `usual_processors`, which act after `processors`. Sample i is the same, bit for bit,
+        whatever the number of `samples`. `between` is called every so often; what it raises ends the drawing. Raises
+        InputError for a character of the prompt that the tokenizer does not know, and for numbers out of their range.
         """
         if samples < 1:
             raise InputError(f"samples={samples} must be at least 1")
         request, before, stop = self._asked(prompt, tokens, seed, stop, processors, how)
-        count, found = len(request.prompts), list[Generated]()
-        for first in range(0, samples, count):
-            writings = [Writing(self.tokenizer, before, stop) for _ in range(first, min(first + count, samples))]
-            for _ in write(self.sampler, request._replace(keys=row_keys(seed, first, count)), writings):
+        found = list[Generated]()
+        for first in range(0, samples, TOGETHER):
+            writings = [Writing(self.tokenizer, before, stop) for _ in range(min(TOGETHER, samples - first))]
+            for _ in write(self.sampler, request._replace(keys=row_keys(seed, first, TOGETHER)), writings):
                 between()
             found += [writing.generated(prompt or "", seed, first + i) for i, writing in enumerate(writings)]
         return found
@@ -178,9 +178,8 @@ class Run:
         elif ids and self.joins:  # the prompt is a first text, which the second follows
             start = self.tokenizer.document(prompt or "")
         self._tell_cut([source or start])
-        count = texts_at_once()
-        sources = None if source is None else [source] * count
-        return self._request([start] * count, tokens, seed, processors, sources), ids, stop
+        sources = None if source is None else [source] * TOGETHER
+        return self._request([start] * TOGETHER, tokens, seed, processors, sources), ids, stop
 
     def _request(
         self,
