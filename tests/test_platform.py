@@ -6,6 +6,8 @@ import pytest
 from jaxformer import platform
 from jaxformer.spec import InputError
 
+pytestmark = pytest.mark.exact
+
 
 def test_this_machine_computes_right_sums():
     platform.check_numerics()
