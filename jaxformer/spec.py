@@ -413,7 +413,7 @@ def known_specs(cls: type[Spec] = Spec) -> list[type[Spec]]:
 
 
 class Letters(NamedTuple):
-    """The axes of an array (README, "Letters"): of `batch` many alike, what a matrix sums over, the rest.
+    """The axes of an array (docs/extend.md, "Letters"): of `batch` many alike, what a matrix sums over, the rest.
 
     "D->HK" is a matrix from D to H·K, "E|D->F" are E of them, and stacked over layers they are "LE|D->F". Letters
     without an arrow are a bias, gain or table.

@@ -30,7 +30,7 @@ EXAMPLES = """\
 
 
 def main(name: str | None = None) -> None:
-    """Runs a command and exits with the status that README, "Exit status", promises."""
+    """Runs a command and exits with the status that docs/runs.md, "Exit status", promises."""
     for signum in meant():  # until `train` has something to save and collects them itself
         signal.signal(signum, _leave)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

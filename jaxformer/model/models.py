@@ -74,7 +74,7 @@ class Model(Spec):
 
     @property
     def dims(self) -> dict[str, int]:
-        """Letter → size (README, "Letters")."""
+        """Letter → size (docs/extend.md, "Letters")."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size=None must be set before the model is used; take the tokenizer's")
         return {"V": self.vocab_size, "D": self.d_model, "C": self.context_length}

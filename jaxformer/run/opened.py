@@ -168,9 +168,7 @@ class Run:
         except InputError as error:
             raise InputError(f"prompt: {error}") from None
         if not self.writes:
-            raise InputError(
-                f"{self.config.directory}: its model writes no text; see what it says of one by predict.py"
-            )
+            raise InputError(f"{self.config.directory}: its model writes no text; see what it says of one by predict")
         start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
         source = None
         if self.model.encodes:
