@@ -101,6 +101,7 @@ def test_what_is_known_of_a_text():
         else:
             assert one == other and (one.ids[-1] == LETTERS.end or len(one.ids) == 40)
     assert "".join(run.stream("abc", 40, 5, stop=stop)) == run.sample("abc", 40, 5, stop=stop)
+    assert run.generate("abc", 0) == [("abc", "", [], [], "length", 0, 0)] and run.sample("abc", 0) == "abc"
     with pytest.raises(TypeError, match="tempreture"):
         run.sample("abc", tempreture=0.5)
 
@@ -161,6 +162,7 @@ def test_a_sampler_of_a_strangers_draws_texts_of_an_encoder():
     one, other = run.samples("abc", 7, 2, processors=(Without((26,)),))  # 26 is the mask, which has no text
     assert [one, other] == run.samples("abc", 7, 2, processors=(Without((26,)),)) and one != other
     assert all(text.startswith("abc") and len(text) == 10 for text in (one, other))
+    assert run.generate("abc", 7)[0].log_probabilities is None  # this sampler tells none
     with pytest.raises(InputError, match="its model writes no text"):
         dataclasses.replace(run, config=dataclasses.replace(config, sampler=None)).samples("abc", 7)
 

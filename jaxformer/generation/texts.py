@@ -52,8 +52,8 @@ class Writing:
             self.text, self.finish_reason = self.text + self._held, reason
 
     def generated(self, prompt: str, seed: int, sample: int) -> Generated:
-        reason = self.finish_reason or "length"
-        return Generated(prompt, self.text, self.ids, self.log_probabilities or None, reason, seed, sample)
+        known = self.log_probabilities if len(self.log_probabilities) == len(self.ids) else None
+        return Generated(prompt, self.text, self.ids, known, self.finish_reason or "length", seed, sample)
 
     def _text_of_new(self) -> str:
         known, text = (self._tokenizer.decode(ids) for ids in (self._shown, self._shown + self._new))
