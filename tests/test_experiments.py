@@ -229,7 +229,7 @@ def test_what_was_stopped_in_the_middle_goes_on_to_the_same_numbers(home, whole)
         ("also.py", "data.splt_seed: Data has no such field; did you mean split_seed?"),
         ("bare.py", "bare.py: the experiment has no rows; give it one"),
         ("tiny.py --results=notes.md", "results='notes.md' holds something that is no results; give another file"),
-        ("tiny.py", 'pictures need Matplotlib; pip install -e ".[pictures]"'),
+        ("tiny.py", 'pictures need Matplotlib; pip install "jaxformer[pictures]"'),
         ("all", "experiments/one.py: must define `experiment`"),
     ],
 )
