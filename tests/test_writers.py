@@ -61,6 +61,7 @@ def shown(monkeypatch):
         return types.SimpleNamespace(update=lambda figure: note("update", figure)) if display_id else None
 
     ipython = types.ModuleType("IPython")
+    ipython.version_info = (9, 0)  # which Matplotlib asks for once pyplot was imported
     ipython.get_ipython = lambda: types.SimpleNamespace(kernel=None)
     ipython.display = types.ModuleType("IPython.display")
     ipython.display.display = display
