@@ -1,4 +1,4 @@
-"""GPT-2, 124M: 12 layers, 768 wide, context 1024, trained as nanoGPT does.
+"""GPT-2, 124M: 12 layers, 768 wide, context 1024, with nanoGPT's optimizer settings.
 
 Give it a corpus of yours:
 

@@ -129,7 +129,7 @@ def load(name: str | Path) -> Config:
     if path is None:
         close = difflib.get_close_matches(Path(name).stem, presets(), n=1)
         remedy = f"did you mean the preset {close[0]}?" if close else "`jaxformer presets` lists those that there are"
-        raise InputError(f"config {str(name)!r} is no file and no preset; {remedy}")
+        raise InputError(f"config {str(name)!r} is neither a file nor a preset; {remedy}")
     found = execute(path).get("config")
     if not isinstance(found, Config):
         raise InputError(f"{path}: must define `config`, a jaxformer Config, but it is {type(found).__name__}")

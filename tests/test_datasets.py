@@ -202,7 +202,7 @@ def test_ids_without_a_tokenizer_train_and_sample_as_numbers(tmp_path, caplog):
     assert run.evaluate(str(tmp_path / "val.bin"))["loss"] == found["loss"]
     assert run.sample("25 26", temperature=0.0) == "25 26 27" and run.sample(tokens=3, temperature=0.0) == "0 1 2"
     assert "0 1 2" in caplog.messages  # shown at the evaluations
-    with pytest.raises(InputError, match=r"prompt: 'The' is no id: .* train with data\.tokenizer=TokenizerFile"):
+    with pytest.raises(InputError, match=r"prompt: 'The' is not an id: .* train with data\.tokenizer=TokenizerFile"):
         run.sample("The ")
     with pytest.raises(InputError, match=r"holds ids, no text to learn from; give the data\.tokenizer of its ids, or"):
         jaxformer.train(config, {"data.tokenizer": Characters()}, tmp_path / "other")

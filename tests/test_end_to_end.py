@@ -144,7 +144,7 @@ def test_other_calls_and_layouts_give_the_same_parameters(home, whole):
 def test_a_finished_run_does_nothing(home, whole):
     before = {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.name != "lock"}
     _, err = finish(command(home, "train", "config.py"))
-    assert "is finished: it has made 700 of 700 steps" in err
+    assert "is finished: it has made 700 steps" in err
     assert before == {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.name != "lock"}
 
 
@@ -268,8 +268,8 @@ def listing(home):
     ("arguments", "message"),
     [
         ("train", "usage: jaxformer train CONFIG"),
-        ("train nowhere.py", "config 'nowhere.py' is no file and no preset; `jaxformer presets` lists"),
-        ("train quikstart", "config 'quikstart' is no file and no preset; did you mean the preset quickstart?"),
+        ("train nowhere.py", "config 'nowhere.py' is neither a file nor a preset; `jaxformer presets` lists"),
+        ("train quikstart", "config 'quikstart' is neither a file nor a preset; did you mean the preset quickstart?"),
         ("trian config.py", "'trian' is no command; did you mean train?"),
         ("new config.py", "config.py exists already; give another name"),
         ("new own.py quikstart", "did you mean quickstart?"),

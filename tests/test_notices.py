@@ -176,7 +176,7 @@ def test_a_warm_up_as_long_as_the_run_is_a_tenth_of_it(kind):
     assert rate_at(long, 99, 101) == pytest.approx(100 / 101)
     kept = dataclasses.replace(long, shortens=False)
     assert rate_at(kept, 79, 80) == pytest.approx(80 / 101) and kept.notice(80) is None
-    assert long.notice(80) == "warmup_steps=100 would fill the run of 80 steps: it is shortened to 8"
+    assert long.notice(80) == "warmup_steps=100 is too long for a run of 80 steps: it is shortened to 8"
     assert long.notice(100) and long.notice(101) is None and Constant().notice(1) is None
 
 
@@ -186,7 +186,7 @@ def test_a_shortened_warm_up_is_told_once_and_an_extended_run_says_both_rates(tm
     assert len(warnings_of(caplog)) == 1
     caplog.clear()
     jaxformer.train(config)
-    notice = "optimizer.learning_rate.warmup_steps=50 would fill the run of 20 steps: it is shortened to 2"
+    notice = "optimizer.learning_rate.warmup_steps=50 is too long for a run of 20 steps: it is shortened to 2"
     assert warnings_of(caplog).count(notice) == 1
     caplog.clear()
     jaxformer.train(config, {"train.steps": 30})

@@ -59,11 +59,11 @@ def test_ids_without_a_tokenizer_are_numbers(tmp_path):
     ids = NoTokenizer(29, end_id=28)
     assert ids.encode(" 3 28\n07").tolist() == [3, 28, 7] and ids.encode("").tolist() == []
     assert ids.decode([3, 28, 7]) == "3 7" and ids.byte_lengths() is None and ids.start == ids.end == ids.padding == 28
-    assert NoTokenizer().vocab_size == 50257 and NoTokenizer().start == 0 and NoTokenizer().end is None
+    assert NoTokenizer(29).start == 0 and NoTokenizer(29).end is None
     (tmp_path / "tokenizer.json").write_text(dumps(ids))
     assert read_tokenizer(tmp_path / "tokenizer.json") == ids == ids.fit(["text"])
     for wrong in ("29", "-1", "The", "\u0663", "9" * 5000):
-        with pytest.raises(InputError, match=r"is no id: data\.tokenizer=NoTokenizer reads numbers less than 29"):
+        with pytest.raises(InputError, match=r"is not an id: data\.tokenizer=NoTokenizer reads numbers less than 29"):
             ids.encode(f"3 {wrong}")
     for wrong in (NoTokenizer(0), NoTokenizer(29, 29), NoTokenizer(29, -1)):
         with pytest.raises(InputError, match="must be"):

@@ -92,7 +92,7 @@ def _help() -> str:
     ]
     return "\n\n".join(
         (
-            "usage: jaxformer COMMAND ...        jaxformer COMMAND --help tells all of one",
+            "usage: jaxformer COMMAND ...        jaxformer COMMAND --help describes one",
             *groups,
             f"examples\n{EXAMPLES}",
             "documentation: README.md and the folder docs beside it; in Python, help(jaxformer.train)",

@@ -14,7 +14,7 @@ def predict(
     json: bool = False,
     overrides: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints what a trained run says of a text: its class, its vector, or the text that answers it.
+    """Prints what a trained run predicts for a text: its class, its vector, or the text that answers it.
 
     Args:
         run: The run's directory.

@@ -30,8 +30,8 @@ def sample(
         temperature: Less than 1 sharpens the distribution; 0 always takes the likeliest token.
         top_k: Draw among the k likeliest tokens.
         top_p: Draw among the likeliest tokens that reach this probability together.
-        min_p: Draw among the tokens at least so many times as probable as the likeliest.
-        repetition_penalty: More than 1 makes tokens that stand in prompt or text less likely; 1.2 is usual.
+        min_p: Draw among the tokens whose probability is at least this fraction of the likeliest one's.
+        repetition_penalty: More than 1 makes tokens already in the prompt or the text less likely; 1.2 is usual.
         stop: The text ends before this text; may be given several times.
         seed: Other seeds give other texts.
         step: A checkpoint's step, or "best"; by default the newest.

@@ -104,4 +104,7 @@ def check_ids(ids: NDArray[Any], vocab_size: int | None) -> None:
     """Raises InputError for an id that the model has no row for: JAX would take another row without a word."""
     if vocab_size is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         wrong = ids.max() if ids.max() >= vocab_size else ids.min()
-        raise InputError(f"token id {wrong} must be at least 0 and less than vocab_size={vocab_size}; encode anew")
+        raise InputError(
+            f"token id {wrong} must be at least 0 and less than vocab_size={vocab_size}; encode anew, or set "
+            "the vocab_size of data.tokenizer"
+        )

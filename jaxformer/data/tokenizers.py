@@ -127,12 +127,12 @@ class Unfitted(Tokenizer):
 
 
 class NoTokenizer(Tokenizer):
-    """Ids that stand for no known text, as those of a `TokenFile`; by default as many as GPT-2's.
+    """Ids that stand for no known text, as those of a `TokenFile`.
 
     As text they are numbers: "464 262".
     """
 
-    vocab_size: int = 50257  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    vocab_size: int  # how many ids there are, GPT-2's 50257  # pyright: ignore[reportIncompatibleMethodOverride]
     end_id: int | None = None  # that ends each document, as GPT-2's 50256; None if there is none
 
     def check(self, at: str = "") -> None:
@@ -154,8 +154,9 @@ class NoTokenizer(Tokenizer):
         for word in text.split():
             if not (word.isascii() and word.isdecimal() and len(word) < 12 and int(word) < self.vocab_size):
                 raise InputError(
-                    f"{word!r} is no id: data.tokenizer=NoTokenizer reads numbers less than {self.vocab_size}, such as "
-                    "'464 262', and no text; give those, or train with data.tokenizer=TokenizerFile, which reads text"
+                    f"{word!r} is not an id: data.tokenizer=NoTokenizer reads numbers less than {self.vocab_size}, "
+                    "such as '464 262', and no text; give those, or train with data.tokenizer=TokenizerFile, which "
+                    "reads text"
                 )
         return np.array(text.split(), np.uint32)
 

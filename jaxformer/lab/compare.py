@@ -124,7 +124,7 @@ class Comparison:
         if any(len(group.records) > 1 for group in self.groups):
             yield (
                 "mean ± half-width of the 95 % confidence interval of the mean over seeds (Student's t); deviation is "
-                "the standard deviation of the seeds. Other seeds are meant, not other texts to validate on."
+                "the standard deviation of the seeds. It covers other seeds, not other texts to validate on."
             )
         yield f"final {by}: of the whole validation split at the last step."
         yield (
@@ -136,12 +136,12 @@ class Comparison:
             ways = {verdict.paired for verdict in self.verdicts if verdict.difference}
             how = {True: "paired by their seeds", False: "Welch's, as the seeds are not the same"}
             yield (
-                "difference: the group's mean less that of group 1; t-tests, "
+                "difference: the group's mean minus that of group 1; t-tests, "
                 f"{' or '.join(how[way] for way in sorted(ways))}. Where no difference is shown there may be one, "
                 "anywhere in the interval."
             )
             several = f", by Bonferroni's correction: intervals are at {100 - 5 / tests:.4g} %" if tests > 1 else ""
-            yield f"In at most 5 % of comparisons between equal groups alone is one called different{several}."
+            yield f"If all groups are equal, a difference is reported in at most 5 % of comparisons{several}."
         if len(steps := {group.config["train"]["steps"] for group in self.groups}) > 1:
             yield f"Groups have different numbers of steps ({', '.join(f'{n:,}' for n in sorted(steps))})."
         if len({r.texts["tokenizer_sha256"] for g in self.groups for r in g.records}) > 1 and tests:

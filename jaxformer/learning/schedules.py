@@ -69,7 +69,7 @@ class WarmupLinear(Schedule):
         if warmup == self.warmup_steps or type(self).__call__ is not WarmupLinear.__call__:
             return None
         run = counted(steps, "step")
-        return f"warmup_steps={self.warmup_steps} would fill the run of {run}: it is shortened to {warmup}"
+        return f"warmup_steps={self.warmup_steps} is too long for a run of {run}: it is shortened to {warmup}"
 
     def left(self, done: jax.Array) -> jax.Array:
         """How much of the way from `final` to `peak` is left when `done`, from 0 to 1, of the steps after the warm-up

@@ -138,7 +138,8 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
         runs, origin = restored(configs, prepared, saved, origin)
         step, steps = int(runs[0].state.step), config.train.steps
         if step >= steps and not any(owed(configs, saved, step)):
-            log.info("%s is finished: it has made %d of %s", config.directory, step, counted(steps, "step"))
+            more = f", more than the {steps:,} asked for" if step > steps else ""
+            log.info("%s is finished: it has made %s%s", config.directory, counted(step, "step"), more)
             received.interrupt(step)
             return runs
         record(runs, prepared, saved, origin)

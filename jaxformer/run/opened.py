@@ -168,7 +168,9 @@ class Run:
         except InputError as error:
             raise InputError(f"prompt: {error}") from None
         if not self.writes:
-            raise InputError(f"{self.config.directory}: its model writes no text; see what it says of one by predict")
+            raise InputError(
+                f"{self.config.directory}: its model writes no text; use predict, which says what it makes of one"
+            )
         start = [*self.tokenizer.prefix, *ids] if ids else [self.tokenizer.start]
         source = None
         if self.model.encodes:
@@ -255,7 +257,7 @@ class Run:
             parts = places if self.joins else None
             found += predict(self.model, self.state.eval_params, ids, parts, self.config.window)
         if not all(found):
-            raise InputError(f"{self.config.directory}: its model has no head that says something of a text; sample")
+            raise InputError(f"{self.config.directory}: its model has no head that classifies a text; use sample")
         return found
 
     def predict_file(self, path: str | Path) -> list[dict[str, Any]]:

@@ -28,14 +28,14 @@ QUIET = 50.0  # seconds between two lines where there is no terminal for a bar
 def shown() -> Iterator[None]:
     """Lines of the run are shown on stderr, beside the bar, unless the program has its own way with them.
 
-    It has if it has set the level of the logger "jaxformer", or has given a handler to that or to the root; one for the
-    console that the root has in a notebook is the kernel's, and says nothing of the program. When the run ends, level
-    and handlers are as they were.
+    It has if it has set the level of the logger "jaxformer" or of the root, or has given a handler to either; one for
+    the console that the root has may be a kernel's, or Orbax's, and says nothing of the program. When the run ends,
+    level and handlers are as they were.
     """
     root, own = logging.getLogger(), logging.getLogger("jaxformer")
     before = [(logger, logger.handlers) for logger in (root, own)]
-    kernels = in_notebook() and all(map(_is_console, root.handlers))
-    undecided = own.level == logging.NOTSET and not own.handlers and (kernels or not root.handlers)
+    usual = root.level == logging.WARNING and all(map(_is_console, root.handlers))
+    undecided = own.level == logging.NOTSET and not own.handlers and usual
     try:
         for logger, handlers in before:
             logger.handlers = [_Beside(handler) if _is_console(handler) else handler for handler in handlers]
