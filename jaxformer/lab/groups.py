@@ -113,9 +113,7 @@ def _record(directory: Path) -> Record:
     path = directory / "config.json"
     try:
         config = to_json(config_lib.read(path))
-    except (
-        InputError
-    ):  # it has parts of a module that was not imported, perhaps: the fields can be compared all the same
+    except InputError:  # parts of a module that was not imported, perhaps: the fields can be compared all the same
         config = _json(path)
     known = ("train", "seed"), ("train", "steps"), ("data", "corpus"), ("model", "class")
     if any(not isinstance(config.get(part), dict) or name not in config[part] for part, name in known):
