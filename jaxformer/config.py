@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import re
 import runpy
 import sys
 import traceback
@@ -22,7 +21,7 @@ from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupLinear
 from jaxformer.model import baselines
 from jaxformer.model.models import Decoder, Model
-from jaxformer.spec import InputError, Spec, checked, class_name, from_json, known_specs, nearest, override, to_json
+from jaxformer.spec import InputError, Spec, checked, class_name, from_json, known_specs, override, to_json
 from jaxformer.writers import Writer
 
 S = TypeVar("S", bound=Spec)
@@ -157,12 +156,6 @@ def _place(path: Path, error: BaseException) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, InputError):
         return str(error)
-    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if unknown:
-        for spec in known_specs():
-            if spec.__name__ == unknown[1]:
-                names = [field.name for field in dataclasses.fields(spec)]
-                return f"{unknown[1]} has no field {unknown[2]}; {nearest(unknown[2], names)}"
     return f"{type(error).__name__}: {error}"
 
 
@@ -177,6 +170,11 @@ def resolve(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
 
 def overridden(config: Config, overrides: Mapping[str, Any]) -> Config:
     """Not checked: fields that must be given may still be missing."""
+    if not isinstance(overrides, Mapping):
+        raise InputError(
+            f"overrides={overrides!r} must map paths of fields to values, such as {{'train.steps': 500}}; give a "
+            "directory by its name, directory=..."
+        )
     parts_first = sorted(overrides.items(), key=lambda item: item[0].count("."))  # before their fields
     for path, value in parts_first:
         config = override(config, path, value)

@@ -55,6 +55,9 @@ class Spec(abc.ABC):
             )
         if cls.abstract:
             raise InputError(f"{cls.__name__} is abstract; take another class")
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in fields.keys() - set(names):
+            raise InputError(f"{cls.__name__} has no field {name}; {nearest(name, names)}")
         return super().__new__(cls)
 
     def __init_subclass__(cls, abstract: bool = False) -> None:

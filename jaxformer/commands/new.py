@@ -15,6 +15,8 @@ def new(path: str, preset: str = "quickstart", /) -> None:
     from jaxformer.spec import InputError
 
     file, known = located(path), presets()
+    if file.suffix != ".py":
+        raise InputError(f"path={path!r} must end in .py, such as my_config.py")
     if preset not in known:
         close = difflib.get_close_matches(preset, known, n=1)
         raise InputError(

@@ -112,7 +112,9 @@ class Comparison:
         verdict = self.verdicts[number - 2] if number > 1 else Verdict(None, False, "")
         found = verdict.difference or Estimate(float("nan"), None, None, None)
         row |= {"difference": found.mean if verdict.difference else None, "difference_half_width": found.half_width}
-        return row | {"p_value": found.p_value, "paired": verdict.paired, "verdict": verdict.said}
+        other = row["steps"] != self.groups[0].config["train"]["steps"]
+        said = f"{verdict.said} (other number of steps)" if other and verdict.said else verdict.said
+        return row | {"p_value": found.p_value, "paired": verdict.paired, "verdict": said}
 
     @property
     def notes(self) -> list[str]:

@@ -67,8 +67,8 @@ def train_seeds(
     """
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise InputError(f"seeds={list(seeds)} must be one or more, each once")
+    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"seeds={seeds!r} must be one or more, each once, such as range(8)")
     first = config_lib.resolve(config, overrides)
     check_together(first, len(seeds))
     own = [{"train.seed": seed, "directory": str(Path(first.directory) / f"seed-{seed}")} for seed in seeds]
