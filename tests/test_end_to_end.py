@@ -20,6 +20,8 @@ from jaxformer.run.inspection import human
 from jaxformer.run.manifest import sha256
 from jaxformer.spec import InputError
 
+pytestmark = pytest.mark.exact
+
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 from jaxformer import Config, Data, Decoder, Train
@@ -261,7 +263,7 @@ def test_the_page_of_help():
 
 
 def listing(home):
-    return sorted(str(path) for path in home.rglob("*") if "cache" not in path.parts)
+    return sorted(str(path) for path in home.rglob("*") if not {"cache", "__pycache__"} & set(path.parts))
 
 
 @pytest.mark.parametrize(
@@ -553,8 +555,6 @@ def test_a_moving_average_is_what_is_evaluated_and_sampled(home, whole):
 PARTS = """
 from jaxformer.model.positions import NoPosition
 from jaxformer.writers import Writer
-
-pytestmark = pytest.mark.exact
 
 
 class Fails(NoPosition):

@@ -132,7 +132,7 @@ class NoTokenizer(Tokenizer):
     As text they are numbers: "464 262".
     """
 
-    vocab_size: int  # how many ids there are, GPT-2's 50257  # pyright: ignore[reportIncompatibleMethodOverride]
+    vocab_size: int = 0  # how many ids there are, such as GPT-2's 50257  # pyright: ignore
     end_id: int | None = None  # that ends each document, as GPT-2's 50256; None if there is none
 
     def check(self, at: str = "") -> None:
