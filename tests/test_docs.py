@@ -20,7 +20,6 @@ from jaxformer.spec import Spec, known_specs
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(ROOT.glob("docs/*.md"))
-QUICK = [ROOT / "README.md", ROOT / "docs/extend.md"]
 # What installs, measures or needs a GPU: its names are checked, it is not run.
 UNRUN = ("pip", "python", "python3", "source", "export", "pytest", "git", "cd", "ruff", "pyright", "time")
 
@@ -130,14 +129,9 @@ def check_names(words):
         assert named == "all" or named in experiments.names() or (ROOT / named).is_file() or Path(named).is_file()
 
 
-@pytest.mark.parametrize("page", QUICK, ids=lambda page: page.stem)
-def test_what_a_page_says_works(page, shortened, capfd):
-    follow(page, shortened)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in QUICK], ids=lambda page: page.stem)
-def test_what_another_page_says_works(page, shortened, capfd):
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_what_a_page_says_works(page, shortened, capfd):
     follow(page, shortened)
 
 
