@@ -34,7 +34,10 @@ def test_slips_in_python_are_answered_in_python():
         (lambda: jaxformer.train("quickstart", "runs/x"), "overrides='runs/x' must map paths of fields to values"),
         (lambda: jaxformer.train_seeds("quickstart", 3), "seeds=3 must be one or more, each once, such as range"),
         (lambda: jaxformer.Decoder(n_layer=3), "Decoder has no field n_layer; did you mean n_layers?"),
-        (lambda: jaxformer.train("quickstart", {"train.step": 5}), "train.step: Train has no such field; did you mean steps?"),
+        (
+            lambda: jaxformer.train("quickstart", {"train.step": 5}),
+            "train.step: Train has no such field; did you mean steps?",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             call()
