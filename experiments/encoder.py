@@ -4,7 +4,6 @@ from pathlib import Path
 
 from jaxformer.config import load
 from jaxformer.lab.experiments import Experiment, Report, Row, best_accuracy, mean_or_better
-from jaxformer.lab.measures import attention_weights
 from jaxformer.pictures import attention_maps
 from jaxformer.run.inspection import render
 from jaxformer.run.opened import open_run
@@ -20,10 +19,10 @@ def tell(report: Report) -> None:
     said = best.predict([TEXT])[0]
     report.text(f"The best of them says of “{TEXT}”: {said['target']} (1 means disaster), probabilities:")
     report.code(str({name: round(chance, 4) for name, chance in said["target probabilities"].items()}))
-    tokens, weights = attention_weights(best, TEXT)
+    looks = best.attention(TEXT)
     report.picture(
         "attention",
-        attention_maps(tokens, weights),
+        attention_maps(looks.tokens, looks.weights),
         "What each token (rows) looks at (columns), in each layer and head; padding is left out.",
     )
     report.text("### What it is made of\n\nFor one of its batches (`scripts/inspect_run.py RUN`):")

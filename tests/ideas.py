@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxformer.declarations import ByLayer, Param, Slot, map_declared
 from jaxformer.generation.decode import Drawn, Sampler
 from jaxformer.generation.logits_processors import Text
 from jaxformer.learning.objectives import Example, Masked, NextToken
@@ -19,7 +20,6 @@ from jaxformer.model.layers import Activation, FeedForward, Loss, Out, RMSNorm, 
 from jaxformer.model.masks import places
 from jaxformer.model.mixers import Mixer, place, view_of
 from jaxformer.model.models import Decoder
-from jaxformer.spec import ByLayer, Param, Slot, map_declared
 
 constant, normal = jax.nn.initializers.constant, jax.nn.initializers.normal
 

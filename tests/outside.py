@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jaxformer.declarations import Param, Slot
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.positions import Position
-from jaxformer.spec import Param, Slot
 
 normal = jax.nn.initializers.normal(1.0)
 

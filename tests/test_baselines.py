@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from tiny import generate, hidden, ids, loud
 
+from jaxformer.declarations import Letters, map_declared
 from jaxformer.keys import fold
 from jaxformer.learning.objectives import NextToken
 from jaxformer.model.baselines import GRU, LSTM, RNN, Bigram, Rows, TokenEmbedding
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import dropout
 from jaxformer.model.masks import Places, one_document, places
-from jaxformer.spec import Letters, checked, dumps, from_json, map_declared, override, to_json
+from jaxformer.spec import checked, dumps, from_json, override, to_json
 
 B, T, V, D, L = 3, 13, 29, 7, 5
 SIZES = {"d_model": D, "context_length": 23, "vocab_size": V}

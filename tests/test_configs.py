@@ -18,8 +18,9 @@ from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.config import load, presets, resolve
 from jaxformer.data.corpora import TextFiles
+from jaxformer.declarations import is_declared
 from jaxformer.run.plan import planned_recipe
-from jaxformer.spec import dumps, from_json, is_declared
+from jaxformer.spec import dumps, from_json
 
 pytestmark = pytest.mark.exact  # one of them trains for real
 

@@ -33,7 +33,7 @@ def commands(text):
     """The words of each command of a block."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        while "&&" in words:
+        while "&&" in words and (words[0] in UNRUN or called(words)):
             at = words.index("&&")
             yield words[:at], line
             words = words[at + 1 :]

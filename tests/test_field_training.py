@@ -18,6 +18,7 @@ from tiny import decoder, log_softmax, loud
 import jaxformer
 from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TextFiles
+from jaxformer.declarations import path_name
 from jaxformer.learning.objectives import NextToken, SequenceToSequence
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
@@ -28,7 +29,7 @@ from jaxformer.model.positions import Learned, Rotary
 from jaxformer.run.checkpoint import CheckpointWriter
 from jaxformer.run.starts import changed_sources, last_seeds
 from jaxformer.run.step import Hyper, Recipe, init_state, train_step
-from jaxformer.spec import InputError, path_name
+from jaxformer.spec import InputError
 
 pytestmark = pytest.mark.slow
 

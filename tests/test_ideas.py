@@ -37,6 +37,7 @@ from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.tasks import Reverse
 from jaxformer.data.tokenizers import Bytes
+from jaxformer.declarations import draw, path_name, trained, updated
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.learning.objectives import NextToken, SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
@@ -48,7 +49,7 @@ from jaxformer.model.mixers import MultiHead
 from jaxformer.model.positions import Rotary, Sinusoidal
 from jaxformer.run.manifest import sha256
 from jaxformer.run.step import Hyper, Recipe, init_state, train_step
-from jaxformer.spec import checked, draw, path_name, trained, updated
+from jaxformer.spec import checked
 
 SIZES = {"d_model": 24, "n_layers": 4, "n_heads": 3, "d_ff": 11, "context_length": 23}
 V, T = 29, 17

@@ -12,7 +12,7 @@ import jaxformer
 
 PACKAGE = Path(jaxformer.__file__).parent
 FLOORS = [
-    *("spec", "platform", "keys"),
+    *("spec", "declarations", "platform", "keys"),
     *(
         f"data.{n}"
         for n in (

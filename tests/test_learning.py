@@ -8,11 +8,11 @@ import pytest
 import tiny
 from tiny import B, T, decoder, ids, loud, totals
 
+from jaxformer.declarations import Declared, Letters
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
 from jaxformer.model.masks import Places
-from jaxformer.spec import Declared, Letters
 
 
 def reference_loss(model, params, tokens, weights):

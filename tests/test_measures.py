@@ -18,7 +18,6 @@ from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Characters
 from jaxformer.lab.measures import (
     activations,
-    attention_weights,
     before_training,
     differences_by_layer,
     estimate_loss,
@@ -137,8 +136,9 @@ def test_weights_of_attention_lie_in_the_order_of_layers(run_of):
     """Eleven windows twice: each layer looks as far back as its own. And the second eleven are the second."""
     kinds = 11
     run = run_of(decoder(n_layers=2 * kinds, mask=tuple(Window(1 + i) for i in range(kinds)), **NARROW))
-    tokens, weights = attention_weights(run, "HELLOWORLDZZTOPX")
-    assert tokens == list("HELLOWORLDZZT") and weights.shape == (2 * kinds, 2, T, T)
+    found = run.attention("HELLOWORLDZZTOPX")
+    weights = found.weights
+    assert found.tokens == list("HELLOWORLDZZT") and weights.shape == (2 * kinds, 2, T, T)
     back = np.arange(T)[:, None] - np.arange(T)
     for layer, weight in enumerate(weights):
         assert ((weight > 0) == ((back >= 0) & (back <= layer % kinds))).all(), layer
@@ -147,19 +147,20 @@ def test_weights_of_attention_lie_in_the_order_of_layers(run_of):
     short = run_of(dataclasses.replace(run.config.model, n_layers=kinds))
     params = {**run.state.params, "decoder": {**run.state.params["decoder"], "layers": first}}
     half = dataclasses.replace(short, state=run.state.replace(params=params))
-    np.testing.assert_allclose(attention_weights(half, "HELLOWORLDZZT")[1], weights[:kinds], atol=1e-6)
+    np.testing.assert_allclose(half.attention("HELLOWORLDZZT").weights, weights[:kinds], atol=1e-6)
 
 
 def test_weights_of_attention_are_triangular_where_nothing_later_is_seen(run_of):
     text = "ABCDEFG"
-    _, both = attention_weights(run_of(Encoder(**NARROW, context_length=T, vocab_size=29), objective=Masked()), text)
+    encoder = run_of(Encoder(**NARROW, context_length=T, vocab_size=29), objective=Masked())
+    both = encoder.attention(text).weights
     run = run_of(decoder(n_layers=4, mask=(Causal(), Window(2)), **NARROW))
-    _, past = attention_weights(run, text)
+    past = run.attention(text).weights
     assert (both > 0).all() and (np.triu(past, 1) == 0).all() and (past[::2] > 0).sum() == 2 * 2 * 7 * 8 / 2
     assert (np.tril(past[1::2], -2) == 0).all()
     recurrent = run_of(GRU(d_model=11, context_length=23, vocab_size=29))
     with pytest.raises(InputError, match="run: its layers record no weights of attention; a model with Softmax does"):
-        attention_weights(recurrent, text)
+        recurrent.attention(text)
 
 
 class Silent(Softmax):

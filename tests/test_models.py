@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import SIZES, B, T, block, decoder, hidden, ids, loud, mixed
 
+from jaxformer.declarations import Slot
 from jaxformer.keys import fold
 from jaxformer.model import blocks, cache
 from jaxformer.model.blocks import PostNorm, PreNorm
@@ -17,7 +18,6 @@ from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, ReLU, RMSNo
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.models import Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
-from jaxformer.spec import Slot
 
 
 def close(a, b, atol=1e-5):

@@ -12,6 +12,7 @@ import tiny
 
 from jaxformer.config import Config, read, resolve
 from jaxformer.data.corpora import Mixture, PythonTopics, TinyShakespeare
+from jaxformer.declarations import Declared, is_declared, map_declared
 from jaxformer.learning.optimizers import SGD, AdamW, Optimizer, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.kernels import Softmax
@@ -20,17 +21,14 @@ from jaxformer.model.models import Decoder
 from jaxformer.model.positions import Learned, Position, Rotary
 from jaxformer.run.dry_run import dry_run
 from jaxformer.spec import (
-    Declared,
     InputError,
     Spec,
     checked,
     dumps,
     field_comments,
     from_json,
-    is_declared,
     known_specs,
     listing,
-    map_declared,
     override,
     to_json,
 )

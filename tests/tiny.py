@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.data.tokenizers import BPE, Characters, TokenizerFile
+from jaxformer.declarations import whole
 from jaxformer.generation.decode import LeftToRight, Request, row_keys
 from jaxformer.learning.objectives import NextToken
 from jaxformer.model.blocks import Block
@@ -15,7 +16,6 @@ from jaxformer.model.masks import one_document
 from jaxformer.model.mixers import Context, MultiHead
 from jaxformer.model.models import Decoder
 from jaxformer.run.plan import abstract_state, recipe_of
-from jaxformer.spec import whole
 
 B, T = 3, 13
 SIZES = {

@@ -93,7 +93,7 @@ def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--") or not (equals or (rest and not rest[0].startswith("--"))):
-            meant = f"; did you mean {name.replace('-', '_').replace('__', '--', 1)}?" if "-" in name[2:] else ""
+            meant = f"; did you mean --{name[2:].replace('-', '_')}?" if re.match(r"--\w.*-", name) else ""
             raise InputError(f"{name!r} must be --field.path=value, such as --train.steps=500{meant}")
         found[name[2:]] = value if equals else rest.pop(0)
     return found

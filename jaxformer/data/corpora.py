@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jaxformer.data.files import decoded, fetch, file_sha256, is_binary, lines, located, plain_name, visible_files
-from jaxformer.spec import InputError, Spec
+from jaxformer.spec import InputError, Spec, counted
 
 PIECE = 16_384  # characters that are encoded at once
 CACHES = ("__pycache__", "node_modules", "venv")  # folders that programs fill
@@ -164,9 +164,13 @@ class TextFiles(Corpus):
         named = lambda path: plain_name(path).lower().endswith(suffixes)
         found = [path for path in visible if (named(path) if suffixes else not is_binary(path))]
         others, names = sorted({*visible} - {*found}), sorted({path.name for path in skipped})
-        what = f"{_counted(others)} not {' or '.join(suffixes)}" if suffixes else _counted(others, "binary file")
+        what = (
+            f"{counted(len(others), 'file')} not {' or '.join(suffixes)}"
+            if suffixes
+            else counted(len(others), "binary file")
+        )
         reasons = [f"{what}, such as {others[0].relative_to(root)}"] if others else []
-        reasons += [_counted(hidden, "hidden file")] if hidden else []
+        reasons += [counted(len(hidden), "hidden file")] if hidden else []
         reasons += [f"folders called {', '.join(names)}"] if names else []
         return found, "; ".join(reasons)
 
@@ -177,7 +181,7 @@ class TextFiles(Corpus):
         files, left = self._of_folder(root)
         size = sum(path.stat().st_size for path in files)
         amount = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-        return f"{self.path}: reads {_counted(files)}, {amount}" + (f"; leaves out: {left}" if left else "")
+        return f"{self.path}: reads {counted(len(files), 'file')}, {amount}" + (f"; leaves out: {left}" if left else "")
 
     def fingerprint(self) -> str:
         """SHA-256 over class, fields, and the names and contents of the files, wherever their folder lies."""
@@ -186,10 +190,6 @@ class TextFiles(Corpus):
         files = [(name(path), file_sha256(path)) for path in self.files()]
         fields = f"{type(self).__module__}.{dataclasses.replace(self, path='')!r}"
         return hashlib.sha256(json.dumps([fields, files]).encode()).hexdigest()
-
-
-def _counted(files: list[Path], kind: str = "file") -> str:
-    return f"{len(files):,} {kind}{'s' * (len(files) != 1)}"
 
 
 class TextLines(TextFiles):

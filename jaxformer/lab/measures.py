@@ -103,12 +103,6 @@ def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, 
     return jax.lax.map(one, rows, batch_size=32).mean(0)
 
 
-def attention_weights(run: Run, text: str) -> tuple[list[str], Float[np.ndarray, "L H T S"]]:
-    """A text's tokens, and how much each looks at each other, by layer and head (`Run.attention`)."""
-    found = run.attention(text)
-    return found.tokens, found.weights
-
-
 def before_training(run: Run) -> Run:
     """The run with the parameters that it began with, unless those came from another one."""
     return dataclasses.replace(run, state=init_state(run.recipe, hyper_of(run.config)))

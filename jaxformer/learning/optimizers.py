@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import Array, Int
 
+from jaxformer.declarations import map_declared
 from jaxformer.learning.schedules import Schedule, WarmupCosine
-from jaxformer.spec import Spec, map_declared
+from jaxformer.spec import Spec
 
 if TYPE_CHECKING:  # a config costs no import of Optax
     import optax

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.declarations import Arrays, Param, declare
 from jaxformer.keys import fold
 from jaxformer.model.blocks import record
 from jaxformer.model.heads import Head, LanguageHead
 from jaxformer.model.layers import GPT2Normal, Initializer, Out, TorchUniform, dropout, lookup
 from jaxformer.model.masks import Places
 from jaxformer.model.models import Model
-from jaxformer.spec import Arrays, Param, declare
 
 
 class TokenEmbedding(Model):

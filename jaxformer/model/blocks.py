@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxformer.declarations import Arrays, Declarations, declare
 from jaxformer.keys import fold
 from jaxformer.model.layers import FeedForward, LayerNorm, Norm, Out, dropout
 from jaxformer.model.masks import Places
 from jaxformer.model.mixers import Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Position
-from jaxformer.spec import Arrays, Declarations, Spec, declare
+from jaxformer.spec import Spec
 
 EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE = range(7)  # sites of dropout, and of other draws
 SITES = {"attention": ATTENTION, "cross_attention": CROSS, "feed_forward": FEED}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxformer.spec import Arrays, Slot
+from jaxformer.declarations import Arrays, Slot
 
 PLACE = {"position": Slot("BS", 0, jnp.int32), "segment": Slot("BS", 0, jnp.int32)}  # segment 0: an empty slot
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
+from jaxformer.declarations import Arrays, Param
 from jaxformer.model.layers import GELU, Activation, Identity, LayerNorm, Norm, Tanh, add, along, dropout, linear
-from jaxformer.spec import Arrays, Param, Spec
+from jaxformer.spec import Spec
 
 Classes = Mapping[str, tuple[str, ...]]  # column of a table -> the names of its classes
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxformer.declarations import Arrays, Declarations, Slot
 from jaxformer.model.layers import Out, dropout
 from jaxformer.model.masks import Places, View
-from jaxformer.spec import Arrays, Declarations, Slot, Spec
+from jaxformer.spec import Spec
 
 
 class Look(NamedTuple):

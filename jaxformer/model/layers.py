@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from jaxformer.declarations import Arrays, ByLayer, Declarations, Declared, Draw, Param
 from jaxformer.model.masks import Places
-from jaxformer.spec import Arrays, ByLayer, Declarations, Declared, Draw, Param, Spec
+from jaxformer.spec import Spec
 
 zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.nn.initializers.normal
 

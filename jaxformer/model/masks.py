@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxformer.spec import Slot, Spec
+from jaxformer.declarations import Slot
+from jaxformer.spec import Spec
 
 
 class Places(NamedTuple):

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxformer.declarations import Arrays, Declarations, Param, Slot
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.kernels import Kernel, Look
 from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear
 from jaxformer.model.masks import Mask, Places, View
 from jaxformer.model.positions import Position
-from jaxformer.spec import Arrays, Declarations, Param, Slot, Spec
+from jaxformer.spec import Spec
 
 # Fields of a Decoder that are a mixer's to read. One that no mixer of a model reads must be at its default.
 HEADS = ("n_heads", "n_kv_heads", "head_width")

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
+from jaxformer.declarations import Arrays, Declarations, Param, declare, draw, path_name, whole
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.blocks import BlockSpec, PreNorm, Residual, Stack
@@ -21,7 +22,7 @@ from jaxformer.model.layers import MLP, FeedForward, GPT2Normal, Initializer, La
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
 from jaxformer.model.mixers import FIELDS, HEADS, Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Learned, NoPosition, Position
-from jaxformer.spec import Arrays, Declarations, Param, Spec, declare, draw, path_name, whole
+from jaxformer.spec import Spec
 
 Params = Mapping[str, Any]
 H = TypeVar("H", bound=Head)

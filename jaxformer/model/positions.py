@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxformer.declarations import Arrays, Declarations, Param, Slot
 from jaxformer.model.layers import add, lookup
 from jaxformer.model.masks import Places, View
-from jaxformer.spec import Arrays, Declarations, Param, Slot, Spec
+from jaxformer.spec import Spec
 
 
 class Position(Spec, abstract=True):

@@ -14,11 +14,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
+from jaxformer.declarations import Declared, is_declared
 from jaxformer.learning.objectives import Batch, Example, Objective
 from jaxformer.model.models import Model
 from jaxformer.run.plan import abstract_batches, planned_recipe
 from jaxformer.run.step import Recipe
-from jaxformer.spec import Declared, is_declared, to_json
+from jaxformer.spec import to_json
 
 Row = dict[str, Any]
 Names = tuple[str, ...]  # of a module or an array, from the outside in

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxformer.data.files import write
-from jaxformer.spec import path_name
+from jaxformer.declarations import path_name
 
 
 def sha256(tree: Any) -> str:

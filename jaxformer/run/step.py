@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from jaxformer.declarations import Declared, is_declared, path_name, trained, updated
 from jaxformer.keys import key_for
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
 from jaxformer.learning.optimizers import Optimizer
 from jaxformer.model.models import Model
-from jaxformer.spec import Declared, Spec, is_declared, path_name, trained, updated
+from jaxformer.spec import Spec
 
 
 class Recipe(Spec):

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from jaxformer.data.files import write
+from jaxformer.declarations import is_declared, path_name
 from jaxformer.model.models import Model
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, finite, open_run
 from jaxformer.run.step import TrainState
-from jaxformer.spec import InputError, is_declared, path_name
+from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
 
