@@ -246,6 +246,27 @@ def test_what_was_stopped_in_the_middle_goes_on_to_the_same_numbers(home, whole)
     assert times(runs / "together") | times(runs / "unpublished") == kept
 
 
+def test_rows_that_begin_with_others_or_need_another_device(home, whole):
+    """Seed by seed; of several published numbers one is enough; what is not run is told, and is no defeat."""
+    more = """        Row("Begun with others", config, (0.5, 99.0), 2, begins_with="Together"),
+        Row("Elsewhere", config, 99.0, platform="abacus"),
+    ),
+    tell,"""
+    (home / "more.py").write_text(TINY.replace("STEPS", str(STEPS)).replace("    ),\n    tell,", more))
+    shutil.copytree(home / "kept" / "tiny", home / "kept" / "more")
+    begun, elsewhere = reproduce(home, "more.py", "--directory=kept", "--results=More.md")[3:]
+    assert begun["published"] == [0.5, 99.0] and begun["reached"] is True and begun["seeds"] == 2
+    for seed in range(2):
+        config = json.loads((home / "kept/more/begun-with-others" / f"seed-{seed}" / "config.json").read_text())
+        assert config["init_from"] == f"kept/more/together/seed-{seed}"
+    said = {name: elsewhere[name] for name in ("measured", "reached", "seeds", "seconds")}
+    assert said == {"measured": None, "reached": None, "seeds": 0, "seconds": 0}
+    cells = {row["row"]: row for row in read_table((home / "More.md").read_text())}
+    assert cells["Begun with others"]["published"] == "0.5, 99"
+    assert (cells["Elsewhere"]["measured"], cells["Elsewhere"]["reached"]) == ("not run: no abacus yet", "")
+    assert not (home / "kept" / "more" / "elsewhere").exists()
+
+
 # --- mistakes
 
 
@@ -259,6 +280,10 @@ def test_what_was_stopped_in_the_middle_goes_on_to_the_same_numbers(home, whole)
         ("broken.py", "broken.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
         ("wrong.py", "data.batch_size=0 must be at least 1"),
         ("none.py", "none.py: row 'unpublished!': seeds=0 must be at least 1"),
+        (
+            "after.py",
+            "after.py: row 'unpublished!': begins_with='One by one' must be an earlier row of at least as",
+        ),
         ("also.py", "data.splt_seed: Data has no such field; did you mean split_seed?"),
         ("bare.py", "bare.py: the experiment has no rows; give it one"),
         ("tiny.py --results=notes.md", "results='notes.md' holds something that is no results; give another file"),
@@ -279,6 +304,7 @@ def test_a_mistake_gets_one_sentence_and_trains_nothing(tmp_path, home, monkeypa
         "broken.py": "\nimport nowhere\n",
         "wrong.py": tiny.replace('"data.batch_size": 5', '"data.batch_size": 0'),
         "none.py": tiny.replace('Row("unpublished!", config)', 'Row("unpublished!", config, seeds=0)'),
+        "after.py": tiny.replace("config)", "config, None, 3, begins_with='One by one')"),
         "also.py": tiny.replace("data.split_seed", "data.splt_seed"),
         "bare.py": "from jaxformer.lab.experiments import Experiment\nexperiment = Experiment('T', 'A', ())\n",
         "notes.md": "What I think of it.\n",

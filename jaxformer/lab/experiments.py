@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxformer import config as config_lib
@@ -68,28 +69,41 @@ def near(values: Sequence[float], published: float, higher: bool) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A published number, and the runs that measure it: one config with several seeds, trained together."""
+    """What was published, and the runs that measure it: one config with several seeds, trained together."""
 
     name: str
     config: Config
-    published: float | None = None
+    published: float | tuple[float, ...] | None = None  # several numbers: of as many runs; one of them is to be reached
     seeds: int = 1
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Metrics], float] = final_loss
     higher: bool = False  # whether more is better
     reached: Callable[[Sequence[float], float, bool], bool] = within_or_better
     also: tuple[str, ...] = ()  # fields that take the seed as well, as "data.split_seed"; then runs are trained apart
+    begins_with: str | None = None  # an earlier row, whose runs lend their parameters, seed by seed
+    platform: str | None = None  # "gpu": trained on one of these alone; elsewhere the table says "not run"
     remark: str = ""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """All that was published."""
+        return (
+            self.published if isinstance(self.published, tuple) else () if self.published is None else (self.published,)
+        )
 
     @property
     def slug(self) -> str:
         """The name of its folder."""
-        return re.sub(r"\W+", "-", self.name).strip("-").lower()
+        return _slug(self.name)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 @dataclasses.dataclass
 class Result:
-    """What the runs of a row have come to."""
+    """What the runs of a row have come to. There are none if it needs a device that was not at hand."""
 
     row: Row
     runs: list[Run]
@@ -101,12 +115,12 @@ class Result:
 
     @property
     def mean(self) -> float:
-        return estimate(self.values).mean
+        return estimate(self.values).mean if self.runs else math.nan
 
     @property
     def deviation(self) -> float | None:
         """Of the seeds; None if there is but one."""
-        return estimate(self.values).deviation
+        return estimate(self.values).deviation if self.runs else None
 
     @property
     def seconds(self) -> float:
@@ -117,9 +131,11 @@ class Result:
 
     @property
     def reached(self) -> bool | None:
-        """None if nothing was published."""
+        """None if nothing was published, or nothing was run."""
         row = self.row
-        return None if row.published is None else row.reached(self.values, row.published, row.higher)
+        if not row.numbers or not self.runs:
+            return None
+        return any(row.reached(self.values, number, row.higher) for number in row.numbers)
 
     def curve(self, split: str = "train", name: str = "loss") -> tuple[list[int], list[list[float]]]:
         """Steps, and for each run its numbers there."""
@@ -144,7 +160,7 @@ class Report:
     """The blocks of Markdown that an experiment leaves, and its pictures."""
 
     def __init__(self, name: str, results: Sequence[Result], pictures: Path):
-        self.results = {result.row.name: result for result in results}
+        self.results = {result.row.name: result for result in results if result.runs}  # of the rows that were run
         self.blocks: list[str] = []
         self._name, self._pictures = name, pictures
 
@@ -189,12 +205,19 @@ def load(name: str) -> Experiment:
     slugs = [row.slug for row in found.rows]
     if len(set(slugs)) != len(slugs):
         raise InputError(f"{path}: rows must have names of their own, but they are {', '.join(slugs)}")
+    before: dict[str, int] = {}
     for row in found.rows:
         if row.seeds < 1:
             raise InputError(f"{path}: row {row.name!r}: seeds={row.seeds} must be at least 1")
+        if row.begins_with and before.get(row.begins_with, 0) < row.seeds:
+            raise InputError(
+                f"{path}: row {row.name!r}: begins_with={row.begins_with!r} must be an earlier row of at least as many "
+                f"seeds, {row.seeds}"
+            )
+        before[row.name] = row.seeds
         last = dict.fromkeys(("train.seed", *row.also), row.seeds - 1)
         config = config_lib.resolve(row.config, {**row.overrides, **last})
-        if not row.also:
+        if not row.also and not row.begins_with:
             check_together(config, row.seeds)
     return found
 
@@ -207,11 +230,16 @@ def names() -> list[str]:
 def run_row(row: Row, directory: Path) -> Result:
     """Trains the runs of a row, or resumes them, and reads what they have left."""
     config = config_lib.resolve(row.config, row.overrides)
-    if row.also:
+    home = directory / row.slug
+    if row.platform not in (None, jax.default_backend()) and not home.exists():
+        runs = []
+    elif row.also or row.begins_with:
         runs = []
         for seed in range(row.seeds):
-            own = dict.fromkeys(("train.seed", *row.also), seed)
-            runs.append(train(config, own, directory / row.slug / f"seed-{seed}"))
+            own: dict[str, Any] = dict.fromkeys(("train.seed", *row.also), seed)
+            if row.begins_with:
+                own["init_from"] = str(directory / _slug(row.begins_with) / f"seed-{seed}")
+            runs.append(train(config, own, home / f"seed-{seed}"))
     else:
         runs = train_seeds(config, range(row.seeds), directory=directory / row.slug)
     return Result(dataclasses.replace(row, config=config), runs, [read_metrics(run) for run in runs])
@@ -254,12 +282,12 @@ def _cells(result: Result) -> dict[str, Any]:
     spread = "" if deviation is None else f" ± {deviation:.4f} ({min(values):.4f} to {max(values):.4f})"
     return {
         "row": row.name,
-        "published": "" if row.published is None else f"{row.published:g}",
-        "measured": f"{result.mean:.4f}{spread}",
-        "seeds": len(values),
+        "published": ", ".join(f"{number:g}" for number in row.numbers),
+        "measured": f"{result.mean:.4f}{spread}" if values else f"not run: no {row.platform} yet",
+        "seeds": len(values) or "",
         "reached": {None: "", True: "yes", False: "**no**"}[result.reached],
         "steps": row.config.train.steps,
-        "seconds": f"{result.seconds:.0f}",
+        "seconds": f"{result.seconds:.0f}" if values else "",
     }
 
 
