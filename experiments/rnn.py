@@ -1,19 +1,32 @@
-"""What came before: recurrent networks beside a transformer of as many parameters, on the same text."""
+"""What came before: recurrent networks beside a transformer of as many parameters, on the same text and in recall."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxformer import Config, Data, Decoder, Train
+from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TinyShakespeare
+from jaxformer.data.tasks import Recall
+from jaxformer.data.tokenizers import Characters
 from jaxformer.lab.experiments import Experiment, Report, Result, Row
-from jaxformer.lab.measures import before_training, gradient_by_distance, loss_by_position
+from jaxformer.lab.measures import before_training, gradient_by_distance, loss_by_position, nats
+from jaxformer.learning.objectives import PrefixLM
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupCosine
 from jaxformer.model.baselines import GRU, LSTM, RNN
 from jaxformer.model.heads import LanguageHead
+from jaxformer.model.masks import Places, one_document
 from jaxformer.model.models import Model
 from jaxformer.model.positions import Rotary
 from jaxformer.pictures import lines, panels, smooth
+from jaxformer.run.opened import Run
 
 CONTEXT = 128
 HEAD = LanguageHead(tied=False, bias=True)
@@ -21,10 +34,16 @@ MODELS: dict[str, Model] = {
     "RNN": RNN(d_model=194, context_length=CONTEXT),
     "GRU": GRU(d_model=120, context_length=CONTEXT),
     "LSTM": LSTM(d_model=104, context_length=CONTEXT),
+    "LSTM, forget gates not biased": LSTM(d_model=104, context_length=CONTEXT, forget_bias=None),
     "transformer": Decoder(
         n_layers=2, n_heads=4, d_model=62, head_width=16, context_length=CONTEXT, position=Rotary(), head=HEAD, unroll=2
     ),
 }
+
+
+DISTANCES = 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 100  # tokens back
+LENGTHS = 64, 128, 256, 512, 1024, 2048
+RECALLED = "recall: "
 
 
 def row(name: str) -> Row:
@@ -38,9 +57,28 @@ def row(name: str) -> Row:
     return Row(name, config, None, 3)
 
 
+def recalled(name: str) -> Row:
+    """Ten symbols, d = 1 to 100 tokens back, behind noise of 26 others."""
+    config = Config(
+        directory="runs/rnn",
+        data=Data(
+            corpus=Recall(examples=50_000),
+            tokenizer=Characters(end_token=True),
+            sampling=Examples(joined=True),
+            batch_size=64,
+        ),
+        model=MODELS[name],
+        objective=PrefixLM(),
+        optimizer=AdamW(WarmupCosine(peak=3e-3, final=0.0, warmup_steps=100)),
+        train=Train(steps=2000, steps_per_call=50, log_every=50, eval_every=500, save_every=1000, sample_tokens=0),
+    )
+    return Row(RECALLED + name, config)
+
+
 def tell(report: Report) -> None:
     table, by_step, by_time, by_place, reach = [], {}, {}, {}, {}
-    for name, result in report.results.items():
+    for name in MODELS:
+        result = report.results[name]
         steps, losses = result.curve("valid")
         by_step[name] = steps, np.mean(losses, 0)
         by_time[name] = result.curve("valid", "seconds")[1][0], np.mean(losses, 0)
@@ -63,6 +101,118 @@ def tell(report: Report) -> None:
         "Loss by step, by time, and by place in the window (how much the text before a token helps), and how much the "
         "last prediction depends on a token so many places back.",
     )
+    biased, plain = (report.results[name] for name in ("LSTM", "LSTM, forget gates not biased"))
+    report.text(
+        "An LSTM's forget gate begins near a half, so that a state is halved at each token and "
+        f"{2**-16:.0e} of it is left after 16; biased by 1, as is usual, it keeps 0.73 of it. That is worth "
+        f"{plain.mean - biased.mean:.4f} nats here (plain {plain.mean:.4f}, biased {biased.mean:.4f}; the RNN has "
+        f"{report.results['RNN'].mean:.4f})."
+    )
+    recall(report)
+    lengths(report)
+
+
+def recall(report: Report) -> None:
+    report.text(
+        "### Recall\n\nOne of ten symbols, then noise, then the symbol is asked for: it stood d tokens back, d = 1 to "
+        "100 evenly in training (2,000 steps of 64 texts). Accuracy on 500 new texts of each d; guessing has 0.10:"
+    )
+    found = {name: recall_by_distance(report.results[RECALLED + name].runs[0]) for name in MODELS}
+    report.table(
+        [
+            {"model": name} | {f"d = {d}": f"{accuracy:.2f}" for d, accuracy in zip(DISTANCES, accuracies, strict=True)}
+            for name, accuracies in found.items()
+        ]
+    )
+    figure, axes = panels(1, 1, 7, 4)
+    lines(axes[0], {name: (DISTANCES, each) for name, each in found.items()}, "tokens back", "accuracy")
+    report.picture("recall", figure, "How often a symbol is said that stood so many tokens back.")
+
+
+def recall_by_distance(run: Run) -> list[float]:
+    accuracies, tokenizer = [], run.tokenizer
+    for d in DISTANCES:
+        pairs = list(Recall(length=d, shortest=d, examples=500, seed=1).pairs())
+        ids = jnp.asarray([[*tokenizer.document(text)][: d + 2] for text, _ in pairs])  # end token, text, end token
+        h = run.model.hidden(run.state.eval_params, ids, one_document(d + 2)).h[:, -1]
+        said = run.model.logits(run.state.eval_params, h).argmax(-1)
+        answers = jnp.asarray([tokenizer.encode(answer)[0] for _, answer in pairs])
+        accuracies.append(float((said == answers).mean()))
+    return accuracies
+
+
+def lengths(report: Report) -> None:
+    """Seconds and memory against the length of a text."""
+    report.text(
+        "### What a long text costs\n\nThe models above, untrained, with a context of T tokens. Training: the gradient "
+        "of one text of T tokens, and the memory that its program needs besides parameters and gradients. Generation: "
+        "one token more behind T. Medians of 5, in turns."
+    )
+    names = ("RNN", "LSTM", "transformer")
+    rows, curves = [], {title: {name: (LENGTHS, []) for name in names} for title in TITLES}
+    for length in LENGTHS:
+        found = costs_of_length({name: replace(MODELS[name], vocab_size=65, context_length=length) for name in names})
+        for name, numbers in found.items():
+            for title, number in zip(TITLES, numbers, strict=True):
+                curves[title][name][1].append(number)
+            cells = (f"{1000 * numbers[0]:.1f}", f"{numbers[1] / 2**20:.1f}", f"{1000 * numbers[2]:.2f}")
+            rows.append({"T": length, "model": name} | dict(zip(TITLES, cells, strict=True)))
+    for cells in rows:
+        cells["T"] = f"{cells['T']:,}"
+    report.table(sorted(rows, key=lambda cells: names.index(cells["model"])))
+    figure, axes = panels(1, 3, 13, 4)
+    for each, (title, of_models) in zip(axes, curves.items(), strict=True):
+        lines(each, of_models, "tokens T", title, log="xy")
+    slope = lambda name, title: np.polyfit(np.log(LENGTHS[-3:]), np.log(curves[title][name][1][-3:]), 1)[0]
+    report.picture(
+        "lengths",
+        figure,
+        "Who is sequential and who is quadratic: a recurrent network takes one token after another, a transformer all "
+        "at once, but each with every other.",
+    )
+    report.text(
+        "From T = 512 to 2,048 time grows as T to the power of "
+        + ", ".join(f"{slope(name, TITLES[0]):.2f} ({name})" for name in names)
+        + ", memory as "
+        + ", ".join(f"{slope(name, TITLES[1]):.2f} ({name})" for name in names)
+        + "."
+    )
+
+
+TITLES = "training, ms", "training, MiB", "generation, ms a token"
+
+
+def costs_of_length(models: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Seconds and bytes of a gradient, seconds of a generated token."""
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    memory: dict[str, int] = {}
+    for name, model in models.items():
+        params = model.init(jax.random.key(0))
+        length = model.context_length
+        ids = jax.random.randint(jax.random.key(1), (1, length + 1), 0, 65)
+        gradient = jax.jit(jax.grad(lambda params, ids, model=model: nats(model, params, ids).mean()))
+        compiled = gradient.lower(params, ids).compile()
+        memory[name] = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)  # 0: this backend does not tell
+        cache = model.cache(1, length)
+
+        @jax.jit
+        def more(params: Any, token: jax.Array, cache: Any, model: Any = model, length: int = length) -> jax.Array:
+            at = Places(jnp.full((1, 1), length - 1), jnp.ones((1, 1), jnp.int32))
+            return model.logits(params, model.hidden(params, token, at, cache=cache).h)
+
+        train = lambda compiled=compiled, params=params, ids=ids: compiled(params, ids)
+        say = lambda more=more, params=params, ids=ids, cache=cache: more(params, ids[:, :1], cache)
+        calls[name] = train, say
+    seconds = {name: ([], []) for name in models}
+    for turn in range(6):
+        for name, both in calls.items():
+            for kept, call in zip(seconds[name], both, strict=True):
+                started = time.perf_counter()
+                jax.block_until_ready(call())
+                if turn:
+                    kept.append(time.perf_counter() - started)
+    middle = statistics.median
+    return {name: (middle(seconds[name][0]), float(memory[name]), middle(seconds[name][1])) for name in models}
 
 
 def costs(result: Result, places: np.ndarray, far: np.ndarray) -> dict[str, str]:
@@ -87,6 +237,6 @@ experiment = Experiment(
 Characters, windows of 128, batches of 32, about 100,000 parameters each, one recipe. A recurrent network takes one
 token after another, and what is far back reaches it through many products.
 """,
-    tuple(map(row, MODELS)),
+    (*map(row, MODELS), *map(recalled, MODELS)),
     tell,
 )

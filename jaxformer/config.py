@@ -188,12 +188,13 @@ def check_storable(config: Config) -> None:
 
 # --- the stored form, in which runs of before still open
 
-FORMAT = 3
+FORMAT = 4
 # Format, class, field, value: what runs up to it did where a field has another default since, or was not there.
 BEFORE: tuple[tuple[int, type[Spec], str, Any], ...] = (
     (1, Data, "split_seed", None),
     (1, WarmupLinear, "shortens", False),
     (2, TextFiles, "skip", ()),
+    (3, baselines.LSTM, "forget_bias", None),
 )
 # What classes were called.
 RENAMED = {

@@ -211,6 +211,7 @@ def test_a_task_is_a_function_of_its_fields(task):
         "Sort": lambda a: "".join(sorted(a)),
         "Alternating": lambda a: a.translate(str.maketrans("01", "10")),
         "Addition": lambda a: str(sum(map(int, a.split("+")))),
+        "Recall": lambda a: a[0],
     }[task.__name__]
     for source, target in pairs:
         assert target == answer(source)
@@ -225,9 +226,16 @@ def test_symbols_are_drawn_evenly():
     assert counts.sum() == 40_000 and abs(counts - 40_000 / 13).max() < 250
 
 
+def test_what_is_recalled_stands_in_noise_of_other_symbols():
+    asked = set("01234")
+    for text, answer in tasks.Recall(length=11, shortest=1, symbols=5, examples=500).pairs():
+        assert answer == text[0] and answer in asked and not asked & set(text[1:])
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
+        (tasks.Recall(symbols=36), "symbols=36 must be less than 36: the others are the noise"),
         (tasks.Copy(shortest=11), "shortest=11 must lie between 1 and length=10"),
         (tasks.Sort(symbols=37), "symbols=37 must lie between 1 and 36"),
         (tasks.Reverse(examples=1), "examples=1 must be at least 2"),

@@ -54,9 +54,13 @@ class Copy(Corpus):
             draws = mix(mix(seed + number)[:, None] + np.arange(self.length + 1, dtype=np.uint64))
             shortest = self.length if self.shortest is None else self.shortest
             lengths = shortest + (draws[:, 0] % np.uint64(self.length + 1 - shortest)).astype(int)
-            for row, length in zip(draws[:, 1:] % np.uint64(self.symbols), lengths, strict=True):
-                text = "".join(SYMBOLS[i] for i in row[:length])
+            for row, length in zip(draws[:, 1:], lengths, strict=True):
+                text = self.drawn(row[:length])
                 yield text, self.answer(text)
+
+    def drawn(self, numbers: np.ndarray) -> str:
+        """The first text, from a random number uint64 for each of its symbols."""
+        return "".join(SYMBOLS[i] for i in numbers % np.uint64(self.symbols))
 
     def answer(self, text: str) -> str:
         return text
@@ -117,3 +121,24 @@ class Addition(Copy):
             drawn = mix(mix(seed + np.uint64(i)) + np.arange(2, dtype=np.uint64)) % np.uint64(10**self.length - least)
             a, b = (int(number) + least for number in drawn)
             yield f"{a}+{b}", str(a + b)
+
+
+class Recall(Copy):
+    """A symbol, then noise of other symbols, and the first symbol again. It stood as many places back as the first text
+    has symbols."""
+
+    length: int = 100
+    shortest: int | None = 1
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.symbols >= len(SYMBOLS):
+            raise ValueError(f"{at}symbols={self.symbols} must be less than {len(SYMBOLS)}: the others are the noise")
+
+    def drawn(self, numbers: np.ndarray) -> str:
+        noise = SYMBOLS[self.symbols :]
+        first = SYMBOLS[int(numbers[0] % np.uint64(self.symbols))]
+        return first + "".join(noise[i] for i in numbers[1:] % np.uint64(len(noise)))
+
+    def answer(self, text: str) -> str:
+        return text[0]

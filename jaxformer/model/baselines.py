@@ -132,7 +132,16 @@ class GRU(RNN):
 class LSTM(RNN):
     """Long short-term memory (Hochreiter & Schmidhuber 1997) with forget gates (Gers et al. 2000)."""
 
+    forget_bias: float | None = 1.0  # the forget gates' first bias (Jozefowicz et al. 2015); None: drawn as others
+
     cell = nn.OptimizedLSTMCell
+
+    def of_cell(self) -> dict[str, dict[str, Param]]:
+        owned = super().of_cell()
+        if self.forget_bias is not None:
+            bias = owned["hf"]["bias"]
+            owned["hf"]["bias"] = dataclasses.replace(bias, init=jax.nn.initializers.constant(self.forget_bias))
+        return owned
 
 
 class Recurrent(nn.Module):
