@@ -54,7 +54,7 @@ def row(name: str) -> Row:
         optimizer=AdamW(WarmupCosine(peak=3e-3, final=0.0, warmup_steps=100)),
         train=Train(steps=3000, steps_per_call=50, log_every=50, eval_every=500, save_every=1500, sample_tokens=0),
     )
-    return Row(name, config, None, 3)
+    return Row(name, config, None, 2)
 
 
 def recalled(name: str) -> Row:
@@ -70,7 +70,7 @@ def recalled(name: str) -> Row:
         model=MODELS[name],
         objective=PrefixLM(),
         optimizer=AdamW(WarmupCosine(peak=3e-3, final=0.0, warmup_steps=100)),
-        train=Train(steps=2000, steps_per_call=50, log_every=50, eval_every=500, save_every=1000, sample_tokens=0),
+        train=Train(steps=1000, steps_per_call=50, log_every=50, eval_every=500, save_every=500, sample_tokens=0),
     )
     return Row(RECALLED + name, config)
 
@@ -115,7 +115,7 @@ def tell(report: Report) -> None:
 def recall(report: Report) -> None:
     report.text(
         "### Recall\n\nOne of ten symbols, then noise, then the symbol is asked for: it stood d tokens back, d = 1 to "
-        "100 evenly in training (2,000 steps of 64 texts). Accuracy on 500 new texts of each d; guessing has 0.10:"
+        "100 evenly in training (1,000 steps of 64 texts). Accuracy on 500 new texts of each d; guessing has 0.10:"
     )
     found = {name: recall_by_distance(report.results[RECALLED + name].runs[0]) for name in MODELS}
     report.table(

@@ -110,7 +110,8 @@ def test_a_run_says_what_it_does(home, whole):
 
 
 @pytest.mark.parametrize(
-    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+    "signum",
+    [*(pytest.param(signum, marks=pytest.mark.slow) for signum in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
 )
 def test_an_interrupted_run_ends_as_if_nothing_had_been(home, whole, signum):
     """Twice interrupted, dropout on: the same bits in the whole state, the same rows, none twice and none missing."""
@@ -149,6 +150,7 @@ def test_a_finished_run_does_nothing(home, whole):
     assert before == {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.name != "lock"}
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_for_longer_with_a_notice(home, whole):
     finish(command(home, "train", "config.py", "--directory=run-short", "--train.steps=110", "--train.log_every=1"))
     _, err = finish(command(home, "train", "config.py", "--directory=run-short", "--train.steps=120"))
@@ -156,6 +158,7 @@ def test_a_run_may_go_on_for_longer_with_a_notice(home, whole):
     assert [row["step"] for row in rows(home, "run-short") if row["split"] == "train"][-3:] == [110, 115, 120]
 
 
+@pytest.mark.slow
 def test_a_strangers_module_trains_goes_on_and_is_sampled_from_elsewhere(home, whole, tmp_path):
     """Without --import the run is not opened, and nothing that it names is imported."""
     text = (home / "config.py").read_text().replace("dropout=0.2", "position=Decay(rate=0.3)")
@@ -196,6 +199,7 @@ def test_sampling_needs_the_run_alone(home, whole, tmp_path):
     assert len(out) == 51 and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_evaluate(home, whole):
     out, _ = finish(command(home, "evaluate", "run", "--json"))
     row = json.loads(out)
@@ -432,6 +436,7 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch
     assert err.count("\n") == 1 and out == ""
 
 
+@pytest.mark.slow
 def test_a_part_is_swapped_by_its_import_path(home, whole, tmp_path):
     """On the command line alone: a stranger's part and its field, a part of the package, and parts in tuples."""
     (home / "slopes.py").write_text(
@@ -451,6 +456,7 @@ def test_a_part_is_swapped_by_its_import_path(home, whole, tmp_path):
     assert "class='slopes:Slope' is no spec" in err
 
 
+@pytest.mark.slow
 def test_a_warm_start(home, whole, monkeypatch):
     """What fits is taken, the rest is drawn; the report says which; and the run continues without its source."""
     start = ["config.py", "--directory=run-warm", "--init_from=run", "--model.d_ff=20", "--train.seed=5"]
@@ -564,6 +570,7 @@ class Breaks(Writer):
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_before_its_first_step_holds_no_directory(home, whole):
     (home / "parts.py").write_text(PARTS)
     quick = ["config.py", "--directory=run-fails", "--train.steps=10", "--train.sample_tokens=0"]
@@ -598,6 +605,7 @@ def test_opening_a_run_from_within_executes_none_of_its_files(home, whole, tmp_p
     assert not (tmp_path / "run" / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_corpus_may_move_with_a_notice(home, whole):
     quick = ["config.py", "--directory=run-moved", "--train.sample_tokens=0"]
     finish(command(home, "train", *quick, "--train.steps=10"))
@@ -623,6 +631,7 @@ def test_help(home, whole):
     assert "--data.corpus CLASS" in out and "as --data.corpus=Table" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_config_and_writes_nothing(home, whole):
     before = listing(home)
     out, err = finish(command(home, "train", "config.py", "--directory=new", "--dry_run", "--model.n_layers=4"))
@@ -638,6 +647,7 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(home, whole):
     assert "directory='run' holds another run: data.tokenizer was Characters and is BPE; train it in another" in err
 
 
+@pytest.mark.slow
 def test_prompts(home, whole):
     """From a file, of any length; the same continuation as by hand."""
     (home / "prompt.txt").write_text("1 plus 1 is 2\n2 plus ")
@@ -659,6 +669,7 @@ def test_a_text_ends_with_its_document(home, whole):
     assert len(texts) == 9 and sum(bool(re.fullmatch(r"\d and \d", text)) for text in texts) >= 8, texts
 
 
+@pytest.mark.slow
 def test_a_corpus_that_changed_is_refused(home, whole, tmp_path):
     for name in ("text.txt", "config.py"):
         (tmp_path / name).write_text((home / name).read_text())

@@ -397,6 +397,7 @@ def test_an_experiment_of_the_house_could_be_run(path):
         assert sum(a.size for a in jax.tree.leaves(without_corpus(config)[1].params)) > 1000
 
 
+@pytest.mark.slow
 def test_a_cheap_row_comes_out_as_the_results_file_has_it(data_directory, tmp_path):
     (row,) = (row for row in load(str(ROOT / "experiments" / "ladder.py")).rows if row.name == "bigram table")
     text = (

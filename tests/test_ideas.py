@@ -349,6 +349,7 @@ def test_unmasking_fills_all_masks_and_keeps_the_prompt():
     assert drawn.shape == (2, 7) and drawn.max() < 28
 
 
+@pytest.mark.slow
 def test_help_and_stored_config_know_a_strangers_part(tmp_path):
     """From the command line, in a process of its own."""
     config = "from jaxformer import Config, Decoder\nconfig = Config('run', Decoder(d_model=24, context_length=16))\n"

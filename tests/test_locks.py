@@ -80,6 +80,7 @@ def test_without_locks_texts_are_encoded_but_no_corpus_is_prepared(tmp_path, mon
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_system_without_locks_opens_runs_and_does_not_train(tmp_path):
     """In a process where `fcntl` cannot be imported, as on Windows."""
     (tmp_path / "config.py").write_text(

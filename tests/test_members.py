@@ -128,6 +128,7 @@ def test_a_member_that_lost_its_newest_checkpoint_takes_the_others_back(home, wh
     assert digests(jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)) == saved(tmp_path) == saved(whole)
 
 
+@pytest.mark.slow
 def test_seeds_may_be_added(home, whole, tmp_path):
     """To finished ones, which are left as they are; each goes on with those that it began with."""
     for path in (tmp_path / "more", tmp_path / "plain"):
@@ -156,6 +157,7 @@ def test_seconds_go_on_where_training_does(home, tmp_path):
         assert len(seconds) == 9 and seconds == sorted(seconds) and 1e6 < seconds[0] < seconds[-1]
 
 
+@pytest.mark.slow
 def test_seeds_begin_with_another_run(home, whole, tmp_path):
     """Each with its parameters, and from then on as alone."""
     warm = {"train.steps": 5, "init_from": str(whole / "seed-0")}

@@ -366,6 +366,7 @@ def test_the_devices_that_are_used_are_told_and_those_that_are_idle(tmp_path):
     assert len(start["devices"]) == 1 and start["idle_devices"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_is_opened_while_it_trains(tmp_path):
     """Each save replaces the one before; whoever reads a step keeps it, and what is gone is no damage."""
     run = jaxformer.train(text(tmp_path), {"train.steps": 5})

@@ -11,7 +11,8 @@ from tiny import SIZES, B, T, block, crossed, decoder, generate, hidden, ids, lo
 
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.model import layers
-from jaxformer.model.blocks import PostNorm, PreNorm, SandwichNorm
+from jaxformer.model.baselines import AttentionUnused
+from jaxformer.model.blocks import Parallel, PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
 from jaxformer.model.kernels import Look, SoftCapped, Softmax, Uniform
 from jaxformer.model.layers import GELU, MLP, GatedFeedForward, LayerNorm, NoNorm, OneLayer, ReLU, RMSNorm, Tanh
@@ -363,6 +364,28 @@ def test_wirings_by_hand(wiring, off):
     assert ("norm" in loud(model)["decoder"]) == (wiring is not PostNorm)
 
 
+def test_branches_in_parallel_by_hand():
+    """Both read the stream as the layer found it, also in the second layer."""
+    model = decoder(residual=Parallel(), norm=RMSNorm(), position=NoPosition(), n_layers=2)
+    params, text, at, kind = loud(model), ids(B, T), one_document(T), model.kinds("decoder")[0]
+    x = params["embedding"]["table"][text]
+    for layer in range(2):
+        p = own_layer(params, layer=layer)
+        seen = mixed(kind, p["attention"], rms(p["norm_attention"], x), at)
+        x = x + seen + model.feed_forward(p["feed_forward"], rms(p["norm_feed_forward"], x), at, None).h
+    close(rms(params["decoder"]["norm"], x), hidden(model, params, text, at)[0], 1e-3)
+
+
+def test_unused_attention_has_a_norm_that_learns_and_matrices_that_do_not():
+    model = decoder(residual=AttentionUnused(), position=NoPosition(), n_layers=1)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    size = lambda params: (hidden(model, params, text, at)[0] ** 3).sum()
+    found = jax.tree.map(lambda g: np.abs(g).max(), own_layer(jax.grad(size)(params)))
+    assert all(g == 0 for g in jax.tree.leaves(found["attention"])) and found["norm_attention"]["scale"] > 1e-3
+    alone = [hidden(model, params, text[:, [i]], one_document(1))[0] for i in range(T)]
+    close(jnp.concatenate(alone, 1), hidden(model, params, text, at)[0], 1e-4)
+
+
 def test_no_norm():
     model = decoder(norm=NoNorm(), position=NoPosition(), n_layers=1)
     params, text, at = loud(model), ids(B, T), one_document(T)
@@ -504,6 +527,7 @@ def test_the_embedded_input(fields):
     ("activation", "f"),
     [
         (layers.SquaredReLU(), lambda x: np.maximum(x, 0) ** 2),
+        (layers.Square(), np.square),
         (layers.Tanh(), np.tanh),
         (layers.Sigmoid(), lambda x: 1 / (1 + np.exp(-x))),
         (layers.Identity(), lambda x: x),

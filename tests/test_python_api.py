@@ -10,6 +10,7 @@ from jaxformer.spec import InputError
 pytestmark = pytest.mark.exact  # one step a call and seven are other programs
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_is_the_run_of_the_command(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("".join(f"{i} plus {i} is {2 * i}\n" for i in range(300)))
     (tmp_path / "config.py").write_text(CONFIG.replace("steps=700", "steps=70"))

@@ -40,6 +40,11 @@ def best_accuracy(rows: Metrics) -> float:
     return max(row["accuracy"] for row in rows if row["split"] == "valid")
 
 
+def final_accuracy(rows: Metrics) -> float:
+    """The share of validation examples whose class was right at the end."""
+    return [row["accuracy"] for row in rows if row["split"].startswith("valid")][-1]
+
+
 def final_exact(rows: Metrics) -> float:
     """The share of validation examples whose answer was exact at the end."""
     return [row["exact"] for row in rows if row["split"].startswith("valid")][-1]

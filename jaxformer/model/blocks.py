@@ -94,6 +94,24 @@ class SandwichNorm(PreNorm):
         return super().after(stream, site.norms[1](h), site)
 
 
+class Parallel(PreNorm):
+    """x + attention(norm(x)) + feed_forward(norm(x)): both read the same stream, each through a norm of its own (GPT-J,
+    2021; one norm for both there)."""
+
+    def begin(self, params: Arrays, x: Float[Array, "B T D"], n_layers: int) -> Any:
+        return x, x  # the stream, and what it was before the layer
+
+    def end(self, params: Arrays, stream: Any) -> Float[Array, "B T D"]:
+        return stream[0]
+
+    def before(self, stream: Any, site: Site) -> Float[Array, "B T D"]:
+        return site.norms[0](stream[site.branch == "feed_forward"])
+
+    def after(self, stream: Any, h: Float[Array, "B T D"], site: Site) -> Any:
+        now = super().after(stream[0], h, site)
+        return (now, now) if site.branch == "feed_forward" else (now, stream[1])
+
+
 class BlockSpec(Spec):
     """What a block is made of."""
 

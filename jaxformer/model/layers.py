@@ -252,6 +252,13 @@ class SquaredReLU(Activation):
         return jax.nn.relu(x) ** 2
 
 
+class Square(Activation):
+    """x²."""
+
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return x * x
+
+
 class Tanh(Activation):
     """tanh x."""
 
