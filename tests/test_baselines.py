@@ -14,7 +14,7 @@ from jaxformer.keys import fold
 from jaxformer.learning.objectives import NextToken
 from jaxformer.model.baselines import GRU, LSTM, RNN, Bigram, Rows, TokenEmbedding
 from jaxformer.model.heads import LanguageHead
-from jaxformer.model.layers import dropout
+from jaxformer.model.layers import TorchUniform, dropout
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.spec import checked, dumps, from_json, override, to_json
 
@@ -253,6 +253,20 @@ def test_declarations(model):
                 D,
             )
     map_declared(lambda box: box.sizes(), model.declared())
+
+
+@pytest.mark.parametrize("bias", [1.0, -0.5, None])
+def test_the_first_bias_of_forget_gates(bias):
+    """Theirs alone; without one they are drawn as the other gates' biases."""
+    model = dataclasses.replace(RECURRENT["LSTM"], forget_bias=bias, initializer=TorchUniform())
+    own = {
+        gate: np.asarray(value["bias"])
+        for gate, value in model.init(jax.random.key(0))["layers"].items()
+        if gate[0] == "h"
+    }
+    for gate, values in own.items():
+        fixed = gate == "hf" and bias is not None
+        assert (values == bias).all() if fixed else 0.3 < np.abs(values).max() * D**0.5 <= 1
 
 
 @each_recurrent

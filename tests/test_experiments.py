@@ -25,6 +25,7 @@ from jaxformer.lab.experiments import (
     Row,
     as_json,
     best_accuracy,
+    final_accuracy,
     final_exact,
     late_training_loss,
     load,
@@ -353,7 +354,8 @@ def test_measures_of_rows():
     valid = [{"split": "valid", "accuracy": a, "exact": e} for a, e in ((0.3, 0.9), (0.7, 0.1), (0.5, 0.2))]
     train = [{"split": "train", "loss": float(i)} for i in range(29)]
     rows = [valid[0], *train, *valid[1:]]
-    assert (best_accuracy(rows), final_exact(rows), late_training_loss(rows)) == (0.7, 0.2, 27.5)
+    found = best_accuracy(rows), final_accuracy(rows), final_exact(rows), late_training_loss(rows)
+    assert found == (0.7, 0.5, 0.2, 27.5)
     assert late_training_loss(train[:7]) == 6
 
 

@@ -218,7 +218,7 @@ def as_of_format_1(directory):
     """A run as it was stored before there were formats and manifests: by the record of then beside each state."""
     path = directory / "config.json"
     stored = json.loads(path.read_text())
-    assert stored.pop("format") == 3 and stored["data"].pop("valid_tokens") is None
+    assert stored.pop("format") == 4 and stored["data"].pop("valid_tokens") is None
     assert stored["optimizer"]["learning_rate"].pop("shortens") is False
     path.write_text(json.dumps(stored))
     for manifest in (directory / "checkpoints").glob("*/manifest.json"):
@@ -272,7 +272,7 @@ def test_a_step_of_before_is_opened_checked_and_ranked(tmp_path):
 def test_a_format_of_the_future_is_refused(tmp_path):
     path = tmp_path / "config.json"
     config_lib.save(text(tmp_path), path, 9)
-    with pytest.raises(InputError, match="format=9 must be at most 3; take the jaxformer that wrote it"):
+    with pytest.raises(InputError, match="format=9 must be at most 4; take the jaxformer that wrote it"):
         config_lib.read(path)
 
 

@@ -10,6 +10,7 @@ from jaxformer.config import Config, Data, read, resolve, save
 from jaxformer.data.corpora import JSONLines, Mixture, TextFiles
 from jaxformer.learning.objectives import Classification, NextToken
 from jaxformer.learning.optimizers import AdamW
+from jaxformer.model.baselines import LSTM
 from jaxformer.model.heads import ClassificationHead, MeanPooling
 from jaxformer.model.layers import MLP, ReLU
 from jaxformer.model.models import Decoder, Embedding, Encoder
@@ -93,6 +94,15 @@ def test_a_folder_of_before_is_read_with_what_is_skipped_since(tmp_path):
         old, data=dataclasses.replace(old.data, split_seed=0)
     )
     assert config_lib.as_begun(now, old, 1) == old
+
+
+def test_an_lstm_of_before_had_no_bias_of_its_own_for_forget_gates(tmp_path):
+    config = dataclasses.replace(CONFIG, model=LSTM(d_model=8, context_length=7))
+    save(config, tmp_path / "config.json")
+    value = json.loads((tmp_path / "config.json").read_text())
+    assert value["model"].pop("forget_bias") == 1.0
+    (tmp_path / "config.json").write_text(json.dumps(value | {"format": 3}))
+    assert read(tmp_path / "config.json").model.forget_bias is None
 
 
 @pytest.fixture
