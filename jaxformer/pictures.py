@@ -56,7 +56,7 @@ def lines(axes: Any, curves: Lines, x: str, y: str, title: str = "", log: str = 
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if legend:
-        axes.legend(fontsize=7, ncols=math.ceil(len(curves) / 14))
+        axes.legend(fontsize=8, ncols=math.ceil(len(curves) / 14))
 
 
 def image(axes: Any, values: ArrayLike, x: str = "", y: str = "", title: str = "", **how: Any) -> None:
@@ -91,7 +91,8 @@ def attention_maps(
     columns: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
 ) -> Any:
-    """A figure with a map for each layer (down) and head (across): rows look at columns.
+    """A figure with a map for each layer (down) and head (across): rows look at columns. It is wider than `width`,
+    in inches, where the tokens need it to be legible.
 
     `weights` is [L, H, T, S]; `tokens` are those of the rows, and of the columns if these have none of their own.
     `layers` are the numbers of the layers, by default from 0.
@@ -99,14 +100,14 @@ def attention_maps(
     weights = np.asarray(weights)
     top = float(weights.max())  # one scale for all
     count, heads = weights.shape[:2]
-    side = width / heads
-    figure, axes = panels(count, heads, width, side * count + 0.6)
     rows, across = ([t.strip() or repr(t) for t in own] for own in (tokens, tokens if columns is None else columns))
+    side = max(width / heads, 0.13 * max(len(rows), len(across)))
+    figure, axes = panels(count, heads, side * heads, side * count + 0.6)
     for i, each in enumerate(axes):
         layer, head = divmod(i, heads)
         title = f"layer {layer if layers is None else layers[layer]}, head {head}"
         image(each, weights[layer, head], title=title, vmin=0, vmax=top, cmap="viridis")
-        plain = {"fontsize": 5, "parse_math": False}  # a token may have dollars in it
+        plain = {"fontsize": 8, "parse_math": False}  # a token may have dollars in it
         each.set_xticks(range(len(across)), across, rotation=90, **plain)
         each.set_yticks(range(len(rows)), rows if head == 0 else [], **plain)
     return figure
