@@ -7,7 +7,7 @@
 warm-up, no clipping, ReLU, biases in the feed-forward, the output projection and the head, an untied head, dropout 0.2.
 Published: validation loss 1.477 at best, 1.494 at the end, training loss 1.122 and 1.048, in 16 min 45 s on its GPU.
 
-Not yet run in full, for want of a GPU: RESULTS.md has its first 100 steps, and a row that waits for one.
+Not yet run in full, for want of a GPU: RESULTS.md has its first 20 steps, and a row that waits for one.
 """
 
 from jaxformer import Config, Data, Decoder, Train

@@ -19,7 +19,7 @@ from jaxformer import Config, Data, Decoder, Train
 from jaxformer.config import load
 from jaxformer.data.corpora import TINYSHAKESPEARE_SHA256, TINYSHAKESPEARE_URL, TinyShakespeare
 from jaxformer.data.files import fetch
-from jaxformer.lab.experiments import Experiment, Metrics, Report, Result, Row, final_loss, mean_or_better, near
+from jaxformer.lab.experiments import Experiment, Metrics, Report, Result, Row, final_loss, mean_or_better
 from jaxformer.lab.intervals import ERROR, estimate, welch_difference
 from jaxformer.lab.measures import nats
 from jaxformer.learning.optimizers import AdamW
@@ -92,6 +92,8 @@ def rung(name: str, better: bool) -> Row:
         "± 1/√32, not the published ± 1/√16"
     )
     remark = narrow if isinstance(model, Decoder) and model.head_width else ""
+    if name == LAST and not better:
+        return Row(name, config, published, 2 * SEEDS, remark=f"{SEEDS} seeds had left open whether it is reached")
     if not better:
         return Row(name, config, published, SEEDS, remark=remark)
     changes = {
@@ -108,7 +110,14 @@ def best_loss(rows: Metrics) -> float:
     return min(row["loss"] for row in rows if row["split"] == "valid")
 
 
-BEGINNING = {"steps": 100, "log_every": 10, "eval_every": 100, "save_every": 50, "compute_dtype": "float32"}
+BEGINNING = {
+    "steps": 20,
+    "log_every": 2,
+    "eval_every": 20,
+    "save_every": 20,
+    "steps_per_call": 1,
+    "compute_dtype": "float32",
+}
 SMALLER = {  # the scaled rung, for two cores: heads as wide as there, 2 layers, context 64
     "model.n_layers": 2,
     "model.n_heads": 2,
@@ -124,32 +133,26 @@ SMALLER = {  # the scaled rung, for two cores: heads as wide as there, 2 layers,
     "train.compute_dtype": "float32",
     "train.sample_tokens": 0,
 }
+TURNED = "scores times √K"  # the scale turned over by mistake
+SMALL = Row("scaled down", SCALED, None, 2, SMALLER, remark="2 layers, 128 wide, heads of 64, context 64")
 INVERTED = (
-    Row("scaled down, scores over √K", SCALED, None, 2, SMALLER, remark="2 layers, 128 wide, context 64"),
-    Row(
-        "scaled down, scores times √K",
-        SCALED,
-        2.4,
-        2,
-        SMALLER | {"model.kernel.scale": 64**0.5},
-        reached=near,
-        remark='the scale turned over by mistake; published is "stalls near 2.4", and reached means within 3 %',
-    ),
-    Row(
-        "and LayerNorm, scores times √K",
-        rung(LAST, better=False).config,
-        None,
-        SEEDS,
-        {"model.kernel.scale": 8**0.5},
-        remark="in heads of 8, the same mistake hardly shows",
+    replace(SMALL, name=f"scaled down, {TURNED}", overrides=SMALLER | {"model.kernel.scale": 64**0.5}, remark=""),
+    replace(
+        rung(LAST, better=False),
+        name=f"{LAST}, {TURNED}",
+        published=None,
+        seeds=SEEDS,
+        overrides={"model.kernel.scale": 8**0.5},
+        remark="",
     ),
 )
 ROWS = (
     *(rung(name, better=False) for name in RUNGS),
+    SMALL,
     *INVERTED,
     Row("scaled", SCALED, 1.477, measure=best_loss, platform="gpu", remark="the best of its evaluations"),
     Row(
-        "scaled, its first 100 steps",
+        "scaled, its first 20 steps",
         SCALED,
         overrides={f"train.{name}": value for name, value in BEGINNING.items()} | {"train.sample_tokens": 0},
         remark="in float32",
@@ -260,7 +263,7 @@ def below(losses: Sequence[float], published: float) -> str:
 
 def scaled(report: Report) -> None:
     """The rung that needs a GPU, or what there is of it."""
-    beginning = report.results["scaled, its first 100 steps"]
+    beginning = report.results["scaled, its first 20 steps"]
     steps, (losses,) = beginning.curve()
     report.text(
         "### The scaled rung\n\n`configs/ladder_scaled.py`: 6 layers, 6 heads, d_model 384, context 256, batches of "
@@ -269,7 +272,7 @@ def scaled(report: Report) -> None:
     )
     whole = report.results.get("scaled")
     if whole is None:
-        report.text("It needs a GPU and has not been run in full. Its training loss in the first 100 steps, on a CPU:")
+        report.text("It needs a GPU and has not been run in full. Its training loss in the first 20 steps, on a CPU:")
         report.table([{"step": "loss"} | {str(step): f"{loss:.3f}" for step, loss in zip(steps, losses, strict=True)}])
         return
     figure, axes = panels(1, 1, 7, 4)
@@ -292,6 +295,14 @@ def scores(report: Report) -> None:
     report.text(
         f"The published variance of 17.34 for K = 16 is a draw {(17.34 - 16) / spreads[1]:.1f} deviations above the "
         "theory's 16."
+    )
+    narrow, wide = (
+        report.results[wrong].mean - report.results[right].mean
+        for right, wrong in ((LAST, INVERTED[1].name), (SMALL.name, INVERTED[0].name))
+    )
+    report.text(
+        f"A scale turned over by mistake, times √K, trains without an error. It costs {wide:.3f} nats in heads "
+        f'of 64 and {narrow:.3f} in heads of 8; the text\'s "stalls near 2.4" names no model.'
     )
     logits = np.array([0.1, -0.2, 0.3, -0.2, 0.5])
     figure, axes = panels(1, 4, 9, 2.4)
