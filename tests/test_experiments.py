@@ -18,6 +18,7 @@ from tiny import without_corpus
 
 import jaxformer
 from jaxformer import Config
+from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.config import resolve
 from jaxformer.lab.experiments import (
@@ -411,4 +412,27 @@ def test_a_cheap_row_comes_out_as_the_results_file_has_it(data_directory, tmp_pa
     assert (len(result.runs), result.row.config.train.steps) == (int(kept["seeds"]), int(kept["steps"]))
     assert result.mean == pytest.approx(mean, abs=0.002) and result.deviation == pytest.approx(
         deviation, rel=0.5, abs=1e-4
+    )
+
+
+def test_a_published_number_that_is_not_reached_has_a_cause():
+    """Ours where seeds differ from those of the control in PyTorch, else its luck, with how many of these reach it."""
+    ladder, rng = config_lib.execute(ROOT / "experiments" / "ladder.py"), np.random.default_rng(0)
+    near, far = (mean + 0.01 * rng.standard_normal(8) for mean in (2.1, 2.2))
+    config = Config("run", Bigram(context_length=3))
+
+    def cause(ours, control, *published):
+        runs = [[{"step": 3, "split": "valid", "loss": float(loss)}] for loss in ours]
+        result = Result(Row("rung", config, published, 8), list(range(8)), runs)
+        said = ladder["settled"](result, [{"whole": loss} for loss in control], 0.01)
+        return said["cause of a no"]
+
+    assert cause(near, near[::-1], 2.1) == "" and cause(near, near, 1.0, 2.1) == ""
+    assert (
+        cause(far, far - 0.001, 1.0, 2.1)
+        == "its luck: no difference from the control is seen, of which none of 8 seeds reach 2.1"
+    )
+    assert (
+        cause(far, near, 2.15)
+        == f"ours: {far.mean() - near.mean():+.4f} beside the control, of which 8 of 8 seeds reach 2.15"
     )
