@@ -251,13 +251,17 @@ def _cast(value: Any, annotation: Any, path: str) -> Any:
         raise InputError(f"{path}={value!r} must be a finite number in float32")
     if int in options and isinstance(value, float) and value.is_integer():
         return int(value)
-    names = [*_literals(options), *(getattr(o, "__name__", str(o)) for o in options if not _literals([o]))]
+    names = [*_literals(options), *(_kind(option) for option in options if not _literals([option]))]
     names = " or ".join(filter(None, [", ".join(names[:-1]), names[-1]])).replace("NoneType", "None")
     if value is None:
         raise InputError(f"{path} must be given, as --{path}=VALUE on the command line or in the config: {names}")
-    if isinstance(value, str) and _literals(options):
-        raise InputError(f"{path}={value!r} must be {names}")
-    raise InputError(f"{path}={value!r} must be {names}, but it is {type(value).__name__}")
+    raise InputError(f"{path}={value!r} must be {names}")
+
+
+def _kind(option: Any) -> str:
+    """What a value of this type is called in a sentence."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return plain.get(option) or getattr(option, "__name__", str(option))
 
 
 def _parse(text: str, annotation: Any, path: str) -> Any:
@@ -312,7 +316,10 @@ def _no_part(text: str, kinds: tuple[type[Spec], ...], path: str) -> str:
         known = lambda reader: {*PurePath(text).suffixes} & {*getattr(reader, "suffixes", ())}
         reader = next(filter(known, readers), readers[0])
         return f"is a path, and must be a class; give --{path}={reader.__name__} --{path}.path={text}"
-    return f"must be one of {_choices(kinds)}, or module:Class of such a part"
+    known = {name.lower(): name for name in _choices(kinds).split(", ")}
+    close = difflib.get_close_matches(text.lower(), known, n=1)
+    meant = f"; did you mean {known[close[0]]}?" if close else ""
+    return f"must be one of {_choices(kinds)}, or module:Class of such a part{meant}"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

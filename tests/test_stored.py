@@ -128,7 +128,7 @@ def test_what_was_renamed_moved_and_dropped_is_found(tmp_path):
     [
         ({"objective": {"smoothing": 0.1}}, "Plain.smoothing=0.1 is known no more; take the jaxformer that wrote it"),
         ({"optimizer": {"smoothing": 0.0}}, "AdamW.smoothing: no such field"),
-        ({"model": {"scale": 3, "scaling": 3}}, "model.scaling.scaled=3 must be bool, but it is int"),
+        ({"model": {"scale": 3, "scaling": 3}}, "model.scaling.scaled=3 must be true or false"),
         ({"model": {"scale": {"scale": [True]}}}, "class=None is no spec"),
         ({"model": {"class": ["gone:Fast"]}}, "is no spec"),
     ],
