@@ -283,7 +283,7 @@ def listing(home):
         ("train text.txt", "text.txt, line 1"),
         ("train empty.py", "empty.py: must define `config`"),
         ("train config.py --directory=new --model.n_layer=3", "did you mean n_layers?"),
-        ("train config.py --directory=new --model.n_layers=x", "model.n_layers='x' must be int"),
+        ("train config.py --directory=new --model.n_layers=x", "model.n_layers='x' must be a whole number"),
         ("train config.py --directory=new --model.n_heads=4", "model.n_heads=4 must divide model.d_model=14; 2 does"),
         ("train config.py --directory=new --steps=4", "no such field; did you mean --train.steps?"),
         ("train config.py --directory=new --model.bias --train.steps=5", "'--model.bias' must be --field.path=value"),
