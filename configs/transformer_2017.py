@@ -1,11 +1,22 @@
 """The transformer of 2017 (arXiv:1706.03762), its base model: 6 + 6 layers, 512 wide, post-norm, sinusoids.
 
-Give it a table of yours, with a sentence and its translation in each row ($FOLDER/*.tsv, .csv or .jsonl):
+Give it a table of yours, .tsv, .csv or .jsonl, with a sentence and its translation in each row:
 
-    jaxformer train transformer_2017 --data.corpus=Table --data.corpus.path=FOLDER \\
+    jaxformer train transformer_2017 --data.corpus=Table --data.corpus.path=FILE \\
         --data.corpus.text=COLUMN --data.corpus.target=COLUMN
 
-63,045,632 parameters.
+63,045,632 parameters, as `--dry_run` prints: a table of 37,000 rows for both languages and the head, 6 × 3,150,336 in the
+encoder's layers, 6 × 4,199,936 in the decoder's, no biases in attention. The paper says 65 million (table 3) and "about
+37000" tokens, no more; 3,817 more rows of the table would make up the difference. Other than there, a batch is 800
+pairs, whatever their length, not about 25,000 tokens a side; checkpoints are not averaged; answers are greedy.
+
+The text that it begins with is made up, so that it starts anywhere. Five steps of 16 pairs, on 2 cores:
+
+    jaxformer train transformer_2017 --data.batch_size=16 --train.accumulation=1 --train.steps=5 \\
+        --train.steps_per_call=1 --train.log_every=1 --data.valid_tokens=2000 --directory=runs/five
+
+go from 11.05 to 10.87 nats per token; the logarithm of the vocabulary is 10.52 (AMD EPYC, jax 0.10.1). A small one of
+the same recipe learns that language: `jaxformer reproduce seq2seq`.
 """
 
 from jaxformer import Config, Data, EncoderDecoder, Train
