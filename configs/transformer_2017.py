@@ -5,10 +5,10 @@ Give it a table of yours, .tsv, .csv or .jsonl, with a sentence and its translat
     jaxformer train transformer_2017 --data.corpus=Table --data.corpus.path=FILE \\
         --data.corpus.text=COLUMN --data.corpus.target=COLUMN
 
-63,045,632 parameters, as `--dry_run` prints: a table of 37,000 rows for both languages and the head, 6 × 3,150,336 in the
-encoder's layers, 6 × 4,199,936 in the decoder's, no biases in attention. The paper says 65 million (table 3) and "about
-37000" tokens, no more; 3,817 more rows of the table would make up the difference. Other than there, a batch is 800
-pairs, whatever their length, not about 25,000 tokens a side; checkpoints are not averaged; answers are greedy.
+63,045,632 parameters, as `--dry_run` prints: a table of 37,000 rows for both languages and the head, 6 × 3,150,336 in
+the encoder's layers, 6 × 4,199,936 in the decoder's, no biases in attention. The paper says 65 million (table 3) and
+"about 37000" tokens, no more; 3,817 more rows of the table would make up the difference. Other than there, a batch is
+800 pairs, whatever their length, not about 25,000 tokens a side; checkpoints are not averaged; answers are greedy.
 
 The text that it begins with is made up, so that it starts anywhere. Five steps of 16 pairs, on 2 cores:
 
