@@ -17,7 +17,8 @@ from jaxformer.config import execute, resolve
 from jaxformer.data.batches import Examples
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Reverse, Translation
-from jaxformer.data.tokenizers import Characters
+from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.lab.experiments import Report, Result, read_metrics
 from jaxformer.learning.objectives import SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
@@ -81,6 +82,19 @@ def test_the_rows_of_mistakes_differ_in_them_alone(house):
             assert set(changes) <= {"model.mask", "model.position"}
             assert row.config == config == rows[right].config
             assert dict(row.overrides) == dict(rows[right].overrides) | changes
+
+
+def test_what_is_told(house, tmp_path):
+    """Of one run of a few steps in the place of all."""
+    run = jaxformer.train(config(tmp_path), {"data.tokenizer": Bytes(end_token=True)})
+    results = [Result(row, [run], [read_metrics(run)]) for row in house["ROWS"]]
+    report = Report("seq2seq", results, tmp_path / "pictures")
+    house["tell"](report)
+    text = "\n".join(report.blocks)
+    assert text.count("| reverse 20 digits | no causal mask |") == text.count("| 1 0 1 0 … | neither |") == 1
+    assert "the products differ by 0.000" in text and "[MASK]" in text and "None" not in text
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"seq2seq-positions.png", "seq2seq-translation.png"}
 
 
 def test_an_offset_of_positions_is_a_rotation():
