@@ -92,8 +92,18 @@ JUDGED = {"1 0 1 0 …": (ALTERNATING, LOSS), "reverse 20 digits": (REVERSE, "re
 
 def mistaken(task: str, mistake: str) -> Row:
     config, _ = JUDGED[task]
-    published = 0.01 if (task, mistake) == ("1 0 1 0 …", "neither") else None
-    return Row(f"{task}, {mistake}: loss", config, published, 1, LAST | MISTAKES[mistake])
+    as_published = (task, mistake) == ("1 0 1 0 …", "neither")
+    remark = (
+        "a loss of 0 takes one thing more, such as a decoder that reads the very symbol that it is to say, not the one "
+        "before it"
+    )
+    return Row(
+        f"{task}, {mistake}: loss",
+        config,
+        0.01 if as_published else None,
+        overrides=LAST | MISTAKES[mistake],
+        remark=remark if as_published else "",
+    )
 
 
 ROWS = (*TASKS, TRANSLATED, *(mistaken(task, mistake) for task in JUDGED for mistake in MISTAKES))
@@ -153,9 +163,10 @@ def translation(report: Report, run: Run, source: str, target: str) -> None:
 def mistakes(report: Report) -> None:
     report.text(
         "### No causal mask, no positions\n\nA program that was published for 1 0 1 0 … had neither a causal mask in "
-        "its decoder nor positions. A decoder that sees the answer copies it: its loss falls to about 0, and the "
-        "answer is not there when it has to write. Here it writes as such a program does, each token from all of "
-        "the text before it anew, the likeliest each time; the share is of the same texts, a mean over seeds."
+        "its decoder nor positions. A decoder that sees the answer copies it: its loss falls to 0, and it has nothing to "
+        "copy when it writes. Without positions it cannot tell with which symbol a text begins nor, if it sees the "
+        "answer, which of its tokens is the next. Here all write as such a program does, each token from all of the "
+        "text before it anew, the likeliest each time; the share is that of the validation texts, a mean over seeds."
     )
     rows = []
     for task, (_, right) in JUDGED.items():
