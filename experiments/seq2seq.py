@@ -163,7 +163,7 @@ def translation(report: Report, run: Run, source: str, target: str) -> None:
 def mistakes(report: Report) -> None:
     report.text(
         "### No causal mask, no positions\n\nA program that was published for 1 0 1 0 … had neither a causal mask in "
-        "its decoder nor positions. A decoder that sees the answer copies it: its loss falls to 0, and it has nothing to "
+        "its decoder nor positions. One that sees the answer copies it: its loss falls to 0, and nothing is left to "
         "copy when it writes. Without positions it cannot tell with which symbol a text begins nor, if it sees the "
         "answer, which of its tokens is the next. Here all write as such a program does, each token from all of the "
         "text before it anew, the likeliest each time; the share is that of the validation texts, a mean over seeds."
