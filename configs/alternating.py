@@ -5,6 +5,7 @@
 
 3,676,928 parameters. Loss on texts after 250 steps 0.0000055, after 1,000 steps 0.0000001, every answer exact; what
 `predict` prints is 0101010101. 114 seconds on 2 cores (AMD EPYC, jax 0.10.1) while other programs ran beside it.
+Without its causal mask, without its positions, and without both: `jaxformer reproduce seq2seq`.
 """
 
 from jaxformer import Config, Data, EncoderDecoder, Train

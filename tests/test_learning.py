@@ -11,8 +11,9 @@ from tiny import B, T, decoder, ids, loud, totals
 from jaxformer.declarations import Declared, Letters
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import AdamW
-from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
+from jaxformer.learning.schedules import WSD, Constant, InverseSquareRoot, WarmupCosine, WarmupLinear
 from jaxformer.model.masks import Places
+from jaxformer.spec import InputError, checked
 
 
 def reference_loss(model, params, tokens, weights):
@@ -72,6 +73,23 @@ def test_wsd():
         if i <= 1620:
             assert float(rate(jnp.int32(i), jnp.int32(9000))) == pytest.approx(expected, rel=1e-4)
     assert float(WSD(1e-3, decay=1.0)(jnp.int32(1050), jnp.int32(2000))) == pytest.approx(5e-4, rel=1e-4)
+
+
+def test_inverse_square_root():
+    """Equation 3 of arXiv:1706.03762 as it is written, whatever the number of steps."""
+    for width, warmup in ((512, 4000), (83, 1), (7, 131)):
+        rate = InverseSquareRoot((width * warmup) ** -0.5, warmup)
+        for step in (1, 2, warmup, warmup + 1, 3 * warmup, 100_000):
+            expected = width**-0.5 * np.minimum(np.float64(step) ** -0.5, step * np.float64(warmup) ** -1.5)
+            for steps in (5, 200_000):
+                assert float(rate(jnp.int32(step - 1), jnp.int32(steps))) == pytest.approx(expected, rel=1e-5)
+    rates = [float(InverseSquareRoot(1e-3, 11)(jnp.int32(i), jnp.int32(50))) for i in range(50)]
+    assert np.argmax(rates) == 10 and rates[10] == pytest.approx(1e-3) and rates[43] == pytest.approx(5e-4)
+    assert InverseSquareRoot(warmup_steps=11).notice(11) is None
+    assert "longer than a run of 10 steps" in (InverseSquareRoot(warmup_steps=11).notice(10) or "")
+    for wrong, message in ((InverseSquareRoot(peak=0.0), "peak=0.0"), (InverseSquareRoot(1.0, 0), "warmup_steps=0")):
+        with pytest.raises(InputError, match=message):
+            checked(wrong)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

@@ -1,11 +1,12 @@
 """Synthetic tasks: pairs of texts that follow a rule, for a model that should find it."""
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 
 from jaxformer.data.corpora import Corpus, Piece, cut, name_class
-from jaxformer.data.hashes import mix
+from jaxformer.data.hashes import mix, permuted
 from jaxformer.spec import InputError
 
 SYMBOLS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -100,6 +101,60 @@ class Alternating(Copy):
             text = "".join(SYMBOLS[(i + j + 1) % 2] for j in range(self.length + 1))
             length = shortest + i // 2 % (self.length + 1 - shortest)
             yield text[:length], text[1 : length + 1]
+
+
+class Translation(Copy):
+    """Sentences of a made-up language, as "the old cat sees the big red dog", and what they are in another one.
+
+    Each word has its translation but the article, which is that of its noun's gender; and adjectives stand behind
+    their noun, not before it. The dictionary is always the same, so that another seed has other sentences alone.
+    """
+
+    length: int = 9  # words of a sentence, at most: two articles, two nouns, a verb, adjectives
+    shortest: int | None = 6  # fewest words, each number as often; None: all sentences have `length`
+    symbols: int = 36  # how many nouns there are, how many adjectives, and how many verbs
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        least = self.length if self.shortest is None else self.shortest
+        if least < 5:
+            field = "length" if self.shortest is None else "shortest"
+            raise ValueError(f"{at}{field}={least} must be at least 5: two articles, two nouns and a verb")
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        seed = mix(mix(np.array([self.seed], np.uint64)))
+        shortest = self.length if self.shortest is None else self.shortest
+        for i in range(self.examples):
+            draws = mix(mix(seed + np.uint64(i)) + np.arange(self.length, dtype=np.uint64)).tolist()
+            adjectives = shortest - 5 + draws[0] % (self.length + 1 - shortest)
+            first = draws[1] % (adjectives + 1)
+            words = [number % self.symbols for number in draws[2 : 5 + adjectives]]
+            parts = self.phrase(words[1 : 2 + first]), dictionary("verbs")[words[0]], self.phrase(words[2 + first :])
+            source, target = (" ".join(texts) for texts in zip(*parts, strict=True))
+            yield source, target
+
+    @staticmethod
+    def phrase(words: list[int]) -> tuple[str, str]:
+        """An article, adjectives and a noun, given by their numbers, the noun's first: in both languages."""
+        noun, said = dictionary("nouns")[words[0]]
+        adjectives = [dictionary("adjectives")[i] for i in words[1:]]
+        source = [ARTICLE, *(word for word, _ in adjectives), noun]
+        target = [ARTICLES[words[0] % len(ARTICLES)], said, *(word for _, word in adjectives)]
+        return " ".join(source), " ".join(target)
+
+
+ARTICLE, ARTICLES = "ta", ("el", "un")  # of the first language; of the second, for nouns of even and of odd numbers
+KINDS = "nouns", "adjectives", "verbs"
+
+
+@functools.cache
+def dictionary(kind: str) -> list[tuple[str, str]]:
+    """The words of a kind in both languages: two syllables, in the second language an s behind them."""
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    count, n = len(SYMBOLS), len(syllables)
+    numbers = np.arange(2 * count, dtype=np.uint64) + np.uint64(2 * count * KINDS.index(kind))
+    words = [syllables[i // n] + syllables[i % n] for i in permuted(numbers, n * n, np.array([0], np.uint64)).tolist()]
+    return [(word, said + "s") for word, said in zip(words[:count], words[count:], strict=True)]
 
 
 class Addition(Copy):

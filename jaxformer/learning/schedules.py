@@ -98,3 +98,28 @@ class WSD(WarmupLinear):
 
     def left(self, done: jax.Array) -> jax.Array:
         return jnp.minimum(1, (1 - done) / self.decay)
+
+
+class InverseSquareRoot(Schedule):
+    """Linear up to `peak`, then falling as 1/√step (arXiv:1706.03762, equation 3); a longer run begins the same.
+
+    The paper's rate is that of `peak` = (d_model · warmup_steps)^−½: 6.99e-4 for 512 and 4,000.
+    """
+
+    peak: float = 7e-4  # the highest learning rate
+    warmup_steps: int = 4000  # the step of the peak, counted from 1
+
+    def check(self, at: str = "") -> None:
+        _check_peak(self.peak, at)
+        if not 1 <= self.warmup_steps < 2**31 - 1:
+            raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 1 and less than 2**31 - 1")
+
+    def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
+        part = (step + 1) / self.warmup_steps
+        return self.peak * jnp.minimum(part, part**-0.5)
+
+    def notice(self, steps: int) -> str | None:
+        if steps >= self.warmup_steps:
+            return None
+        run = counted(steps, "step")
+        return f"warmup_steps={self.warmup_steps} is longer than a run of {run}: the rate does not reach its peak"
