@@ -11,7 +11,7 @@ seconds of training each on 2 cores (AMD EPYC, jax 0.10.1), while other programs
 
 from jaxformer import Config, Data, Encoder, Train
 from jaxformer.data.batches import Examples
-from jaxformer.data.tables import Table
+from jaxformer.data.tables import Fold
 from jaxformer.data.tokenizers import BPE
 from jaxformer.learning.objectives import Classification
 from jaxformer.learning.optimizers import AdamW
@@ -24,11 +24,10 @@ from jaxformer.model.positions import Sinusoidal
 config = Config(
     directory="runs/disaster_tweets",
     data=Data(
-        corpus=Table("$JAXFORMER_DATA/disaster_tweets.csv", labels=("target",)),
-        valid_fraction=0.2,
-        split_seed=0,
+        corpus=Fold("$JAXFORMER_DATA/disaster_tweets.csv", labels=("target",)),
+        valid_fraction=0.1,
         tokenizer=BPE(4096, mask_token=True, lowercase=True, drop=r"https?://\S+|@\w+|&\w+;"),
-        sampling=Examples(n_buckets=2),
+        sampling=Examples(n_buckets=4),
         batch_size=64,
         window=100,
     ),
@@ -47,5 +46,5 @@ config = Config(
     ),
     objective=Classification(),
     optimizer=AdamW(WarmupLinear(peak=1e-3, final=0.0, warmup_steps=50), weight_decay=1.0),
-    train=Train(steps=760, eval_every=19, save_every=190, best_by="accuracy"),
+    train=Train(steps=688, eval_every=86, save_every=344, best_by="accuracy"),
 )
