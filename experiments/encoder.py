@@ -2,11 +2,15 @@
 pretraining adds, what it is made of, what it looks at."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from jaxformer import Config, Data, Decoder, Train
 from jaxformer.config import load
 from jaxformer.data.corpora import PythonTopics
+from jaxformer.data.datasets import encode
 from jaxformer.lab.experiments import Experiment, Metrics, Report, Result, Row, best_accuracy, mean_or_better
 from jaxformer.lab.intervals import estimate
 from jaxformer.learning.optimizers import AdamW
@@ -20,7 +24,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 TUNED, MASKED, CONTRASTIVE = (load(CONFIGS / f"disaster_tweets{end}.py") for end in ("", "_masked", "_contrastive"))
 SPLITS = ("data.corpus.fold", "data.split_seed")  # which fifth is put aside, and which of the rest validate
 PUBLISHED = 0.79  # the lower of the published 0.79 to 0.80
-SEEDS = 5
+SEEDS, PRETRAINED = 5, 3  # how many splits, and how many of them with pretraining
 TEXT = "Forest fire near La Ronge, residents asked to leave their homes"
 
 
@@ -29,14 +33,14 @@ def final_accuracy(rows: Metrics) -> float:
     return [row["accuracy"] for row in rows if row["split"] == "valid"][-1]
 
 
-def classifies(name: str, **how) -> Row:
+def classifies(name: str, seeds: int = SEEDS, **how) -> Row:
     return Row(
-        name, TUNED, PUBLISHED, SEEDS, measure=best_accuracy, higher=True, reached=mean_or_better, also=SPLITS, **how
+        name, TUNED, PUBLISHED, seeds, measure=best_accuracy, higher=True, reached=mean_or_better, also=SPLITS, **how
     )
 
 
 def pretrains(name: str, config: Config) -> Row:
-    return Row(name, config, None, SEEDS, measure=final_accuracy, higher=True, also=SPLITS)
+    return Row(name, config, None, PRETRAINED, measure=final_accuracy, higher=True, also=SPLITS)
 
 
 CLASSIFIERS = (
@@ -45,8 +49,8 @@ CLASSIFIERS = (
         overrides={"optimizer": AdamW(Constant(1e-3), b2=0.999, weight_decay=0.0, clip=None)},
     ),
     classifies("ours"),
-    classifies("ours after masked", begins_with="masked pretraining"),
-    classifies("ours after contrastive", begins_with="contrastive pretraining"),
+    classifies("ours after masked", PRETRAINED, begins_with="masked pretraining"),
+    classifies("ours after contrastive", PRETRAINED, begins_with="contrastive pretraining"),
 )
 PRETRAINING = pretrains("masked pretraining", MASKED), pretrains("contrastive pretraining", CONTRASTIVE)
 DECODER = Row(
@@ -62,11 +66,13 @@ DECODER = Row(
 
 def tell(report: Report) -> None:
     report.text(
-        "### On the tweets put aside\n\nThe fifth of the tweets that no step, no tokenizer, no pretraining and no choice "
-        "of a checkpoint has seen, for each seed another; accuracy ± standard deviation of the five. The best "
-        "checkpoint is that of the best validation accuracy."
+        "### On the tweets put aside\n\nThe fifth of the tweets that no step, no tokenizer, no pretraining and no "
+        "choice of a checkpoint has seen, for each seed another; accuracy ± standard deviation. The best "
+        "checkpoint is that of the best validation accuracy. Many tweets come twice, with other links: new texts are "
+        "those put aside that are not also among the others."
     )
-    report.table([aside(report.results[row.name]) for row in CLASSIFIERS])
+    found = {row.name: aside(report.results[row.name]) for row in CLASSIFIERS}
+    report.table([{"row": name, "published": "0.79 to 0.80"} | cells(found, name) for name in found])
     result = report.results["ours"]
     best = max(zip(result.values, result.runs, strict=True), key=lambda pair: pair[0])[1]
     best = open_run(best.config.directory, "best")
@@ -87,24 +93,39 @@ def tell(report: Report) -> None:
     report.code(render(report.results[DECODER.name].runs[0].inspect()))
 
 
-def aside(result: Result) -> dict[str, str]:
-    """The accuracies of a row's runs, last and best checkpoints, on the tweets put aside."""
-    found: dict[str, list[float]] = {"last": [], "best": []}
+def aside(result: Result) -> dict[str, list[float]]:
+    """The accuracies of a row's runs on the tweets put aside, of their last and of their best checkpoints; and of the
+    best on those that are not also among the others, links and names left out."""
+    found: dict[str, list[float]] = {"last": [], "best": [], "new": []}
     for run in result.runs:
-        corpus = dataclasses.replace(run.config.data.corpus, inside=True)
-        for which, values in found.items():
-            opened = run if which == "last" else open_run(run.config.directory, "best")
-            values.append(opened.evaluate(corpus)["accuracy"])
-    shown = {
-        which: f"{estimate(values).mean:.4f} ± {estimate(values).deviation:.4f}" for which, values in found.items()
-    }
+        corpus, best = run.config.data.corpus, open_run(run.config.directory, "best")
+        own, others = (
+            encode(dataclasses.replace(corpus, inside=inside), run.tokenizer, run.classes) for inside in (True, False)
+        )
+        ids = lambda source: [source.example(i)[0].tobytes() for i in range(source.n_examples)]
+        seen = set(ids(others))
+        new = own.pick(np.array([i for i, each in enumerate(ids(own)) if each not in seen]))
+        for which, opened, source in (("last", run, own), ("best", best, own), ("new", best, new)):
+            found[which].append(opened.evaluate(source)["accuracy"])
+    return found
+
+
+def cells(found: Mapping[str, Mapping[str, list[float]]], name: str) -> dict[str, str]:
+    """What the table says of a row."""
+    own = found[name]
+    more = [a - b for a, b in zip(own["best"], found["ours"]["best"], strict=False)]
     return {
-        "row": result.row.name,
-        "published": "0.79 to 0.80",
-        "last checkpoint": shown["last"],
-        "best checkpoint": shown["best"],
-        "each, best checkpoint": ", ".join(f"{value:.4f}" for value in found["best"]),
+        "last checkpoint": spread(own["last"]),
+        "best checkpoint": spread(own["best"]),
+        "of it, new texts": spread(own["new"]),
+        "more than ours, same splits": "" if name == "ours" else spread(more),
+        "each, best checkpoint": ", ".join(f"{value:.4f}" for value in own["best"]),
     }
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{estimate(values).mean:.4f} ± {estimate(values).deviation:.4f}"
 
 
 def maps(looks: Attention):

@@ -20,12 +20,14 @@ from jaxformer.data.corpora import (
     PIECE,
     Corpus,
     JSONLines,
+    MissingNames,
     Mixture,
     Parquet,
     PythonTopics,
     TextFiles,
     TextLines,
     TokenFile,
+    TopicParagraphs,
     cut,
 )
 from jaxformer.data.tables import Table
@@ -427,3 +429,66 @@ def test_lines_are_found_across_chunks(monkeypatch):
         for size in (1, 2, 9):
             monkeypatch.setattr(files, "_chunks", lambda _, s=size, d=data: (d[i : i + s] for i in range(0, len(d), s)))
             assert list(files.lines("x")) == expected
+
+
+# --- texts made of texts
+
+
+def test_paragraphs_of_topics_are_those_of_the_texts_and_know_theirs():
+    from pydoc_data.topics import topics
+
+    corpus = checked(TopicParagraphs(topics=("debugger", "specialnames", "customization"), words=11))
+    paragraphs, labels = texts(corpus), corpus.label_values()["topic"]
+    assert len(paragraphs) == len(labels) == len(set(paragraphs)) > 100
+    plain = {name: " ".join(topics[name].split()) for name in corpus.topics}
+    for paragraph, label in zip(paragraphs, labels, strict=True):
+        assert paragraph in plain[label] and len(paragraph.split()) >= 11
+        earlier = corpus.topics[: corpus.topics.index(label)]
+        assert not any(paragraph in topics[name].split("\n\n") for name in earlier)
+    assert "customization" not in labels  # it is a part of specialnames
+    assert list(dict.fromkeys(labels)) == ["debugger", "specialnames"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"topics": ("types",)}, "must be two or more, all different"),
+        ({"topics": ("types", "types")}, "must be two or more, all different"),
+        ({"words": 0}, "words=0 must be at least 1"),
+    ],
+)
+def test_topics_have_rules(fields, message):
+    with pytest.raises(InputError, match=message):
+        checked(TopicParagraphs(**fields))
+
+
+def test_an_unknown_topic_is_told():
+    with pytest.raises(InputError, match="topics: 'nothing' must be one of Python's topics, assert"):
+        texts(TopicParagraphs(topics=("types", "nothing")))
+
+
+def test_missing_names(tmp_path):
+    lines = [
+        "Ada. Ada King was born in London , and lived with Charles Babbage of England .",
+        "Bo Li. He was born on 3 May 1970 in Rio de Janeiro .",
+        "Nobody. nothing is told .",
+        "no title at all",
+        "Cy. Born in Oslo-Nord, Cy left",
+    ]
+    path = put(tmp_path, "lines.txt", "\n".join(lines))
+    pairs = lambda **fields: list(zip(*[iter(texts(checked(MissingNames(path, **fields))))] * 2, strict=True))
+    assert pairs(names=1) == [
+        ("Ada. ?", "Ada King"),
+        ("Bo Li. May 1970 in ?", "Rio de Janeiro"),
+        ("Cy. Born in ?", "Oslo-Nord"),
+    ]
+    assert pairs(names=7, words=1)[:3] == [
+        ("Ada. ?", "Ada King"),
+        ("Ada. in ?", "London"),
+        ("Ada. with ?", "Charles Babbage of England"),
+    ]
+    assert [piece.place() for piece in MissingNames(path, names=1).pieces()][-1] == f"{path}, line 5"
+    assert MissingNames(path).asked(pairs=False) == TextLines(path)
+    for field in ("words", "names"):
+        with pytest.raises(InputError, match=f"{field}=0 must be at least 1"):
+            checked(MissingNames(path, **{field: 0}))

@@ -201,14 +201,16 @@ class Halves(Fold):
     tokenizer learns the same of them as of whole texts. A text without such a space has an empty second half.
     """
 
-    texts = 2  # pyright: ignore[reportAssignmentType]
-
     def check(self, at: str = "") -> None:
         super().check(at)
         if self.target is not None or self.labels:
             raise ValueError(
                 f"{at}target={self.target!r} and {at}labels={self.labels} must be None and (): halves are the pairs"
             )
+
+    @property
+    def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 2
 
     def asked(self, pairs: bool) -> Table:
         """Whole texts, as those are that a run answers."""

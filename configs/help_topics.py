@@ -1,0 +1,40 @@
+"""Which help text of Python's does a paragraph come from? A small encoder that classifies, with no download.
+
+    jaxformer train help_topics
+    jaxformer predict runs/help_topics --step best --text "Set a breakpoint at a line of the file"
+
+PARAMS parameters; cores
+"""
+
+from jaxformer import Config, Data, Encoder, Train
+from jaxformer.data.batches import Examples
+from jaxformer.data.corpora import TopicParagraphs
+from jaxformer.data.tokenizers import BPE
+from jaxformer.learning.objectives import Classification
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WarmupLinear
+from jaxformer.model.heads import ClassificationHead
+from jaxformer.model.positions import Sinusoidal
+
+config = Config(
+    directory="runs/help_topics",
+    data=Data(
+        corpus=TopicParagraphs(),
+        valid_fraction=0.2,
+        tokenizer=BPE(1024, lowercase=True),
+        sampling=Examples(n_buckets=2),
+        batch_size=32,
+    ),
+    model=Encoder(
+        n_layers=2,
+        n_heads=4,
+        d_model=64,
+        context_length=64,
+        dropout=0.2,
+        position=Sinusoidal(),
+        head=ClassificationHead("topic"),
+    ),
+    objective=Classification(),
+    optimizer=AdamW(WarmupLinear(peak=2e-3, final=0.0, warmup_steps=30), weight_decay=0.1),
+    train=Train(steps=300, eval_every=50, save_every=100, best_by="accuracy"),
+)
