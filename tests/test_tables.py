@@ -303,6 +303,7 @@ def test_halves_are_the_text_and_teach_a_tokenizer_the_same(tmp_path):
     pairs = [row.texts for row in halves.rows()]
     assert halves.texts == 2 and [a + b for a, b in pairs] == list(whole.documents())
     assert pairs[0] == ("a", "") and ("one two", " three four") in pairs
+    assert {("a     gap", ""), ("see http://t.co/x now @you then", " go")} < set(pairs)
     assert source_lengths(halves) == len(pairs)
     tokenizer = BPE(300, drop=r"https?://\S+|@\w+")
     assert tokenizer.fit(whole) == tokenizer.fit(halves)
