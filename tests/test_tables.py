@@ -292,6 +292,7 @@ TWEETS = [
     "Two  spaces and\na line",
     "see http://t.co/x now @you then go",
     "café is not ascii",
+    "a     gap",
     "",
 ]
 
