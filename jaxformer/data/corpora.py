@@ -258,8 +258,8 @@ class MissingNames(TextLines):
     """Lines as pairs: what stands before a name, and the name (salient span masking, arXiv:2002.08909, section 3.4).
 
     A line is a title and, behind the first ". ", a text. A name is one or more words with capitals, but no month, no
-    usual beginning of a sentence and no word of the title. "Ada. Ada King was born in London ." gives "Ada. was born
-    in ?" with "London".
+    usual beginning of a sentence and no word of the title. "Ada King. She was born in London ." gives "Ada King. was
+    born in ?" with "London".
     """
 
     words: int = 3  # how many words before the name are kept, besides the title
