@@ -1,8 +1,11 @@
-"""DOC 1 parameters
+"""Names that are missing in short biographies, before the questions of `birth_places`.
 
     jaxformer train birth_places_pretrain
 
-cores
+It reads $JAXFORMER_DATA/birth_places/wiki.txt: of each biography its title, the words before a name, and the name, for
+the first two names (salient span masking, arXiv:2002.08909). It is validated on the text that it learns: what counts is
+what it remembers of it. 1,443,200 parameters. Not measured yet on 2 cores; span corruption, with 4,622,272 parameters,
+BPE(16384), 4,600 steps and 43 minutes (AMD EPYC, jax 0.10.1, other programs beside it), led to 4.2 % in `birth_places`.
 """
 
 from jaxformer import Config, Data, EncoderDecoder, Train

@@ -3,7 +3,9 @@
     jaxformer train help_topics
     jaxformer predict runs/help_topics --step best --text "Set a breakpoint at a line of the file"
 
-164,870 parameters; not measured yet on 2 cores.
+168,966 parameters. Accuracy on the 172 of 858 paragraphs that it is not trained on, the best of 6 evaluations, one
+seed, with the texts of Python 3.11: 0.6570; always the commonest class gives 0.2965. 52 seconds of training on 2 cores
+(AMD EPYC, jax 0.10.1), while other programs ran beside it.
 """
 
 from jaxformer import Config, Data, Encoder, Train
@@ -14,7 +16,6 @@ from jaxformer.learning.objectives import Classification
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupLinear
 from jaxformer.model.heads import ClassificationHead
-from jaxformer.model.positions import Sinusoidal
 
 TOPICS = "compound", "debugger", "formatstrings", "specialnames", "string-methods", "types"
 
@@ -33,7 +34,6 @@ config = Config(
         d_model=64,
         context_length=64,
         dropout=0.2,
-        position=Sinusoidal(),
         head=ClassificationHead("topic", classes=TOPICS),
     ),
     objective=Classification(),
