@@ -3,10 +3,11 @@
     jaxformer train birth_places --init_from=runs/birth_places_pretrain
     jaxformer train birth_places --directory=runs/birth_places_scratch
 
-It reads $JAXFORMER_DATA/birth_places/{train,dev}.tsv, and the tokenizer of `birth_places_pretrain`. 1,443,200
-parameters. What counts is exact answers to the 500 questions of dev.tsv; always "London" gives 5.0 %. Not measured yet
-on 2 cores. After span corruption, with 4,622,272 parameters: 4.2 %, from scratch 2.2 %, best of ten evaluations, 4
-minutes each (AMD EPYC, jax 0.10.1).
+It reads $JAXFORMER_DATA/birth_places/{train,dev}.tsv, and the tokenizer of `birth_places_pretrain`.
+4,622,272 parameters. Exact answers to the 500 questions of dev.tsv, best of ten evaluations: pretrained 4.2 %, from
+scratch 2.2 %; always "London" would be 5.0 %. 4 minutes each on 2 cores (AMD EPYC, jax 0.10.1). So the pretraining is
+far too short to remember who was born where: asked for a missing place amid the rest of a line, it does not name it.
+(With the spans of then: see `birth_places_pretrain`.)
 """
 
 from jaxformer import Config, Data, EncoderDecoder, Train
@@ -32,12 +33,12 @@ config = Config(
         n_layers=1,
         n_encoder_layers=2,
         n_heads=4,
-        d_model=128,
-        context_length=48,
+        d_model=192,
+        context_length=64,
         position=RelativeBias(),
         norm=RMSNorm(),
     ),
     objective=SequenceToSequence(),
-    optimizer=AdamW(WarmupLinear(peak=5e-4, final=0.0, warmup_steps=30), weight_decay=0.01),
-    train=Train(steps=320, eval_every=32, save_every=32, best_by="exact"),
+    optimizer=AdamW(WarmupLinear(peak=5e-4, final=0.0, warmup_steps=50), weight_decay=0.01),
+    train=Train(steps=600, eval_every=60, save_every=60, best_by="exact"),
 )

@@ -20,7 +20,6 @@ from jaxformer.data.corpora import (
     PIECE,
     Corpus,
     JSONLines,
-    MissingNames,
     Mixture,
     Parquet,
     PythonTopics,
@@ -465,30 +464,3 @@ def test_topics_have_rules(fields, message):
 def test_an_unknown_topic_is_told():
     with pytest.raises(InputError, match="topics: 'nothing' must be one of Python's topics, assert"):
         texts(TopicParagraphs(topics=("types", "nothing")))
-
-
-def test_missing_names(tmp_path):
-    lines = [
-        "Ada. Ada King was born in London , and lived with Charles Babbage of England .",
-        "Bo Li. He was born on 3 May 1970 in Rio de Janeiro .",
-        "Nobody. nothing is told .",
-        "no title at all",
-        "Cy. Born in Oslo-Nord, Cy left",
-    ]
-    path = put(tmp_path, "lines.txt", "\n".join(lines))
-    pairs = lambda **fields: list(zip(*[iter(texts(checked(MissingNames(path, **fields))))] * 2, strict=True))
-    assert pairs(names=1) == [
-        ("Ada. ?", "Ada King"),
-        ("Bo Li. May 1970 in ?", "Rio de Janeiro"),
-        ("Cy. Born in ?", "Oslo-Nord"),
-    ]
-    assert pairs(names=7, words=1)[:3] == [
-        ("Ada. ?", "Ada King"),
-        ("Ada. in ?", "London"),
-        ("Ada. with ?", "Charles Babbage of England"),
-    ]
-    assert [piece.place() for piece in MissingNames(path, names=1).pieces()][-1] == f"{path}, line 5"
-    assert MissingNames(path).asked(pairs=False) == TextLines(path)
-    for field in ("words", "names"):
-        with pytest.raises(InputError, match=f"{field}=0 must be at least 1"):
-            checked(MissingNames(path, **{field: 0}))

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -245,48 +244,6 @@ class TextLines(TextFiles):
                 raise InputError(f"{path}, line {number} is not UTF-8 ({error.reason}); convert the file") from None
             if text.strip():
                 yield from cut([text], ("line", number))
-
-
-NAME = re.compile(r"[A-Z][\w'’-]*(?: (?:(?:of|de|la|du|the|upon) )?[A-Z][\w'’-]*)*")
-NO_NAMES = re.compile(
-    "January|February|March|April|May|June|July|August|September|October|November|December|"
-    "A|After|An|As|At|Born|He|Her|His|In|It|On|She|The|They|This"
-)
-
-
-class MissingNames(TextLines):
-    """Lines as pairs: what stands before a name, and the name (salient span masking, arXiv:2002.08909, section 3.4).
-
-    A line is a title and, behind the first ". ", a text. A name is one or more words with capitals, but no month, no
-    usual beginning of a sentence and no word of the title. "Ada King. She was born in London ." gives "Ada King. was
-    born in ?" with "London".
-    """
-
-    words: int = 3  # how many words before the name are kept, besides the title
-    names: int = 2  # how many names of a line are asked for, from its beginning
-    texts = 2
-    aligned = True
-
-    def check(self, at: str = "") -> None:
-        super().check(at)
-        for name in ("words", "names"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1; {name}=2 is usual")
-
-    def asked(self, pairs: bool) -> Corpus:
-        """Questions as they are."""
-        return TextLines(self.path)
-
-    def read(self, path: Path) -> Iterator[Piece]:
-        for piece in joined(super().read(path)):
-            title, _, text = piece.text.partition(". ")
-            known = title.split()
-            new = lambda word, known=known: word not in known and not NO_NAMES.fullmatch(word)
-            found = [name for name in NAME.finditer(text) if any(map(new, name[0].split()))]
-            for name in found[: self.names]:
-                before = text[: name.start()].split()[-self.words :]
-                for part in (" ".join([f"{title}.", *before, "?"]), name[0]):
-                    yield from cut([part], piece.record)
 
 
 class JSONLines(TextFiles):
