@@ -26,6 +26,7 @@ from jaxformer.data.corpora import (
     TextFiles,
     TextLines,
     TokenFile,
+    TopicParagraphs,
     cut,
 )
 from jaxformer.data.tables import Table
@@ -427,3 +428,39 @@ def test_lines_are_found_across_chunks(monkeypatch):
         for size in (1, 2, 9):
             monkeypatch.setattr(files, "_chunks", lambda _, s=size, d=data: (d[i : i + s] for i in range(0, len(d), s)))
             assert list(files.lines("x")) == expected
+
+
+# --- texts made of texts
+
+
+def test_paragraphs_of_topics_are_those_of_the_texts_and_know_theirs():
+    from pydoc_data.topics import topics
+
+    corpus = checked(TopicParagraphs(topics=("debugger", "specialnames", "customization"), words=11))
+    paragraphs, labels = texts(corpus), corpus.label_values()["topic"]
+    assert len(paragraphs) == len(labels) == len(set(paragraphs)) > 100
+    plain = {name: " ".join(topics[name].split()) for name in corpus.topics}
+    for paragraph, label in zip(paragraphs, labels, strict=True):
+        assert paragraph in plain[label] and len(paragraph.split()) >= 11
+        earlier = corpus.topics[: corpus.topics.index(label)]
+        assert not any(paragraph in topics[name].split("\n\n") for name in earlier)
+    assert "customization" not in labels  # it is a part of specialnames
+    assert list(dict.fromkeys(labels)) == ["debugger", "specialnames"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"topics": ("types",)}, "must be two or more, all different"),
+        ({"topics": ("types", "types")}, "must be two or more, all different"),
+        ({"words": 0}, "words=0 must be at least 1"),
+    ],
+)
+def test_topics_have_rules(fields, message):
+    with pytest.raises(InputError, match=message):
+        checked(TopicParagraphs(**fields))
+
+
+def test_an_unknown_topic_is_told():
+    with pytest.raises(InputError, match="topics: 'nothing' must be one of Python's topics, assert"):
+        texts(TopicParagraphs(topics=("types", "nothing")))

@@ -1,6 +1,7 @@
 """Tables and synthetic tasks: rows as examples, what is wrong with a row, labels, splits."""
 
 import csv
+import itertools
 import json
 import logging
 
@@ -9,8 +10,8 @@ import pytest
 
 from jaxformer.data import tasks
 from jaxformer.data.datasets import classes_of, encode, prepare
-from jaxformer.data.tables import Table
-from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.data.tables import Fold, Halves, Table
+from jaxformer.data.tokenizers import BPE, Bytes, Characters
 from jaxformer.spec import InputError, checked, known_specs
 
 ROWS = [("a b", "x, y", "1"), ('say "hi"', "two\nlines", "0"), ("café", "tab\tinside", "1"), ("z", " w ", "2")]
@@ -279,3 +280,75 @@ def test_a_task_is_prepared_like_any_corpus():
     assert (train.n_examples, valid.n_examples) == (36, 4)
     first, second = (prepared.tokenizer.decode(ids) for ids in valid.example(3))
     assert second == first[::-1] and len(first) == 5
+
+
+# --- parts of tables
+
+
+def numbered(tmp_path, count=23):
+    rows = [(f"text {i}", f"answer {i}", str(i % 2)) for i in range(count)]
+    return written(tmp_path / "n.csv", rows), rows
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds_are_a_partition_and_what_is_put_aside_is_not_read(tmp_path, folds):
+    path, rows = numbered(tmp_path)
+    of = lambda fold, inside: Fold(str(path), labels=("class",), fold=fold, folds=folds, inside=inside)
+    own = [list(of(fold, True).documents()) for fold in range(folds)]
+    assert (
+        sorted(itertools.chain(*own)) == sorted(row[0] for row in rows) and max(map(len, own)) - min(map(len, own)) <= 1
+    )
+    for fold in range(folds):
+        rest = of(fold, False)
+        assert sorted([*rest.documents(), *own[fold]]) == sorted(row[0] for row in rows)
+        assert rest.label_values()["class"] == [row[2] for row in rows if row[0] not in own[fold]]
+        assert len({rest.fingerprint(), of(fold, True).fingerprint(), of((fold + 1) % folds, False).fingerprint()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fold": 5}, "fold=5 must be at least 0 and less than data.corpus.folds=5"),
+        ({"fold": -1}, "fold=-1 must be at least 0"),
+        ({"folds": 1}, "folds=1 must be at least 2"),
+    ],
+)
+def test_folds_have_rules(fields, message):
+    with pytest.raises(InputError, match=message):
+        checked(Fold("x.csv", **fields), "data.corpus.")
+
+
+TWEETS = [
+    "one two three four",
+    "a",
+    "Two  spaces and\na line",
+    "see http://t.co/x now @you then go",
+    "café is not ascii",
+    "a     gap",
+    "",
+]
+
+
+def test_halves_are_the_text_and_teach_a_tokenizer_the_same(tmp_path):
+    texts = [text for text in TWEETS if text] * 3
+    path = written(tmp_path / "h.csv", [(text, "b", "1") for text in texts])
+    whole, halves = Fold(str(path), folds=7), Halves(str(path), folds=7)
+    pairs = [row.texts for row in halves.rows()]
+    assert halves.texts == 2 and [a + b for a, b in pairs] == list(whole.documents())
+    assert pairs[0] == ("a", "") and ("one two", " three four") in pairs
+    assert {("a     gap", ""), ("see http://t.co/x now @you then", " go")} < set(pairs)
+    assert source_lengths(halves) == len(pairs)
+    tokenizer = BPE(300, drop=r"https?://\S+|@\w+")
+    assert tokenizer.fit(whole) == tokenizer.fit(halves)
+    asked = halves.asked(pairs=False)
+    assert type(asked) is Table and asked.texts == 1 and len(list(asked.rows())) == len(texts)
+
+
+def source_lengths(corpus):
+    return encode(corpus, Bytes(), {}).n_examples
+
+
+def test_halves_have_no_labels_and_no_second_text():
+    for fields in ({"labels": ("class",)}, {"target": "answer"}):
+        with pytest.raises(InputError, match="halves are the pairs"):
+            checked(Halves("x.csv", **fields))

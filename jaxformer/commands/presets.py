@@ -13,11 +13,12 @@ def presets() -> None:
     """
     from jaxformer import config
 
-    rows = []
-    for name, path in config.presets().items():
+    found = config.presets()
+    rows, width = [], max(map(len, found), default=0)
+    for name, path in found.items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         count = re.search(r"([\d,]+) parameters", text)
         rows.append(
-            (f"{name:22}  {count[1] if count else '':>13}", re.split(r"(?<=[.])\s", text)[0].replace("\n", " "))
+            (f"{name:{width}}  {count[1] if count else '':>13}", re.split(r"(?<=[.])\s", text)[0].replace("\n", " "))
         )
-    print(page([(f"{'preset':22}     parameters", ""), *rows], indent=""))
+    print(page([(f"{'preset':{width}}     parameters", ""), *rows], indent=""))

@@ -112,6 +112,47 @@ class PythonTopics(Corpus):
         return TextFiles(path)
 
 
+class TopicParagraphs(Corpus):
+    """Paragraphs of some of Python's help texts, each labelled `topic` with the name of its text.
+
+    A paragraph is what stands between blank lines, of `words` words or more; one that stands in several is that of the
+    first. They differ between Python's versions.
+    """
+
+    topics: tuple[str, ...] = ("compound", "debugger", "formatstrings", "specialnames", "string-methods", "types")
+    words: int = 8  # how many words a paragraph has at least
+
+    aligned = True
+
+    def check(self, at: str = "") -> None:
+        if len(set(self.topics)) != len(self.topics) or len(self.topics) < 2:
+            raise ValueError(f"{at}topics={self.topics} must be two or more, all different")
+        if self.words < 1:
+            raise ValueError(f"{at}words={self.words} must be at least 1; 8 leaves out headings")
+
+    def documents(self) -> Iterator[str]:
+        return iter(self._paragraphs())
+
+    def label_values(self) -> dict[str, list[str | tuple[str, ...]]]:
+        return {"topic": list(self._paragraphs().values())}
+
+    def at(self, path: str) -> Corpus:
+        return TextLines(path)
+
+    def _paragraphs(self) -> dict[str, str]:
+        """Paragraph → topic, in order."""
+        from pydoc_data.topics import topics
+
+        found: dict[str, str] = {}
+        for name in self.topics:
+            if name not in topics:
+                raise InputError(f"topics: {name!r} must be one of Python's topics, {', '.join(sorted(topics))}")
+            for paragraph in topics[name].split("\n\n"):
+                if len(paragraph.split()) >= self.words:
+                    found.setdefault(" ".join(paragraph.split()), name)
+        return found
+
+
 class TextFiles(Corpus):
     """UTF-8 files, each a document: one, or all of a folder and its subfolders in the order of their paths.
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -168,6 +169,62 @@ class Table(TextFiles):
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(line)
             yield number, value if isinstance(value, dict) else Malformed("no JSON object")
+
+
+class Fold(Table):
+    """A table without every fifth of its rows, or these alone: what is left out, nothing can be chosen on.
+
+    The folds of all numbers are the whole table, as in cross-validation. Rows are counted anew in each file.
+    """
+
+    fold: int = 0  # the number of the fold, from 0
+    folds: int = 5  # how many folds there are
+    inside: bool = False  # True: the rows of the fold; False: all others
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.folds < 2:
+            raise ValueError(f"{at}folds={self.folds} must be at least 2; 5 is usual")
+        if not 0 <= self.fold < self.folds:
+            raise ValueError(f"{at}fold={self.fold} must be at least 0 and less than {at}folds={self.folds}")
+
+    def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
+        for number, row in enumerate(super()._rows_of(path, quiet)):
+            if (number % self.folds == self.fold) == self.inside:
+                yield row
+
+
+class Halves(Fold):
+    """The halves of each text as a pair, for contrastive learning: parts of a text belong together (arXiv:2006.03659).
+
+    They are cut at the middle one of the spaces between words of ASCII letters, and are the text together, so that a
+    tokenizer learns the same of them as of whole texts. A text without such a space has an empty second half.
+    """
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.target is not None or self.labels:
+            raise ValueError(
+                f"{at}target={self.target!r} and {at}labels={self.labels} must be None and (): halves are the pairs"
+            )
+
+    @property
+    def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 2
+
+    def asked(self, pairs: bool) -> Table:
+        """Whole texts, as those are that a run answers."""
+        return Table(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Table)}).asked(pairs)
+
+    def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
+        for row in super()._rows_of(path, quiet):
+            (text,) = row.texts
+            spaces = [found.start(1) for found in SPACE.finditer(text)]
+            at = spaces[len(spaces) // 2] if spaces else len(text)
+            yield row._replace(texts=(text[:at], text[at:]))
+
+
+SPACE = re.compile(r"(?<!\S)[a-zA-Z]+( )(?=[a-zA-Z]+(?!\S))")
 
 
 def asked_in(path: str, own: Corpus) -> tuple[Corpus, ...]:
