@@ -94,8 +94,8 @@ def mistaken(task: str, mistake: str) -> Row:
     config, _ = JUDGED[task]
     as_published = (task, mistake) == ("1 0 1 0 …", "neither")
     remark = (
-        "a loss of 0 takes one thing more, such as a decoder that reads the very symbol that it is to say, not the one "
-        "before it"
+        "without positions the decoder sees which symbols there are and not which comes next, so that it cannot copy; "
+        'the row "no causal mask", which has positions, comes to 0'
     )
     return Row(
         f"{task}, {mistake}: loss",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from bugs import AttentionUnused
 
 from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TinyShakespeare
@@ -20,7 +21,6 @@ from jaxformer.lab.experiments import (
 from jaxformer.lab.measures import activations, before_training, differences_by_layer, gradient_norms, norms_by_layer
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
-from jaxformer.model.baselines import AttentionUnused
 from jaxformer.model.blocks import PostNorm
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import MLP, NoNorm, ReLU, TorchUniform

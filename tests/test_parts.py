@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from tiny import SIZES, B, T, block, crossed, decoder, generate, hidden, ids, loud, mixed
 
+from jaxformer import config as config_lib
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.model import layers
-from jaxformer.model.baselines import AttentionUnused
 from jaxformer.model.blocks import Parallel, PostNorm, PreNorm, SandwichNorm
 from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
 from jaxformer.model.kernels import Look, SoftCapped, Softmax, Uniform
@@ -377,7 +378,8 @@ def test_branches_in_parallel_by_hand():
 
 
 def test_unused_attention_has_a_norm_that_learns_and_matrices_that_do_not():
-    model = decoder(residual=AttentionUnused(), position=NoPosition(), n_layers=1)
+    unused = config_lib.execute(Path(__file__).parent.parent / "experiments" / "tiny.py")["AttentionUnused"]
+    model = decoder(residual=unused(), position=NoPosition(), n_layers=1)
     params, text, at = loud(model), ids(B, T), one_document(T)
     size = lambda params: (hidden(model, params, text, at)[0] ** 3).sum()
     found = jax.tree.map(lambda g: np.abs(g).max(), own_layer(jax.grad(size)(params)))

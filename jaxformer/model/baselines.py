@@ -1,4 +1,4 @@
-"""What transformers are judged against: tables, recurrent networks, and a block that does not use its attention."""
+"""Language models from before the transformers, against which these are judged: tables and recurrent networks."""
 
 # pyright: reportIncompatibleVariableOverride=false
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformer.declarations import Arrays, Param, declare
 from jaxformer.keys import fold
-from jaxformer.model.blocks import PostNorm, Site, record
+from jaxformer.model.blocks import record
 from jaxformer.model.heads import Head, LanguageHead
 from jaxformer.model.layers import GPT2Normal, Initializer, Out, TorchUniform, dropout, lookup
 from jaxformer.model.masks import Places
@@ -214,10 +214,3 @@ class RecurrentNetwork(Network):
         x = dropout(fold(key, s.n_layers), x, s.dropout)
         record(self, out=x)
         return x, cache
-
-
-class AttentionUnused(PostNorm):
-    """x = norm(x) where attention would join: what it gives is used nowhere, so that each token sees itself alone."""
-
-    def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
-        return site.norms[0](stream) if site.branch == "attention" else super().after(stream, h, site)
