@@ -45,6 +45,7 @@ from jaxformer.model.layers import (
     TruncatedNormal,
     XavierUniform,
 )
+from jaxformer.model.models import Embedding
 from jaxformer.model.positions import ALiBi, NoPosition, RelativeBias, Rotary, Sinusoidal
 from jaxformer.pictures import panels
 
@@ -135,6 +136,13 @@ OF_DECODER: Mapping[str, Mapping[str, Changes]] = {
             "ALiBi": ALiBi(),
             "relative bias": RelativeBias(),
         }.items()
+    }
+    | {
+        "sinusoidal, token vectors as large": {
+            "model.position": Sinusoidal(),
+            "model.embedding": Embedding(scaled=True),
+            "model.initializer": XavierUniform(std=1 / 8),
+        },
     },
 }
 OF_ENCODER: Mapping[str, Mapping[str, Changes]] = {
@@ -201,7 +209,7 @@ def tell(report: Report) -> None:
         "accuracies.",
     )
     report.text(
-        "### What shared keys and values save\\n\\nOne text of 32 tokens; tokens a second are medians of 7, in turns."
+        "### What shared keys and values save\n\nOne text of 32 tokens; tokens a second are medians of 7, in turns."
     )
     report.table(decoding(report))
 
@@ -246,7 +254,7 @@ def decoding(report: Report) -> list[dict[str, str]]:
             result.runs[0].sample(tokens=31, seed=turn)
             if turn:
                 speeds[part].append(31 / (time.perf_counter() - started))
-    size = lambda run: sum(a.nbytes for a in jax.tree.leaves(jax.eval_shape(lambda: run.model.cache(1, 32))))
+    size = lambda run: sum(a.nbytes for a in jax.tree.leaves(run.model.cache(1, 32)))
     spread = lambda values: f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
     return [
         {
