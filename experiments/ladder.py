@@ -167,7 +167,7 @@ def tell(report: Report) -> None:
     verdict = "worse than one, as published" if three.mean > feed.mean else "better than one, other than published"
     report.text(
         f"Three blocks without sums ({three.mean:.4f}) are {verdict} ({feed.mean:.4f}); one of attention alone has "
-        f"{one.mean:.4f}. The last rung took its author 3 min 38 s for one seed; here {len(last.runs)} seeds together "
+        f"{one.mean:.4f}. The last rung took its author 3 min 38 s for one seed; here {len(last.runs)} seeds "
         f"take {last.seconds:.0f} s."
     )
     settle(report)
@@ -178,7 +178,7 @@ def tell(report: Report) -> None:
             steps, losses = results[name].curve(split)
             mean = np.mean(losses, 0)
             curves[name] = steps, smooth(mean, 5) if split == "train" else mean
-        lines(each, curves, "step", f"{LOSSES[split]} loss (nats)", "published recipe")
+        lines(each, curves, "step", f"{LOSSES[split]} loss (nats)", "published recipe", legend=split == "valid")
         each.set_ylim(1.9, 3.2)
     report.picture(
         "curves",

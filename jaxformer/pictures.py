@@ -42,7 +42,8 @@ def _png(figure: Any) -> bytes:
 
 
 def lines(axes: Any, curves: Lines, x: str, y: str, title: str = "", log: str = "", legend: bool = True) -> None:
-    """Draws a line for each label; `log` names the axes that are logarithmic, as "xy"."""
+    """Draws a line for each label; `log` names the axes that are logarithmic, as "xy". A legend of many lines
+    stands beside them."""
     from matplotlib import colormaps
 
     colors = colormaps["viridis" if len(curves) > 10 else "tab10"]
@@ -56,7 +57,8 @@ def lines(axes: Any, curves: Lines, x: str, y: str, title: str = "", log: str = 
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if legend:
-        axes.legend(fontsize=8, ncols=math.ceil(len(curves) / 14))
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(curves) > 6 else {}
+        axes.legend(fontsize=8, ncols=math.ceil(len(curves) / 24), **beside)
 
 
 def image(axes: Any, values: ArrayLike, x: str = "", y: str = "", title: str = "", **how: Any) -> None:
