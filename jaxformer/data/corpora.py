@@ -119,7 +119,14 @@ class TopicParagraphs(Corpus):
     first. They differ between Python's versions.
     """
 
-    topics: tuple[str, ...] = ("compound", "debugger", "formatstrings", "specialnames", "string-methods", "types")
+    topics: tuple[str, ...] = (  # names of help texts, which are the classes
+        "compound",
+        "debugger",
+        "formatstrings",
+        "specialnames",
+        "string-methods",
+        "types",
+    )
     words: int = 8  # how many words a paragraph has at least
 
     aligned = True
