@@ -92,9 +92,9 @@ class Row:
     @property
     def numbers(self) -> tuple[float, ...]:
         """All that was published."""
-        return (
-            self.published if isinstance(self.published, tuple) else () if self.published is None else (self.published,)
-        )
+        if self.published is None:
+            return ()
+        return self.published if isinstance(self.published, tuple) else (self.published,)
 
     @property
     def slug(self) -> str:
@@ -246,7 +246,7 @@ def run_row(row: Row, directory: Path) -> Result:
                 own["init_from"] = str(directory / _slug(row.begins_with) / f"seed-{seed}")
             runs.append(train(config, own, home / f"seed-{seed}"))
     else:
-        runs = train_seeds(config, range(row.seeds), directory=directory / row.slug)
+        runs = train_seeds(config, range(row.seeds), directory=home)
     return Result(dataclasses.replace(row, config=config), runs, [read_metrics(run) for run in runs])
 
 
