@@ -73,12 +73,13 @@ TOGETHER = {
     ),
     "an encoder–decoder of latent attention": EncoderDecoder(**SIZES, mixer=Latent(), position=Rotary()),
 }
+DEFAULT = ("layers share, connections, experts",)
 MODELS = pytest.mark.parametrize(
     "model",
     [
         *(pytest.param(model, id=name, marks=pytest.mark.slow) for name, model in ONE_AT_A_TIME.items()),
         *(
-            pytest.param(model, id=name, marks=() if "layers" in name else pytest.mark.slow)
+            pytest.param(model, id=name, marks=() if name in DEFAULT else pytest.mark.slow)
             for name, model in TOGETHER.items()
         ),
     ],
@@ -130,7 +131,6 @@ RUNS["an encoder–decoder of latent attention"] = (
     TOGETHER["an encoder–decoder of latent attention"],
     *(SequenceToSequence(), ADAMW, {"corpus": Reverse(examples=200, length=7), "sampling": Examples()}),
 )
-DEFAULT = ("layers share, connections, experts",)
 
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])

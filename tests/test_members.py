@@ -94,7 +94,7 @@ def rows(run, clock=False):
     return [{name: value for name, value in row.items() if clock or name not in CLOCK} for row in found]
 
 
-@pytest.mark.parametrize("of", [text, classes, pytest.param(pairs, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of", [text, *(pytest.param(of, marks=pytest.mark.slow) for of in (classes, pairs))])
 def test_a_member_is_its_run_alone(home, tmp_path, of):
     """State and evaluations but for rounding, with dropout or a moving average; the same rows; and it is opened."""
     often = {"train.eval_every": 11}

@@ -300,7 +300,7 @@ class Same(Softmax):
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (("-0.5", "-0.7"), "edited_parts:Decay"),
+        pytest.param(("-0.5", "-0.7"), "edited_parts:Decay", marks=pytest.mark.slow),
         pytest.param(("= 1.0", "= 1.5"), "edited_parts", marks=pytest.mark.slow),
         (("x * 1", "x * 2"), "edited_help"),
         pytest.param(("", ""), None, marks=pytest.mark.slow),
@@ -348,6 +348,7 @@ def test_of_attention_is_told_where_there_is_some(tmp_path, caplog):
     assert told == {"decoder": [f"{'attention':10} Softmax, Uniform, in XLA"], "feed-forward alone": [], "bigram": []}
 
 
+@pytest.mark.slow
 def test_the_devices_that_are_used_are_told_and_those_that_are_idle(tmp_path):
     text(tmp_path)
     code = "import jaxformer; from jaxformer import *; import logging; logging.getLogger('jaxformer').setLevel(20)\n"

@@ -121,6 +121,7 @@ def test_the_size_of_2017():
     assert sum(a.size for a in jax.tree.leaves(shapes)) == 37_000 * D + 6 * (encoder + decoder) == 63_045_632
 
 
+@pytest.mark.slow
 def test_the_recipe_of_2017_takes_a_table(tmp_path):
     """At small sizes, on translations of one's own: the loss falls within a few steps."""
     pairs = list(Translation(examples=40).pairs())

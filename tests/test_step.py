@@ -125,7 +125,7 @@ def test_metrics():
     assert float(row["grad_norm"][0]) == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("slices", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_batch_of_which_nothing_is_learned_says_so(slices):
     """It has no loss, a weight of 0, and an update that leaves all as it is; its neighbours are as ever."""
     recipe = Recipe(decoder(n_layers=2), NextToken(label_smoothing=0.1), slices=slices)
@@ -144,8 +144,8 @@ def test_a_batch_of_which_nothing_is_learned_says_so(slices):
 REGULARIZED = [
     NextToken(label_smoothing=0.2),
     NextToken(z_loss=0.03),
-    Classification(label_smoothing=0.2),
-    Contrastive(label_smoothing=0.2),
+    pytest.param(Classification(label_smoothing=0.2), marks=pytest.mark.slow),
+    pytest.param(Contrastive(label_smoothing=0.2), marks=pytest.mark.slow),
 ]
 HEADS = (
     ClassificationHead("a", tuple("xyz")),
