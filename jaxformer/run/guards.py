@@ -1,0 +1,70 @@
+"""Faults in training: an update that a loss or gradient spoils is skipped, and a run that only has such ones stops."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from jaxformer.spec import Spec
+
+
+class Guard(Spec):
+    """When an update is skipped: where loss or gradient, over all slices of the batch, are no finite numbers.
+
+    Parameters, optimizer state and moving average stay as they are, to the bit, and the step advances.
+    """
+
+    spike: float | None = None  # skips, too, where the loss is so many standard deviations over the mean; None: nowhere
+    window: int = 100  # mean and deviation are those of so many losses before, of updates that were made
+    most: int = 20  # so many updates skipped in a row end the run
+
+    def check(self, at: str = "") -> None:
+        if self.spike is not None and self.spike <= 0:
+            raise ValueError(f"{at}spike={self.spike} must be more than 0; 6 is usual, None turns it off")
+        for name, least in (("window", 2), ("most", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{at}{name}={getattr(self, name)} must be at least {least}")
+
+    def begin(self) -> "Skips":
+        """Before the first step."""
+        losses = jnp.zeros(self.window if self.spike is not None else 0)
+        return Skips(jnp.int32(0), jnp.int32(0), jnp.int32(0), losses)
+
+    def passes(self, skips: "Skips", loss: Float[Array, ""], norm: Float[Array, ""]) -> Bool[Array, ""]:
+        """Whether the update of this loss, whose gradient has this norm, is made."""
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if self.spike is None:
+            return sound
+        bound = skips.losses.mean() + self.spike * skips.losses.std()
+        return sound & ((skips.losses_seen < self.window) | (loss <= bound))
+
+    def counted(
+        self, skips: "Skips", passes: Bool[Array, ""], loss: Float[Array, ""], weight: Float[Array, ""]
+    ) -> "Skips":
+        """After a step. Losses of skipped updates, and of batches of which nothing is asked, do not enter the window."""
+        total, in_a_row = skips.total + ~passes, jnp.where(passes, 0, skips.in_a_row + 1)
+        if self.spike is None:
+            return Skips(total, in_a_row, skips.losses_seen, skips.losses)
+        enters = passes & (weight > 0)
+        written = skips.losses.at[skips.losses_seen % self.window].set(loss)
+        return Skips(total, in_a_row, skips.losses_seen + enters, jnp.where(enters, written, skips.losses))
+
+
+class Skips(struct.PyTreeNode):
+    """What a guard carries from one step to the next. A run stored before there were guards begins with zeros."""
+
+    total: jax.Array  # int32: updates skipped so far
+    in_a_row: jax.Array  # int32: up to now
+    losses_seen: jax.Array  # int32: how many were written to the window
+    losses: jax.Array  # float32[window]: the last ones of updates that were made; [0] where spikes are not looked for
+
+
+def chosen(passes: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """The new tree or the old one, to the bit."""
+    return jax.tree.map(lambda a, b: jnp.where(passes, a, b), new, old)
+
+
+class Diverged(RuntimeError):
+    """A run whose updates were skipped too often in a row."""
