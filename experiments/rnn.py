@@ -102,11 +102,13 @@ def tell(report: Report) -> None:
         "last prediction depends on a token so many places back.",
     )
     biased, plain = (report.results[name] for name in ("LSTM", "LSTM, forget gates not biased"))
+    gain = plain.mean - biased.mean
     report.text(
         "An LSTM's forget gate begins near a half, so that a state is halved at each token and "
-        f"{2**-16:.0e} of it is left after 16; biased by 1, as is usual, it keeps 0.73 of it. That is worth "
-        f"{plain.mean - biased.mean:.4f} nats here (plain {plain.mean:.4f}, biased {biased.mean:.4f}; the RNN has "
-        f"{report.results['RNN'].mean:.4f})."
+        f"{2**-16:.0e} of it is left after 16; biased by 1, as is usual, it keeps 0.73 of it at each. Here that "
+        f"{'lowers' if gain > 0 else 'raises'} the loss by {abs(gain):.4f} nats (plain {plain.mean:.4f}, biased "
+        f"{biased.mean:.4f}; the RNN has {report.results['RNN'].mean:.4f}). As many parameters give an LSTM, with four "
+        f"matrices for the RNN's one, a state of {MODELS['LSTM'].d_model} numbers instead of {MODELS['RNN'].d_model}."
     )
     recall(report)
     lengths(report)

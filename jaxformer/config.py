@@ -16,6 +16,7 @@ from jaxformer.data.corpora import Corpus, PythonTopics, TextFiles
 from jaxformer.data.files import expanded, located, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.generation.decode import Sampler
+from jaxformer.learning.guards import Guard
 from jaxformer.learning.objectives import NextToken, Objective
 from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupLinear
@@ -54,6 +55,7 @@ class Train(Spec):
     accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of activations; all else is float32
     ema_decay: float | None = None  # decay of an average of parameters, which is evaluated; None: no average
+    guard: Guard | None = Guard()  # skips updates that a loss or gradient spoils; None: none
     log_every: int = 10  # steps between two rows of metrics
     grad_norms: bool = False  # adds the gradient's norm of each parameter and layer to these rows
     eval_every: int = 250  # steps between two evaluations
@@ -103,6 +105,7 @@ NOTICE = MOVED | {
     "train.steps",
     "train.steps_per_call",
     "train.grad_norms",
+    "train.guard",
     "model.unroll",
     "model.remat",
 }

@@ -111,7 +111,7 @@ def test_one_batch_is_memorised():
 def test_metrics():
     recipe = Recipe(decoder(n_layers=2))
     _, row = train_steps(recipe, init_state(recipe, hyper()), batches(2), np.int32(2), hyper())
-    assert row.keys() == {"loss", "weight", "grad_norm", "learning_rate"}
+    assert row.keys() == {"loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
     assert row["weight"].tolist() == [12 + 8 + 13] * 2 and row["weight"].dtype == "float32"
     assert float(row["loss"][0]) == pytest.approx(np.log(29), abs=0.1)
     assert float(row["learning_rate"][0]) == pytest.approx(1e-2 / 3)

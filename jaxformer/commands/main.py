@@ -78,6 +78,12 @@ def run(name: str | None, arguments: list[str]) -> int:
         return _fail(message, 2 if error.errno == errno.ENAMETOOLONG else 1)
     except MemoryError as error:
         return _fail(f"not enough memory ({error}); make the batch, the window or the model smaller", 1)
+    except RuntimeError as error:
+        from jaxformer.learning.guards import Diverged
+
+        if not isinstance(error, Diverged):
+            raise
+        return _fail(str(error), 1)
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxformer.data.locks import is_read, reading
@@ -74,7 +75,8 @@ class Checkpoints:
                 raise InputError(f"{path / 'manifest.json'} is damaged ({error}); take another checkpoint") from None
             if manifest is None:
                 raise Gone(path)
-            if other := manifest.other_layout(abstract):
+            abstract, skips = _without_new_skips(abstract, manifest)
+            if other := manifest.other_layout(abstract, but="skips"):
                 raise Mismatch(
                     f"{path} was saved with other shapes than those of this config and tokenizer ({other}); "
                     "restore config.json and tokenizer.json of the run"
@@ -98,7 +100,7 @@ class Checkpoints:
                 raise InputError(
                     f"{path} is damaged: the SHA-256 of {wrong} is not that of what was saved; take another checkpoint"
                 )
-        return state
+        return state if skips is None else state.replace(skips=skips)
 
     def newest_states(self, abstract: Any) -> Iterator[tuple[int, Any]]:
         """Step and state of each checkpoint that is whole, the newest first; damaged ones are told."""
@@ -280,6 +282,16 @@ def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[An
     if damaged or min(counts) or max(counts) > 1:
         _refuse_if_any(runs)
     return None
+
+
+def _without_new_skips(abstract: Any, manifest: Manifest) -> tuple[Any, Any]:
+    """What is to be restored; and, where skips are not saved as they would be, those that the state gets: zeros, as a
+    run stored before there were guards, or with another one, begins with."""
+    skips = getattr(abstract, "skips", ())
+    less = abstract.replace(skips=()) if skips else abstract
+    if not skips or manifest.other_layout(abstract) is None or manifest.other_layout(less, but="skips"):
+        return abstract, None  # the same, or another model
+    return less, jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), skips)
 
 
 def _refuse_if_any(runs: Sequence[Checkpoints]) -> None:

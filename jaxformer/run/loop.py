@@ -42,7 +42,8 @@ def train(
 
     `config` is a Config or the path of a file that defines one; `overrides` maps field paths to values
     ({"model.n_layers": 6}). `profile` asks for a trace of the device from after one step to after another, in the
-    run's folder `profile`. Raises InputError before anything is written, and Interrupted after a signal that ends runs.
+    run's folder `profile`. Raises InputError before anything is written, Interrupted after a signal that ends runs, and
+    Diverged once too many updates in a row were skipped (`train.guard`).
 
     What the run says of itself goes to stderr, unless the program has handlers of its own for logs; fewer lines with
     logging.getLogger("jaxformer").setLevel("WARNING").
@@ -158,6 +159,8 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
                 reports.add(step, count, tokens, rows)
                 profile.reach(step, state)
                 pauses.after(step, state)
+                if reports.failed:
+                    raise members.diverged(state, *reports.failed)
             if received:
                 pauses.save(step, state)
     received.interrupt(step)

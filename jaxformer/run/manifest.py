@@ -48,14 +48,15 @@ class Manifest:
     def ranked(self, rank: float) -> "Manifest":
         return dataclasses.replace(self, rank=rank if math.isfinite(rank) else None)
 
-    def other_layout(self, state: Any) -> str | None:
-        """What is not as `state` has it, arrays or abstract ones; None if all is."""
+    def other_layout(self, state: Any, but: str | None = None) -> str | None:
+        """What is not as `state` has it, arrays or abstract ones, `but` for what lies under that name; None if all
+        is."""
         if self.before is not None:
             return None if self.before.get("layout") in (None, _layout_before(state)) else "other shapes"
         new = {name: _layout(leaf) for name, leaf in _leaves(state)}
         old = {name: {"dtype": a["dtype"], "shape": a["shape"]} for name, a in self.arrays.items()}
         for name in (*old, *new):
-            if old.get(name) != new.get(name):
+            if name.split("/")[0] != but and old.get(name) != new.get(name):
                 there, here = (_shown(layouts.get(name)) for layouts in (old, new))
                 return f"{name} as {there}, not {here}"
         return None

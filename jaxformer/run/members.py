@@ -1,5 +1,6 @@
 """One run, or several that differ in their seed and train as one program, behind one face."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,10 @@ import numpy as np
 from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Batches
 from jaxformer.data.datasets import Prepared
+from jaxformer.learning.guards import Diverged
 from jaxformer.run.plan import Judged, evaluate, hyper_of, recipe_of
-from jaxformer.run.step import TrainState, train_members, train_steps
+from jaxformer.run.step import TrainState, train_members, train_step, train_steps
+from jaxformer.spec import counted
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,25 @@ class Members:
             self._compiled[shapes] = lowered.compile()
             log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
         return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
+
+    def diverged(self, state: TrainState, step: int, member: int) -> Diverged:
+        """What is wrong with the update of a step, 1 for the first: the skipped ones before it have left the parameters
+        as they were, so that its gradient can be computed again."""
+        config, own = self.configs[member], [*self.apart(state)][member]
+        guard = config.train.guard
+        assert guard is not None
+        batch, norms = self._batches[member].at(step - 1), dataclasses.replace(self.recipe, grad_norms=True)
+        before = own.replace(step=np.int32(step - 1))
+        _, found = jax.jit(train_step, static_argnums=0)(norms, before, batch, hyper_of(config))
+        wrong = [path for path, norm in found["grad_norms"].items() if not np.isfinite(norm).all()]
+        what = f"the loss is {float(found['loss']):.4g}"
+        if wrong:
+            what += f", and the gradient of {wrong[0]} is not finite"
+            what += f", nor are those of {len(wrong) - 1} other arrays" if wrong[1:] else ""
+        return Diverged(
+            f"{config.directory}: {counted(guard.most, 'update')} in a row skipped, the last at step {step}: {what}; "
+            "look at the batch and the data, or begin another run with a lower learning rate"
+        )
 
     def evaluate(self, state: TrainState, tokens: int | None, between: Callable[[], None]) -> list[dict[str, Any]]:
         """What a full pass of the validation split finds, or one of about so many tokens, of each (`evaluate`)."""

@@ -67,7 +67,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     except ValueError as error:
         raise InputError(str(error)) from None
     train = config.train
-    return Recipe(model, objective, train.compute_dtype, train.accumulation, train.grad_norms)
+    return Recipe(model, objective, train.compute_dtype, train.accumulation, train.grad_norms, train.guard)
 
 
 def abstract_batches(config: Config, recipe: Recipe, count: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jaxformer.config import Config
 from jaxformer.platform import in_notebook
 from jaxformer.run.metrics import Rows
+from jaxformer.spec import counted
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ class Reports:
         self._first, self._begun = step, self._seconds
         self._steps, self._step, self._loss, self._speed = knobs.steps, step, math.nan, 0.0
         self._told: set[str] = set()
+        self._most, self._skipped = math.inf if knobs.guard is None else knobs.guard.most, 0.0
+        self.failed: tuple[int, int] | None = None  # step and member of the first update too many skipped in a row
         self._doing = ""
         self._lines = Every(QUIET, self._say) if self._bar.disable else None
         self.resume()
@@ -136,11 +139,13 @@ class Reports:
         self._elapsed = time.perf_counter() - self._since
         self._speed, seconds = self._tokens / self._elapsed, round(self._seconds + self._elapsed, 3)
         self._warn(last - count, rows["loss"][..., :count], weights)
+        self._count_skips(last - count, rows.get("skipped"), rows.pop("skipped_in_a_row", None), count)
         for i, step in enumerate(range(last - count + 1, last + 1)):
             if step % self._log_every == 0:
                 for member, run in enumerate(self._runs):
                     at = (member, i) if len(self._runs) > 1 else i
                     row = jax.tree.map(lambda values, at=at: values[at].tolist(), rows)
+                    row |= {"skipped": int(row["skipped"])} if "skipped" in row else {}
                     speeds = {"tokens_per_second": round(self._speed), "seconds": seconds}
                     run.write(step=step, split="train", loss=row.pop("loss"), **row, **speeds)
         self._step, self._loss = last, float(rows["loss"][..., count - 1].mean())
@@ -151,9 +156,10 @@ class Reports:
         """Tells the first batch of which nothing is asked, and the first loss that is no finite number."""
         losses = np.atleast_2d(losses)
         empty = np.zeros(losses.shape, bool) if weights is None else np.atleast_2d(weights)[:, : losses.shape[1]] == 0
+        spoils = ": what follows is worth nothing" if math.isinf(self._most) else ""
         told = {
             "empty": (empty, "no token of the batch is asked for (all weights are 0): nothing is learned from it"),
-            "loss": (~np.isfinite(losses) & ~empty, "the loss is {}, no finite number: what follows is worth nothing"),
+            "loss": (~np.isfinite(losses) & ~empty, f"the loss is {{}}, no finite number{spoils}"),
         }
         for name, (found, sentence) in told.items():
             if found.any() and name not in self._told:
@@ -162,6 +168,21 @@ class Reports:
                 seed = f" of seed {self._seeds[member]}" if len(self._seeds) > 1 else ""
                 log.warning("step %d%s: %s", before + i + 1, seed, sentence.format(losses[member, i]))
                 self._told.add(name)
+
+    def _count_skips(self, before: int, skipped: np.ndarray | None, in_a_row: np.ndarray | None, count: int) -> None:
+        """Tells how many updates a call has skipped, and notes the first that is one too many."""
+        if skipped is None or in_a_row is None:
+            return
+        skipped, in_a_row = (np.atleast_2d(values)[:, :count] for values in (skipped, in_a_row))
+        total = float(skipped[:, -1].sum())
+        if total > self._skipped:
+            first = before + 1 + int((in_a_row > 0).any(0).argmax())
+            n = counted(int(total - self._skipped), "update")
+            log.warning("from step %d on %s skipped (train.guard), %d in all", first, n, total)
+        self._skipped = total
+        if self.failed is None and (in_a_row >= self._most).any():
+            member, i = min(zip(*np.nonzero(in_a_row >= self._most), strict=True), key=lambda at: at[1])
+            self.failed = before + int(i) + 1, int(member)
 
     def _say(self) -> None:
         """One line, of what is known by now."""

@@ -10,6 +10,7 @@ from flax import struct
 
 from jaxformer.declarations import Declared, is_declared, path_name, trained, updated
 from jaxformer.keys import key_for
+from jaxformer.learning.guards import Guard, chosen
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
 from jaxformer.learning.optimizers import Optimizer
 from jaxformer.model.models import Model
@@ -24,6 +25,7 @@ class Recipe(Spec):
     compute_dtype: str = "float32"
     slices: int = 1  # of a batch, whose gradients are accumulated
     grad_norms: bool = False  # among the metrics: the gradient's norm for every parameter and layer
+    guard: Guard | None = Guard()  # skips updates that a loss or gradient spoils
 
 
 class Hyper(NamedTuple):
@@ -42,6 +44,7 @@ class TrainState(struct.PyTreeNode):
     params: Any
     opt_state: Any
     ema: Any = ()  # an exponential moving average of params; empty if none is kept
+    skips: Any = ()  # `guards.Skips`: of updates; empty without a guard
 
     @property
     def eval_params(self) -> Any:
@@ -54,14 +57,15 @@ def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
     params, declared = recipe.model.init(key_for(hyper.seed, 0, "init")), recipe.model.declared()
     transform = hyper.optimizer.transform(trained(declared, declared), jnp.int32(0), hyper.steps)
     ema = () if hyper.ema_decay is None else params
-    return TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema)
+    skips = () if recipe.guard is None else recipe.guard.begin()
+    return TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema, skips)
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
     """One update. Metrics: loss (plain nats per token, before the update), objective_loss (what is minimised, where it
     is more: with smoothing, z-loss and losses of parts), losses (those of parts, without their weights), grad_norm
     (before clipping), learning_rate, weight (the sum of weights: of most objectives, how many tokens were predicted).
-    Where that is 0 there is no loss: it is NaN.
+    Where that is 0 there is no loss: it is NaN. With a guard, skipped: updates skipped so far, and skipped_in_a_row.
 
     The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it forgets the first parameters.
     """
@@ -89,7 +93,15 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     if recipe.grad_norms:
         metrics["grad_norms"] = norms(trained(declared, declared), grads)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    new, skips = (params, opt_state, ema), state.skips
+    if recipe.guard is not None:
+        loss = sums.minimised / count
+        passes = recipe.guard.passes(skips, loss, metrics["grad_norm"])
+        new = chosen(passes, new, (state.params, state.opt_state, state.ema))
+        skips = recipe.guard.counted(skips, passes, loss, sums.weight)
+        metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
+    params, opt_state, ema = new
+    return TrainState(state.step + 1, params, opt_state, ema, skips), metrics
 
 
 def _advanced(declared: Any, params: Any, sums: Any, real: jax.Array, path: str = "") -> Any:

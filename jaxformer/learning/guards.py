@@ -29,8 +29,8 @@ class Guard(Spec):
 
     def begin(self) -> "Skips":
         """Before the first step."""
-        losses = jnp.zeros(self.window if self.spike is not None else 0)
-        return Skips(jnp.int32(0), jnp.int32(0), jnp.int32(0), losses)
+        none = Skips(jnp.int32(0), jnp.int32(0))
+        return none if self.spike is None else none.replace(losses_seen=jnp.int32(0), losses=jnp.zeros(self.window))
 
     def passes(self, skips: "Skips", loss: Float[Array, ""], norm: Float[Array, ""]) -> Bool[Array, ""]:
         """Whether the update of this loss, whose gradient has this norm, is made."""
@@ -43,10 +43,10 @@ class Guard(Spec):
     def counted(
         self, skips: "Skips", passes: Bool[Array, ""], loss: Float[Array, ""], weight: Float[Array, ""]
     ) -> "Skips":
-        """After a step. Losses of skipped updates, and of batches of which nothing is asked, do not enter the window."""
+        """After a step. The losses of skipped updates and of batches that ask for nothing do not enter the window."""
         total, in_a_row = skips.total + ~passes, jnp.where(passes, 0, skips.in_a_row + 1)
         if self.spike is None:
-            return Skips(total, in_a_row, skips.losses_seen, skips.losses)
+            return Skips(total, in_a_row)
         enters = passes & (weight > 0)
         written = skips.losses.at[skips.losses_seen % self.window].set(loss)
         return Skips(total, in_a_row, skips.losses_seen + enters, jnp.where(enters, written, skips.losses))
@@ -57,8 +57,8 @@ class Skips(struct.PyTreeNode):
 
     total: jax.Array  # int32: updates skipped so far
     in_a_row: jax.Array  # int32: up to now
-    losses_seen: jax.Array  # int32: how many were written to the window
-    losses: jax.Array  # float32[window]: the last ones of updates that were made; [0] where spikes are not looked for
+    losses_seen: Any = ()  # int32: how many were written to the window; empty where spikes are not looked for
+    losses: Any = ()  # float32[window]: the last ones of updates that were made
 
 
 def chosen(passes: Bool[Array, ""], new: Any, old: Any) -> Any:
@@ -67,4 +67,4 @@ def chosen(passes: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 
 class Diverged(RuntimeError):
-    """A run whose updates were skipped too often in a row."""
+    """So many updates were skipped in a row that the run has stopped."""
