@@ -39,10 +39,11 @@ FLOORS = [
         for n in ("inspection", "attention", "opened", "notices", "warm_start", "dry_run", "members", "checks")
     ),
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
-    *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
+    *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments", "check")),
     "commands.arguments",
     *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
+    "commands.check",
     "commands.reproduce",
     "commands.main",
     "__main__",

@@ -20,6 +20,7 @@ GROUPS = {
     "train": ("train", "presets", "new"),
     "use a run": ("sample", "evaluate", "predict", "inspect"),
     "experiments": ("compare", "reproduce"),
+    "trust": ("check",),
 }
 COMMANDS = tuple(name for group in GROUPS.values() for name in group)  # each in a module of its name
 EXAMPLES = """\

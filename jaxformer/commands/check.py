@@ -1,0 +1,25 @@
+"""jaxformer check."""
+
+import sys
+
+
+def check(config: str, json: bool = False, overrides: dict[str, str] | None = None) -> None:
+    """Tries whether a model is sound: no leak, cache and full pass agree, resume is exact, every array learns.
+
+    Args:
+        config: A config file, the name of a preset, or a part of your own as my_module:Part.
+        json: Prints one JSON object.
+        overrides: Another corpus, or any other field, as --model.n_layers=6.
+    """
+    from jaxformer.commands.arguments import find_modules_here, print_row
+    from jaxformer.lab.check import check
+
+    find_modules_here()
+    found = check(config, overrides)
+    if json:
+        findings = [finding._asdict() for finding in found.findings]
+        print_row({"subject": found.subject, "small": found.small, "sound": found.sound, "findings": findings}, True)
+    else:
+        print(found)
+    if not found.sound:
+        sys.exit(1)
