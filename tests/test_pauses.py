@@ -382,7 +382,7 @@ def test_nothing_but_infinite_checkpoints_is_said(home, tmp_path, caplog):
 def test_a_batch_of_which_nothing_is_asked_is_told_once(caplog):
     """And not as a loss that is no number."""
     told = reports.Reports.__new__(reports.Reports)
-    told._told, told._seeds = set(), [4, 5]
+    told._told, told._seeds, told._most = set(), [4, 5], np.inf
     losses = np.array([[1.0, np.nan, 2.0, np.inf], [1.0, 2.0, 2.0, 2.0]])
     weights = np.array([[7.0, 0.0, 7.0, 7.0, 7.0], [7.0, 7.0, 0.0, 7.0, 7.0]])
     for _ in range(2):
