@@ -39,11 +39,24 @@ FLOORS = [
         for n in ("inspection", "attention", "opened", "notices", "warm_start", "dry_run", "members", "checks")
     ),
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
-    *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
+    *(
+        f"lab.{n}"
+        for n in (
+            "intervals",
+            "tables",
+            "groups",
+            "compare",
+            "measures",
+            "experiments",
+            "interruptions",
+            "verify_resume",
+        )
+    ),
     "commands.arguments",
     *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
     "commands.reproduce",
+    "commands.verify_resume",
     "commands.main",
     "__main__",
 ]
