@@ -24,7 +24,7 @@ from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
 
-# What kills wait for, in turn: a step drawn at random, the first save or evaluation behind one, a moment of the start.
+# What kills wait for, in turn: a step or a moment of the start, drawn at random; the next save; the next evaluation.
 AIMS = "a step", "saving", "a start", "evaluating", "a step"
 
 
@@ -94,12 +94,13 @@ class Trial:
         """
         ending = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if s in meant()] or [signal.SIGTERM]
         plan = [(signal.SIGKILL, aim) for aim in itertools.islice(itertools.cycle(AIMS), kills)]
-        plan += [(signum, "a step") for signum in itertools.islice(itertools.cycle(ending), signals)]
         rng.shuffle(plan)
+        for signum in itertools.islice(itertools.cycle(ending), signals):  # while there is much to train
+            plan.insert(rng.randint(0, kills // 2), (signum, "a step"))
         steps, saved, slower = self.config.train.steps, 0, 1.0
         for place, (signum, aim) in enumerate(plan):
             share = min(1.0, slower * 2 / (len(plan) - place + 1)) * (steps - saved)
-            step, start = saved + rng.uniform(0, share), rng.uniform(0, pace[0])
+            step, start = saved + rng.uniform(0, share if aim == "a step" else 0), rng.uniform(0, pace[0])
             calls = rng.uniform(0, 2 * self.config.train.steps_per_call * (pace[1] - pace[0]) / steps)
             while (found := self._interrupt(signum, aim, step, start, calls)) is None:
                 aim, start = "a start", start / 2
@@ -112,8 +113,8 @@ class Trial:
     def _interrupt(
         self, signum: signal.Signals, aim: str, step: float, start: float, calls: float
     ) -> Interruption | None:
-        """Starts the run and sends it a signal: so many seconds after its start; or behind the step, so many seconds
-        later or when it does what is aimed at. None if it was through before."""
+        """Starts the run and sends it a signal: so many seconds after its start, or behind the step, some part of two
+        calls later or when it does what is aimed at. None if it was through before."""
         began = time.monotonic()
         with self.process() as (process, seen):
             if aim == "a start":
