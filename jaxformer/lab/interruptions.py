@@ -70,9 +70,9 @@ class Trial:
         lines = self.said.read_text(errors="replace").split("\n")
         return next((line.removeprefix("jaxformer: ") for line in reversed(lines) if line.strip()), "it said nothing")
 
-    def straight(self) -> tuple[float, float]:
-        """Trains to the end; the seconds until the first row, and in all. Raises InputError and OSError for a command
-        that fails."""
+    def straight(self) -> tuple[float, float, float]:
+        """Trains to the end; the seconds until the first row, in all, and of a call. Raises InputError and OSError for
+        a command that fails."""
         began, first = time.monotonic(), 0.0
         with self.process() as (process, seen):
             if not self.ended(process, lambda: seen.row is not None):
@@ -81,12 +81,14 @@ class Trial:
         if process.returncode:
             failed = f"training ended with status {process.returncode}: {self.last_line()} ({self.said})"
             raise InputError(self.last_line()) if process.returncode == 2 else OSError(failed)
-        return first, time.monotonic() - began
+        trained = (seen.row or {}).get("seconds", 0.0)
+        return first, time.monotonic() - began, trained * self.config.train.steps_per_call / self.config.train.steps
 
     def interrupted(
-        self, rng: random.Random, kills: int, signals: int, pace: tuple[float, float]
+        self, rng: random.Random, kills: int, signals: int, first: float, call: float
     ) -> Iterator["Interruption"]:
-        """Trains to the end, killed and told to stop on the way, and started again each time.
+        """Trains to the end, killed and told to stop on the way, and started again each time; `first` and `call` are
+        the seconds until the first row and of a call.
 
         Steps are drawn so that what is left of the plan fits what is left of training; where an interruption finds no
         newer step saved than the one before did, the next comes later. A run that is through before its turn is started
@@ -100,9 +102,9 @@ class Trial:
         steps, saved, slower = self.config.train.steps, 0, 1.0
         for place, (signum, aim) in enumerate(plan):
             share = min(1.0, slower * 2 / (len(plan) - place + 1)) * (steps - saved)
-            step, start = saved + rng.uniform(0, share if aim == "a step" else 0), rng.uniform(0, pace[0])
-            calls = rng.uniform(0, 2 * self.config.train.steps_per_call * (pace[1] - pace[0]) / steps)
-            while (found := self._interrupt(signum, aim, step, start, calls)) is None:
+            step, start = saved + rng.uniform(0, share if aim == "a step" else 0), rng.uniform(0, first)
+            later = rng.uniform(0, 2 * call)
+            while (found := self._interrupt(signum, aim, step, start, later)) is None:
                 aim, start = "a start", start / 2
             yield found
             slower, saved = 2 * slower if found.saved <= saved else 1.0, max(saved, found.saved)
@@ -111,7 +113,7 @@ class Trial:
         self._expect(process.returncode, 0)
 
     def _interrupt(
-        self, signum: signal.Signals, aim: str, step: float, start: float, calls: float
+        self, signum: signal.Signals, aim: str, step: float, start: float, later: float
     ) -> Interruption | None:
         """Starts the run and sends it a signal: so many seconds after its start, or behind the step, some part of two
         calls later or when it does what is aimed at. None if it was through before."""
@@ -124,7 +126,7 @@ class Trial:
             if self.ended(process, reached):
                 self._expect(process.returncode, 0)
                 return None
-            time.sleep(calls if aim == "a step" else min(calls, 0.05))
+            time.sleep(later if aim == "a step" else min(later, 0.05))
             found = Interruption(signum.name, seen.phase, seen.step, seen.saved, seen.starts, time.monotonic() - began)
             process.send_signal(signum)
             sent = time.monotonic()
@@ -132,7 +134,8 @@ class Trial:
         took = time.monotonic() - sent
         if process.returncode == 0:
             return None
-        self._expect(process.returncode, -signum if signum == signal.SIGKILL else 128 + signum)
+        early = found.phase == "starting" and process.returncode == -signum  # before Python could hear of it
+        self._expect(process.returncode, -signum if signum == signal.SIGKILL or early else 128 + signum)
         if signum != signal.SIGKILL and found.phase != "starting" and seen.saved < seen.step:
             raise Different(f"{signum.name}: the run ended behind step {seen.step}, but with step {seen.saved} saved")
         return dataclasses.replace(found, took=took)

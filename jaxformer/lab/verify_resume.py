@@ -102,12 +102,15 @@ def verify_resume(
             for kind in ("straight", "resumed")
         )
         try:
-            pace = straight.straight()
-            findings.append(f"straight: {counted(first.train.steps, 'step')} in {pace[1]:.1f} s")
-            for each in resumed.interrupted(random.Random(seed), kills, signals, pace):
+            until_row, in_all, call = straight.straight()
+            findings.append(f"straight: {counted(first.train.steps, 'step')} in {in_all:.1f} s")
+            for each in resumed.interrupted(random.Random(seed), kills, signals, until_row, call):
                 found.append(each)
                 log.info("%d of %d: %s", len(found), kills + signals, each)
-            for sentence in _checks(first, straight.directories, resumed.directories, found):
+            _refuse(lost(found, starts(resumed.directories[0])))
+            findings.append("checkpoints: none lost; every start began at the newest one that was saved before")
+            findings += _stops(found, call)
+            for sentence in _checks(first, straight.directories, resumed.directories):
                 findings.append(sentence)
         except Different as error:
             difference = str(error)
@@ -162,13 +165,8 @@ def _folder(directory: str | Path | None) -> Path:
 # --- comparison
 
 
-def _checks(
-    config: Config, straight: Sequence[Path], resumed: Sequence[Path], found: Sequence[Interruption]
-) -> Iterator[str]:
+def _checks(config: Config, straight: Sequence[Path], resumed: Sequence[Path]) -> Iterator[str]:
     """What is found alike, a sentence for each; raises Different at the first thing that is not."""
-    _refuse(lost(found, starts(resumed[0])))
-    yield "checkpoints: none lost; every start began at the newest one that was saved before"
-    yield from _stops(config, straight[0], found)
     for one, other in zip(straight, resumed, strict=True):
         name = f"{one.name}, " if len(straight) > 1 else ""
         _refuse(differing_configs(one, other), name)
@@ -195,14 +193,13 @@ def lost(found: Sequence[Interruption], starts: Sequence[Mapping[str, Any]]) -> 
     return None
 
 
-def _stops(config: Config, directory: Path, found: Sequence[Interruption]) -> Iterator[str]:
+def _stops(found: Sequence[Interruption], call: float) -> list[str]:
     took = [each.took for each in found if each.signal != "SIGKILL"]
-    rows = [row for row in read_rows(directory / "metrics.jsonl")[0] if "seconds" in row]
-    calls = 2 * config.train.steps_per_call * rows[-1]["seconds"] / config.train.steps if rows else 0.0
-    if took:
-        late = "" if max(took) <= max(SECONDS, calls) else ", longer than they may"
-        allowed = f"the longer of {SECONDS:.0f} s and two calls, {calls:.1f} s"
-        yield f"signals: saved and out after {max(took):.1f} s at most{late} ({allowed}), with status 128 + the signal"
+    if not took:
+        return []
+    late = "" if max(took) <= max(SECONDS, 2 * call) else ", longer than they may"
+    allowed = f"the longer of {SECONDS:.0f} s and two calls, {2 * call:.1f} s"
+    return [f"signals: saved and out after {max(took):.1f} s at most{late} ({allowed}), with status 128 + the signal"]
 
 
 def differing_configs(one: Path, other: Path) -> str | None:
