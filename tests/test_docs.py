@@ -106,7 +106,7 @@ def follow(page, folder):
                     check_names(words)
                 elif call is None:
                     subprocess.run(["bash", "-ec", line], check=True)
-                elif call[0] == "reproduce":
+                elif call[0] in ("reproduce", "verify_resume"):  # long, or in processes that nothing makes small
                     check_names(words)
                 else:
                     arguments = [w for word in call[1] for w in (sorted(glob.glob(word)) or [word])]
@@ -126,7 +126,8 @@ def check_names(words):
     if call is not None:
         assert call[0] in main.COMMANDS
         named = next(word for word in call[1] if not word.startswith("--"))
-        assert named == "all" or named in experiments.names() or (ROOT / named).is_file() or Path(named).is_file()
+        known = {"all", *experiments.names(), *config_lib.presets()}
+        assert named in known or (ROOT / named).is_file() or Path(named).is_file()
 
 
 @pytest.mark.slow

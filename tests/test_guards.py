@@ -138,7 +138,9 @@ def test_a_run_tells_what_it_skips_between_rows_too(tmp_path, caplog):
 
 
 def test_too_many_in_a_row_end_the_run_and_what_is_saved_is_good(tmp_path):
-    with pytest.raises(Diverged, match="4 updates in a row skipped, the last at step 26: the loss is nan, and the grad"):
+    with pytest.raises(
+        Diverged, match="4 updates in a row skipped, the last at step 26: the loss is nan, and the grad"
+    ):
         jaxformer.train(config(tmp_path / "a", tuple(range(22, 40)), guard=Guard(most=4)))
     run = jaxformer.open_run(tmp_path / "a")
     assert int(run.state.step) == 30 and int(run.state.skips.total) == 8  # saved while the row was on its way

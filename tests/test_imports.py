@@ -40,11 +40,13 @@ FLOORS = [
     ),
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments", "check")),
+    *("lab.interruptions", "lab.verify_resume"),
     "commands.arguments",
     *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
     "commands.check",
     "commands.reproduce",
+    "commands.verify_resume",
     "commands.main",
     "__main__",
 ]

@@ -24,10 +24,11 @@ from jaxformer.learning.objectives import Classification, SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.heads import BinaryHead
-from jaxformer.run import loop
+from jaxformer.run import beginning, loop
 from jaxformer.run.manifest import sha256
 from jaxformer.run.members import Members
 from jaxformer.run.signals import Interrupted, Received
+from jaxformer.run.starts import last_start
 from jaxformer.spec import InputError
 
 SEEDS = 5, 0, 3
@@ -116,6 +117,25 @@ def test_interrupted_seeds_end_as_if_nothing_had_been(home, whole, tmp_path):
     assert digests(runs) == saved(tmp_path) == saved(whole)
     for run, other in zip(runs, opened(whole), strict=True):
         assert [row for row in rows(run) if row["step"] != 13] == rows(other)
+
+
+def test_members_killed_before_all_recorded_their_start(home, whole, tmp_path, monkeypatch):
+    """They begin together all the same, as if nothing had been."""
+    record_start = beginning.record_start
+
+    def killed(config, *more):
+        if config.train.seed != SEEDS[0]:
+            raise KeyboardInterrupt
+        record_start(config, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beginning, "record_start", killed)
+        with pytest.raises(KeyboardInterrupt):
+            jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
+    jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
+    last = [last_start(tmp_path / f"seed-{seed}" / "starts.jsonl")["seeds"] for seed in SEEDS]
+    assert last == [list(SEEDS)] * 3
+    assert saved(tmp_path) == saved(whole)
 
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: [f.write_bytes(b"") for f in files(path)]])

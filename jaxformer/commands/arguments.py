@@ -1,6 +1,7 @@
 """What commands share: how arguments are read, and how answers are printed."""
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import json
@@ -10,7 +11,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 
@@ -37,8 +38,10 @@ def call(function: Callable[..., None], arguments: Sequence[str], program: str) 
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             parser.add_argument(name, help=meanings[name], nargs="?", default=parameter.default)
         elif name == "overrides":
-            rest, given[name] = dotted(rest)
-            parser.add_argument("--data.corpus", help=meanings[name], metavar="CLASS", default=argparse.SUPPRESS)
+            of_config = "config" in parameters  # any field of it then, also those without a dot
+            rest, given[name] = dotted(rest, _fields_of_config() if of_config else ())
+            example = ("--field.path", "VALUE") if of_config else ("--data.corpus", "CLASS")
+            parser.add_argument(example[0], help=meanings[name], metavar=example[1], default=argparse.SUPPRESS)
         elif kind is bool:
             parser.add_argument(f"--{name}", action="store_true", help=meanings[name])
         elif typing.get_origin(hints[name]) is tuple:
@@ -68,12 +71,22 @@ def page(rows: Sequence[tuple[str, str]], indent: str = "  ") -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def dotted(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments that are no paths of fields, and what those are given: --field.path=value or --field.path value."""
+def _fields_of_config() -> set[str]:
+    """--model and the like; where the run is kept is the command's own affair."""
+    from jaxformer.config import Config
+
+    return {f"--{field.name}" for field in dataclasses.fields(Config)} - {"--directory"}
+
+
+def dotted(arguments: Sequence[str], fields: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """The arguments that are no paths of fields, and what those are given: --field.path=value or --field.path value.
+
+    `fields` are those that are known without a dot.
+    """
     rest, dotted, waiting = list[str](), list[str](), list(arguments)
     while waiting:
         argument = waiting.pop(0)
-        if not re.match(r"--\w+\.[^\s=]*(=|$)", argument):
+        if not re.match(r"--\w+\.[^\s=]*(=|$)", argument) and argument.partition("=")[0] not in fields:
             rest.append(argument)
             continue
         dotted.append(argument)

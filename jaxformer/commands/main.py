@@ -20,7 +20,7 @@ GROUPS = {
     "train": ("train", "presets", "new"),
     "use a run": ("sample", "evaluate", "predict", "inspect"),
     "experiments": ("compare", "reproduce"),
-    "trust": ("check",),
+    "trust": ("check", "verify_resume"),
 }
 COMMANDS = tuple(name for group in GROUPS.values() for name in group)  # each in a module of its name
 EXAMPLES = """\

@@ -10,6 +10,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
 from jaxformer.run.checkpoint import CheckpointWriter, restore_together
+from jaxformer.run.directory import has_checkpoint
 from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import abstract_state, hyper_of, recipe_of
@@ -39,12 +40,14 @@ def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
 def groups(configs: Sequence[Config]) -> list[list[int]]:
     """The indices of those that train together: of the runs begun, the same as at their last start; and all new ones.
 
-    Others would have other steps, and other bits than if nothing had interrupted them.
+    Others would have other steps, and other bits than if nothing had interrupted them. Where none of those of a start
+    has saved anything they begin anew: perhaps the process died before each had recorded its start.
     """
+    starts = [last_seeds(starts_of(config)) if starts_of(config).exists() else None for config in configs]
+    saved = {start for start, each in zip(starts, configs, strict=True) if has_checkpoint(Path(each.directory))}
     found: dict[tuple[int, ...] | None, list[int]] = {}
-    for i, config in enumerate(configs):
-        begun = last_seeds(starts_of(config)) if starts_of(config).exists() else None
-        found.setdefault(begun, []).append(i)
+    for i, start in enumerate(starts):
+        found.setdefault(start if start in saved else None, []).append(i)
     for begun, group in found.items():  # in the order of then
         order = {seed: place for place, seed in enumerate(begun or ())}
         group.sort(key=lambda i, order=order: order.get(configs[i].train.seed, i))

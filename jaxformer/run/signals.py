@@ -45,8 +45,9 @@ def meant() -> list[int]:
 
 
 @contextlib.contextmanager
-def collected() -> Iterator[Received]:
-    """Collects signals instead of dying of them. Outside the main thread, they stay as they are."""
+def collected(doing: str = "saving, then stopping") -> Iterator[Received]:
+    """Collects signals instead of dying of them, and says what it is `doing` then. Outside the main thread, they stay
+    as they are."""
     received = Received()
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -54,7 +55,7 @@ def collected() -> Iterator[Received]:
 
     def note(signum: int, frame: Any) -> None:
         received.append(signum)
-        log.warning("%s: saving, then stopping", signal.Signals(signum).name)
+        log.warning("%s: %s", signal.Signals(signum).name, doing)
 
     old = {signum: signal.signal(signum, note) for signum in meant()}
     try:
