@@ -37,7 +37,10 @@ class Faulty(NextToken):
         return example._replace(weights=example.weights * factor, counted=example.weights)
 
 
-def recipe(steps=FAULTS, guard=Guard(), factor="nan", **more):
+GUARD = Guard()
+
+
+def recipe(steps=FAULTS, guard=GUARD, factor="nan", **more):
     model = decoder(n_layers=1, d_model=12, n_heads=2, n_kv_heads=2, d_ff=5)
     return Recipe(model, Faulty(steps=steps, factor=factor), guard=guard, **more)
 

@@ -10,7 +10,7 @@ from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
 from jaxformer.run.directory import noticed
 from jaxformer.run.opened import Run
-from jaxformer.run.starts import changed_sources
+from jaxformer.run.starts import changed_sources, moved
 from jaxformer.spec import counted
 
 log = logging.getLogger(__name__)
@@ -22,11 +22,15 @@ def devices_of(state: Any) -> list[Any]:
     return sorted(found, key=lambda device: device.id)
 
 
-def tell_changes(config: Config, step: int) -> None:
+def tell_changes(config: Config, step: int, devices: Sequence[Any] = ()) -> None:
     """What is other than when the run was left; to be told before the new config is stored."""
     for path, (old, new) in noticed(config).items():
         more = _rates(config, step, old, new) if path == "train.steps" else ""
         log.warning("%s was %s and is %s from here on%s", path, old, new, more)
+    if where := moved(config, devices):
+        log.warning(
+            "other than at the run's last start: %s; sums may round otherwise, so bits may differ from here on", where
+        )
     if names := changed_sources(config):
         log.warning(
             "%s: the code has changed since the run's last start; it resumes with the new one", ", ".join(names)

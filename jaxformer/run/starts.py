@@ -36,6 +36,7 @@ def record_start(config: Config, step: int, seeds: Sequence[int], devices: Seque
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
         "idle_devices": jax.device_count() - len(devices),
         "processor": processor(),
+        "processor_features": features(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
         "sources": sources(config),
@@ -129,6 +130,37 @@ def processor() -> str:
     found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{found[1] if found else platform.processor()}, {cores} cores"
+
+
+def features() -> list[str]:
+    """The processor's vector units, on which XLA's choice of instructions, and so rounding, depends."""
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"^(?:flags|Features)\s*: (.*)", about.read_text(), re.M) if about.exists() else None
+    units = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16")
+    return sorted(name for name in found[1].split() if name.startswith(units)) if found else []
+
+
+def moved(config: Config, devices: Sequence[Any]) -> str | None:
+    """How processor, devices and versions of XLA differ from those of the run's last start; None if they do not."""
+    try:
+        before = last_start(starts_of(config))
+    except (OSError, ValueError, LookupError):
+        return None
+    now = {
+        "processor": processor(),
+        "processor_features": features(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        "versions": {name: _version(name) for name in ("jax", "jaxlib")},
+    }
+    versions = before.get("versions")
+    old = {**before, "versions": {name: versions.get(name) for name in now["versions"]} if versions else None}
+    changed = [name for name, value in now.items() if old.get(name) not in (None, value)]
+    names = {"processor_features": "the processor's features", "versions": "the versions of jax and jaxlib"}
+    told = [
+        f"{name} {old[name]} then, {now[name]} now" if name == "processor" else names.get(name, name)
+        for name in changed
+    ]
+    return "; ".join(told) or None
 
 
 def _version(name: str) -> str | None:

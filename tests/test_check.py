@@ -1,0 +1,166 @@
+"""`jaxformer check`: every preset can be made small, known mistakes are found, and no sound part raises an alarm."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import SIZES
+
+from jaxformer import config as config_lib
+from jaxformer.commands import main
+from jaxformer.lab import check as check_lib
+from jaxformer.lab.check import CHECKS, Inapplicable, Probe, Wrong, check, small, with_part
+from jaxformer.model.masks import Both, Local, Prefix
+from jaxformer.model.models import Decoder
+from jaxformer.run.starts import moved, starts_of
+from jaxformer.spec import InputError
+
+ROOT = Path(__file__).parent.parent
+PRESETS = config_lib.presets()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_made_small(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXFORMER_DATA", str(tmp_path))  # no corpus is read
+    config = small(config_lib.resolve(name))
+    model = Probe(config).model
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert max(model.d_model, model.dims.get("F", 0)) <= 64 and model.n_layers <= 6
+    assert sum(a.size for a in jax.tree.leaves(shapes)) < 400_000
+
+
+def test_masks_at_any_depth_reach_five_tokens_and_dropout_at_any_depth_is_off():
+    model = Decoder(**SIZES | {"n_layers": 1}, mask=Both((Prefix(), Local(100))), dropout=0.3)
+    config = small(config_lib.Config("x", model))
+    assert config.model.mask == Both((Prefix(), Local(5)))
+    head = Probe(small(config_lib.resolve("help_topics"))).model.heads[0]
+    assert head.dropout == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("outside:LearnedPace", "position"),
+        ("outside:SinkWithStatistic", "kernel"),
+        ("ideas:Experts", "feed_forward"),
+        ("ideas:GatedLinear", "mixer"),
+        ("ideas:HyperConnections", "residual"),
+        ("jaxformer.model.masks:Bidirectional", "mask"),
+        ("jaxformer.model.layers:SiLU", "feed_forward.activation"),
+        ("jaxformer.model.heads:ClassificationHead", "head"),
+    ],
+)
+def test_a_part_finds_its_place_in_a_model(name, path):
+    module, _, part = name.partition(":")
+    found = with_part(name).model
+    for field in path.split("."):
+        found = getattr(found, field)
+    assert isinstance(found, getattr(importlib.import_module(module), part))
+
+
+def test_what_is_no_part_is_refused(capsys):
+    assert main.run("check", ["outside:nothing"]) == 2
+    assert main.run("check", ["no_such_preset"]) == 2
+    assert "neither a file nor a preset" in capsys.readouterr().err
+
+
+def test_a_finding_is_told_with_where_to_look_and_status_1(monkeypatch, capsys):
+    def passes(probe):
+        return "fine"
+
+    def fails(probe):
+        raise Wrong("1.0 and not 2.0")
+
+    def breaks(probe):
+        raise KeyError("x")
+
+    def says_nothing(probe):
+        raise Inapplicable("it has none")
+
+    checks = tuple((f.__name__, "the code", f) for f in (passes, fails, breaks, says_nothing))
+    monkeypatch.setattr(check_lib, "CHECKS", checks)
+    with pytest.raises(SystemExit) as exit_:
+        main.run("check", ["quickstart"])
+    assert exit_.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        "ok      passes: fine",
+        "FAILED  fails: 1.0 and not 2.0",
+        "        look at the code",
+        "FAILED  breaks: KeyError: 'x'",
+        "        look at the code",
+        "-       says_nothing: it has none",
+        "1 passed, 2 failed in 0 s",
+    ]
+    monkeypatch.setattr(check_lib, "CHECKS", checks[:1])
+    assert main.run("check", ["quickstart", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sound"] is True
+
+
+def test_batches_of_a_sampling_that_depends_on_the_call_are_found():
+    """One check as it is run, on a mistake: the cheapest."""
+    probe = Probe(small(config_lib.resolve("quickstart")))
+    run = {name: function for name, _, function in CHECKS}["batches follow from the step"]
+    assert run(probe).endswith("tokens, each once")
+    kind = type(probe.config.data.sampling)
+    whole = kind.full_pass
+    try:
+        kind.full_pass = lambda self, source, size, batch_size, share=1.0: list(whole(self, source, size, batch_size))[
+            1:
+        ]
+        with pytest.raises(Wrong, match="tokens never, and for 0 twice"):
+            run(probe)
+    finally:
+        kind.full_pass = whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["quickstart", "help_topics", "reverse", "outside:SinkWithStatistic"])
+def test_what_is_sound_raises_no_alarm(what):
+    found = check(what)
+    assert found.sound, str(found)
+    assert sum(each.status == "passed" for each in found.findings) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mask_off_by_one", "cache_slot_late", "norms_decay"])
+def test_a_mistake_is_found(name, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")
+    mutations = importlib.util.module_from_spec(spec)
+    sys.modules["mutations"] = mutations
+    spec.loader.exec_module(mutations)
+    expected = {
+        "mask_off_by_one": "no token sees a later one",
+        "cache_slot_late": "cache = full pass",
+        "norms_decay": "weight decay as declared",
+    }
+    assert mutations.found(name)[0] == expected[name]
+
+
+def test_every_mutation_still_fits_the_source():
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")
+    mutations = importlib.util.module_from_spec(spec)
+    sys.modules["mutations"] = mutations
+    spec.loader.exec_module(mutations)
+    assert len(mutations.MUTATIONS) >= 25
+    for name, own in mutations.MUTATIONS.items():
+        assert own.right in (ROOT / "jaxformer" / own.file).read_text(), name
+
+
+def test_a_run_that_moves_to_another_machine_says_so(tmp_path):
+    config = config_lib.Config(str(tmp_path), Decoder(**SIZES))
+    assert moved(config, ()) is None
+    row = {"processor": "Another, 64 cores", "versions": {"jax": "0.0.1"}, "devices": ["gpu:H100"]}
+    starts_of(config).write_text(json.dumps(row) + "\n")
+    told = moved(config, jax.devices()[:1])
+    assert told.startswith("processor Another, 64 cores then, ") and "devices" in told and "versions" in told
+
+
+def test_a_field_that_no_check_could_be_made_of_is_refused():
+    with pytest.raises(InputError, match="no model takes it"):
+        with_part("jaxformer.run.step:Recipe")
