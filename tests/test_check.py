@@ -13,7 +13,9 @@ from tiny import SIZES
 from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.lab import check as check_lib
-from jaxformer.lab.check import CHECKS, Inapplicable, Probe, Wrong, check, small, with_part
+from jaxformer.lab.check import check
+from jaxformer.lab.probe import Inapplicable, Probe, Wrong, small, with_part
+from jaxformer.lab.properties import CHECKS
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
 from jaxformer.run.starts import moved, starts_of

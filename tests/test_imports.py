@@ -39,8 +39,8 @@ FLOORS = [
         for n in ("inspection", "attention", "opened", "notices", "warm_start", "dry_run", "members", "checks")
     ),
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
-    *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments", "check")),
-    *("lab.interruptions", "lab.verify_resume"),
+    *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
+    *(f"lab.{n}" for n in ("probe", "properties", "check", "interruptions", "verify_resume")),
     "commands.arguments",
     *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
