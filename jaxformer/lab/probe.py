@@ -20,7 +20,7 @@ from jaxformer.model.heads import ClassificationHead
 from jaxformer.model.masks import Local, Places, places
 from jaxformer.model.models import Decoder, Encoder, Model
 from jaxformer.run.step import Hyper, Recipe, TrainState, init_state
-from jaxformer.spec import InputError, Spec, nearest
+from jaxformer.spec import InputError, Spec
 
 WIDEST, ROWS, WINDOW, VOCABULARY = 64, 4, 24, 101
 ORDINARY = VOCABULARY - 40  # ids that are not special
@@ -83,6 +83,7 @@ def small(config: Config) -> Config:
 
 
 def sizes_of(model: Model) -> dict[str, int]:
+    """Those that are told, by field."""
     names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "context_length")
     return {name: getattr(model, name) for name in names if getattr(model, name, None)}
 
@@ -100,7 +101,7 @@ def with_part(name: str) -> Config:
                 return config_lib.resolve(config, {path: name})
             except InputError as error:
                 reasons.append(str(error))
-    raise InputError(f"{name}: no model takes it as {nearest(name, list(PLACES))}; {reasons[0]}")
+    raise InputError(f"{name}: no model takes it in one of {', '.join(PLACES)}; the first says: {reasons[0]}")
 
 
 PLACES = (
