@@ -15,6 +15,7 @@ from jaxformer.data.batches import Batches
 from jaxformer.data.sources import Source
 from jaxformer.declarations import is_declared, path_name, trained, updated, whole
 from jaxformer.generation.decode import LeftToRight, Request, row_keys
+from jaxformer.generation.logits_processors import Temperature
 from jaxformer.lab.probe import ORDINARY, ROWS, VOCABULARY, Inapplicable, Probe, Wrong, close, encoded, gradient
 from jaxformer.learning.objectives import TokenObjective
 from jaxformer.learning.optimizers import SGD
@@ -90,7 +91,7 @@ def answer_unseen(probe: Probe) -> str:
 
 
 def cache_is_full_pass(probe: Probe) -> str:
-    """A ragged prefill, then one token at a time, then two at once, against all tokens at once."""
+    """A ragged prefill, then two tokens at once, then one at a time, against all tokens at once."""
     model, n = probe.model, min(probe.length, 13)
     if not model.writes or n < 8:
         raise Inapplicable("it does not write token after token" if n >= 8 else "its window is too short")
@@ -102,7 +103,7 @@ def cache_is_full_pass(probe: Probe) -> str:
     memory = probe.memory(jnp.ones((3, n), jnp.int32))
     full = probe.hidden(text, at, memory)[0]
     cache, outs, start = model.cache(3, n), [], 0
-    for size in (n - 4, 1, 1, 2):
+    for size in (n - 4, 2, 1, 1):  # a single token reads what it has written, so the last slot is read, too
         cut = jax.tree.map(lambda a, piece=slice(start, start + size): a[:, piece], at)
         h, cache = probe.hidden(text[:, start : start + size], cut, memory, cache)
         outs.append(h)
@@ -418,9 +419,10 @@ def sampler_is_the_loop(probe: Probe) -> str:
     model, sampler = probe.model, probe.config.sampler or LeftToRight()
     if not model.writes or type(sampler) is not LeftToRight or probe.length < 8:
         raise Inapplicable("it does not write from left to right" if probe.length >= 8 else "its window is too short")
-    prompts, tokens, keys = [[3, 5, 8], [1]], 4, row_keys(7, 0, 2)
-    sources = [[2, 4, 6], [7]] if model.encodes else None
-    request = Request(probe.objective, model, probe.loud, prompts, tokens, keys, sources=sources)
+    prompts, tokens, keys = [[3, 5, 8], [1], [9, 4]], 5, row_keys(7, 0, 3)
+    sources = [[2, 4, 6], [7], [1, 1]] if model.encodes else None
+    cold = Temperature(0.3)  # chance matters, and so does what the model says
+    request = Request(probe.objective, model, probe.loud, prompts, tokens, keys, (cold,), sources=sources)
     drawn = np.concatenate([part.ids for part in sampler(request)], 1)
     for i, prompt in enumerate(prompts):
         text = list(prompt)
@@ -432,7 +434,7 @@ def sampler_is_the_loop(probe: Probe) -> str:
             segment = (jnp.arange(8) < len(text)).astype(jnp.int32)[None]
             h = probe.hidden(ids, places(segment, jnp.where(jnp.arange(8) < len(prompt), 0, 1)[None]), memory)[0]
             logits = model.logits(probe.loud, h[:, len(text) - 1])[0]
-            expected = int(jax.random.categorical(jax.random.fold_in(keys[i], t), logits))
+            expected = int(jax.random.categorical(jax.random.fold_in(keys[i], t), logits / cold.temperature))
             if expected != drawn[i, t]:
                 raise Wrong(f"token {t} of text {i} is {drawn[i, t]}, and {expected} by full passes")
             text.append(expected)
