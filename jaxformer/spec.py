@@ -220,7 +220,7 @@ def _meant(name: str, names: list[str], root: Spec, value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # as of 10**400
         return math.isfinite(float(value))
     return False
 
@@ -238,7 +238,7 @@ def _cast(value: Any, annotation: Any, path: str) -> Any:
         if origin is tuple and isinstance(value, tuple | list):
             inner = typing.get_args(option)[0]
             return tuple(_cast(v, inner, f"{path}.{i}") for i, v in enumerate(value))
-        if any(value == text for text in _literals([option])):
+        if isinstance(value, str) and value in _literals([option]):
             return value
         if isinstance(option, type) and type(value) is option and option is not float:
             return value if not isinstance(value, Spec) else checked(value, path + ".")
