@@ -167,8 +167,8 @@ def resume(folder: Path, count: int = 30, seed: int = 0) -> Found:
 
 # --- wrong input
 
-NUMBERS = "0 -1 3 1e3 1e400 -inf nan 0x10 1_0 ٣ ² 1e-9 ½ none None true TRUE null [] {} , ,,1 1,2,x"
-NAMES = "' \" `x` -- % %s {x} $HOME ~ ../.. . : x: :y = * math:pi math:no ..:x no_module:X Decoder Causal,X Ünïcödé 🦊 \ud800 é"
+NUMBERS = "0 -1 3 1e3 1e400 -inf nan 0x10 1_0 ٣ ² 1e-9 ½ none None true TRUE null [] {} , ,,1 1,2,x ' \" `x` -- % %s"
+NAMES = "{x} $HOME ~ ../.. . : x: :y = * math:pi math:no ..:x no_module:X Decoder Causal,X Ünïcödé 🦊 \ud800 é"
 STRANGE = ["", " ", "a b", "\n", "\t\0", "\u202eabc", "9" * 30, "9" * 5000, "a" * 300]
 WORDS = [*NUMBERS.split(), *NAMES.split(), *STRANGE]
 VALUES = [*(None, True, -1, 3, 10**40, 10**400, 0.5, 1e39, float("nan"), float("inf"), -0.0, 1j, b"x", (), [], {})]
@@ -227,18 +227,7 @@ def configs(folder: Path, count: int = 10_000, seed: int = 0) -> Found:
 
 RANGES = [(32, 126), (0, 31), (127, 255), (0x300, 0x36F), (0x400, 0x4FF), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)]
 RANGES += [(0x200B, 0x202E), (0xD800, 0xDFFF), (0xE000, 0xF8FF), (0xFE00, 0xFFFF), (0x10FF00, 0x10FFFF)]
-PARTS = [
-    "<|endoftext|>",
-    "<mask>",
-    "<extra_id_0>",
-    "Ġ",
-    "\ufffd",
-    "\ufeff",
-    "👩\u200d👩\u200d👧",
-    "\r\n",
-    "\n\n",
-    " \u0301",
-]
+PARTS = ["<|endoftext|>", "<mask>", "<extra_id_0>", "Ġ", "\ufffd", "\ufeff", "👩\u200d👩\u200d👧", "\r\n", " \u0301"]
 
 
 def texts(folder: Path, count: int = 10_000, seed: int = 0) -> Found:
@@ -266,7 +255,7 @@ def texts(folder: Path, count: int = 10_000, seed: int = 0) -> Found:
             broken.append(f"{type(tokenizer).__name__} of {drawn!a}: {error!r:.300}")
             continue
         counts["exact" if back == drawn else "refused" if back is None else "replaced"] += 1
-        if exact[tokenizer](drawn) and back != drawn:
+        if back != drawn and (exact[tokenizer](drawn) or "\ufffd" not in (back or "\ufffd")):
             broken.append(f"{type(tokenizer).__name__} of {drawn!a} gives {back!a}")
     told = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
     return f"{count} texts by {len(exact)} tokenizers: {len(broken)} broken promises, {told}", broken

@@ -232,13 +232,13 @@ def _numbers(part: Any, at: str) -> list[str]:
 
 
 def _cast(value: Any, annotation: Any, path: str) -> Any:
-    options, value = _options(annotation), value.item() if isinstance(value, np.generic) else value
+    options, value = _options(annotation), value.tolist() if isinstance(value, np.generic | np.ndarray) else value
     for option in options:
         origin = typing.get_origin(option)
         if origin is tuple and isinstance(value, tuple | list):
             inner = typing.get_args(option)[0]
             return tuple(_cast(v, inner, f"{path}.{i}") for i, v in enumerate(value))
-        if isinstance(value, str) and value in _literals([option]):
+        if any(value == text for text in _literals([option])):
             return value
         if isinstance(option, type) and type(value) is option and option is not float:
             return value if not isinstance(value, Spec) else checked(value, path + ".")

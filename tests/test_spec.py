@@ -103,6 +103,8 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("model.n_layers", "three", "model.n_layers='three' must be a whole number"),
         ("model.n_layers", 2.5, "model.n_layers=2.5 must be a whole number"),
         ("model.n_layers", True, "model.n_layers=True must be a whole number"),
+        ("n_layer", 10**400, "n_layer: Config has no such field; did you mean model.n_layers?"),
+        ("train.compute_dtype", np.arange(2), "train.compute_dtype=[0, 1] must be float32, bfloat16 or float16"),
         ("model.d_ff", "x", "model.d_ff='x' must be a whole number or None"),
         ("model.n_layers.x", 3, "model.n_layers=2 has no fields"),
         ("model.n_heads", 5, "model.n_heads=5 must divide model.d_model=12; 4 does"),
