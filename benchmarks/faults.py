@@ -21,6 +21,7 @@ import random
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -281,7 +282,11 @@ def main() -> int:
     parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    sys.unraisablehook = lambda _: None  # Orbax awaits one of several reads that fail at once; the others come as these
+    sys.unraisablehook = lambda _: (
+        None
+    )  # of several reads that fail at once Orbax awaits one; the others are told of so
+    warnings.simplefilter("ignore", RuntimeWarning)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     with (
         tempfile.TemporaryDirectory() as name,
         contextlib.chdir(name),
