@@ -233,6 +233,8 @@ def _numbers(part: Any, at: str) -> list[str]:
 
 def _cast(value: Any, annotation: Any, path: str) -> Any:
     options, value = _options(annotation), value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if type(value) is int and abs(value) >= 2**63:  # which Python may refuse to print
+        raise InputError(f"{path} is a whole number of {value.bit_length()} bits, and must be less than 2**63")
     for option in options:
         origin = typing.get_origin(option)
         if origin is tuple and isinstance(value, tuple | list):
