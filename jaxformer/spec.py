@@ -220,7 +220,7 @@ def _meant(name: str, names: list[str], root: Spec, value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # as of 10**400
         return math.isfinite(float(value))
     return False
 
@@ -232,7 +232,9 @@ def _numbers(part: Any, at: str) -> list[str]:
 
 
 def _cast(value: Any, annotation: Any, path: str) -> Any:
-    options, value = _options(annotation), value.item() if isinstance(value, np.generic) else value
+    options, value = _options(annotation), value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if type(value) is int and abs(value) >= 2**63:  # which Python may refuse to print
+        raise InputError(f"{path} is a whole number of {value.bit_length()} bits, and must be less than 2**63")
     for option in options:
         origin = typing.get_origin(option)
         if origin is tuple and isinstance(value, tuple | list):

@@ -141,6 +141,15 @@ def test_nothing_but_damage_is_said(tmp_path):
     assert (tmp_path / "c" / "1").exists()  # nothing is removed where nothing better is at hand
 
 
+def test_an_array_that_is_called_otherwise_is_damage(tmp_path, caplog):
+    """As one flipped bit in Orbax's list of names makes it: Orbax gives back what it was asked for."""
+    fill(tmp_path / "c", {1: 1.0, 2: 2.0})
+    names = tmp_path / "c" / "2" / "state" / "_METADATA"
+    names.write_text(names.read_text().replace('"step"', '"s|ep"'))
+    assert sha256(newest(tmp_path / "c")) == sha256(state(1))
+    assert "is damaged: the SHA-256 of step is not that of what was saved" in caplog.text
+
+
 def test_an_unfinished_save_is_skipped(tmp_path):
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
     (tmp_path / "c" / "2").rename(tmp_path / "c" / "2.orbax-checkpoint-tmp")

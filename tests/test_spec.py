@@ -103,9 +103,26 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("model.n_layers", "three", "model.n_layers='three' must be a whole number"),
         ("model.n_layers", 2.5, "model.n_layers=2.5 must be a whole number"),
         ("model.n_layers", True, "model.n_layers=True must be a whole number"),
+        pytest.param(
+            "model.n_layers",
+            10**5000,
+            "model.n_layers is a whole number of 16610 bits, and must be less than 2**63",
+            id="huge",
+        ),
+        pytest.param(
+            "optimizer.clip",
+            10**5000,
+            "optimizer.clip is a whole number of 16610 bits, and must be less than 2**63",
+            id="hugefloat",
+        ),
+        pytest.param(
+            "n_layer", 10**400, "n_layer: Config has no such field; did you mean model.n_layers?", id="misspelt"
+        ),
+        ("train.compute_dtype", np.arange(2), "train.compute_dtype=[0, 1] must be float32, bfloat16 or float16"),
         ("model.d_ff", "x", "model.d_ff='x' must be a whole number or None"),
         ("model.n_layers.x", 3, "model.n_layers=2 has no fields"),
         ("model.n_heads", 5, "model.n_heads=5 must divide model.d_model=12; 4 does"),
+        ("model.context_length", 10**18, "model.context_length=1000000000000000000 must be less than 2**31"),
         ("model.n_heads", 0, "model.n_heads=0 must be at least 1"),
         ("model.n_kv_heads", 2, "model.n_kv_heads=2 must divide model.n_heads=3"),
         ("model.dropout", 1, "model.dropout=1.0 must be at least 0 and less than 1"),

@@ -63,6 +63,8 @@ class Model(Spec):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{at}{name}={value} must be at least 1")
+            if value is not None and value >= 2**31:
+                raise ValueError(f"{at}{name}={value} must be less than 2**31: indices are int32")
 
     @property
     def heads(self) -> tuple[Head, ...]:

@@ -62,7 +62,11 @@ class Manifest:
         return None
 
     def damaged(self, state: Any) -> str | None:
-        """Which array of a restored state is not what was saved; None if all are."""
+        """Which array of a restored state is not what was saved; None if all are. One that the files no longer name
+        comes back as it was asked for, without numbers."""
+        for name, leaf in _leaves(state):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return name
         if self.before is not None:
             return None if sha256(state) == self.before.get("state_sha256") else "the state"
         for name, leaf in _leaves(state):
