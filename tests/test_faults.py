@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_found(folder):
     line, broken = faults.flips(folder, 8)
     assert line.startswith("8 flips: 0 silently wrong, 0 tracebacks, 0 refused beside a whole one, ") and not broken
@@ -45,6 +46,7 @@ def test_damaged_checkpoints_are_found(folder):
     assert line.startswith("8 damaged files: 0 silently wrong, 0 tracebacks, 0 refused ") and not broken
 
 
+@pytest.mark.slow
 def test_what_is_not_looked_at_would_be_told(folder, monkeypatch):
     """Without the digests the older arrays pass for the newest."""
     monkeypatch.setattr(manifest.Manifest, "damaged", lambda *_: None)
