@@ -4,7 +4,8 @@
     jaxformer train disaster_tweets --init_from=runs/disaster_tweets_contrastive
 
 It reads $JAXFORMER_DATA/disaster_tweets.csv, without classes and without the fifth that `disaster_tweets` puts aside.
-921,088 parameters. What it adds, and how long it takes on 2 cores: `jaxformer reproduce encoder`; not measured yet.
+921,088 parameters; after 600 steps 29 % of the halves are told from 63 others, in about 3 minutes on 2 cores (AMD EPYC,
+jax 0.10.1) while other programs ran beside it. What it adds: +0.004 ± 0.015 accuracy (`jaxformer reproduce encoder`).
 """
 
 from jaxformer import Config, Data, Encoder, Train
