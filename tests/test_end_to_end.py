@@ -93,7 +93,7 @@ def test_a_run_says_what_it_does(home, whole):
     assert [row["step"] for row in whole["rows"] if row["split"] == "train"] == list(range(5, 701, 5))
     valid = [row for row in whole["rows"] if row["split"] == "valid"]
     assert [row["step"] for row in valid] == [300, 600, 700] and valid[-1]["loss"] < 1.8
-    assert list(whole["rows"][0]) == ["step", "split", "loss", "grad_norm", "learning_rate"]
+    assert list(whole["rows"][0]) == ["step", "split", "loss", "grad_norm", "learning_rate", "skipped"]
     assert list(valid[0]) == ["step", "split", "loss", "bits_per_byte", "tokens"]
     names = {path.name for path in (home / "run").iterdir()}
     assert names == {

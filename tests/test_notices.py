@@ -332,6 +332,7 @@ def test_code_that_was_edited_is_named_when_a_run_goes_on(tmp_path, monkeypatch,
         assert [message.split(": ")[0] for message in told] == ([named] if named and steps == 15 else [])
 
 
+@pytest.mark.slow
 def test_of_attention_is_told_where_there_is_some(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     told = {}

@@ -66,6 +66,7 @@ def test_a_mask_that_sees_the_answers_passes_as_causal(house, tmp_path):
         assert bool(jnp.abs(before - after)[:, :-1].max() > 1e-3) == leaks
 
 
+@pytest.mark.slow
 def test_texts_are_written_anew_as_the_cache_writes_them(house, tmp_path):
     """For a causal mask both are the same, whatever the lengths."""
     run = jaxformer.train(config(tmp_path))
@@ -84,6 +85,7 @@ def test_the_rows_of_mistakes_differ_in_them_alone(house):
             assert dict(row.overrides) == dict(rows[right].overrides) | changes
 
 
+@pytest.mark.slow
 def test_what_is_told(house, tmp_path):
     """Of one run of a few steps in the place of all."""
     run = jaxformer.train(config(tmp_path), {"data.tokenizer": Bytes(end_token=True)})
