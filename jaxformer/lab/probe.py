@@ -187,7 +187,11 @@ class Probe:
 
     @functools.cached_property
     def example(self) -> Any:
-        return self.objective.prepare(self.batch(), jax.random.key(3))
+        return self.prepared(3)
+
+    def prepared(self, seed: int) -> Any:
+        """What the objective makes of the batch with a key."""
+        return self.objective.prepare(jax.tree.map(jnp.asarray, self.batch()), jax.random.key(seed))
 
 
 def _without_dropout(model: Model) -> Model:

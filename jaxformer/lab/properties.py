@@ -292,7 +292,7 @@ def memorises(probe: Probe) -> str:
     state, first = train_steps(probe.recipe, init_state(probe.recipe, hyper), buffer, np.int32(100), hyper)
     _, last = train_steps(probe.recipe, state, buffer, np.int32(100), hyper)
     begins, ends = float(np.nanmean(first["loss"][:3])), float(np.nanmean(last["loss"][-20:]))
-    two = [jax.tree.leaves(probe.objective.prepare(batch, jax.random.key(i))) for i in (0, 1)]
+    two = [jax.tree.leaves(probe.prepared(i)) for i in (0, 1)]
     drawn = any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*two, strict=True))
     most = (
         0.7 if drawn or len(jax.tree.leaves(probe.loud)) < 3 else 0.3
