@@ -103,6 +103,12 @@ def test_a_finding_is_told_with_where_to_look_and_status_1(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["sound"] is True
 
 
+def test_fields_are_set_beside_a_part(monkeypatch):
+    monkeypatch.setattr(check_lib, "CHECKS", (("it", "x", lambda probe: type(probe.model.norm).__name__),))
+    assert check("outside:LearnedPace", {"model.norm": "RMSNorm"}).findings[0].detail == "RMSNorm"
+    assert check("outside:LearnedPace").findings[0].detail == "LayerNorm"
+
+
 def test_batches_of_a_sampling_that_depends_on_the_call_are_found():
     """One check as it is run, on a mistake: the cheapest."""
     probe = Probe(small(config_lib.resolve("quickstart")))

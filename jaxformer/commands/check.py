@@ -1,9 +1,9 @@
 """jaxformer check."""
 
-import sys
+from collections.abc import Mapping
 
 
-def check(config: str, json: bool = False, overrides: dict[str, str] | None = None) -> None:
+def check(config: str, json: bool = False, overrides: Mapping[str, str] | None = None) -> None:
     """Tries whether a model is sound: no leak, cache and full pass agree, resume is exact, every array learns.
 
     Args:
@@ -22,4 +22,4 @@ def check(config: str, json: bool = False, overrides: dict[str, str] | None = No
     else:
         print(found)
     if not found.sound:
-        sys.exit(1)
+        raise SystemExit(1)

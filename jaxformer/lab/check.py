@@ -57,7 +57,8 @@ def check(
     probed on `loud` parameters, behind which nothing hides. With `until_failure` no check follows the first that fails.
     Raises InputError for what is no config and no part.
     """
-    config = with_part(what) if isinstance(what, str) and ":" in what else config_lib.resolve(what, overrides)
+    part = isinstance(what, str) and ":" in what
+    config = config_lib.resolve(with_part(what) if part else what, overrides)
     probe = Probe(small(config))
     with _quickly_compiled():
         findings: list[Finding] = []

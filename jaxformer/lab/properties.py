@@ -26,7 +26,7 @@ from jaxformer.model.masks import Places, View, one_document, places
 from jaxformer.model.mixers import MultiHead
 from jaxformer.model.models import Decoder, Model
 from jaxformer.run.checkpoint import CheckpointWriter
-from jaxformer.run.plan import hyper_of
+from jaxformer.run.plan import abstract_state, hyper_of
 from jaxformer.run.step import Recipe, evaluate_batch, init_state, norms, train_step, train_steps
 from jaxformer.spec import counted
 
@@ -267,9 +267,7 @@ def resumes(probe: Probe) -> str:
         writer = CheckpointWriter(Path(folder))
         writer.save(half, 2)
         writer.close()
-        on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), half)
-        restored = writer.restore(abstract, 2)
+        restored = writer.restore(abstract_state(probe.config, recipe), 2)
     _same(restored, kept, "saved and restored")
     rolled = {name: np.roll(a, -2, 0) for name, a in buffer.items()}
     resumed, _ = train_steps(recipe, restored, rolled, np.int32(2), hyper)
