@@ -57,8 +57,7 @@ def check(
     probed on `loud` parameters, behind which nothing hides. With `until_failure` no check follows the first that fails.
     Raises InputError for what is no config and no part.
     """
-    part = isinstance(what, str) and ":" in what
-    config = config_lib.resolve(with_part(what) if part else what, overrides)
+    config = config_lib.resolve(with_part(what) if isinstance(what, str) and ":" in what else what, overrides)
     probe = Probe(small(config))
     with _quickly_compiled():
         findings: list[Finding] = []
