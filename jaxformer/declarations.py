@@ -129,6 +129,8 @@ def declare(module: nn.Module, name: str, params: Declarations, dims: Mapping[st
         found = {n: box(p) if isinstance(p, Param) else create(key, p) for n, p in params.items()}
         return {n: inner for n, inner in found.items() if inner != {}}
 
+    if not module.is_initializing():  # which checks no shapes: of parameters `for_decoding` some have others
+        return whole(params, module.get_variable("params", name, {}))
     return whole(params, module.param(name, create) if create() else {})
 
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import decoder, generate, hidden, ids, log_softmax, loud
 
 from jaxformer.generation import decode
-from jaxformer.generation.decode import LeftToRight, Request, row_keys
+from jaxformer.generation.decode import LeftToRight, Request, choose, row_keys
 from jaxformer.generation.logits_processors import (
     LogitsProcessor,
     MinP,
@@ -51,9 +51,8 @@ def naive(model, params, prompt, tokens, row, seed, temperature, penalty=None):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), t)
         logits = model.logits(params, h)[0, -1]
         logits = logits if penalty is None else jnp.asarray(penalised(logits, said, penalty))
-        text.append(
-            int(logits.argmax()) if temperature == 0 else int(jax.random.categorical(key, logits / temperature))
-        )
+        cold = int(logits.argmax()) if temperature == 0 else int(choose(key[None], logits[None] / temperature)[0])
+        text.append(cold)
         said.append(text[-1])
         yield text[-1]
 
@@ -74,6 +73,21 @@ def test_a_text_that_fills_the_context_goes_on_from_its_last_half(length):
     params, prompt = loud(model), ids(length).tolist()
     out = generate(model, params, [prompt], 40, (Temperature(0.7),), 3)
     assert out[0].tolist() == list(naive(model, params, prompt, 40, 0, 3, 0.7))
+
+
+def test_the_cache_grows_with_the_text():
+    """A text that passes every size of the cache has the probabilities of one full pass: with a window that rolls from
+    the first size on, one that begins to in the second, and heads that share keys."""
+    masks = Window(50), Window(100), Causal()
+    model = decoder(n_layers=3, context_length=300, position=Rotary(), mask=masks, n_kv_heads=2, n_heads=6)
+    params, prompts = loud(model), [ids(7).tolist(), ids(3).tolist()]
+    request = Request(NextToken(), model, params, prompts, 290, row_keys(3, 0, 2))
+    new, found = (np.concatenate(arrays, 1) for arrays in zip(*LeftToRight()(request), strict=True))
+    h, _ = hidden(model, params, jnp.array([[*prompts[0], *new[0]]], jnp.int32), one_document(297))
+    expected = log_softmax(model.logits(params, h)[0, 6:-1])[np.arange(290), new[0]]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
+    assert len({*new[0].tolist()}) > 5
+    assert np.array_equal(generate(model, params, prompts, 70, (), 3, stretch=3), new[:, :70])
 
 
 def test_a_repetition_penalty_is_of_the_whole_text():
@@ -192,6 +206,33 @@ def test_processors():
     assert np.isfinite(TopP(1.0)(flat)).all()
     np.testing.assert_allclose(Temperature(0.5)(jnp.asarray(logits)), logits * 2)
     assert kept(Temperature(0.0)) == [[False, True, False, False], [True, False, False, False]]
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_top_k_and_top_p_against_a_sort(levels):
+    """Of equally likely tokens those of lower id are kept, as a stable sort has them."""
+    rng = np.random.default_rng(0)
+    logits = (rng.integers(0, levels, (6, 211)) * 5 / levels).astype(np.float32)
+    logits[0, 3:] = -np.inf
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    falling = np.take_along_axis(logits, order, -1).astype(np.float64)
+    chances = np.exp(falling) / np.exp(falling).sum(-1, keepdims=True)
+    before = chances.cumsum(-1) - chances
+    for k, p in ((1, 0.013), (2, 0.1), (17, 0.517), (210, 0.93)):
+        for processor, kept in ((TopK(k), np.arange(211)[None] < k), (TopP(p), before < p)):
+            expected = np.zeros(logits.shape, bool)
+            np.put_along_axis(expected, order, np.broadcast_to(kept, logits.shape), -1)
+            out = processor(jnp.asarray(logits))
+            assert np.array_equal(np.isfinite(out), expected & np.isfinite(logits)), processor
+
+
+def test_a_draw_never_takes_what_cannot_come():
+    """However sums round: of 20,000 draws among 5,003 tokens, of which three may come."""
+    logits = jnp.full((1, 5_003), -jnp.inf).at[0, jnp.array([0, 2_011, 5_000])].set(jnp.array([0.0, -8.0, 0.5]))
+    keys = row_keys(0, 0, 20_000).reshape(20, 1000)
+    drawn = np.concatenate([jax.jit(choose)(some, jnp.broadcast_to(logits, (1000, 5_003))) for some in keys])
+    assert {*drawn.tolist()} <= {0, 2_011, 5_000} and abs((drawn == 0).mean() - 0.3775) < 0.01
+    assert choose(keys[0, :1], jnp.full((1, 7), -jnp.inf))[0] == 0  # nothing may
 
 
 @pytest.mark.slow

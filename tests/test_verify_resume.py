@@ -17,6 +17,7 @@ from jaxformer.lab.interruptions import Interruption
 from jaxformer.lab.verify_resume import (
     batches_sha256,
     differing_arrays,
+    differing_checkpoints,
     differing_configs,
     differing_rows,
     lost,
@@ -45,6 +46,13 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XLA_FLAGS")
     return tmp_path
+
+
+def test_a_checkpoint_that_a_signal_made_may_stand_for_an_older_one():
+    inf = float("inf")
+    assert differing_checkpoints({660: inf, 700: 1.5}, {681: inf, 700: 1.5}) is None
+    for other in ({660: inf, 700: 1.6}, {700: 1.5}, {640: inf, 700: 1.5}, {660: inf, 699: 1.5}, {660: inf, 701: 1.5}):
+        assert "{660: inf, 700: 1.5}, then" in str(differing_checkpoints({660: inf, 700: 1.5}, other))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.generation.logits_processors import LogitsProcessor, Text
+from jaxformer.generation.logits_processors import LogitsProcessor, Text, first
 from jaxformer.learning.objectives import Objective
 from jaxformer.model.masks import Places, places
 from jaxformer.model.models import Model
@@ -20,6 +20,7 @@ Processors = tuple[LogitsProcessor, ...]
 
 STRETCH = 32  # tokens that are drawn without a word to the host
 TOGETHER = 4  # samples that are drawn side by side: always so many, since sums in other shapes round differently
+SMALLEST = 64  # tokens that the smallest cache holds; larger ones four times as many, up to the context
 ROOM = 1024  # tokens of text for which processors that read it have room without compiling again
 
 
@@ -88,6 +89,7 @@ class LeftToRight(Sampler):
         model, params, sources = request.model, request.params, request.sources
         context = request.context or model.context_length
         memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
+        own_params, own_memory = _laid_out(model, params, memory)
         how = How(request.keys, request.processors, np.int32(-1 if request.end is None else request.end))
         texts = [list(prompt) for prompt in request.prompts]
         length, done, ended = context, 0, np.zeros(len(texts), bool)
@@ -96,9 +98,11 @@ class LeftToRight(Sampler):
             room = context - max(map(len, seen)) + 1
             prompt, segment = padded(seen, context)
             known = _known(texts, room) if any(p.reads_text for p in how.processors) else None
-            now, cache = _prefill(model, context, params, prompt, segment, memory, np.int32(done), how, ended, known)
+            at = segment.sum(1)
+            size = _size(int(at.max()) + 1, context)
+            now, cache = _prefill(model, size, params, prompt, segment, memory, np.int32(done), how, ended, known)
             new = Drawn(np.asarray(now.ids)[:, None], np.asarray(now.log_probabilities)[:, None])
-            at, left = segment.sum(1), min(request.tokens - done, room)
+            left = min(request.tokens - done, room)
             while True:
                 yield new
                 count, ended = new.ids.shape[1], np.asarray(now.ended)
@@ -107,11 +111,23 @@ class LeftToRight(Sampler):
                 done, left = done + count, left - count
                 if left == 0 or ended.all():
                     break
-                count = min(left, request.stretch)
+                if at.max() == size:
+                    size = _size(size + 1, context)
+                    cache = _grown(model, size, cache, own_params)
+                count = min(left, request.stretch, size - int(at.max()))
                 steps = at, np.int32(done), np.int32(count)
-                drawn, now, cache = _decode(model, params, now, cache, *steps, how, memory)
+                drawn, now, cache = _decode(model, own_params, now, cache, *steps, how, own_memory)
                 new, at = Drawn(*(np.asarray(a)[:, :count] for a in drawn)), at + count
             length = max(1, context // 2)
+
+
+def _size(length: int, context: int) -> int:
+    """The size of the cache while texts have up to `length` tokens: by the length alone, so that what is drawn does not
+    depend on how much is asked for. Reading what is empty costs time; each size is a program of its own."""
+    size = SMALLEST
+    while size < length:
+        size *= 4
+    return min(size, context)
 
 
 def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +146,20 @@ def _known(texts: Sequence[Sequence[int]], room: int) -> Text:
     ids, segments = padded(texts, size)
     more = (0, 0), (0, size - ids.shape[1])
     return Text(jnp.asarray(np.pad(ids, more)), jnp.asarray(np.pad(segments > 0, more)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _laid_out(model: Model, params: Any, memory: Any) -> tuple[Any, Any]:
+    """Parameters and memory as writing token after token reads them fastest."""
+    return model.for_decoding(params), model.apart(memory)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _grown(model: Model, size: int, cache: Any, params: Any) -> Any:
+    """The cache, with room for `size` tokens."""
+    rows, dtype = len(jax.tree.leaves(cache)[0]), jax.tree.leaves(params)[0].dtype
+    write = lambda new, old: new.at[tuple(slice(n) for n in old.shape)].set(old)
+    return jax.tree.map(write, model.apart(model.cache(rows, size, dtype)), cache)
 
 
 class How(NamedTuple):
@@ -157,7 +187,7 @@ def _encode(model: Model, params: Any, ids: jax.Array, segment: jax.Array) -> An
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
     model: Model,
-    context: int,
+    size: int,
     params: Any,
     prompt: jax.Array,
     segment: jax.Array,
@@ -169,10 +199,10 @@ def _prefill(
 ) -> tuple[Now, Any]:
     """Token `number` behind each prompt [B, T], padded on the right; and the filled cache."""
     at = places(segment, jnp.zeros_like(segment))
-    cache = model.cache(len(prompt), context, jax.tree.leaves(params)[0].dtype)
+    cache = model.cache(len(prompt), size, jax.tree.leaves(params)[0].dtype)
     h, cache, *_ = model.hidden(params, prompt, at, cache=cache, memory=memory)
     last = jnp.take_along_axis(h, segment.sum(1)[:, None, None] - 1, axis=1)[:, 0]
-    return _draw(model, params, last, number, how, ended, text), cache
+    return _draw(model, params, last, number, how, ended, text), model.apart(cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -218,7 +248,17 @@ def _draw(
     for processor in how.processors:
         logits = processor(logits, text)
     keys = jax.vmap(jax.random.fold_in, (0, None))(how.keys, number)
-    ids = jnp.where(ended, how.end, jax.vmap(jax.random.categorical)(keys, logits)).astype(jnp.int32)
+    ids = jnp.where(ended, how.end, choose(keys, logits))
     chosen = jnp.take_along_axis(own, jnp.maximum(ids, 0)[:, None], 1)[:, 0]
     log_probabilities = chosen - jax.nn.logsumexp(own, -1)
     return Now(ids, log_probabilities, ids == how.end, None if text is None else text.append(ids))
+
+
+def choose(keys: jax.Array, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """A token of each row, with the probability that its logit gives it: where the sum of probabilities passes a
+    uniform number of the row's key [B]. One draw for each row costs a tenth of one for each token."""
+    p = jnp.exp(logits - logits.max(-1, keepdims=True))
+    sums = jnp.cumsum(p, -1)
+    passed = sums > jax.vmap(jax.random.uniform)(keys)[:, None] * sums[:, -1:]
+    ids = first(passed & (p > 0))
+    return jnp.where(ids < p.shape[-1], ids, p.argmax(-1, keepdims=True))[:, 0].astype(jnp.int32)  # lost in rounding

@@ -1,13 +1,15 @@
 """What happens to logits before a token is drawn. Processors apply in the order in which they are given."""
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.spec import Spec, checked
+
+ONE = 0x3F800000  # the bits of the float32 1.0
 
 
 class Text(NamedTuple):
@@ -70,8 +72,8 @@ class Temperature(LogitsProcessor):
             )
 
     def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
-        first = jnp.arange(logits.shape[-1])[None] == logits.argmax(-1, keepdims=True)
-        greedy = jnp.where(first, logits, -jnp.inf)
+        likeliest = logits == logits.max(-1, keepdims=True)
+        greedy = jnp.where(_ids(logits) == first(likeliest), logits, -jnp.inf)
         cold = self.temperature < 1e-30  # as good as 0; the quotient might be infinite
         return jnp.where(cold, greedy, logits / jnp.where(cold, 1, self.temperature))
 
@@ -86,7 +88,10 @@ class TopK(LogitsProcessor):
             raise ValueError(f"{at}top_k={self.top_k} must be at least 1; 1 always takes the likeliest token")
 
     def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
-        return jnp.where(_rank(logits) < min(self.top_k, logits.shape[-1]), logits, -jnp.inf)
+        values, ids = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))
+        least = values.min(-1, keepdims=True)  # values[:, -1:] would keep XLA from its fast program for top_k
+        last = jnp.where(values == least, ids, -1).max(-1, keepdims=True)  # of those as likely as the least
+        return jnp.where((logits > least) | ((logits == least) & (_ids(logits) <= last)), logits, -jnp.inf)
 
 
 class TopP(LogitsProcessor):
@@ -99,12 +104,22 @@ class TopP(LogitsProcessor):
             raise ValueError(f"{at}top_p={self.top_p} must be more than 0 and at most 1; 1 keeps every token")
 
     def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
-        falling = -jnp.sort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(falling, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.maximum((before < self.top_p).sum(-1, keepdims=True), 1)
-        kept = jnp.where(self.top_p >= 1, logits.shape[-1], kept)  # float32's sum may pass 1 before the last token
-        return jnp.where(_rank(logits) < kept, logits, -jnp.inf)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)  # in the same order: none is negative
+        mass = lambda kept: jnp.where(kept, probabilities, 0).sum(-1, keepdims=True)
+
+        def halve(_: Any, ends: Any) -> Any:
+            low, high = ends  # those from `low` on reach top_p, those from `high` on do not
+            middle = low + (high - low) // 2
+            reaches = mass(bits >= middle) >= self.top_p
+            return jnp.where(reaches, middle, low), jnp.where(reaches, high, middle)
+
+        ends = jnp.zeros_like(bits[:, :1]), jnp.full_like(bits[:, :1], ONE + 1)
+        least = jax.lax.fori_loop(0, 31, halve, ends)[0]
+        equal = bits == least
+        wanted = jnp.ceil((self.top_p - mass(bits > least)) / jax.lax.bitcast_convert_type(least, jnp.float32))
+        kept = (bits > least) | (equal & (jnp.cumsum(equal, -1) <= jnp.maximum(wanted, 1)))
+        return jnp.where(kept | (self.top_p >= 1), logits, -jnp.inf)
 
 
 class MinP(LogitsProcessor):
@@ -138,6 +153,10 @@ def usual_processors(
     return tuple(checked(processor) for processor in found)
 
 
-def _rank(logits: jax.Array) -> jax.Array:
-    """int32[B, V]: 0 for the likeliest token."""
-    return jnp.argsort(jnp.argsort(-logits, axis=-1, stable=True), axis=-1)
+def first(found: Bool[Array, "B V"]) -> Int[Array, "B 1"]:
+    """The least id that is found in each row; V if there is none. On CPU faster than argmax."""
+    return jnp.where(found, _ids(found), found.shape[-1]).min(-1, keepdims=True)
+
+
+def _ids(logits: jax.Array) -> Int[Array, "1 V"]:
+    return jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]

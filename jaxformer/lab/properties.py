@@ -14,7 +14,7 @@ import numpy as np
 from jaxformer.data.batches import Batches
 from jaxformer.data.sources import Source
 from jaxformer.declarations import is_declared, path_name, trained, updated, whole
-from jaxformer.generation.decode import LeftToRight, Request, row_keys
+from jaxformer.generation.decode import LeftToRight, Request, choose, row_keys
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.lab.probe import ORDINARY, ROWS, VOCABULARY, Inapplicable, Probe, Wrong, close, encoded, gradient
 from jaxformer.learning.objectives import TokenObjective
@@ -432,7 +432,7 @@ def sampler_is_the_loop(probe: Probe) -> str:
             segment = (jnp.arange(8) < len(text)).astype(jnp.int32)[None]
             h = probe.hidden(ids, places(segment, jnp.where(jnp.arange(8) < len(prompt), 0, 1)[None]), memory)[0]
             logits = model.logits(probe.loud, h[:, len(text) - 1])[0]
-            expected = int(jax.random.categorical(jax.random.fold_in(keys[i], t), logits / cold.temperature))
+            expected = int(choose(jax.random.fold_in(keys[i], t)[None], logits[None] / cold.temperature)[0])
             if expected != drawn[i, t]:
                 raise Wrong(f"token {t} of text {i} is {drawn[i, t]}, and {expected} by full passes")
             text.append(expected)

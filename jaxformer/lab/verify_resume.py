@@ -248,12 +248,12 @@ def _rows(directory: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _states(one: Path, other: Path, name: str) -> str:
-    """Compares every checkpoint left, each verified by its manifest as it is restored."""
+    """Compares every checkpoint left to both, each verified by its manifest as it is restored."""
     left, right = (Checkpoints(directory / "checkpoints") for directory in (one, other))
     ranks = [{step: each.rank(step) for step in each.steps()} for each in (left, right)]
-    _refuse(None if ranks[0] == ranks[1] else f"checkpoints and ranks: {ranks[0]}, then {ranks[1]}", name)
-    count, state = 0, None
-    for step in ranks[0]:
+    _refuse(differing_checkpoints(*ranks), name)
+    steps, count, state = sorted(ranks[0].keys() & ranks[1].keys()), 0, None
+    for step in steps:
         try:
             state, again = (open_run(directory, step).state for directory in (one, other))
         except InputError as error:  # one that is damaged
@@ -262,7 +262,17 @@ def _states(one: Path, other: Path, name: str) -> str:
         _refuse(difference and f"state of step {step}: {difference}", name)
         count = len(jax.tree.leaves(state))
     hashes = f"params_sha256 {sha256(state and state.params)}, state_sha256 {sha256(state)}"
-    return f"states: {count} arrays of each of the steps {', '.join(map(str, ranks[0]))}, alike ({hashes})"
+    return f"states: {count} arrays of each of the steps {', '.join(map(str, steps))}, alike ({hashes})"
+
+
+def differing_checkpoints(one: Mapping[int, float], other: Mapping[int, float]) -> str | None:
+    """How the steps left to two runs differ, or their ranks. The second may have such as a signal made it save, each in
+    the place of an older one of the first."""
+    more, less = sorted(other.keys() - one.keys()), sorted(one.keys() - other.keys())
+    replaced = len(more) == len(less) and all(new > old for new, old in zip(more, less, strict=True))
+    alike = all(one[step] == other[step] for step in one.keys() & other.keys())
+    same = replaced and alike and max(one, default=0) == max(other, default=0)
+    return None if same else f"checkpoints and ranks: {dict(one)}, then {dict(other)}"
 
 
 def differing_arrays(one: Any, other: Any) -> str | None:

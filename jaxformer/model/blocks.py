@@ -134,6 +134,11 @@ class BlockSpec(Spec):
         """Of the residual stream, those that there are."""
         return (*self.mixers, *(() if self.feed_forward is None else ("feed_forward",)))
 
+    def for_decoding(self, params: Arrays) -> Any:
+        """A layer's parameters as a loop over tokens reads them fastest."""
+        mixers = {name: mixer for name, (mixer, _) in self.mixers.items() if name in params}
+        return {**params, **{name: mixer.for_decoding(params[name]) for name, mixer in mixers.items()}}
+
 
 class Block(nn.Module):
     """A mixer, attention to another text if there is one, then feed-forward, each a branch of the residual stream."""
@@ -242,6 +247,22 @@ class Stack(nn.Module):
             x = self._norm("norm_embedding", x)
         x = dropout(fold(key, n_layers, EMBED), x, s.dropout)
         record(self, embedded=x)
+        own = {
+            name: declare(self, f"residual_{name}", s.residual.params(name, n_layers), s.parts.dims)
+            for name in ("begin", "end")
+        }
+        stream = s.residual.begin(own["begin"], x, n_layers)
+        layers = self._apart if self.has_variable("params", "layers0") else self._scanned
+        stream, (cache, losses, sums) = layers(turns, stream, cache, memory, ids, at, shared, key)
+        x = s.residual.end(own["end"], stream)
+        if s.residual.last_norm:
+            x = self._norm("norm", x)
+        record(self, out=x)
+        losses = {name: loss.replace(value=loss.value.sum(0)) for name, loss in losses.items()}
+        return Out(x, cache, losses, {"layers": sums} if sums else {})
+
+    def _scanned(self, turns: int, stream: Any, cache: Any, memory: Any, *more: Any) -> Any:
+        """The stream behind the layers; and caches, losses and sums, stacked."""
         group: Any = Group
         if self.remat:  # the scan keeps XLA from merging what is computed anew with what was computed at first
             group = nn.remat(Group, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False)
@@ -253,20 +274,21 @@ class Stack(nn.Module):
             length=turns,
             unroll=min(self.unroll, turns),
             metadata_params={nn.PARTITION_NAME: "L", "kinds": len(self.kinds)},
-        )(self.kinds, n_layers, name="layers")
-        own = {
-            name: declare(self, f"residual_{name}", s.residual.params(name, n_layers), s.parts.dims)
-            for name in ("begin", "end")
-        }
-        stream = s.residual.begin(own["begin"], x, n_layers)
-        first = jnp.arange(0, n_layers, len(self.kinds))
-        stream, (cache, losses, sums) = layers(stream, (first, cache, memory), ids, at, shared, key)
-        x = s.residual.end(own["end"], stream)
-        if s.residual.last_norm:
-            x = self._norm("norm", x)
-        record(self, out=x)
-        losses = {name: loss.replace(value=loss.value.sum(0)) for name, loss in losses.items()}
-        return Out(x, cache, losses, {"layers": sums} if sums else {})
+        )(self.kinds, self.n_layers, name="layers")
+        return layers(stream, (jnp.arange(0, self.n_layers, len(self.kinds)), cache, memory), *more)
+
+    def _apart(self, turns: int, stream: Any, cache: Any, memory: Any, *more: Any) -> Any:
+        """The same with parameters `for_decoding`, and a cache and a memory cut likewise."""
+        caches, losses, sums = [], [], []
+        for i in range(turns):
+            group = Group(self.kinds, self.n_layers, name=f"layers{i}")
+            scanned = jnp.int32(i * len(self.kinds)), cache and cache[i], memory and memory[i]
+            stream, (written, *found) = group(stream, scanned, *more)
+            caches.append(written)
+            losses.append(found[0])
+            sums.append(found[1])
+        stacked = lambda trees: jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+        return stream, (tuple(caches), stacked(losses), stacked(sums))
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         s = self.kinds[0]

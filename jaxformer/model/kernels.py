@@ -65,8 +65,7 @@ class Softmax(Kernel):
     def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
         """float32 scores before bias and mask; `new` is remembered of the queries' tokens, `seen` of the keys'."""
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale  # of q: T·K products instead of T·S
-        q, k = _grouped(q * scale, seen["k"].shape[1]), seen["k"]
-        scores = jnp.einsum("BGRTK,BGSK->BGRTS", q, k, preferred_element_type=jnp.float32)
+        scores = _scores(_grouped(q * scale, seen["k"].shape[1]), seen["k"])
         return scores.reshape(q.shape[0], -1, *scores.shape[3:])
 
     def weights(
@@ -127,6 +126,15 @@ class Uniform(Softmax):
     def masked_scores(self, params: Arrays, look: Look) -> Float[Array, "B H T S"]:
         shape = *look.q.shape[:3], look.seen["v"].shape[2]
         return jnp.where(look.view.mask(), jnp.zeros(shape, jnp.float32), -jnp.inf)  # whatever the position's bias
+
+
+def _scores(q: Float[Array, "B G R T K"], k: Float[Array, "B G S K"]) -> Float[Array, "B G R T S"]:
+    """QKᵀ. On CPU, of one token, as while text is written, a matrix times a vector for each query: of a product of
+    matrices XLA lays out all keys anew."""
+    if q.shape[3] > 1 or jax.default_backend() != "cpu":
+        return jnp.einsum("BGRTK,BGSK->BGRTS", q, k, preferred_element_type=jnp.float32)
+    one = lambda r: jnp.einsum("BGSK,BGK->BGS", k, q[:, :, r, 0], preferred_element_type=jnp.float32)
+    return jnp.stack([one(r) for r in range(q.shape[2])], 2)[..., None, :]
 
 
 def _grouped(x: jax.Array, groups: int) -> jax.Array:

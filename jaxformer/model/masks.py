@@ -58,7 +58,8 @@ class Mask(Spec):
         """Places of a query and a key of the same document, whose arrays broadcast against each other."""
 
     def span(self, length: int) -> int:
-        """How many cache slots a text of `length` tokens needs, so that nothing visible is overwritten."""
+        """How many cache slots a text of `length` tokens needs, so that nothing visible is overwritten: `length`, or
+        the same for all that are longer."""
         return length
 
 

@@ -70,6 +70,10 @@ class Mixer(Spec):
         `place` fills."""
         return {}
 
+    def for_decoding(self, params: Any) -> Any:
+        """Parameters, which it takes as well, as a loop over tokens reads them fastest."""
+        return params
+
     @abc.abstractmethod
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         """Out([B, T, D], the written cache): None if there was none."""
@@ -108,6 +112,12 @@ class MultiHead(Mixer):
     def slots(self, parts: Parts) -> dict[str, Slot]:
         own = parts.kernel.slots()
         return cache_lib.PLACE | parts.mask.slots() | own | parts.position.slots() if own else {}
+
+    def for_decoding(self, params: Any) -> Any:
+        """With matrices of two axes: XLA on CPU fuses a reshape into a product of one row, then ten times slower."""
+        flat = lambda name, a: a.reshape(-1, a.shape[-1]) if name == "o" else a.reshape(len(a), -1)
+        project = params["project"].items()
+        return {**params, "project": {name: a if "bias" in name else flat(name, a) for name, a in project}}
 
     def remember(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Arrays:
         """What the tokens x leave behind for queries to look at."""
@@ -161,5 +171,5 @@ def _heads(params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], na
     own = params["project"]
     if name not in own:  # the kernel does not look at it
         return jnp.zeros((len(x), parts.dims["H" if name == "q" else "G"], x.shape[1], parts.dims["K"]), x.dtype)
-    h = linear(x, own[name])  # [B, T, H, K]
+    h = linear(x, own[name]).reshape(*x.shape[:2], -1, parts.dims["K"])
     return (add(h, along(own[f"{name}_bias"], h)) if parts.qkv_bias else h).swapaxes(1, 2)

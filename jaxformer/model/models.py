@@ -191,6 +191,15 @@ class Model(Spec):
         """An empty cache for texts of at most `length` tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no cache; define `cache` to write token after token")
 
+    def for_decoding(self, params: Params) -> Params:
+        """Parameters as a loop over tokens reads them fastest; `hidden` and `logits` take them as well."""
+        heads = {f"head_{head.name}": head for head in self.heads if head.writes}
+        return {**params, **{name: head.for_decoding(params.get(name, {}), params) for name, head in heads.items()}}
+
+    def apart(self, stacked: Any) -> Any:
+        """A cache or a memory for parameters `for_decoding`."""
+        return stacked
+
 
 def _as_tuple(parts: T | tuple[T, ...]) -> tuple[T, ...]:
     return parts if isinstance(parts, tuple) else (parts,)
@@ -343,6 +352,18 @@ class Decoder(Model):
 
         return {f"block{i}": one(kind) for i, kind in enumerate(kinds)}
 
+    def for_decoding(self, params: Params) -> Params:
+        """Each layer's by themselves: a loop that cut them out of the stack would copy them for each token."""
+        kinds = {f"block{i}": kind for i, kind in enumerate(self.kinds("decoder"))}
+        decoder = dict(params["decoder"])
+        for i, layer in enumerate(self.apart(decoder.pop("layers"))):
+            decoder[f"layers{i}"] = {name: kinds[name].for_decoding(block) for name, block in layer.items()}
+        return {**super().for_decoding(params), "decoder": decoder}
+
+    def apart(self, stacked: Any) -> Any:
+        turns = self.n_layers // len(self.kinds("decoder"))
+        return stacked and tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(turns))
+
 
 class Encoder(Decoder):
     """A bidirectional encoder (arXiv:1810.04805): each token's hidden state depends on the whole text."""
@@ -458,6 +479,13 @@ def _check_stack(model: Decoder, at: str, stack: str) -> None:
     if model.remat and model.unroll >= n_layers // len(kinds) > 1:
         raise ValueError(f"{at}remat={model.remat!r} needs a scan: {at}unroll={model.unroll} must be less; 1 does")
     spans = {kind.parts.mask.span(model.context_length) for kind in kinds}
+    for mask in (kind.parts.mask for kind in kinds):
+        longest, half = mask.span(model.context_length), model.context_length // 2
+        if half and mask.span(half) not in (half, longest):
+            raise ValueError(
+                f"{at}mask: {type(mask).__name__}.span must be the length up to some length, and the same for all that are "
+                f"longer; it is {mask.span(half)} of {half}, and {longest} of {model.context_length}"
+            )
     if len(spans) > 1 and any(kind.parts.kernel.shares for kind in kinds):
         raise ValueError(f"{at}mask: layers that hand on what they see must see as far back as one another")
     for kind in kinds:
