@@ -35,7 +35,6 @@ config = Config(
         position=Sinusoidal(),
         embedding=Embedding(scaled=True),
         initializer=XavierUniform(std=1 / 16),
-        unroll=2,
     ),
     objective=SequenceToSequence(),
     optimizer=AdamW(Constant(1e-3), weight_decay=0.0),

@@ -19,7 +19,7 @@ from jaxformer.model.layers import LayerNorm
 config = Config(
     directory="runs/shakespeare_cpu",
     data=Data(corpus=TinyShakespeare(), tokenizer=Characters(), batch_size=12),
-    model=Decoder(n_layers=4, n_heads=4, d_model=128, context_length=64, norm=LayerNorm(bias=False), unroll=4),
+    model=Decoder(n_layers=4, n_heads=4, d_model=128, context_length=64, norm=LayerNorm(bias=False)),
     optimizer=AdamW(WarmupCosine(peak=1e-3, final=1e-4, warmup_steps=100), b2=0.99, weight_decay=0.1, clip=1.0),
     train=Train(steps=2000, steps_per_call=10, eval_every=500, save_every=500),
 )

@@ -108,6 +108,7 @@ NOTICE = MOVED | {
     "train.guard",
     "model.unroll",
     "model.remat",
+    *(f"model.{k}.implementation{more}" for k in ("kernel", "cross_kernel") for more in ("", ".size")),
 }
 
 

@@ -28,7 +28,8 @@ FLOORS = [
             "batches",
         )
     ),
-    *(f"model.{n}" for n in ("masks", "layers", "positions", "kernels", "cache", "mixers", "blocks", "heads")),
+    *(f"model.{n}" for n in ("masks", "layers", "positions", "implementations", "kernels", "cache")),
+    *(f"model.{n}" for n in ("mixers", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),
     *(f"learning.{n}" for n in ("rows", "objectives", "schedules", "optimizers", "guards")),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "texts", "predict")),

@@ -217,14 +217,17 @@ class Stack(nn.Module):
     """`n_layers` blocks that repeat a group of kinds, then a last norm if they are pre-norm.
 
     Parameters, cache and memory of each kind lie stacked along a leading axis L; `unroll` groups are laid out in each
-    turn of the scan, over the same parameters and with the same result. With `remat`, the name of one of
-    jax.checkpoint_policies, a group keeps for the backward pass only what that policy says, and computes the rest anew.
+    turn of the scan, over the same parameters and with the same result. More are faster on CPU, where a scan copies
+    what each turn reads, and slower to compile: None takes all up to 8 there, and 1 elsewhere or with `remat`.
+
+    With `remat`, the name of one of jax.checkpoint_policies, a group keeps for the backward pass only what that policy
+    says, and computes the rest anew.
     """
 
     kinds: tuple[BlockSpec, ...]
     n_layers: int
     normed: bool = False  # the embedded input
-    unroll: int = 1
+    unroll: int | None = None
     remat: str | None = None
 
     @nn.compact
@@ -266,13 +269,14 @@ class Stack(nn.Module):
         group: Any = Group
         if self.remat:  # the scan keeps XLA from merging what is computed anew with what was computed at first
             group = nn.remat(Group, policy=getattr(jax.checkpoint_policies, self.remat), prevent_cse=False)
+        few = turns <= 8 and jax.default_backend() == "cpu" and not self.remat
         layers = nn.scan(
             group,
             variable_axes={"params": 0, "activations": 0},
             split_rngs={"params": True},
             in_axes=(0, *[nn.broadcast] * 4),  # pyright: ignore[reportArgumentType]
             length=turns,
-            unroll=min(self.unroll, turns),
+            unroll=min(self.unroll or (turns if few else 1), turns),
             metadata_params={nn.PARTITION_NAME: "L", "kinds": len(self.kinds)},
         )(self.kinds, self.n_layers, name="layers")
         return layers(stream, (jnp.arange(0, self.n_layers, len(self.kinds)), cache, memory), *more)

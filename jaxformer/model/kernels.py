@@ -3,26 +3,17 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.declarations import Arrays, Declarations, Slot
+from jaxformer.model.implementations import Auto, Implementation, Plain
 from jaxformer.model.layers import Out, dropout
-from jaxformer.model.masks import Places, View
+from jaxformer.model.masks import Look, Places
 from jaxformer.spec import Spec
-
-
-class Look(NamedTuple):
-    """What heads of queries look at."""
-
-    q: Float[Array, "B H T K"]
-    new: Arrays  # what is remembered of the queries' own tokens
-    seen: Arrays  # and of the keys' tokens
-    view: View  # which of these may be seen
-    bias: Float[Array, "..."] | float = 0.0  # of the position, to be added to scores [B, H, T, S]
 
 
 class Kernel(Spec):
@@ -37,6 +28,11 @@ class Kernel(Spec):
     def slots(self) -> dict[str, Slot]:
         """Room in the cache; empty if it looks only at what a layer below hands on."""
         return {}
+
+    def implemented(self, tokens: int, rate: float, ours: bool) -> tuple["Kernel", str]:
+        """The kernel with its implementation chosen, and why, for rows of so many tokens and dropout of weights of that
+        rate; `ours`: position and mask are the package's. Raises ValueError if the one asked for cannot do it."""
+        return self, ""
 
     def remember(
         self, params: Arrays, k: Float[Array, "B G T K"], v: Float[Array, "B G T M"], at: Places, cache: Arrays | None
@@ -57,10 +53,21 @@ class Kernel(Spec):
 class Softmax(Kernel):
     """Softmax attention (arXiv:1706.03762). A subclass overrides the step in which its idea differs."""
 
+    implementation: Implementation = dataclasses.field(default=Auto(), kw_only=True)  # how it is computed
     scale: float | None = dataclasses.field(default=None, kw_only=True)  # scores are multiplied by it; None: 1/√K
 
     def slots(self) -> dict[str, Slot]:
         return {"k": Slot("BGSK"), "v": Slot("BGSK")}
+
+    def implemented(self, tokens: int, rate: float, ours: bool) -> tuple["Softmax", str]:
+        own = type(self).__call__ is not Softmax.__call__
+        ours = ours and type(self).__module__ == __name__
+        implementation, why = (Plain(), "its own") if own else self.implementation.chosen(tokens, rate, ours)
+        if own and not isinstance(self.implementation, Auto | Plain):
+            raise ValueError(
+                f"implementation: {type(self).__name__} computes itself, in its __call__; leave it at Auto"
+            )
+        return dataclasses.replace(self, implementation=implementation), why
 
     def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
         """float32 scores before bias and mask; `new` is remembered of the queries' tokens, `seen` of the keys'."""
@@ -85,6 +92,10 @@ class Softmax(Kernel):
         return jnp.where(look.view.mask(), scores, -jnp.inf)
 
     def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        return self.implementation(self.formula, params, look, key, rate)
+
+    def formula(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        """softmax(scores) V: what every implementation computes."""
         scores = self.masked_scores(params, look)
         powers, total = self.weights(params, scores)
         q, v, total = look.q, look.seen["v"], jnp.maximum(total, 1e-30)

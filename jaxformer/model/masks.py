@@ -3,13 +3,14 @@
 import abc
 import functools
 import operator
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.declarations import Slot
+from jaxformer.declarations import Arrays, Slot
 from jaxformer.spec import Spec
 
 
@@ -56,6 +57,10 @@ class Mask(Spec):
     @abc.abstractmethod
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         """Places of a query and a key of the same document, whose arrays broadcast against each other."""
+
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many tokens back and ahead at most a token sees of its document; None: any number."""
+        return None, 0 if self.causal else None
 
     def span(self, length: int) -> int:
         """How many cache slots a text of `length` tokens needs, so that nothing visible is overwritten: `length`, or
@@ -106,6 +111,9 @@ class Local(Mask):
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         return jnp.abs(query.position - key.position) < self.size
 
+    def reach(self) -> tuple[int | None, int | None]:
+        return self.size - 1, 0 if self.causal else self.size - 1
+
     def span(self, length: int) -> int:
         return min(self.size, length)
 
@@ -142,6 +150,12 @@ class Both(Mask):
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         return functools.reduce(operator.and_, (rule.sees(query, key) for rule in self.rules))
 
+    def reach(self) -> tuple[int | None, int | None]:
+        back, ahead = (
+            [n for n in each if n is not None] for each in zip(*(r.reach() for r in self.rules), strict=True)
+        )
+        return min(back, default=None), min(ahead, default=None)
+
     def span(self, length: int) -> int:
         return min(rule.span(length) for rule in self.rules)
 
@@ -159,6 +173,10 @@ class Either(Both):
 
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         return functools.reduce(operator.or_, (rule.sees(query, key) for rule in self.rules))
+
+    def reach(self) -> tuple[int | None, int | None]:
+        back, ahead = zip(*(rule.reach() for rule in self.rules), strict=True)
+        return None if None in back else max(back), None if None in ahead else max(ahead)
 
     def span(self, length: int) -> int:
         return max(rule.span(length) for rule in self.rules)
@@ -181,3 +199,42 @@ class View(NamedTuple):
         query = jax.tree.map(lambda a: a[:, None, :, None], self.query)
         key = jax.tree.map(lambda a: a[:, None, None, :], self.key)
         return (query.segment == key.segment) & self.rule.sees(query, key)
+
+
+Range = tuple[jax.Array | int, int]  # the first of some entries, and how many
+Bias = Callable[[Arrays, View, Arrays, Arrays], Any]  # `Position.bias`
+
+
+def no_bias(params: Arrays, view: View, new: Arrays, seen: Arrays) -> float:
+    """That of most positions."""
+    return 0.0
+
+
+class Look(NamedTuple):
+    """What heads of queries look at."""
+
+    q: Float[Array, "B H T K"]
+    new: Arrays  # what is remembered of the queries' own tokens
+    seen: Arrays  # and of the keys' tokens
+    view: View  # which of these may be seen
+    slots: Mapping[str, Slot] = {}  # of what is remembered
+    bias_of: Bias = no_bias
+    bias_params: Mapping[str, jax.Array] = {}
+
+    @property
+    def bias(self) -> Float[Array, "..."] | float:
+        """Of the position, to be added to scores [B, H, T, S]."""
+        return self.bias_of(self.bias_params, self.view, self.new, self.seen)
+
+    def cut(self, queries: Range, keys: Range) -> "Look":
+        """Some of the queries at some of the keys: (first, how many)."""
+        of = lambda places, some: jax.tree.map(lambda a: _cut(a, 1, some), places)
+        view = self.view._replace(query=of(self.view.query, queries), key=of(self.view.key, keys))
+        axes = {name: slot.letters.index("S") for name, slot in self.slots.items() if "S" in slot.letters}
+        each = lambda arrays, some: {n: _cut(a, axes[n], some) if n in axes else a for n, a in arrays.items()}
+        q, new, seen = _cut(self.q, 2, queries), each(self.new, queries), each(self.seen, keys)
+        return self._replace(q=q, new=new, seen=seen, view=view)
+
+
+def _cut(array: jax.Array, axis: int, some: Range) -> jax.Array:
+    return array if array.shape[axis] == some[1] else jax.lax.dynamic_slice_in_dim(array, *some, axis)

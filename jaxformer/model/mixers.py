@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.declarations import Arrays, Declarations, Param, Slot
 from jaxformer.model import cache as cache_lib
-from jaxformer.model.kernels import Kernel, Look
+from jaxformer.model.kernels import Kernel
 from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear
-from jaxformer.model.masks import Mask, Places, View
+from jaxformer.model.masks import Look, Mask, Places, View
 from jaxformer.model.positions import Position
 from jaxformer.spec import Spec
 
@@ -137,7 +137,7 @@ class MultiHead(Mixer):
         else:
             new = seen = context.memory
         view = view_of(parts, at, seen)
-        look = Look(q, new, seen, view, parts.position.bias(position, view, new, seen))
+        look = Look(q, new, seen, view, self.slots(parts), parts.position.bias, position)
         out = parts.kernel(params["kernel_params"], look, context.key, parts.dropout)
         B, H, T, K = out.h.shape
         h = out.h.swapaxes(1, 2).reshape(B, T, H * K)

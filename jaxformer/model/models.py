@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,11 @@ class Model(Spec):
     def summary(self) -> dict[str, str]:
         """What a run says of it when it starts, besides its size: line by line, by name."""
         return {}
+
+    def implemented(self, tokens: int) -> tuple[Self, str]:
+        """The model with the implementations of its kernels chosen, and which and why, for rows of so many tokens.
+        Raises ValueError for one that cannot do what is asked of it."""
+        return self, ""
 
     @abc.abstractmethod
     def network(self) -> nn.Module:
@@ -252,7 +257,7 @@ class Decoder(Model):
     bias: bool = False  # whether attention's projections have biases; feed_forward and norm have fields of their own
     qkv_bias: bool | None = None  # whether those of queries, keys and values have; None: as bias
     output_projection: bool = True  # attention ends with a projection; False: its heads side by side, then zeros
-    unroll: int = 1  # groups of layers in one turn of the scan: more is faster on CPU, slower to compile; at most all
+    unroll: int | None = None  # groups of layers in a turn of the scan; None: all up to 8 on CPU, else 1 (`Stack`)
     remat: Remat | None = None  # which activations are kept for the gradient and not recomputed; None: all
 
     stacks = ("decoder",)  # by name
@@ -308,7 +313,23 @@ class Decoder(Model):
     def summary(self) -> dict[str, str]:
         each = [pair for stack in self.stacks for kind in self.kinds(stack) for pair in kind.mixers.values()]
         names = sorted({mixer.summary(parts) for mixer, parts in each})
-        return {"attention": f"{', '.join(names)}, in XLA"} if names else {}
+        return {"attention": ", ".join(names)} if names else {}
+
+    def implemented(self, tokens: int) -> tuple[Self, str]:
+        parts = [part for each in (self.position, self.mask, self.mixer) for part in _as_tuple(each)]
+        ours = all(type(part).__module__.startswith("jaxformer.") for part in parts)
+        found, whys = dict[str, Any](), list[str]()
+        for name in ("kernel", "cross_kernel"):
+            kernels = getattr(self, name, None)
+            if kernels is None:
+                continue
+            try:
+                each = [kernel.implemented(tokens, self.dropout, ours) for kernel in _as_tuple(kernels)]
+            except ValueError as error:
+                raise ValueError(f"model.{name}.{error}") from None
+            found[name] = tuple(kernel for kernel, _ in each) if isinstance(kernels, tuple) else each[0][0]
+            whys += [f"{type(kernel.implementation).__name__} ({why})" for kernel, why in each if why]
+        return dataclasses.replace(self, **found), ", ".join(dict.fromkeys(whys))
 
     def layers(self, stack: str) -> int:
         """How many a stack has."""
@@ -476,15 +497,15 @@ def _check_stack(model: Decoder, at: str, stack: str) -> None:
             f"{at}position, {at}mixer, {at}kernel, {at}mask and {at}feed_forward make {len(kinds)} kinds of layers, "
             f"which must divide the {n_layers} layers of the {stack}"
         )
-    if model.remat and model.unroll >= n_layers // len(kinds) > 1:
+    if model.remat and model.unroll and model.unroll >= n_layers // len(kinds) > 1:
         raise ValueError(f"{at}remat={model.remat!r} needs a scan: {at}unroll={model.unroll} must be less; 1 does")
     spans = {kind.parts.mask.span(model.context_length) for kind in kinds}
     for mask in (kind.parts.mask for kind in kinds):
         longest, half = mask.span(model.context_length), model.context_length // 2
         if half and mask.span(half) not in (half, longest):
             raise ValueError(
-                f"{at}mask: {type(mask).__name__}.span must be the length up to some length, and the same for all that are "
-                f"longer; it is {mask.span(half)} of {half}, and {longest} of {model.context_length}"
+                f"{at}mask: {type(mask).__name__}.span must be the length up to some length, and the same for all "
+                f"longer ones; it is {mask.span(half)} of {half}, and {longest} of {model.context_length}"
             )
     if len(spans) > 1 and any(kind.parts.kernel.shares for kind in kinds):
         raise ValueError(f"{at}mask: layers that hand on what they see must see as far back as one another")

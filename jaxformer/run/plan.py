@@ -61,6 +61,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     head = heads if isinstance(config.model.head, tuple) else heads[0]
     model = dataclasses.replace(config.model, vocab_size=size, head=head)
     try:
+        model, _ = model.implemented(config.window)
         objective = config.objective.filled(special, size, config.row.tokens, config.data.sampling.several)
         for each in heads:
             each.params()

@@ -37,6 +37,7 @@ def record_start(config: Config, step: int, seeds: Sequence[int], devices: Seque
         "idle_devices": jax.device_count() - len(devices),
         "processor": processor(),
         "processor_features": features(),
+        "attention": implementation_of(config),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
         "sources": sources(config),
@@ -140,8 +141,14 @@ def features() -> list[str]:
     return sorted(name for name in found[1].split() if name.startswith(units)) if found else []
 
 
+def implementation_of(config: Config) -> str:
+    """Which implementations attention has, and why: "Blocked (rows of 256 tokens)"; empty for a model without."""
+    return config.model.implemented(config.window)[1]
+
+
 def moved(config: Config, devices: Sequence[Any]) -> str | None:
-    """How processor, devices and versions of XLA differ from those of the run's last start; None if they do not."""
+    """How processor, devices, versions of XLA and the implementation of attention differ from those of the run's last
+    start; None if they do not."""
     try:
         before = last_start(starts_of(config))
     except (OSError, ValueError, LookupError):
@@ -151,13 +158,14 @@ def moved(config: Config, devices: Sequence[Any]) -> str | None:
         "processor_features": features(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
         "versions": {name: _version(name) for name in ("jax", "jaxlib")},
+        "attention": implementation_of(config),
     }
     versions = before.get("versions")
     old = {**before, "versions": {name: versions.get(name) for name in now["versions"]} if versions else None}
     changed = [name for name, value in now.items() if old.get(name) not in (None, value)]
     names = {"processor_features": "the processor's features", "versions": "the versions of jax and jaxlib"}
     told = [
-        f"{name} {old[name]} then, {now[name]} now" if name == "processor" else names.get(name, name)
+        f"{name} {old[name]} then, {now[name]} now" if name in ("processor", "attention") else names.get(name, name)
         for name in changed
     ]
     return "; ".join(told) or None
