@@ -41,7 +41,7 @@ FLOORS = [
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
     *(f"lab.{n}" for n in ("probe", "properties", "check", "interruptions", "verify_resume")),
-    "commands.arguments",
+    *("commands.arguments", "commands.programs"),
     *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
     "commands.check",
