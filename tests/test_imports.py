@@ -33,7 +33,10 @@ FLOORS = [
     *(f"learning.{n}" for n in ("rows", "objectives", "schedules", "optimizers", "guards")),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "texts", "predict")),
     *("pictures", "writers", "config"),
-    *(f"run.{n}" for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "directory", "plan")),
+    *(
+        f"run.{n}"
+        for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "peaks", "directory", "plan")
+    ),
     *(
         f"run.{n}"
         for n in ("inspection", "attention", "opened", "notices", "warm_start", "dry_run", "members", "checks")
