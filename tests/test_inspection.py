@@ -172,6 +172,13 @@ def test_products_are_found_wherever_they_are():
     assert flops(lambda a, b: a * b, 2.0, 3.0) == {}
 
 
+def test_of_what_depends_on_the_platform_the_part_for_this_one_counts():
+    a, twice = jnp.ones((3, 3)), lambda a: a @ a @ a
+    depends = lambda **parts: flops(lambda a: jax.lax.platform_dependent(a, **parts), a).get((), 0)
+    assert depends(cpu=lambda a: a, default=twice) == 0
+    assert depends(cuda=lambda a: a, default=twice) == 2 * 2 * 3**3
+
+
 def test_a_kernel_of_pallas_is_counted_for_each_block():
     def product(a, b, out):
         out[...] = a[...] @ b[...]

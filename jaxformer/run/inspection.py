@@ -173,7 +173,10 @@ def _products(jaxpr: Jaxpr, scope: Names) -> Counter[Names]:
             found[here] += 2 * math.prod(out) * math.prod(left[axis] for axis in summed)
             continue
         inner = [_products(jaxpr, here) for jaxpr in _jaxprs(params.values())]
-        if kind == "cond":
+        if kind == "cond" and (platforms := params.get("branches_platforms")):  # of jax.lax.platform_dependent
+            backend = jax.default_backend()
+            inner = [next(c for p, c in zip(platforms, inner, strict=True) if p is None or backend in p)]
+        elif kind == "cond":
             inner = [max(inner, key=Counter.total)]
         times = params["length"] if kind == "scan" else 1
         if kind == "pallas_call":
