@@ -88,8 +88,9 @@ class Members:
             self._compiled[shapes] = lowered.compile()
             log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
             lead = 2 if self._several else 1
+            params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[lead - 1 :], a.dtype), state.params)
             batch = {name: jax.ShapeDtypeStruct(a.shape[lead:], a.dtype) for name, a in buffer.items()}
-            self._flops[shapes] = len(self.configs) * model_flops(self.recipe, batch)
+            self._flops[shapes] = len(self.configs) * model_flops(self.recipe, params, batch)
         return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
 
     def diverged(self, state: TrainState, step: int, member: int) -> Diverged:
