@@ -18,6 +18,7 @@ from jaxformer.commands.main import COMMANDS
 from jaxformer.run.directory import has_checkpoint
 from jaxformer.run.inspection import human
 from jaxformer.run.manifest import sha256
+from jaxformer.run.metrics import CLOCK
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -60,7 +61,7 @@ def finish(process, status=0):
 
 def rows(home, run):
     lines = [json.loads(line) for line in (home / run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "seconds")} for row in lines]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in lines]
 
 
 def inspect(home, run):

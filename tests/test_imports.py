@@ -34,7 +34,10 @@ FLOORS = [
     *(f"learning.{n}" for n in ("rows", "objectives", "schedules", "optimizers", "guards")),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "texts", "predict")),
     *("pictures", "writers", "config"),
-    *(f"run.{n}" for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "directory", "plan")),
+    *(
+        f"run.{n}"
+        for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "peaks", "directory", "plan")
+    ),
     *(
         f"run.{n}"
         for n in ("inspection", "attention", "opened", "notices", "warm_start", "dry_run", "members", "checks")
@@ -42,7 +45,7 @@ FLOORS = [
     *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
     *(f"lab.{n}" for n in ("probe", "properties", "check", "interruptions", "verify_resume")),
-    "commands.arguments",
+    *("commands.arguments", "commands.programs"),
     *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
     "commands.check",

@@ -15,7 +15,18 @@ from jaxformer.model.layers import GatedFeedForward, RMSNorm
 from jaxformer.model.masks import Causal, Window
 from jaxformer.model.models import Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import Rotary
-from jaxformer.run.inspection import ELSEWHERE, activations, flops, human, inspect, layers, parameters, render
+from jaxformer.run.inspection import (
+    ELSEWHERE,
+    activations,
+    flops,
+    human,
+    inspect,
+    layers,
+    model_flops,
+    parameters,
+    render,
+)
+from jaxformer.run.step import Recipe
 
 S, V, D, L, H, G, K, F = 17, 29, 84, 5, 6, 2, 14, 11
 NEXT, SEQUENCES, MASKED = NextToken(), SequenceToSequence(), Masked(mask=3, special=(3,), vocab_size=V)
@@ -36,6 +47,10 @@ def attention(queries, keys):
 
 def feed_forward(tokens, matrices=2):
     return 2 * B * tokens * D * F * matrices
+
+
+def shapes(model):
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 LOGITS = 2 * B * T * D * V
@@ -80,6 +95,15 @@ def test_operations_are_those_of_the_formula(objective, model, texts, expected):
     assert column(found, "flops_forward") == expected
     assert column(found, "flops_step") == {name: 3 * count for name, count in expected.items()}
     assert found["flops_forward"] == sum(expected.values()) and found["flops_step"] == 3 * sum(expected.values())
+    assert model_flops(Recipe(model, objective), shapes(model), texts) == found["flops_step"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"remat": "nothing_saveable"}, {"unroll": 5, "dropout": 0.1}])
+def test_model_flops_are_those_of_the_formula(fields):
+    """6·N + 12·L·H·K·T for each token, whatever is recomputed."""
+    n = L * (2 * D * H * K + 2 * D * G * K + 2 * D * F) + D * V
+    recipe = Recipe(decoder(**fields), NEXT, "bfloat16", slices=3)
+    assert model_flops(recipe, shapes(recipe.model), batch(more=1)) == B * T * (6 * n + 12 * L * H * K * T)
 
 
 def test_execution_changes_no_forward_count():
@@ -150,6 +174,13 @@ def test_products_are_found_wherever_they_are():
     assert by_scope(found) == expected and found[()] == own and sum(found.values()) == 11 * own + square
     assert by_scope(flops(jax.vmap(function, (0, None)), jnp.ones((7, 2, 3)), b))["wrapped"] == 14 * own
     assert flops(lambda a, b: a * b, 2.0, 3.0) == {}
+
+
+def test_of_what_depends_on_the_platform_the_part_for_this_one_counts():
+    a, twice = jnp.ones((3, 3)), lambda a: a @ a @ a
+    depends = lambda **parts: flops(lambda a: jax.lax.platform_dependent(a, **parts), a).get((), 0)
+    assert depends(cpu=lambda a: a, default=twice) == 0
+    assert depends(cuda=lambda a: a, default=twice) == 2 * 2 * 3**3
 
 
 def test_a_kernel_of_pallas_is_counted_for_each_block():

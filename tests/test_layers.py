@@ -221,3 +221,45 @@ def test_shapes_are_checked_in_tests():
     with pytest.raises(ValueError, match="rank_promotion"):
         jnp.ones((3, 5)) + jnp.ones(5)
     assert tiny.SIZES["d_model"] % tiny.SIZES["n_heads"] == 0
+
+
+@pytest.mark.parametrize("one_hot", [0, 29])  # a segmented scan; a product
+@pytest.mark.parametrize(("dtype", "shape"), [("float32", (3, 13)), ("bfloat16", (3, 13)), ("float32", (1,))])
+def test_sums_by_id_are_those_of_a_scatter(monkeypatch, one_hot, dtype, shape):
+    monkeypatch.setattr(layers, "ONE_HOT", one_hot)
+    ids = jnp.asarray(rng.integers(2, 23, (2, *shape)))  # neither the first ids nor the last
+    rows = jnp.asarray(draws(2, *shape, 5), dtype)
+    expected = np.zeros((2, 29, 5), np.float32)
+    for i in range(2):
+        np.add.at(expected[i], np.asarray(ids[i]), np.asarray(rows[i], np.float32))
+    summed = lambda rows, ids: layers.sums_by_id(rows, ids, 29)
+    close(summed(rows[0], ids[0]), expected[0])
+    close(jax.vmap(summed)(rows, ids), expected)
+    close(jax.lax.scan(lambda c, xs: (c + summed(*xs), None), jnp.zeros((29, 5)), (rows, ids))[0], expected.sum(0))
+
+
+def gradients(table, ids, rows, lookup):
+    """Of rows of tables, in a vmap of a scan of a rematerialised lookup."""
+
+    def loss(table, ids, rows):
+        one = jax.checkpoint(lambda table, xs: (table, (lookup(table, xs[0]) * xs[1]).sum()))
+        return jax.lax.scan(one, table, (ids, rows))[1].astype(jnp.float32).sum()
+
+    return jax.vmap(jax.grad(loss), (None, 0, 0))(table, ids, rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_lookup(monkeypatch, dtype):
+    """On CPU to the bit those of the gather; elsewhere, of few ids and of many, without a scatter."""
+    table, rows = jnp.asarray(draws(29, 5), dtype), jnp.asarray(draws(2, 7, 3, 11, 5), dtype)
+    ids = jnp.asarray(rng.integers(0, 29, (2, 7, 3, 11)), jnp.int32)
+    gather = lambda table, ids: table.astype(jnp.float32)[ids].astype(dtype)
+    expected = gradients(table, ids, rows, gather)
+    assert (layers.lookup(table, ids) == gather(table, ids)).all() and expected.dtype == dtype
+    assert (gradients(table, ids, rows, layers.lookup) == expected).all()
+    for one_hot in (0, 29):
+        monkeypatch.setattr(layers, "ONE_HOT", one_hot)
+        traced = jax.jit(lambda *a: gradients(*a, layers.lookup)).trace(table, ids, rows)
+        found = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
+        assert [p for p, text in found.items() if "stablehlo.scatter" in text] == ["cpu"]
+        assert [p for p, text in found.items() if "stablehlo.sort" in text] == ["cuda", "tpu"] * (one_hot == 0)

@@ -27,12 +27,12 @@ from jaxformer.model.heads import BinaryHead
 from jaxformer.run import beginning, loop
 from jaxformer.run.manifest import sha256
 from jaxformer.run.members import Members
+from jaxformer.run.metrics import CLOCK
 from jaxformer.run.signals import Interrupted, Received
 from jaxformer.run.starts import last_start
 from jaxformer.spec import InputError
 
 SEEDS = 5, 0, 3
-CLOCK = {"tokens_per_second", "seconds"}
 SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 14, "d_ff": 11, "context_length": 7, "dropout": 0.2}
 TRAIN = Train(steps=23, steps_per_call=5, log_every=3, eval_every=100, save_every=20, sample_tokens=0)
 ADAM = AdamW(Constant(3e-3))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 import tiny
 
@@ -142,6 +143,6 @@ def test_the_handler_of_a_kernel_does_not_silence_a_notebook(notebook, loggers, 
 
 
 def test_a_notebook_has_a_bar_though_it_is_no_terminal(notebook, tmp_path):
-    shown = reports.Reports([jaxformer.Config(str(tmp_path), tiny.decoder())], 0)
+    shown = reports.Reports([jaxformer.Config(str(tmp_path), tiny.decoder())], 0, jax.devices())
     assert not shown._bar.disable and shown._lines is None
     shown.close()

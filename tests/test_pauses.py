@@ -22,13 +22,14 @@ from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.run import loop, plan, reports
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
+from jaxformer.run.inspection import model_flops
 from jaxformer.run.manifest import read_manifest, sha256
+from jaxformer.run.metrics import CLOCK
 from jaxformer.run.signals import ENDING, Interrupted, Received, collected
 from jaxformer.spec import InputError
 
 SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 14, "d_ff": 11, "context_length": 7}
 TRAIN = Train(steps=20, steps_per_call=5, log_every=5, eval_every=10, save_every=10, sample_tokens=0)
-CLOCK = {"tokens_per_second", "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +406,7 @@ def test_without_a_terminal_no_minute_is_silent(home, tmp_path, caplog, monkeypa
     doing = r"(; (compiling|evaluating|saving))?"
     assert all(re.fullmatch(rf"step \d+ of 400: ({numbers}|no step is done yet){doing}", line) for line in lines)
     assert any("left" in line for line in lines)
-    shown = reports.Reports([dataclasses.replace(text(home, steps=400), directory=str(tmp_path))], 0)
+    shown = reports.Reports([dataclasses.replace(text(home, steps=400), directory=str(tmp_path))], 0, jax.devices())
     shown.pause("compiling")
     shown.close()
     shown._say()
@@ -414,6 +415,53 @@ def test_without_a_terminal_no_minute_is_silent(home, tmp_path, caplog, monkeypa
 
 def test_the_lines_are_for_no_terminal(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    shown = reports.Reports([dataclasses.replace(text(home), directory=str(tmp_path))], 0)
+    shown = reports.Reports([dataclasses.replace(text(home), directory=str(tmp_path))], 0, jax.devices())
     assert shown._lines is None
     shown.close()
+
+
+def test_rows_tell_the_share_of_the_peak_and_of_the_host(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "peak_flops", lambda devices, dtype: {"float32": 1e9}[dtype])
+    monkeypatch.setattr(reports, "peak_memory", lambda devices: 77 * len(devices))
+    config = text(home)
+    jaxformer.train(config, directory=tmp_path / "run")
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    run = jaxformer.open_run(tmp_path / "run")
+    recipe = plan.recipe_of(run.config, run.tokenizer, run.classes)
+    a_token = model_flops(recipe, run.state.params, {"tokens": jax.ShapeDtypeStruct((3, 8), "int32")}) / (3 * 7)
+    for row in (row for row in found if row["split"] == "train"):
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * a_token / 1e9, rel=1e-3, abs=1e-4)
+        assert 0 <= row["host"] <= 1 and row["peak_memory"] == 77
+    assert not any(CLOCK - {"seconds"} & row.keys() for row in found if row["split"] != "train")
+
+
+class Call:
+    """What a call gives, which the device is through with at a time."""
+
+    def __init__(self, clock, done):
+        self.is_ready = lambda: clock[0] >= done
+
+
+def test_a_device_is_idle_from_when_it_was_last_seen_at_work(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(reports.time, "perf_counter", lambda: clock[0])
+    idle = reports.Idle()
+    idle.begin()
+    steps = (  # began, returned, done, looks; idle in all
+        (1.0, 1.5, 9.0, (5.0, 7.0), 1.5),  # the first one
+        (8.0, 8.5, 12.0, (10.0, 11.0, 13.0), 1.5),  # dispatched while the device works
+        (14.0, 14.5, 20.0, (), 5.0),  # since 11.0
+        (18.0, 21.0, 30.0, (), 8.0),  # it came to its end in the dispatch
+        (40.0, 44.0, 44.0, (45.0,), 27.0),  # comes back done, as of a device that works in the dispatch
+        (46.0, 48.0, 48.0, (), 29.0),
+    )
+    for began, returned, done, looks, total in steps:
+        clock[0] = began
+        idle.look()
+        clock[0] = returned
+        idle.called(began, Call(clock, done))
+        assert idle.seconds == total
+        for clock[0] in looks:
+            idle.look()
+    idle.begin()
+    assert idle.seconds == 0

@@ -32,6 +32,7 @@ EXAMPLES = """\
 
 def main(name: str | None = None) -> None:
     """Runs a command and exits with the status that docs/runs.md, "Exit status", promises."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA writes a page for each program that it loads from a cache
     for signum in meant():  # until `train` has something to save and collects them itself
         signal.signal(signum, _leave)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -51,6 +52,7 @@ def _leave(signum: int, frame: Any) -> None:
 
 
 def run(name: str | None, arguments: list[str]) -> int:
+    from jaxformer.commands.programs import keep_programs
     from jaxformer.spec import InputError
 
     if name is None:
@@ -65,6 +67,7 @@ def run(name: str | None, arguments: list[str]) -> int:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             which = f"did you mean {close[0]}?" if close else f"give {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}"
             raise InputError(f"{name!r} is no command; {which}; jaxformer --help tells of each")
+        keep_programs()
         arguments, command = imported(arguments), _command(name)
         if name == "train":
             command(arguments)

@@ -28,7 +28,7 @@ from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.loop import check_together
 from jaxformer.run.manifest import sha256
 from jaxformer.run.members import batches_of
-from jaxformer.run.metrics import read_rows
+from jaxformer.run.metrics import CLOCK, read_rows
 from jaxformer.run.opened import open_run
 from jaxformer.run.plan import prepare_data
 from jaxformer.run.signals import Stop, collected
@@ -36,7 +36,6 @@ from jaxformer.spec import InputError, counted
 
 log = logging.getLogger(__name__)
 
-CLOCK = {"tokens_per_second", "seconds"}  # what a row says of time
 SECONDS = 10.0  # in which a run that is told to stop has saved and is out, unless two calls take longer
 
 

@@ -1,12 +1,14 @@
 """Initializers, norms, activations, feed-forward layers and dropout; and what a part returns."""
 
 import abc
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -14,6 +16,7 @@ from jaxformer.declarations import Arrays, ByLayer, Declarations, Declared, Draw
 from jaxformer.model.masks import Places
 from jaxformer.spec import Spec
 
+ONE_HOT = 1024  # ids up to which a product makes their sums: beyond, the ones take more memory than the rows
 zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.nn.initializers.normal
 
 
@@ -144,8 +147,55 @@ def linear(x: Float[Array, "*B D"], w: Float[Array, "D *N"]) -> Float[Array, "..
 
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Rows of the table. In half precision too, a row's gradient is summed in float32: it is a sum over all tokens."""
+    """Rows of the table. In half precision too, a row's gradient is summed in float32: it is a sum over all tokens.
+
+    On CPU that sum is the scatter that JAX makes of a gather; elsewhere `sums_by_id`.
+    """
+    return _rows(jax.ShapeDtypeStruct(table.shape, table.dtype), table, ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(like: jax.ShapeDtypeStruct, table: jax.Array, ids: jax.Array) -> jax.Array:
+    return _gathered(table, ids)
+
+
+def _gathered(table: jax.Array, ids: jax.Array) -> jax.Array:
     return table.astype(jnp.float32)[ids].astype(table.dtype)
+
+
+def _gradient(like: jax.ShapeDtypeStruct, ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, np.ndarray]:
+    scattered = lambda ids, rows: jax.linear_transpose(lambda table: _gathered(table, ids), like)(rows)[0]
+    summed = lambda ids, rows: sums_by_id(rows, ids, like.shape[0]).astype(like.dtype)
+    table = jax.lax.platform_dependent(ids, rows, cpu=scattered, default=summed)
+    return table, np.zeros(ids.shape, jax.dtypes.float0)
+
+
+_rows.defvjp(lambda like, table, ids: (_gathered(table, ids), ids), _gradient)
+
+
+def sums_by_id(rows: Float[Array, "... D"], ids: Int[Array, "..."], size: int) -> Float[Array, "V D"]:
+    """float32 sums of the rows of each id below `size`, without a scatter: a GPU whose kernels must be deterministic
+    does one row after another.
+
+    For few ids that is a product with a one at each id. For many, rows are sorted by id and summed up to each place
+    from where its id begins (a segmented scan: Blelloch 1990, section 1.5); the last place of an id holds its sum.
+    """
+    rows, ids = rows.reshape(-1, rows.shape[-1]), ids.reshape(-1)
+    if size <= ONE_HOT:
+        hot = (jnp.arange(size)[:, None] == ids[None]).astype(rows.dtype)
+        exactly = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+        return jnp.matmul(hot, rows, **exactly)
+    order = jnp.argsort(ids)
+    ids, rows = ids[order], rows[order].astype(jnp.float32)
+    begins = jnp.pad(ids[1:] != ids[:-1], (1, 0), constant_values=True)[:, None]
+
+    def join(left: Any, right: Any) -> Any:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    _, sums = jax.lax.associative_scan(join, (begins, rows))
+    last = jnp.searchsorted(ids, jnp.arange(size), side="right") - 1
+    found = (last >= 0) & (ids[last] == jnp.arange(size))
+    return jnp.where(found[:, None], sums[last], 0)
 
 
 def add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -99,6 +99,20 @@ def flops(function: Callable[..., Any], *args: Any) -> dict[Names, int]:
     return dict(_products(jax.make_jaxpr(function)(*args).jaxpr, ()))
 
 
+def model_flops(recipe: Recipe, params: Any, batch: Batch) -> int:
+    """Floating-point operations of the matrix products of a step: thrice those of the loss, since a product has two
+    more in its gradient. What is recomputed counts once (arXiv:2204.02311, appendix B: model FLOPs).
+
+    Of a decoder that is 6·N + 12·L·H·K·T for each token: N counts the parameters of matrices and of the head, tied or
+    not, but no table that is looked up in. Attention counts as it is computed, with what a causal mask hides.
+    Parameters and batch are arrays, or their shapes and dtypes.
+    """
+    objective, model = recipe.objective, recipe.model
+    example = jax.eval_shape(lambda batch: objective.prepare(batch, jax.random.key(0)), batch)
+    forward = lambda params, example: objective.loss(model, params, example, None).minimised
+    return 3 * sum(flops(forward, params, example).values())
+
+
 def layers(objective: Objective, model: Model, example: Example, compute_dtype: str = "float32") -> list[Row]:
     """A row for each part of the model: what it costs in all of its `layers`, which lie stacked.
 
@@ -160,7 +174,10 @@ def _products(jaxpr: Jaxpr, scope: Names) -> Counter[Names]:
             found[here] += 2 * math.prod(out) * math.prod(left[axis] for axis in summed)
             continue
         inner = [_products(jaxpr, here) for jaxpr in _jaxprs(params.values())]
-        if kind == "cond":
+        if kind == "cond" and (platforms := params.get("branches_platforms")):  # of jax.lax.platform_dependent
+            backend = jax.default_backend()
+            inner = [next(c for p, c in zip(platforms, inner, strict=True) if p is None or backend in p)]
+        elif kind == "cond":
             inner = [max(inner, key=Counter.total)]
         times = params["length"] if kind == "scan" else 1
         if kind == "pallas_call":

@@ -20,6 +20,7 @@ from jaxformer.run.beginning import Origin, begun, checkpoints_of, groups, origi
 from jaxformer.run.checks import checked_data
 from jaxformer.run.directory import as_begun, check_directory, claimed, has_checkpoint
 from jaxformer.run.members import Members, batches_of
+from jaxformer.run.notices import devices_of
 from jaxformer.run.opened import Run
 from jaxformer.run.pauses import Pauses, owed, until_pause
 from jaxformer.run.plan import check_batch, hyper_of, recipe_of
@@ -145,18 +146,18 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
             return runs
         record(runs, prepared, saved, origin)
         state = members.together([run.state for run in runs])
-        with contextlib.closing(Reports(configs, step)) as reports, contextlib.closing(profile):
+        with contextlib.closing(Reports(configs, step, devices_of(state))) as reports, contextlib.closing(profile):
             pauses = Pauses(runs, members, saved, reports, received)
             buffer = members.buffer(step)
             pauses.before(step, state, buffer)
             profile.reach(step, state)
             while step < steps and not received:
                 count = profile.until_pause(step, min(until_pause(config, step), members.same_shapes(step)))
-                state, rows = members.call(state, buffer, count)
-                tokens = members.real_tokens(buffer, count)
+                state, rows = reports.timed(members.call, state, buffer, count)
+                tokens, flops = members.real_tokens(buffer, count), members.flops(buffer, count)
                 step += count
                 buffer = members.buffer(step)  # while the device works
-                reports.add(step, count, tokens, rows)
+                reports.add(step, count, tokens, flops, rows)
                 profile.reach(step, state)
                 pauses.after(step, state)
                 if reports.failed:

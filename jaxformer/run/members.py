@@ -14,6 +14,7 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Batches
 from jaxformer.data.datasets import Prepared
 from jaxformer.learning.guards import Diverged
+from jaxformer.run.inspection import model_flops
 from jaxformer.run.plan import Judged, evaluate, hyper_of, recipe_of
 from jaxformer.run.step import TrainState, train_members, train_step, train_steps
 from jaxformer.spec import counted
@@ -34,6 +35,7 @@ class Members:
         self._hyper = hypers[0]._replace(seed=seeds) if self._several else hypers[0]
         self._batches = [batches_of(config, prepared) for config in configs]
         self._compiled: dict[Any, Any] = {}
+        self._flops: dict[Any, int] = {}  # of a step
 
     def together(self, states: Sequence[TrainState]) -> TrainState:
         """The states as one; they are used up, as a step uses up its state."""
@@ -71,16 +73,24 @@ class Members:
             return lead * count * config.data.batch_size * config.window
         return sum(int((mask.reshape(lead, -1, *mask.shape[-2:])[:, :count] > 0).sum()) for mask in masks)
 
+    def flops(self, buffer: Batch, count: int) -> int:
+        """Operations of a call (`model_flops`), padding's among them."""
+        return count * self._flops[_shapes(buffer)]
+
     def call(self, state: TrainState, buffer: Batch, count: int) -> tuple[TrainState, Any]:
         """`count` steps, compiled ahead of time for each set of shapes; with a count of 0 they are compiled and no
         more."""
-        shapes = tuple((name, array.shape) for name, array in buffer.items())
+        shapes = _shapes(buffer)
         if shapes not in self._compiled:
             started = time.perf_counter()
             steps = train_members if self._several else train_steps
             lowered = steps.lower(self.recipe, state, buffer, np.int32(1), self._hyper)
             self._compiled[shapes] = lowered.compile()
             log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
+            lead = 2 if self._several else 1
+            params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[lead - 1 :], a.dtype), state.params)
+            batch = {name: jax.ShapeDtypeStruct(a.shape[lead:], a.dtype) for name, a in buffer.items()}
+            self._flops[shapes] = len(self.configs) * model_flops(self.recipe, params, batch)
         return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
 
     def diverged(self, state: TrainState, step: int, member: int) -> Diverged:
@@ -113,6 +123,10 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
     data = config.data
     more = data.sampling, config.row, data.batch_size, config.train.seed
     return Batches(prepared.train, prepared.weights, *more)
+
+
+def _shapes(buffer: Batch) -> Any:
+    return tuple((name, array.shape) for name, array in buffer.items())
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:

@@ -15,6 +15,8 @@ from jaxformer.writers import Sink
 
 log = logging.getLogger(__name__)
 
+CLOCK = {"tokens_per_second", "seconds", "mfu", "host", "peak_memory"}  # of a row, what is of no run but of one start
+
 
 class Rows:
     """The rows of one run, to metrics.jsonl and the config's writers. One that resumes from a step drops those after

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jaxformer.config import Config
 from jaxformer.platform import in_notebook
 from jaxformer.run.metrics import Rows
+from jaxformer.run.peaks import peak_flops, peak_memory
 from jaxformer.spec import counted
 
 log = logging.getLogger(__name__)
@@ -81,14 +82,16 @@ class Reports:
     training alone, of all runs together; pauses (evaluation, sampling, saving) are left out.
     """
 
-    def __init__(self, configs: Sequence[Config], step: int):
+    def __init__(self, configs: Sequence[Config], step: int, devices: Sequence[Any]):
         knobs = configs[0].train
+        self._devices, self._peak = devices, peak_flops(devices, knobs.compute_dtype)
         self._runs = [Rows(config, step) for config in configs]
         self._seeds = [config.train.seed for config in configs]
         hidden = False if in_notebook() else None  # None: where stderr is no terminal
         self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
         self._log_every = knobs.log_every
-        self._in_flight: collections.deque[tuple[int, int, int, Mapping[str, Any]]] = collections.deque()
+        self._in_flight: collections.deque[tuple[int, int, int, int, Mapping[str, Any]]] = collections.deque()
+        self._idle = Idle()
         self._seconds, self._elapsed = self._runs[0].seconds, 0.0
         self._first, self._begun = step, self._seconds
         self._steps, self._step, self._loss, self._speed = knobs.steps, step, math.nan, 0.0
@@ -108,13 +111,23 @@ class Reports:
     def resume(self) -> None:
         """Training begins, or continues after a pause; speed is the mean since then."""
         self._seconds, self._elapsed = self._seconds + self._elapsed, 0.0
-        self._since, self._tokens = time.perf_counter(), 0
+        self._since, self._tokens, self._flops = time.perf_counter(), 0, 0
+        self._idle.begin()
         self._doing = ""
 
-    def add(self, step: int, count: int, tokens: int, rows: Mapping[str, Any]) -> None:
-        """A call of `count` steps up to `step`, of so many tokens, was dispatched; waits until at most one is in
-        flight."""
-        self._in_flight.append((step, count, tokens, rows))
+    def timed(self, call: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Any, Any]:
+        """What a call gives that is dispatched to the device; notes how long that had nothing to do before."""
+        self._idle.look()
+        began = time.perf_counter()
+        state, rows = call(*args)
+        self._idle.called(began, rows["loss"])
+        return state, rows
+
+    def add(self, step: int, count: int, tokens: int, flops: int, rows: Mapping[str, Any]) -> None:
+        """A call of `count` steps up to `step`, of so many tokens and operations, was dispatched; waits until at most
+        one is in flight."""
+        self._idle.look()
+        self._in_flight.append((step, count, tokens, flops, rows))
         if len(self._in_flight) == 2:
             self._report()
 
@@ -132,12 +145,14 @@ class Reports:
             run.close()
 
     def _report(self) -> None:
-        last, count, tokens, arrays = self._in_flight.popleft()
+        last, count, tokens, flops, arrays = self._in_flight.popleft()
         rows = jax.tree.map(np.asarray, arrays)  # waits
+        self._idle.look()
         weights = rows.pop("weight", None)
-        self._tokens += tokens
+        self._tokens, self._flops = self._tokens + tokens, self._flops + flops
         self._elapsed = time.perf_counter() - self._since
-        self._speed, seconds = self._tokens / self._elapsed, round(self._seconds + self._elapsed, 3)
+        self._speed = self._tokens / self._elapsed
+        speeds = self._speeds()
         self._warn(last - count, rows["loss"][..., :count], weights)
         self._count_skips(last - count, rows.get("skipped"), rows.pop("skipped_in_a_row", None), count)
         for i, step in enumerate(range(last - count + 1, last + 1)):
@@ -146,11 +161,22 @@ class Reports:
                     at = (member, i) if len(self._runs) > 1 else i
                     row = jax.tree.map(lambda values, at=at: values[at].tolist(), rows)
                     row |= {"skipped": int(row["skipped"])} if "skipped" in row else {}
-                    speeds = {"tokens_per_second": round(self._speed), "seconds": seconds}
                     run.write(step=step, split="train", loss=row.pop("loss"), **row, **speeds)
         self._step, self._loss = last, float(rows["loss"][..., count - 1].mean())
         self._bar.set_postfix_str(f"loss {self._loss:.3f}, {self._speed:,.0f} tokens/s", refresh=False)
         self._bar.update(count)
+
+    def _speeds(self) -> dict[str, float]:
+        """What rows say of time and of the devices (`metrics.CLOCK`), as far as it is known."""
+        of_peak = None if self._peak is None else round(self._flops / self._elapsed / self._peak, 4)
+        found = {
+            "tokens_per_second": round(self._speed),
+            "seconds": round(self._seconds + self._elapsed, 3),
+            "mfu": of_peak,
+            "host": round(self._idle.seconds / self._elapsed, 4),
+            "peak_memory": peak_memory(self._devices),
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     def _warn(self, before: int, losses: np.ndarray, weights: np.ndarray | None) -> None:
         """Tells the first batch of which nothing is asked, and the first loss that is no finite number."""
@@ -191,6 +217,29 @@ class Reports:
         numbers = f"loss {self._loss:.4f}, {self._speed:,.0f} tokens/s, {left} of training left"
         doing = f"; {self._doing}" if self._doing else ""
         log.info("step %d of %d: %s%s", self._step, self._steps, numbers if made else "no step is done yet", doing)
+
+
+class Idle:
+    """How long the device has had nothing to do since `begin`: at most, for that it is through with a call is seen only
+    when someone looks. Nothing is waited for."""
+
+    def begin(self) -> None:
+        self._newest: Any = None
+        self.seconds, self._busy = 0.0, time.perf_counter()
+
+    def look(self) -> None:
+        if not self._free():
+            self._busy = time.perf_counter()  # when it was last seen at work
+
+    def called(self, began: float, out: Any) -> None:
+        """A call that gives `out` was dispatched, from `began` until now."""
+        now = time.perf_counter()
+        if self._free():  # a call that comes back done was at work in its dispatch
+            self.seconds += (began if out.is_ready() else now) - self._busy
+        self._newest, self._busy = out, now
+
+    def _free(self) -> bool:
+        return self._newest is None or self._newest.is_ready()
 
 
 class Every:
