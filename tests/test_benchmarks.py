@@ -115,6 +115,7 @@ def test_what_is_found_is_told():
     assert cells[2] == ["ours", "7 (5 to 14)", "1.00 (1.00 to 1.00) ×", "50%", "2.0 s", "3 MB"]
     assert cells[3] == ["theirs", "5 (2 to 7)", "2.00 (1.00 to 4.00) ×", "33%", "2.0 s", "3 MB"]
     assert text[-1] == "broken failed: no such module"
+    assert "jaxformer is" not in compare.table(compare.told(measurement, rows[::-1], limits))
 
 
 def test_a_block_takes_the_place_of_its_own():

@@ -2,43 +2,28 @@
 other measurements."""
 
 import platform
-import time
-from collections.abc import Callable
 from importlib import metadata
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from peers.timing import SIDES, Found, best
 
 from jaxformer.run.starts import processor
 
-Limits = dict[str, Any]
-SIDES = 1024, 2048, 4096, 8192  # of matrices
 DATASHEET = {"H100": 989e12, "H200": 989e12}  # operations a second in bfloat16, by the name of the device
 
 
-def best(call: Callable[[], Any], seconds: float) -> float:
-    """The shortest of calls made for so many seconds, two at least, behind one that is left out."""
-    call()
-    found: list[float] = []
-    while len(found) < 2 or sum(found) < seconds:
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return min(found)
-
-
-def machine() -> Limits:
+def machine() -> Found:
     """What it is, and what its datasheet says, if that is known here."""
     device = jax.devices()[0]
     name = processor() if device.platform == "cpu" else device.device_kind
     return {"device": name, "datasheet": next((peak for card, peak in DATASHEET.items() if card in name), None)}
 
 
-def limits(seconds: float, sides: int, room: int) -> Limits:
+def limits(seconds: float, sides: int, room: int) -> Found:
     """Operations a second in products of each dtype with the first so many `sides`, and bytes a second, by arrays of
     `room` numbers."""
-    found: Limits = {"float32": 0.0, "bfloat16": 0.0}
+    found: Found = {"float32": 0.0, "bfloat16": 0.0}
     product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1)
     for side in SIDES[:sides]:
         for dtype in ("float32", "bfloat16"):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peers.limits import SIDES, Limits, best
 from peers.sizes import Size
-from peers.timing import Found, timed
+from peers.timing import SIDES, Found, best, timed
 from torch import nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,11 +111,11 @@ def checkpoint(size: Size, seconds: float) -> Found:
         return timed(lambda: torch.save(state, Path(folder, str(next(steps)))), seconds)
 
 
-def limits(seconds: float, sides: int, room: int) -> Limits:
+def limits(seconds: float, sides: int, room: int) -> Found:
     """Operations a second in products of each dtype with the first so many `sides`, and bytes a second, copied or
     read, by arrays of `room` numbers."""
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    found: Limits = {"float32": 0.0, "bfloat16": 0.0}
+    found: Found = {"float32": 0.0, "bfloat16": 0.0}
     for side in SIDES[:sides]:
         for dtype in ("float32", "bfloat16"):
             a = torch.randn(side, side, device=DEVICE, dtype=getattr(torch, dtype))
