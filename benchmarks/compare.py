@@ -233,7 +233,7 @@ def measured(measurement: Measurement, rounds: int, clock: Clock) -> list[Row]:
 
 def limits(clock: Clock, sides: int, room: int) -> dict[str, Any]:
     """What the machine can do, the best that is found by any of two libraries; of `sides` and `room` see there."""
-    found: dict[str, Any] = {"float32": 0.0, "bfloat16": 0.0, "bytes": 0.0, "versions": {}}
+    found: dict[str, Any] = {"float32": 0.0, "bfloat16": 0.0, "bytes": 0.0, "versions": {}, "load": os.getloadavg()[0]}
     for library in ("limits", "pytorch"):
         arguments = {"seconds": min(clock.seconds, 0.3), "sides": sides, "room": room}
         try:
@@ -333,7 +333,9 @@ def heading(limits: Mapping[str, Any], seconds: float) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in limits["versions"].items())
     peaks = " and ".join(f"{limits[name] / 1e9:,.0f} in {name}" for name in ("float32", "bfloat16"))
     measured = f"{peaks} thousand million operations a second in products, {limits['bytes'] / 1e9:,.1f} GB/s"
-    return f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes; {versions}. The limits as measured: {measured}."
+    when = f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes"
+    busy = f"; {limits['load']:.1f} other processes ran when it began" if limits["load"] > 0.5 else ""
+    return f"{when}{busy}; {versions}. The limits as measured: {measured}."
 
 
 def block(limits: Mapping[str, Any], found: Sequence[Mapping[str, Any]], seconds: float) -> str:
@@ -380,6 +382,8 @@ def main() -> None:
     if given.list:
         return print("\n".join(f"{each.name:20} {each.minutes:4g}" for each in chosen))
     clock = Clock(end=started + given.within)
+    if os.getloadavg()[0] > 0.5:
+        print("other processes run: PyTorch's threads wait for one another, and lose most by it", file=sys.stderr)
     if given.quick:
         clock.seconds = 0.01
         os.environ["TORCH_COMPILE_DISABLE"] = "1"

@@ -78,7 +78,7 @@ def main() -> int:
             print(f"{given.baseline}: no baseline can be read ({error}); --write measures one", file=sys.stderr)
             return 2
     try:
-        machine, now = run("limits", "machine", {}, {}, Clock().left), ratios(given.rounds)
+        machine, now = run("limits", "machine", {}, {}, Clock().left)["device"], ratios(given.rounds)
     except Failed as error:
         print(error, file=sys.stderr)
         return 2
@@ -87,7 +87,7 @@ def main() -> int:
         given.baseline.write_text(json.dumps({"machine": machine, "ratios": now}, indent=1) + "\n")
         return 0
     if before["machine"] != machine:
-        print(f"{given.baseline} is of another machine: {before['machine']}, here {machine}", file=sys.stderr)
+        print(f"{given.baseline} is of another machine: {before['machine']}; this is {machine}", file=sys.stderr)
         return 2
     lines = fallen(before["ratios"], now)
     print("\n".join(lines) or f"no ratio fell by more than {FALL:.0%}")
