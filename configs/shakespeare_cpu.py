@@ -5,8 +5,7 @@
 804,096 parameters on tinyshakespeare.txt. Loss over the full validation split after 2,000 steps, seeds 0, 1 and 2:
 1.9184, 1.9069, 1.8963; mean 1.907. 50 to 52 seconds each on 2 cores (AMD EPYC, jax 0.10.1), all included.
 
-Speed, by `python benchmarks/step.py 4` on those 2 cores: 44,475 tokens/s at 10 steps per call and 27,530 at 1, where
-compiled PyTorch gives 29,397 in the same rounds.
+Its speed beside compiled PyTorch and others is in BENCHMARKS.md, by `python benchmarks/compare.py step small`.
 """
 
 from jaxformer import Config, Data, Decoder, Train

@@ -1,0 +1,37 @@
+"""How every contestant takes the time, and what it says of it."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+Found = dict[str, Any]
+SIDES = 1024, 2048, 4096, 8192  # of the matrices whose products tell what the machine can do
+
+
+def timed(call: Callable[[], Any], seconds: float, per_call: int = 1, after: Callable[[], Any] = lambda: None) -> Found:
+    """Seconds of each of the `per_call` steps of a call, the median; and how much longer the first call takes, which
+    compiles.
+
+    `call` returns when its result is known. Others are made until so many `seconds` have passed, two at least. What
+    comes `after` a call is not counted.
+    """
+    found: list[float] = []
+    while len(found) < 3 or sum(found[1:]) < seconds:
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+        after()
+    median = statistics.median(found[1:])
+    return {"seconds": median / per_call, "compile": found[0] - median}
+
+
+def best(call: Callable[[], Any], seconds: float) -> float:
+    """The shortest of calls made for so many seconds, two at least, behind one that is left out."""
+    call()
+    found: list[float] = []
+    while len(found) < 2 or sum(found) < seconds:
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return min(found)

@@ -1,0 +1,148 @@
+"""The reference of benchmarks/ is the same model as jaxformer's; what is found is told and compared right."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import ids, loud
+
+from jaxformer.model.masks import places
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import compare  # noqa: E402
+import gate  # noqa: E402
+from peers import bare_jax, ours, sizes  # noqa: E402
+
+SIZE = sizes.Size(layers=2, heads=3, width=15, context=11, vocabulary=29, batch=2, tokens=7)
+
+
+@pytest.fixture(autouse=True)
+def _ranks_are_promoted():
+    """The reference is written as NumPy is."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """jaxformer's model with its parameters, and the reference's with the same numbers."""
+    model = ours.planned(SIZE, {})[1].model
+    params = loud(model)
+    stack = params["decoder"]["layers"]["block0"]
+
+    def layer(i):
+        own = jax.tree.map(lambda a: a[i], stack)
+        project, width = own["attention"]["project"], SIZE.width
+        return {
+            "qkv": jnp.concatenate([project[n].reshape(width, -1) for n in "qkv"], 1),
+            "out": project["o"].reshape(-1, width),
+            **own["feed_forward"],
+            "norm_attention": own["norm_attention"]["scale"],
+            "norm_feed": own["norm_feed_forward"]["scale"],
+        }
+
+    bare = {
+        "tokens": params["embedding"]["table"],
+        "positions": params["decoder"]["position"]["table"],
+        "norm": params["decoder"]["norm"]["scale"],
+        "layers": [layer(i) for i in range(SIZE.layers)],
+    }
+    return model, params, bare
+
+
+def test_the_reference_computes_what_jaxformer_computes(pair):
+    model, params, bare = pair
+    chex.assert_trees_all_equal_shapes(bare, jax.eval_shape(lambda: bare_jax.init(SIZE, jax.random.key(0))))
+    assert sum(a.size for a in jax.tree.leaves(params)) == SIZE.params
+    tokens = ids(2, 7)
+    h, _ = jax.jit(bare_jax.hidden, static_argnums=2)(bare, tokens, SIZE.heads)
+    own = jax.jit(
+        lambda params: model.logits(params, model.hidden(params, tokens, places(jnp.ones((2, 7), jnp.int32)))[0])
+    )(params)
+    np.testing.assert_allclose(h @ bare["tokens"].T, own, rtol=2e-5, atol=2e-5)
+
+
+def test_the_reference_decodes_what_its_full_pass_says(pair, monkeypatch):
+    monkeypatch.setattr(bare_jax, "TOP_K", 1)
+    bare, lengths = jax.tree.map(lambda a: 3 * a, pair[2]), np.array([2, 5], np.int32)
+    prompts = np.asarray(ids(2, 5)) * (np.arange(5) < lengths[:, None])
+    drawn = np.asarray(bare_jax.generated(bare, prompts, lengths, SIZE, 6, jax.random.key(0))).T  # [B, new]
+    for prompt, length, new in zip(prompts, lengths, drawn, strict=True):
+        text = np.zeros((1, SIZE.context), np.int32)  # of one length, to compile once
+        text[0, : length + 6] = [*prompt[:length], *new]
+        h, _ = jax.jit(bare_jax.hidden, static_argnums=2)(bare, text, SIZE.heads)
+        np.testing.assert_array_equal((h[0] @ bare["tokens"].T).argmax(-1)[length - 1 : length + 5], new)
+
+
+def test_work_is_that_of_the_formulas():
+    size = dataclasses.replace(SIZE, batch=1, tokens=2)
+    products = 2 * (12 * 15 * 15) + 29 * 15  # layers and head
+    assert sizes.work_of_step(size).flops == 2 * (6 * products + 12 * 2 * 15 * 2)
+    texts = sizes.Texts(batch=3, prompt=5, new=4, ragged=True)
+    assert [len(p) for p in texts.prompts(29)] == [1, 3, 5]
+    seen = 1 + 3 + 5 + 3 * 2
+    work = sizes.work_of_token(size, texts, "bfloat16")
+    assert work == sizes.Work(2 * 3 * products + 2 * 2 * 2 * 15 * seen, 2 * (products + 2 * 2 * 15 * seen))
+
+
+def test_the_gate_fails_from_5_percent_on():
+    before = {"step": [1.0, 0.9, 1.1], "decode": [0.5]}
+    assert gate.fallen(before, {"step": [0.96], "decode": [0.7]}) == []
+    assert gate.fallen(before, {"step": [0.94], "decode": [0.7]}) == ["step: 1.000 before, 0.940 now, -6.0%"]
+
+
+def test_what_is_found_is_told():
+    contestants = tuple(compare.Contestant(name, name) for name in ("ours", "theirs", "broken"))
+    measurement = compare.Measurement("step x", "step", SIZE, contestants, 1)
+    found = lambda *seconds: [{"seconds": each, "compile": 2.0, "memory": 3e6} for each in seconds]
+    rows = [
+        compare.Row("ours", "float32", found(1.0, 2.0, 3.0)),
+        compare.Row("theirs", "float32", found(2.0, 8.0, 3.0)),
+        compare.Row("broken", "float32", failed="no such module"),
+    ]
+    limits = {"float32": sizes.work_of_step(SIZE).flops, "bytes": 1e30}  # a step takes a second
+    text = compare.table(compare.told(measurement, rows, limits)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text]
+    assert cells[2] == ["ours", "7 (5 to 14)", "1.00 (1.00 to 1.00) ×", "50%", "2.0 s", "3 MB"]
+    assert cells[3] == ["theirs", "5 (2 to 7)", "2.00 (1.00 to 4.00) ×", "33%", "2.0 s", "3 MB"]
+    assert text[-1] == "broken failed: no such module"
+    assert "jaxformer is" not in compare.table(compare.told(measurement, rows[::-1], limits))
+
+
+def test_a_block_takes_the_place_of_its_own():
+    page = "# Benchmarks\n\nWords.\n"
+    for block in ("## A, 2 cores\n\nold\n", "## B\n\nother\n", "## A, 2 cores\n\nnew\n"):
+        page = compare.placed(page, block)
+    assert page == "# Benchmarks\n\nWords.\n\n## A, 2 cores\n\nnew\n\n## B\n\nother\n"
+
+
+def test_names_select():
+    assert [each.name for each in compare.selected(["small", "step"])] == ["step small"]
+    assert [each.name for each in compare.selected(["ragged", "124M"])] == ["decode 124M 32 ragged"]
+    assert not any("gpu" in each.name for each in compare.selected([]))
+    also = compare.selected(["gpu", "step"], ["model.remat=all"])[0].contestants[-1]
+    assert also.arguments["overrides"] == {"model.remat": "all"}
+    with pytest.raises(SystemExit, match="medium"):
+        compare.selected(["medium"])
+
+
+@pytest.mark.slow
+def test_a_measurement_runs(tmp_path):
+    """Of what needs no PyTorch: without it the others are told to have failed."""
+    for names in (["step", "small"], ["decode", "small", "ragged"], ["checkpoint"]):
+        command = [sys.executable, BENCHMARKS / "compare.py", *names, "--quick", "--json", tmp_path / "found.json"]
+        subprocess.run([*command, "--markdown", tmp_path / "page.md"], check=True)
+        found = json.loads((tmp_path / "found.json").read_text())
+        rows = {row["name"]: row for row in found["measurements"][0]["rows"]}
+        jax_rows = [row for name, row in rows.items() if name.startswith(("jaxformer", "bare JAX", "Flax", "Orbax"))]
+        assert len(jax_rows) >= 2 and all(row["seconds"][0] > 0 and row["memory"] > 1e6 for row in jax_rows)
+        assert f"## {found['limits']['device']}" in (tmp_path / "page.md").read_text()
