@@ -30,7 +30,7 @@ FLOORS = [
     ),
     *(f"model.{n}" for n in ("masks", "layers", "positions", "kernels", "cache", "mixers", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),
-    *(f"learning.{n}" for n in ("rows", "objectives", "schedules", "optimizers", "guards")),
+    *(f"learning.{n}" for n in ("rows", "chunks", "objectives", "schedules", "optimizers", "guards")),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "texts", "predict")),
     *("pictures", "writers", "config"),
     *(f"run.{n}" for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "directory", "plan")),
