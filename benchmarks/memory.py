@@ -1,8 +1,8 @@
 """What cross-entropy in chunks saves: temporary memory and time of a training step, with it and without, in turns.
 
-    python benchmarks/memory.py [ROUNDS]
+    python benchmarks/memory.py [ROUNDS [ROWS]]
 
-The model has GPT-2's vocabulary and little else: 50,257 tokens, width 256, 2 layers, 2,048 tokens in a batch. Prints
+The model has GPT-2's vocabulary and little else: 50,257 tokens, width 256, 2 layers, rows (16) of 128 tokens. Prints
 the temporary memory of the compiled step, the median of its seconds, and the ratios.
 """
 
@@ -22,10 +22,10 @@ from jaxformer.run.starts import processor
 from jaxformer.run.step import Hyper, Recipe, init_state, train_steps
 
 
-def main(rounds: int) -> None:
+def main(rounds: int = 5, rows: int = 16) -> None:
     recipe = Recipe(Decoder(vocab_size=50_257, d_model=256, n_layers=2, n_heads=4, context_length=128))
     hyper = Hyper(np.uint32(0), np.int32(100), AdamW(Constant(1e-3)))
-    tokens = {"tokens": np.random.default_rng(0).integers(0, 50_257, (1, 16, 129), dtype=np.int32)}
+    tokens = {"tokens": np.random.default_rng(0).integers(0, 50_257, (1, rows, 129), dtype=np.int32)}
     compiled: dict[str, Any] = {}
     for name, most in {"in chunks": chunks.MOST, "at once": 2**40}.items():
         chunks.MOST = most
@@ -48,4 +48,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 5)
+    main(*map(int, sys.argv[1:]))

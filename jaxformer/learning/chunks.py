@@ -1,4 +1,9 @@
-"""A loss in chunks of places, so that the logits of one chunk are alive at a time, and its gradient beside it."""
+"""A loss in chunks of places, so that the logits of one chunk are alive at a time, and its gradient beside it.
+
+Of a small model with GPT-2's vocabulary a training step of 8,192 tokens has 0.26 times the temporary memory, of 2,048
+tokens 0.36 times, and takes as long: 0.91 and 1.06 times, within what neighbouring runs differ by (`python
+benchmarks/memory.py 5 64` and `9`; 2 cores of an AMD EPYC, jax 0.10.1). What is left is other than logits.
+"""
 
 from collections.abc import Callable
 from typing import Any
