@@ -145,7 +145,7 @@ MUTATIONS = {
         "batches are drawn by a global generator", "data/batches.py", "first = mix(mix(key) + numbers) %", "first = np.random.randint(0, 2**62, len(numbers)).astype(np.uint64) %"
     ),
     "state_not_saved": Mutation(
-        "the optimizer's state is saved as zeros", "run/checkpoint.py", "args = ocp.args.Composite(state=ocp.args.StandardSave(state))", "state = state.replace(opt_state=jax.tree.map(lambda a: a * 0, state.opt_state))\n            self._manifest = Manifest.of(state)\n            args = ocp.args.Composite(state=ocp.args.StandardSave(state))"
+        "the optimizer's state is saved as zeros", "run/checkpoint.py", "manifest = Manifest.of(state)", "state = state.replace(opt_state=jax.tree.map(lambda a: a * 0, state.opt_state))\n            manifest = Manifest.of(state)"
     ),
 }  # fmt: skip
 

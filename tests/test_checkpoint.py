@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter, restore_together
-from jaxformer.run.manifest import read_manifest, sha256
+from jaxformer.run.manifest import Manifest, read_manifest, sha256
 from jaxformer.spec import InputError
 
 # Of several reads that fail at once Orbax awaits one; the others are told of when they are collected, whenever that is.
@@ -171,6 +171,52 @@ def test_saving_does_not_race_with_the_donated_state(tmp_path):
     for step, digest in digests.items():
         assert sha256(checkpoints.restore(abstract, step)) == digest
         assert read_manifest(tmp_path / "c" / str(step)).rank is None
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_what_is_saved_is_a_copy(tmp_path, members):
+    """The buffers are donated and overwritten in place as soon as `save` returns, before they are hashed or written.
+    NumPy's view of an array would keep it from being donated, so that there is none."""
+    call = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
+    writers = [CheckpointWriter(tmp_path / str(i), 30) for i in range(members)]
+    began = [np.random.default_rng(i).normal(size=(307, 1009)).astype(np.float32) for i in range(members)]
+    now = [{f"w{j}": jnp.asarray(a) + j for j in range(5)} for a in began]
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), now[0])
+    for step in range(5):
+        for i, writer in enumerate(writers):
+            old = jax.tree.leaves(now[i])
+            writer.save(now[i], step)
+            now[i] = call(now[i])
+            assert all(a.is_deleted() for a in old)
+    for i, writer in enumerate(writers):
+        writer.close()
+        states = {f"w{j}": began[i] + np.float32(j) for j in range(5)}
+        for step in range(5):
+            assert sha256(Checkpoints(writer.directory).restore(abstract, step)) == sha256(states)
+            states = {name: a + np.float32(1) for name, a in states.items()}
+
+
+def test_a_save_that_fails_in_the_background_is_told_once(tmp_path, monkeypatch):
+    """By the next save, or where it is waited for; then saving goes on."""
+
+    def full(self, directory):
+        raise RuntimeError("no space left")
+
+    checkpoints = CheckpointWriter(tmp_path / "c", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", full)
+        checkpoints.save(state(1), 1)
+        with pytest.raises(OSError, match=r"no checkpoint could be written to .*: no space left"):
+            checkpoints.save(state(2), 2)
+        assert not checkpoints.has(1) and not checkpoints.has(2)
+        checkpoints.save(state(2), 2)
+        checkpoints.add_rank(2, 1.0)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.wait()
+        checkpoints.wait()
+    checkpoints.save(state(3), 3)
+    checkpoints.close()
+    assert checkpoints.steps() == [3] and sha256(newest(tmp_path / "c")) == sha256(state(3))
 
 
 def test_half_precision_is_saved_too(tmp_path):

@@ -346,7 +346,7 @@ def test_of_attention_is_told_where_there_is_some(tmp_path, caplog):
         config = dataclasses.replace(text(tmp_path), model=model, directory=str(tmp_path / name))
         jaxformer.train(config, {"train.steps": 1} | ({"model.n_layers": 2} if name == "decoder" else {}))
         told[name] = [message for message in caplog.messages if message.startswith("attention")]
-    assert told == {"decoder": [f"{'attention':10} Softmax, Uniform, in XLA"], "feed-forward alone": [], "bigram": []}
+    assert told == {"decoder": [f"{'attention':10} Softmax, Uniform"], "feed-forward alone": [], "bigram": []}
 
 
 @pytest.mark.slow

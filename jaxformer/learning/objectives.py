@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.keys import fold
+from jaxformer.learning import chunks
+from jaxformer.learning.chunks import in_chunks
 from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
 from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, cross_entropy
 from jaxformer.model.layers import Out
@@ -114,7 +116,10 @@ class Objective(Spec):
         """Of hidden states, which may be a chunk of the rows' places, with the example's same chunk."""
 
     def loss(self, model: Model, params: Any, example: Example, key: Key) -> Sums:
-        """What a step sums up. A key of None means evaluation."""
+        """What a step sums up. A key of None means evaluation.
+
+        The gradient is asked for of `Sums.minimised`: where the loss is made in chunks, no other of the sums has one.
+        """
         return self._summed(model, params, example, key)[0]
 
     def sums(self, model: Model, params: Any, example: Example, byte_lengths: ByteLengths) -> dict[str, Number]:
@@ -125,18 +130,39 @@ class Objective(Spec):
         found |= {f"{LOSS}{name}": value for name, value in sums.losses.items()}
         return {**found, **nats.sums} | self.more_sums(nats, weights, example, byte_lengths)
 
+    def chunk_size(self, model: Model, h: Any, example: Example) -> int | None:
+        """How many of the rows' places `nats` is given at a time; None: all at once."""
+        return None
+
     def _summed(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Sums, Nats]:
         out = self.hidden(model, params, example, key)
-        nats = self.nats(model, params, out.h, example, key)
+        size = self.chunk_size(model, out.h, example)
+        if size is None:
+            minimised, nats = None, self.nats(model, params, out.h, example, key)
+        else:
+            minimised, nats = self._in_chunks(size, model, params, out.h, example, key)
         weights = jnp.broadcast_to(example.weights, nats.plain.shape)
         counted = weights if example.counted is None else jnp.broadcast_to(example.counted, nats.plain.shape)
         rows = counted.reshape(len(counted), -1).sum(1)  # the losses of parts weigh as what is asked of a row does
         losses = {name: (jnp.where(rows > 0, loss.value, 0) * rows).sum() for name, loss in out.losses.items()}
         added = [out.losses[name].weight * value for name, value in losses.items() if out.losses[name].weight]
-        plain = (nats.plain * weights).sum()
-        total = plain if nats.total is None else (nats.total * weights).sum()
+        plain = (nats.plain * weights).sum() if minimised is None or nats.total is not None else minimised
+        total = plain if nats.total is None else (nats.total * weights).sum() if minimised is None else minimised
         more = nats.total is not None or added
         return Sums(plain, rows.sum(), sum(added, total) if more else None, losses, out.sums), nats
+
+    def _in_chunks(
+        self, size: int, model: Model, params: Any, h: Any, example: Example, key: Key
+    ) -> tuple[Number, Nats]:
+        """The weighted sum of what is minimised, and nats, through which no gradient goes."""
+
+        def loss(h: Any, beside: Example, key: Key) -> tuple[Number, Nats, dict[str, Number]]:
+            nats = self.nats(model, params, h, beside._replace(source=example.source), key)
+            each = nats.plain if nats.total is None else nats.total
+            return (each * beside.weights).sum(), nats._replace(sums={}), dict(nats.sums)
+
+        minimised, nats, sums = in_chunks(loss, size, h, example._replace(source=None), key)
+        return minimised, nats._replace(sums=sums)
 
     def more_sums(
         self, nats: Nats, weights: Float[Array, "B ..."], example: Example, byte_lengths: ByteLengths
@@ -167,6 +193,14 @@ class TokenObjective(Objective):
         _check_smoothing(self.label_smoothing, at)
         if self.z_loss < 0:
             raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
+
+    def chunk_size(self, model: Model, h: Any, example: Example) -> int | None:
+        """Chunks where the float32 logits of all places take more than `chunks.MOST` bytes."""
+        arrays, ready = jax.tree.leaves(example._replace(source=None)), any(head.reads_logits for head in model.heads)
+        if ready or not isinstance(h, jax.Array) or any(a.shape[1:2] != h.shape[1:2] for a in arrays):
+            return None
+        n_bytes = 4 * h.shape[0] * h.shape[1] * (model.vocab_size or 0)
+        return None if n_bytes <= chunks.MOST else chunks.chunk_size(h.shape[1], n_bytes)
 
     def logits(self, model: Model, params: Any, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return model.logits(params, h)

@@ -96,8 +96,8 @@ class Blocked(Implementation):
         return whole._replace(h=jnp.concatenate(parts, 2))
 
 
-def _in_turn(block: Callable[..., jax.Array], firsts: np.ndarray, params: Arrays, look: Look) -> jax.Array:
-    """block(first, params, look) [B, H, size, M] of one after another, side by side: [B, H, N · size, M].
+def _in_turn(block: Callable[..., jax.Array], firsts: Any, params: Arrays, look: Look) -> jax.Array:
+    """block(first, params, look) [B, H, size, M] of one after another of the `firsts` (known numbers), side by side: [B, H, N · size, M].
 
     The backward pass computes each block anew and adds up its gradients. jax.checkpoint in a scan would keep the masks
     of all blocks, T · S numbers, as they depend on nothing that is differentiated.
@@ -107,8 +107,8 @@ def _in_turn(block: Callable[..., jax.Array], firsts: np.ndarray, params: Arrays
     real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in leaves]
 
     def one(at: jax.Array, floats: Sequence[jax.Array], rest: Sequence[jax.Array]) -> jax.Array:
-        floats, rest = iter(floats), iter(rest)
-        params, q, *others, query, key = tree.unflatten([next(floats if is_real else rest) for is_real in real])
+        of = {True: iter(floats), False: iter(rest)}
+        params, q, *others, query, key = tree.unflatten([next(of[is_real]) for is_real in real])
         view = look.view._replace(query=query, key=key)
         new, seen, bias_params = others
         return block(at, params, look._replace(q=q, new=new, seen=seen, view=view, bias_params=bias_params))

@@ -21,6 +21,7 @@ from jaxformer.run.manifest import Manifest, has_manifest, read_manifest, withdr
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
+_alone = threading.Lock()  # of saves by Orbax: those of several runs at a time hang, or fail on each other's files
 
 
 class Mismatch(InputError):
@@ -157,17 +158,16 @@ class Checkpoints:
 
 
 class CheckpointWriter(Checkpoints):
-    """The checkpoints of a run that this process trains: written in the background; the newest `keep` and the best
-    stay."""
+    """The checkpoints of a run that this process trains: copied, then hashed and written in the background; the newest
+    `keep` and the best stay."""
 
     def __init__(self, directory: Path, keep: int = 1):
         super().__init__(directory)
         self._keep = keep
-        self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._saver = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1)
         self._pending: tuple[int, Future[None]] | None = None  # the step that is being saved
-        self._lock = threading.Lock()  # of what follows
-        self._manifest: Manifest | None = None  # of that step
+        self._lock = threading.Lock()  # of manifests and what follows
         self._ranks = {step: self.rank(step) for step in self.steps()}
 
     def best_rank(self) -> float:
@@ -179,7 +179,11 @@ class CheckpointWriter(Checkpoints):
         return (self._pending is not None and self._pending[0] == step) or has_manifest(self.directory / str(step))
 
     def save(self, state: Any, step: int) -> None:
-        """Begins to save; raises OSError if there is no room, or if an earlier save has failed."""
+        """Begins to save, of a copy: the state may be donated at once. Raises OSError if there is no room, or if an
+        earlier save has failed.
+
+        One that comes before the last is on disk waits for it, so that never more than one copy is alive.
+        """
         if self.has(step):
             return
         self.wait()
@@ -187,21 +191,16 @@ class CheckpointWriter(Checkpoints):
         self.directory.mkdir(parents=True, exist_ok=True)
         _remove(path)  # what an interrupted process left
         _reserve(self.directory, sum(a.nbytes for a in jax.tree.leaves(state)))
-        self._manifest, self._ranks[step] = Manifest.of(state), math.inf
-        with self._as_os_error():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state))
-            self._saver.save(path.absolute(), args=args)
-        self._pending = step, self._background.submit(self._commit, path)
+        self._ranks[step] = math.inf
+        self._pending = step, self._background.submit(self._write, _copied(state), step)
 
     def add_rank(self, step: int, rank: float) -> None:
         """Says how good a step that was saved, or is being saved, has been found to be."""
         path = self.directory / str(step)
-        with self._lock:
-            if self._pending and self._pending[0] == step and self._manifest and not has_manifest(path):
-                self._manifest = self._manifest.ranked(rank)  # to be written with it
-            elif manifest := read_manifest(path):
-                manifest.ranked(rank).write(path)
+        with self._lock:  # a save that is pending writes its manifest with the rank, before or after
             self._ranks[step] = rank if math.isfinite(rank) else math.inf
+            if manifest := read_manifest(path):
+                manifest.ranked(rank).write(path)
 
     def set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, so that a run that resumes can save that step again."""
@@ -220,8 +219,10 @@ class CheckpointWriter(Checkpoints):
         """Until all is on disk; raises OSError if a save has failed."""
         if self._pending is not None:
             pending, self._pending = self._pending[1], None
-            with self._as_os_error():
+            try:
                 pending.result()
+            except Exception as error:  # Orbax passes on whatever its threads met
+                raise OSError(f"no checkpoint could be written to {self.directory}: {error}") from error
 
     def close(self) -> None:
         """Waits, too."""
@@ -232,12 +233,18 @@ class CheckpointWriter(Checkpoints):
             self._background.shutdown()
             self._saver.close()
 
-    def _commit(self, path: Path) -> None:
-        """Writes the manifest once Orbax has all on disk, and deletes what need not stay."""
-        self._saver.wait_until_finished()
+    def _write(self, state: Any, step: int) -> None:
+        """Uses a copy up: writes arrays, then the manifest, without which they do not count; deletes what need not
+        stay."""
+        path = self.directory / str(step)
+        try:
+            manifest = Manifest.of(state)
+            with _alone:
+                self._saver.save(path.absolute(), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        finally:  # Orbax leaves cycles that hold on to it
+            jax.tree.map(lambda a: a.delete(), state)
         with self._lock:
-            assert self._manifest is not None
-            self._manifest.write(path)
+            manifest.ranked(self._ranks[step]).write(path)
         self._prune()
 
     def _prune(self) -> None:
@@ -248,13 +255,6 @@ class CheckpointWriter(Checkpoints):
             if not is_read(self.directory / str(step)):  # by one that reads it: it goes the next time
                 _remove(self.directory / str(step))
                 self._ranks.pop(step, None)
-
-    @contextlib.contextmanager
-    def _as_os_error(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax passes on whatever its background threads met
-            raise OSError(f"no checkpoint could be written to {self.directory}: {error}") from error
 
 
 def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[Any] | None:
@@ -305,6 +305,15 @@ def _remove(path: Path) -> None:
     if path.exists():
         withdraw(path)
         shutil.rmtree(path)
+
+
+def _copied(state: Any) -> Any:
+    """In the host's memory, so as to take none of an accelerator's; where it is, if JAX_PLATFORMS leaves out cpu."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        host = None
+    return jax.device_put(state, host, may_alias=False)
 
 
 def _reserve(directory: Path, n_bytes: int) -> None:

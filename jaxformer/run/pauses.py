@@ -64,6 +64,7 @@ class Pauses:
         self._reports.resume()
 
     def save(self, step: int, state: TrainState) -> None:
+        """Begins to save; waits where the save before is not yet complete (`CheckpointWriter.save`)."""
         self._reports.pause("saving")
         if all(checkpoints.has(step) for checkpoints in self._saved):
             return
