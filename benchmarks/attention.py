@@ -46,7 +46,8 @@ def main() -> None:
                 jax.block_until_ready(program(*inputs))
                 best[name] = min(best[name], time.perf_counter() - began)
         for name, (program, seconds) in programs.items():
-            memory = program.memory_analysis().temp_size_in_bytes / 1e6
+            found = program.memory_analysis()
+            memory = found.temp_size_in_bytes / 1e6 if found else float("nan")
             print(f"T {length:5} {name:8} {best[name] * 1e3:7.1f} ms {memory:7.1f} MB, compiled in {seconds:.1f} s")
 
 

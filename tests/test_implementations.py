@@ -18,7 +18,9 @@ from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
 from jaxformer.model.layers import RMSNorm
 from jaxformer.model.masks import Bidirectional, Both, Causal, Either, Local, Prefix, Window, one_document, places
 from jaxformer.model.positions import ALiBi, RelativeBias, Rotary
+from jaxformer.run.inspection import model_flops
 from jaxformer.run.plan import planned_recipe
+from jaxformer.run.step import Recipe
 from jaxformer.spec import InputError
 
 T = 23
@@ -123,6 +125,14 @@ def test_keys_that_no_query_sees_are_not_read():
     text = jnp.where((jnp.arange(T) > 0)[None] & (text == 28), 0, text)
     h = model.hidden({**x, "embedding": spoiled}, text, one_document(T)).h
     assert jnp.isnan(h[0, :4]).all() and jnp.isfinite(h[0, 12:]).all()
+
+
+def test_products_count_whatever_the_implementation():
+    model = decoder(n_layers=1)
+    texts = {"tokens": jax.ShapeDtypeStruct((2, T + 1), jnp.int32)}
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    plain, blocked = (model_flops(Recipe(m), params, texts) for m in (model, as_blocked(model, 7)))
+    assert plain == blocked > 0
 
 
 def test_what_auto_chooses():

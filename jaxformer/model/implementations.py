@@ -16,6 +16,7 @@ from jaxformer.spec import Spec
 
 Formula = Callable[[Arrays, Look, jax.Array | None, float], Out]  # as `Softmax.formula`
 GROUPS = 4  # of queries at most, each with a range of keys of its own: so many programs are compiled for a layer
+BLOCKS = "blocks"  # the scope of what computes by blocks: the products of the formula count, not these
 LONG = 256  # tokens of a row from which on `Blocked` is faster on CPU: benchmarks/attention.py
 
 
@@ -92,12 +93,13 @@ class Blocked(Implementation):
             def block(at: jax.Array, params: Any, look: Look, size: int = size, keys: Range = (low, high - low)) -> Any:
                 return formula(params, look.cut((at, size), keys), key, rate).h
 
-            parts.append(_in_turn(block, np.arange(first, last, size, dtype=np.int32), params, look))
+            with jax.named_scope(BLOCKS):
+                parts.append(_in_turn(block, np.arange(first, last, size, dtype=np.int32), params, look))
         return whole._replace(h=jnp.concatenate(parts, 2))
 
 
 def _in_turn(block: Callable[..., jax.Array], firsts: Any, params: Arrays, look: Look) -> jax.Array:
-    """block(first, params, look) [B, H, size, M] of one after another of the `firsts` (known numbers), side by side: [B, H, N · size, M].
+    """block(first, params, look) [B, H, size, M] of N known numbers, in turn, side by side: [B, H, N · size, M].
 
     The backward pass computes each block anew and adds up its gradients. jax.checkpoint in a scan would keep the masks
     of all blocks, T · S numbers, as they depend on nothing that is differentiated.

@@ -16,6 +16,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.declarations import Declared, is_declared
 from jaxformer.learning.objectives import Batch, Example, Objective
+from jaxformer.model.implementations import BLOCKS
 from jaxformer.model.models import Model
 from jaxformer.run.plan import abstract_batches, planned_recipe
 from jaxformer.run.step import Recipe
@@ -94,7 +95,8 @@ def flops(function: Callable[..., Any], *args: Any) -> dict[Names, int]:
     A scope is known by its names, from the outside in, as jax.named_scope, Flax's modules, einsums and transformations
     give them. `args` are arrays, or their shapes and dtypes. Counted are the products of the function's jaxpr, whoever
     wrote them: in scans and grids as often as they run, of branches the costliest, and in loops whose length only the
-    run knows, once. Everything else, as softmax and norms, is not counted, nor what has no jaxpr, as a kernel of cuDNN.
+    run knows, once. Attention counts whole, by blocks or not. Everything else, as softmax and norms, is not counted,
+    nor what has no jaxpr, as a kernel of cuDNN.
     """
     return dict(_products(jax.make_jaxpr(function)(*args).jaxpr, ()))
 
@@ -167,6 +169,8 @@ def _products(jaxpr: Jaxpr, scope: Names) -> Counter[Names]:
     for equation in jaxpr.eqns:
         kind, params = equation.primitive.name, equation.params
         here = scope + tuple(entry.name for entry in equation.source_info.name_stack.stack)
+        if BLOCKS in here:
+            continue
         if kind == "dot_general":
             (summed, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
