@@ -227,11 +227,11 @@ def test_top_k_and_top_p_against_a_sort(levels):
 
 
 def test_a_draw_never_takes_what_cannot_come():
-    """However sums round: of 20,000 draws among 5,003 tokens, of which three may come."""
+    """However sums round: of 4,000 draws among 5,003 tokens, of which three may come."""
     logits = jnp.full((1, 5_003), -jnp.inf).at[0, jnp.array([0, 2_011, 5_000])].set(jnp.array([0.0, -8.0, 0.5]))
-    keys = row_keys(0, 0, 20_000).reshape(20, 1000)
+    keys = row_keys(0, 0, 4_000).reshape(4, 1000)
     drawn = np.concatenate([jax.jit(choose)(some, jnp.broadcast_to(logits, (1000, 5_003))) for some in keys])
-    assert {*drawn.tolist()} <= {0, 2_011, 5_000} and abs((drawn == 0).mean() - 0.3775) < 0.01
+    assert {*drawn.tolist()} <= {0, 2_011, 5_000} and abs((drawn == 0).mean() - 0.3775) < 0.02
     assert choose(keys[0, :1], jnp.full((1, 7), -jnp.inf))[0] == 0  # nothing may
 
 

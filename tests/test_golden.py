@@ -23,7 +23,7 @@ GRAD_NORMS = {}
 
 def test_golden_run():
     tokens = (np.arange(1009) ** 2 % 31).astype(np.uint8)
-    recipe = Recipe(Decoder(n_layers=2, n_heads=2, d_model=14, context_length=13, vocab_size=31, dropout=0.1))
+    recipe = Recipe(Decoder(n_layers=2, n_heads=2, d_model=14, context_length=13, vocab_size=31, dropout=0.1, unroll=1))
     hyper = Hyper(np.uint32(7), np.int32(8), AdamW(WarmupCosine(shortens=False)))
     drawn = Batches((Source(tokens, np.zeros(1, np.int64)),), (1.0,), RandomWindows(), RowSize(11), 5, 7)
     batches = {"tokens": np.stack([drawn.at(step)["tokens"] for step in range(8)])}
