@@ -227,17 +227,22 @@ def _decode(
 
     def body(carry: Any) -> Any:
         i, (ids, log_probabilities), now, cache = carry
+        cache = whole(cache)
         one = jnp.ones((len(now.ids), 1), jnp.int32)
         at = Places((lengths + i)[:, None], one, one)
         h, cache, *_ = model.hidden(params, now.ids[:, None], at, cache=cache, memory=memory)
         now = _draw(model, params, h[:, 0], first + i, how, now.ended, now.text)
         drawn = ids.at[:, i].set(now.ids), log_probabilities.at[:, i].set(now.log_probabilities)
-        return i + 1, drawn, now, cache
+        return i + 1, drawn, now, squeezed(cache)
 
+    # Of one text XLA on CPU drops the axis for texts where it reads the cache, and would write, and copy, it twice.
+    leaves, tree = jax.tree.flatten(cache)
+    squeezed = lambda cache: [array.squeeze() for array in jax.tree.leaves(cache)]
+    whole = lambda arrays: tree.unflatten([a.reshape(b.shape) for a, b in zip(arrays, leaves, strict=True)])
     shape = len(now.ids), STRETCH
     drawn = jnp.full(shape, how.end, jnp.int32), jnp.zeros(shape, jnp.float32)
-    _, drawn, now, cache = jax.lax.while_loop(goes_on, body, (jnp.int32(0), drawn, now, cache))
-    return drawn, now, cache
+    _, drawn, now, cache = jax.lax.while_loop(goes_on, body, (jnp.int32(0), drawn, now, squeezed(cache)))
+    return drawn, now, whole(cache)
 
 
 def _draw(

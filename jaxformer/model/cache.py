@@ -54,6 +54,9 @@ def _write(cache: Arrays, new: Arrays, slots: Mapping[str, Slot]) -> dict[str, j
         if "S" not in letters:
             return new
         axis = letters.index("S")
+        if len(slot) == 1:  # without the axis for texts, XLA on CPU writes in place
+            index = (*[slice(None)] * (axis - 1), slot[0])
+            return old[0].at[index].set(new[0].astype(old.dtype), mode="drop")[None]
         index = (row, *[slice(None)] * (axis - 1), slot)
         return old.at[index].set(jnp.moveaxis(new, axis, 1).astype(old.dtype), mode="drop")
 

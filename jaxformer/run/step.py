@@ -126,17 +126,17 @@ def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
 
 def _gradients(recipe: Recipe, params: Any, declared: Any, example: Example, key: jax.Array) -> tuple[Sums, Any]:
     """Sums over the slices of a batch, and their gradients by what is trained."""
-    n, moved = recipe.slices, trained(params, declared)
+    n, moved = recipe.slices, _cast(recipe, trained(params, declared))  # once, whatever the number of slices
     scale = _loss_scale(recipe.compute_dtype, example.ids.size // n)
 
     def one(example: Example, index: int | jax.Array) -> Any:
         def loss(moved: Any) -> Any:
             key_of_slice = jax.random.fold_in(key, index)
-            sums = recipe.objective.loss(recipe.model, updated(params, _cast(recipe, moved)), example, key_of_slice)
+            sums = recipe.objective.loss(recipe.model, updated(params, moved), example, key_of_slice)
             return sums.minimised * scale, sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(moved)
-        return sums, jax.tree.map(lambda g: g / scale, grads)
+        return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
 
     if n == 1:
         return one(example, 0)
