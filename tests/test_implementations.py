@@ -159,3 +159,7 @@ def test_one_asked_for_by_name_is_never_replaced():
         ValueError, match=r"model.kernel.implementation: Doubled computes itself, in its __call__; leave"
     ):
         decoder(kernel=kernel).implemented(300)
+    model = as_blocked(decoder(n_layers=1, dropout=0.1), 7)  # by itself, too
+    text = loud(model), ids(1, T), one_document(T)
+    with pytest.raises(ValueError, match=r"implementation=Blocked: dropout=0.1 of weights"):
+        model.hidden(*text, jax.random.key(0))

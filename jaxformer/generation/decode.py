@@ -265,5 +265,5 @@ def choose(keys: jax.Array, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     p = jnp.exp(logits - logits.max(-1, keepdims=True))
     sums = jnp.cumsum(p, -1)
     passed = sums > jax.vmap(jax.random.uniform)(keys)[:, None] * sums[:, -1:]
-    ids = first(passed & (p > 0))
-    return jnp.where(ids < p.shape[-1], ids, p.argmax(-1, keepdims=True))[:, 0].astype(jnp.int32)  # lost in rounding
+    ids, likeliest = first(passed & (p > 0)), first(~(p < 1))  # which is taken where rounding leaves none
+    return jnp.where(ids < p.shape[-1], ids, likeliest)[:, 0]

@@ -77,6 +77,8 @@ class Blocked(Implementation):
         return f"dropout={rate} of weights is drawn for all queries at once" if rate else None
 
     def __call__(self, formula: Formula, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        if key is not None and (reason := self.refuses(rate)):
+            raise ValueError(f"implementation={type(self).__name__}: {reason}")
         whole, T = formula(params, look, key, rate), look.q.shape[2]  # of which only what is used is computed
         if self.size >= T:
             return whole
