@@ -24,7 +24,7 @@ from jaxformer.run import loop, plan, reports
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
 from jaxformer.run.inspection import model_flops
 from jaxformer.run.manifest import read_manifest, sha256
-from jaxformer.run.metrics import CLOCK
+from jaxformer.run.metrics import CLOCK, Rows
 from jaxformer.run.signals import ENDING, Interrupted, Received, collected
 from jaxformer.spec import InputError
 
@@ -355,6 +355,22 @@ def test_the_first_loss_that_is_not_finite_is_told_with_its_step(home, tmp_path,
     caplog.clear()
     assert int(jaxformer.open_run(tmp_path / "run", step=15).state.step) == 15
     assert "15 holds parameters that are no finite numbers" in caplog.text
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda path: path.rename(path.with_name("moved"))])
+def test_a_directory_that_is_deleted_or_moved_in_the_midst_ends_the_run(home, tmp_path, monkeypatch, gone):
+    """And is not begun anew without its config."""
+    write = Rows.write
+
+    def then_gone(self, **row):
+        write(self, **row)
+        if row["step"] == 4:
+            gone(tmp_path / "run")
+
+    monkeypatch.setattr(Rows, "write", then_gone)
+    with pytest.raises(OSError, match=r"metrics.jsonl was deleted or moved while the run wrote to it"):
+        jaxformer.train(text(home, log_every=2, save_every=9), directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def jax_sgd(rate):

@@ -188,7 +188,7 @@ class CheckpointWriter(Checkpoints):
             return
         self.wait()
         path = self.directory / str(step)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(exist_ok=True)  # in a run's folder, which may have been deleted
         _remove(path)  # what an interrupted process left
         _reserve(self.directory, sum(a.nbytes for a in jax.tree.leaves(state)))
         self._ranks[step] = math.inf

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Rows:
     it."""
 
     def __init__(self, config: Config, step: int):
-        path = rows_of(config)
+        self._path = path = rows_of(config)
         kept = _drop_rows_after(path, step)
         self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0  # of training, up to the step
         self._evaluated = {(row["step"], row.get("split")) for row in kept}
@@ -38,7 +39,9 @@ class Rows:
         return (step, split) in self._evaluated
 
     def write(self, **row: Any) -> None:
-        """Numbers that are not finite are written as null: JSON has no others."""
+        """Numbers that are not finite are written as null: JSON has no others. Raises OSError if the file is gone."""
+        if not (self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))):
+            raise OSError(f"{self._path} was deleted or moved while the run wrote to it; nothing more can be kept")
         row = finite(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
