@@ -26,10 +26,10 @@ from jaxformer.data.tokenizers import BPE
 from jaxformer.learning.objectives import SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import InverseSquareRoot
-from jaxformer.model.blocks import PostNorm
 from jaxformer.model.layers import MLP, ReLU, XavierUniform
 from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Sinusoidal
+from jaxformer.model.residuals import PostNorm
 
 config = Config(
     directory="runs/transformer_2017",

@@ -25,12 +25,12 @@ from jaxformer.lab.measures import nats
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.baselines import Bigram, TokenEmbedding
-from jaxformer.model.blocks import PreNorm
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.kernels import Look, Softmax, Uniform
 from jaxformer.model.layers import MLP, LayerNorm, LeCunNormal, NoNorm, OneLayer, ReLU, TorchUniform
 from jaxformer.model.masks import Causal, View, one_document
 from jaxformer.model.models import Model
+from jaxformer.model.residuals import PreNorm
 from jaxformer.pictures import LOSSES, lines, panels, smooth
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import prepare_data

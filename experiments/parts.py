@@ -18,7 +18,6 @@ from jaxformer.lab.experiments import Experiment, Report, Result, Row, final_acc
 from jaxformer.lab.intervals import ERROR, Estimate, paired_difference
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupCosine
-from jaxformer.model.blocks import Parallel, PostNorm, SandwichNorm
 from jaxformer.model.heads import (
     AttentionPooling,
     BinaryHead,
@@ -47,6 +46,7 @@ from jaxformer.model.layers import (
 )
 from jaxformer.model.models import Embedding
 from jaxformer.model.positions import ALiBi, NoPosition, RelativeBias, Rotary, Sinusoidal
+from jaxformer.model.residuals import Parallel, PostNorm, SandwichNorm
 from jaxformer.pictures import panels
 
 SEEDS = 5

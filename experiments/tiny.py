@@ -21,9 +21,9 @@ from jaxformer.lab.experiments import (
 from jaxformer.lab.measures import activations, before_training, differences_by_layer, gradient_norms, norms_by_layer
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
-from jaxformer.model.blocks import PostNorm
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import MLP, NoNorm, ReLU, TorchUniform
+from jaxformer.model.residuals import PostNorm
 from jaxformer.pictures import lines, panels, smooth
 
 BOTH = PostNorm()

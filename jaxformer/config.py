@@ -204,6 +204,10 @@ BEFORE: tuple[tuple[int, type[Spec], str, Any], ...] = (
 RENAMED = {
     "jaxformer.model.heads:Pooling": "jaxformer.model.heads:MeanPooling",
     "jaxformer.model.layers:FeedForward": "jaxformer.model.layers:MLP",
+    **{
+        f"jaxformer.model.blocks:{name}": f"jaxformer.model.residuals:{name}"
+        for name in ("PreNorm", "PostNorm", "SandwichNorm", "Parallel")
+    },
 }
 # Class, field that it had, part and field in which its value stands since.
 MOVED_INTO: tuple[tuple[type[Spec], str, str, str], ...] = (

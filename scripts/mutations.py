@@ -125,7 +125,7 @@ MUTATIONS = {
         "the update goes uphill", "run/step.py", "optax.apply_updates(moved, updates)", "optax.apply_updates(moved, jax.tree.map(jnp.negative, updates))"
     ),
     "attention_unused": Mutation(
-        "what a branch gives is not added", "model/blocks.py", "return stream + h if getattr", "return stream if getattr"
+        "what a branch gives is not added", "model/residuals.py", "return stream + h if getattr", "return stream if getattr"
     ),
     "gain_not_trained": Mutation(
         "no gradient reaches the gains of norms", "model/layers.py", 'RMSNorm(self.eps, self.one_plus)(params, h -', 'RMSNorm(self.eps, self.one_plus)(jax.lax.stop_gradient(params), h -'

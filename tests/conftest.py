@@ -39,7 +39,8 @@ def check_shapes(module):
 
 
 # From the bottom up, so that each module imports functions that are wrapped already.
-for name in ("masks", "layers", "positions", "kernels", "mixers", "blocks", "heads", "models", "baselines"):
+LOWER = ("masks", "layers", "residuals", "positions", "kernels")
+for name in (*LOWER, "mixers", "blocks", "heads", "models", "baselines"):
     check_shapes(importlib.import_module(f"jaxformer.model.{name}"))
 for name in ("learning.rows", "learning.objectives", "generation.logits_processors", "lab.measures"):
     check_shapes(importlib.import_module(f"jaxformer.{name}"))

@@ -13,13 +13,13 @@ from jaxformer.generation.logits_processors import Text
 from jaxformer.learning.objectives import Example, Masked, NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.model import cache
-from jaxformer.model.blocks import Residual
 from jaxformer.model.heads import cross_entropy
 from jaxformer.model.kernels import Look, Softmax
 from jaxformer.model.layers import Activation, FeedForward, Loss, Out, RMSNorm, SiLU, linear, ones, zeros
 from jaxformer.model.masks import places
 from jaxformer.model.mixers import Mixer, place, view_of
 from jaxformer.model.models import Decoder
+from jaxformer.model.residuals import Residual
 
 constant, normal = jax.nn.initializers.constant, jax.nn.initializers.normal
 
@@ -38,19 +38,6 @@ class Borrow(Softmax):
 
     def share(self, params, seen, below):
         return below["seen"], {}
-
-
-class ValueResidual(Softmax):
-    """Values are mixed with the first layer's (arXiv:2410.17897): kernel=(ValueResidual(),) * n_layers."""
-
-    shares = True
-
-    def params(self):
-        return {"mix": Param("M", constant(0.5), sizes={"M": 2})}
-
-    def share(self, params, seen, below):
-        first, (own, old) = below.get("first", seen["v"]), params["mix"]
-        return {**seen, "v": own * seen["v"] + old * first}, {"first": first}
 
 
 class Differential(Softmax):
@@ -178,7 +165,7 @@ class HyperConnections(Residual):
     copies: int = 4
 
     def params(self, branch, n_layers):
-        if branch in ("begin", "end"):
+        if branch in ("begin", "enter", "end"):
             return {}
         sizes, eye = {"M": self.copies}, lambda key, shape, dtype: jnp.eye(self.copies, dtype=dtype)
         first = lambda key, shape, dtype: jnp.eye(self.copies, dtype=dtype)[0]
@@ -199,35 +186,6 @@ class HyperConnections(Residual):
             jnp.einsum("BTMD,MN->BTND", stream, site.params["width"])
             + site.params["out"][None, None, :, None] * h[:, :, None]
         )
-
-
-class UNet(Residual):
-    """The input goes into every block, and the lower half of the layers into the upper one (modded-nanogpt)."""
-
-    def params(self, branch, n_layers):
-        return {"x": Param("", ones), "x0": Param("", zeros), "skip": Param("", ones)} if branch == "attention" else {}
-
-    def begin(self, params, x, n_layers):
-        return {"x": x, "x0": x, "skips": jnp.zeros((n_layers // 2, *x.shape), x.dtype)}
-
-    def end(self, params, stream):
-        return stream["x"]
-
-    def _mixed(self, stream, site):
-        if site.branch != "attention":
-            return stream["x"]
-        half, p = len(stream["skips"]), site.params
-        skip = stream["skips"][jnp.clip(2 * half - 1 - site.layer, 0, half - 1)]
-        return p["x"] * stream["x"] + p["x0"] * stream["x0"] + jnp.where(site.layer >= half, p["skip"] * skip, 0)
-
-    def before(self, stream, site):
-        return site.norms[0](self._mixed(stream, site))
-
-    def after(self, stream, h, site):
-        x, skips = self._mixed(stream, site) + h, stream["skips"]
-        if site.branch == "feed_forward":
-            skips = skips.at[jnp.where(site.layer < len(skips), site.layer, len(skips))].set(x, mode="drop")
-        return {**stream, "x": x, "skips": skips}
 
 
 # --- feed-forwards

@@ -25,9 +25,7 @@ from ideas import (
     MaskedDiffusion,
     MultiToken,
     Muon,
-    UNet,
     Unmasking,
-    ValueResidual,
 )
 from tiny import generate, loud
 
@@ -55,12 +53,10 @@ SIZES = {"d_model": 24, "n_layers": 4, "n_heads": 3, "d_ff": 11, "context_length
 V, T = 29, 17
 ONE_AT_A_TIME = {
     "cross-layer attention": Decoder(**SIZES, kernel=(Softmax(), Borrow())),
-    "value residual": Decoder(**SIZES, kernel=(ValueResidual(),) * 4),
     "differential attention": Decoder(**SIZES, kernel=Differential(), position=Rotary(), mask=(Causal(), Window(5))),
     "latent attention": Decoder(**SIZES, mixer=Latent(), position=Rotary()),
     "gated linear attention": Decoder(**SIZES, mixer=GatedLinear()),
     "hyper-connections": Decoder(**SIZES, residual=HyperConnections()),
-    "U-net": Decoder(**SIZES, residual=UNet()),
     "experts": Decoder(**SIZES, feed_forward=Experts()),
     "several tokens": MultiToken(**SIZES),
 }

@@ -12,12 +12,12 @@ from tiny import decoder, ids, loud
 
 from jaxformer import EncoderDecoder
 from jaxformer.config import resolve
-from jaxformer.model.blocks import Parallel
 from jaxformer.model.implementations import Auto, Blocked, Plain
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
 from jaxformer.model.layers import RMSNorm
 from jaxformer.model.masks import Bidirectional, Both, Causal, Either, Local, Prefix, Window, one_document, places
 from jaxformer.model.positions import ALiBi, RelativeBias, Rotary
+from jaxformer.model.residuals import Parallel
 from jaxformer.run.inspection import model_flops
 from jaxformer.run.plan import planned_recipe
 from jaxformer.run.step import Recipe

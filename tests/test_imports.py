@@ -28,7 +28,7 @@ FLOORS = [
             "batches",
         )
     ),
-    *(f"model.{n}" for n in ("masks", "layers", "positions", "implementations", "kernels", "cache")),
+    *(f"model.{n}" for n in ("masks", "layers", "residuals", "positions", "implementations", "kernels", "cache")),
     *(f"model.{n}" for n in ("mixers", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),
     *(f"learning.{n}" for n in ("rows", "chunks", "objectives", "schedules", "optimizers", "guards")),

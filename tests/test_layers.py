@@ -41,15 +41,28 @@ def test_layer_norm():
 
 def test_rms_norm():
     x, scale = draws(3, 5, 7), draws(7)
-    close(layers.RMSNorm()(*j({"scale": scale}, x)), x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale)
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    close(layers.RMSNorm()(*j({"scale": scale}, x)), normed * scale)
+    close(layers.RMSNorm(gain=False)(*j({}, x)), normed)
+    assert layers.RMSNorm(gain=False).params() == {}
+    with pytest.raises(ValueError, match=r"norm.one_plus=True needs a gain"):
+        layers.RMSNorm(one_plus=True, gain=False).check("norm.")
 
 
 def test_norms_compute_in_float32():
     x = jnp.asarray(draws(3, 5, 7) + 100, jnp.bfloat16)
-    for norm in (layers.LayerNorm(bias=False), layers.RMSNorm()):
+    for norm in (layers.LayerNorm(bias=False), layers.RMSNorm(), layers.RMSNorm(gain=False)):
         out = norm({"scale": jnp.ones(7, jnp.bfloat16)}, x)
         assert out.dtype == jnp.bfloat16
         close(out.astype(np.float32), norm({"scale": jnp.ones(7)}, x.astype(np.float32)), 0.02)
+
+
+def test_a_weighted_sum_has_gains_whose_gradients_are_summed_in_float32():
+    a, b, x, y = draws(1)[0], draws(5, 1), draws(3, 5, 700), draws(3, 5, 700)
+    close(layers.weighted(*zip(*j((a, b), (x, y)), strict=True)), a * x + b * y)
+    half = jnp.ones((3, 5, 700), jnp.bfloat16)
+    summed = jax.grad(lambda gain: layers.weighted((gain, half)).sum())(jnp.bfloat16(1))
+    assert summed.dtype == jnp.bfloat16 and float(summed) == pytest.approx(half.size, rel=0.004)
 
 
 def test_gelu():

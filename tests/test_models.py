@@ -12,12 +12,12 @@ from tiny import SIZES, B, T, block, decoder, hidden, ids, loud, mixed
 from jaxformer.declarations import Slot
 from jaxformer.keys import fold
 from jaxformer.model import blocks, cache
-from jaxformer.model.blocks import PostNorm, PreNorm
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.models import Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
+from jaxformer.model.residuals import PostNorm, PreNorm
 
 
 def close(a, b, atol=1e-5):

@@ -11,12 +11,25 @@ import pytest
 from tiny import SIZES, B, T, block, crossed, decoder, generate, hidden, ids, loud, mixed
 
 from jaxformer import config as config_lib
+from jaxformer.declarations import path_name, updated
 from jaxformer.generation.logits_processors import Temperature
+from jaxformer.learning.objectives import NextToken
 from jaxformer.model import layers
-from jaxformer.model.blocks import Parallel, PostNorm, PreNorm, SandwichNorm
-from jaxformer.model.heads import EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
+from jaxformer.model.baselines import LSTM
+from jaxformer.model.heads import ClassificationHead, EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
 from jaxformer.model.kernels import Look, SoftCapped, Softmax, Uniform
-from jaxformer.model.layers import GELU, MLP, GatedFeedForward, LayerNorm, NoNorm, OneLayer, ReLU, RMSNorm, Tanh
+from jaxformer.model.layers import (
+    GELU,
+    MLP,
+    GatedFeedForward,
+    LayerNorm,
+    NoNorm,
+    OneLayer,
+    ReLU,
+    RMSNorm,
+    Tanh,
+    ZeroOutputs,
+)
 from jaxformer.model.masks import (
     Bidirectional,
     Both,
@@ -30,8 +43,9 @@ from jaxformer.model.masks import (
     one_document,
     places,
 )
-from jaxformer.model.models import Embedding, Encoder, EncoderDecoder
+from jaxformer.model.models import Decoder, Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
+from jaxformer.model.residuals import InputInjection, Parallel, PostNorm, PreNorm, ReZero, SandwichNorm, UNet
 from jaxformer.spec import checked
 
 rng = np.random.default_rng(0)
@@ -377,6 +391,54 @@ def test_branches_in_parallel_by_hand():
     close(rms(params["decoder"]["norm"], x), hidden(model, params, text, at)[0], 1e-3)
 
 
+def layer_by_layer(model, params, ids):
+    """A function (x, layer) -> x of each layer as PreNorm has it, the embedded input, and a function of the end."""
+    kind, at = dataclasses.replace(model, residual=PreNorm()).kinds("decoder")[0], one_document(ids.shape[1])
+    apply = lambda x, layer: block(kind, own_layer(params, layer=layer), x, at)
+    return apply, params["embedding"]["table"][ids], lambda x: rms(params["decoder"]["norm"], x)
+
+
+@pytest.mark.parametrize("n_layers", [2, 4, 5])
+@pytest.mark.parametrize("residual", [InputInjection(), UNet()], ids=lambda r: type(r).__name__)
+def test_what_is_added_before_a_layer_by_hand(residual, n_layers):
+    """λ·x + λ₀·x₀; before it, in the U-net, s·(what the opposite layer gave): 0 → 4 and 1 → 3 of five layers."""
+    model = decoder(residual=residual, norm=RMSNorm(), position=NoPosition(), n_layers=n_layers)
+    params, text = loud(model), ids(B, T)
+    apply, x0, end = layer_by_layer(model, params, text)
+    own, skips, gave = params["decoder"]["layers"]["block0"]["residual_enter"], (n_layers - 1) // 2, []
+    x = x0
+    for layer in range(n_layers):
+        if isinstance(residual, UNet) and layer >= n_layers - skips:
+            opposite = n_layers - 1 - layer
+            x = x + params["decoder"]["residual_begin"]["skip"][opposite] * gave[opposite]
+        x = apply(own["x"][layer] * x + own["x0"][layer] * x0, layer)
+        gave.append(x)
+    close(end(x), hidden(model, params, text, one_document(T))[0], 1e-3)
+    assert ("residual_begin" in params["decoder"]) == (isinstance(residual, UNet) and skips > 0)
+
+
+@pytest.mark.parametrize("residual", [InputInjection(), UNet(), ReZero(start=1.0)], ids=lambda r: type(r).__name__)
+def test_rules_that_begin_as_pre_norm(residual):
+    model = decoder(residual=residual)
+    first = model.init(jax.random.key(0))
+    params = updated(first, loud(decoder()))  # the rule's own as they begin
+    if isinstance(residual, UNet):
+        params["decoder"]["residual_begin"]["skip"] *= 0
+    text, at = ids(B, T), one_document(T)
+    close(hidden(model, params, text, at)[0], hidden(decoder(), loud(decoder()), text, at)[0], 0)
+
+
+def test_branches_that_are_added_in_a_learned_measure():
+    """x + α·f(norm(x)), nothing at first."""
+    model = decoder(residual=ReZero(), norm=RMSNorm(), position=NoPosition(), n_layers=1)
+    params, at, kind = loud(model), one_document(T), model.kinds("decoder")[0]
+    p, x = own_layer(params), params["embedding"]["table"][ids(B, T)]
+    y = x + p["residual_attention"]["alpha"] * mixed(kind, p["attention"], rms(p["norm_attention"], x), at)
+    fed = model.feed_forward(p["feed_forward"], rms(p["norm_feed_forward"], y), at, None).h
+    close(block(kind, p, x, at), y + p["residual_feed_forward"]["alpha"] * fed, 1e-3)
+    close(block(kind, own_layer(model.init(jax.random.key(0))), x, at), x, 0)
+
+
 def test_unused_attention_has_a_norm_that_learns_and_matrices_that_do_not():
     unused = config_lib.execute(Path(__file__).parent.parent / "experiments" / "tiny.py")["AttentionUnused"]
     model = decoder(residual=unused(), position=NoPosition(), n_layers=1)
@@ -611,6 +673,54 @@ def test_only_what_writes_to_the_residual_stream_begins_smaller():
         (params["head_language"]["between"], 0.02),
     ):
         assert float(array.std()) == pytest.approx(std, rel=0.03)
+
+
+@pytest.mark.parametrize("family", [Decoder, EncoderDecoder], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("biased", [False, True])
+def test_outputs_that_begin_at_zero(family, biased):
+    """Every layer is the identity, and every id as likely as another; the rest begins as it would."""
+    sizes = SIZES | {"n_layers": 2, "bias": biased, "feed_forward": MLP(bias=biased)}
+    classes = ClassificationHead("x", ("a", "b", "c"))
+    base = layers.TorchUniform() if biased else layers.LeCunNormal(scale=0.8)
+    model = family(**sizes, head=(LanguageHead(tied=False, bias=biased), classes), initializer=ZeroOutputs(base))
+    params, text, at = model.init(jax.random.key(0)), ids(B, T), one_document(T)
+    memory = model.encode(params, text, at).h if model.encodes else None
+    out = model.hidden(params, text, at, memory=memory, recorded=True)
+    for stack in model.stacks:
+        block, embedded = params[stack]["layers"]["block0"], out.activations.get(f"{stack}/embedded")
+        mixers = [block[name] for name in ("attention", "cross_attention") if name in block]
+        assert len(mixers) == (1 if stack != "decoder" or family is Decoder else 2)
+        assert not any(mixer["project"]["o"].any() for mixer in mixers) and not block["feed_forward"]["down"].any()
+        if embedded is not None:
+            given = [a for n, a in out.activations.items() if n.startswith(f"{stack}/layers") and "/after_" in n]
+            assert len(given) == len(model.kinds(stack)[0].branches)
+            assert all((a == embedded[None]).all() for a in given)
+    assert not model.logits(params, out.h).any()
+    assert not model.read(params, classes, out.h, jnp.ones((B, T), bool)).any()
+    like = dataclasses.replace(model, initializer=base).init(jax.random.key(0))
+    zeros = []
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(like), strict=True):
+        if (a != b).any():
+            assert not a.any()
+            zeros.append(path_name(path).split("/")[-1])
+    matrices = ["o", "down", "kernel"] if not biased else ["o", "o_bias", "down", "down_bias", "kernel", "bias"]
+    assert set(zeros) == set(matrices)
+
+
+def test_the_first_loss_of_a_zero_head_is_that_of_even_chances():
+    model = decoder(head=LanguageHead(tied=False, cap=15.0), initializer=ZeroOutputs())
+    example = NextToken().prepare({"tokens": ids(B, T + 1)}, jax.random.key(0))
+    sums = NextToken().loss(model, model.init(jax.random.key(0)), example, None)
+    assert float(sums.nats / sums.weight) == pytest.approx(math.log(29), rel=1e-6)
+
+
+def test_matrices_of_recurrent_layers_write_to_no_stream():
+    model = LSTM(vocab_size=29, d_model=13, context_length=7, initializer=ZeroOutputs())
+    params = model.init(jax.random.key(0))
+    assert (
+        all(group["kernel"].any() for group in params["layers"].values())
+        and not params["head_language"]["kernel"].any()
+    )
 
 
 # --- sizes of published models

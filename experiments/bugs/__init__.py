@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float
 
-from jaxformer.model.blocks import PostNorm, Site
 from jaxformer.model.masks import Bidirectional
+from jaxformer.model.residuals import PostNorm, Site
 
 
 class Unmasked(Bidirectional):

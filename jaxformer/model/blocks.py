@@ -1,14 +1,13 @@
 """The block, and a stack of blocks that is scanned or unrolled over the same stacked parameters."""
 
-import abc
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxformer.declarations import Arrays, Declarations, declare
 from jaxformer.keys import fold
@@ -16,100 +15,11 @@ from jaxformer.model.layers import FeedForward, LayerNorm, Norm, Out, dropout
 from jaxformer.model.masks import Places
 from jaxformer.model.mixers import Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Position
+from jaxformer.model.residuals import PreNorm, Residual, Site
 from jaxformer.spec import Spec
 
 EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE = range(7)  # sites of dropout, and of other draws
 SITES = {"attention": ATTENTION, "cross_attention": CROSS, "feed_forward": FEED}
-
-
-class Site(NamedTuple):
-    """Where a branch joins the stream."""
-
-    branch: str  # "attention", "cross_attention" or "feed_forward"
-    layer: Int[Array, ""] | int  # from 0, traced
-    params: Arrays  # the rule's own, here
-    key: jax.Array | None  # for draws of the rule's; None means evaluation
-    norms: tuple[Callable[[jax.Array], jax.Array], ...]  # as many as the rule asks for
-
-
-class Residual(Spec):
-    """How branches join the residual stream, which may be any arrays, as long as they keep their shapes."""
-
-    n_norms = 1  # of each branch
-    last_norm = True  # what the stream ends as is normed once more
-
-    def params(self, branch: str, n_layers: int) -> Declarations:
-        """For each layer at a branch, and once for the stack at "begin" and "end"."""
-        return {}
-
-    def begin(self, params: Arrays, x: Float[Array, "B T D"], n_layers: int) -> Any:
-        """The stream before the first layer."""
-        return x
-
-    def end(self, params: Arrays, stream: Any) -> Float[Array, "B T D"]:
-        """What the stream is read as, behind the last layer."""
-        return stream
-
-    @abc.abstractmethod
-    def before(self, stream: Any, site: Site) -> Float[Array, "B T D"]:
-        """What the branch is given."""
-
-    @abc.abstractmethod
-    def after(self, stream: Any, h: Float[Array, "B T D"], site: Site) -> Any:
-        """The stream after the branch has given h. If h is not used, the branch is not computed."""
-
-
-class PreNorm(Residual):
-    """x + f(norm(x)) (arXiv:2002.04745). Where a sum is off, the stream goes through the branch alone."""
-
-    attention: bool = True  # whether x is added to what attention gives
-    cross_attention: bool = True  # whether x is added to what cross-attention gives
-    feed_forward: bool = True  # whether x is added to what the feed-forward gives
-
-    def before(self, stream: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
-        return site.norms[0](stream)
-
-    def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
-        return stream + h if getattr(self, site.branch) else h
-
-
-class PostNorm(PreNorm):
-    """norm(x + f(x)), as the first transformer (arXiv:1706.03762)."""
-
-    last_norm = False
-
-    def before(self, stream: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
-        return stream
-
-    def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
-        return site.norms[0](super().after(stream, h, site))
-
-
-class SandwichNorm(PreNorm):
-    """x + norm(f(norm(x))), a norm before the branch and one behind it (arXiv:2105.13290)."""
-
-    n_norms = 2
-
-    def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
-        return super().after(stream, site.norms[1](h), site)
-
-
-class Parallel(PreNorm):
-    """x + attention(norm(x)) + feed_forward(norm(x)): both read the same stream, each through a norm of its own (GPT-J,
-    2021; one norm for both there)."""
-
-    def begin(self, params: Arrays, x: Float[Array, "B T D"], n_layers: int) -> Any:
-        return x, x  # the stream, and what it was before the layer
-
-    def end(self, params: Arrays, stream: Any) -> Float[Array, "B T D"]:
-        return stream[0]
-
-    def before(self, stream: Any, site: Site) -> Float[Array, "B T D"]:
-        return site.norms[0](stream[site.branch == "feed_forward"])
-
-    def after(self, stream: Any, h: Float[Array, "B T D"], site: Site) -> Any:
-        now = super().after(stream[0], h, site)
-        return (now, now) if site.branch == "feed_forward" else (now, stream[1])
 
 
 class BlockSpec(Spec):
@@ -151,6 +61,8 @@ class Block(nn.Module):
     def __call__(self, stream: Any, context: Context) -> Out:
         """Out of the stream; `sums` by branch. `context.key` is the layer's."""
         s, key, outs = self.spec, context.key, dict[str, Out]()
+        own = self._declare("residual_enter", s.residual.params("enter", self.n_layers))
+        stream = s.residual.enter(own, stream, context.layer, self.n_layers)
         for name in s.branches:
             branch = fold(key, SITES[name])
             site = self._site(name, context.layer, fold(branch, INSIDE))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.declarations import Arrays, Declarations, Slot
+from jaxformer.declarations import Arrays, Declarations, Param, Slot
 from jaxformer.model.implementations import Auto, Implementation, Plain
-from jaxformer.model.layers import Out, dropout
+from jaxformer.model.layers import Out, constant, dropout, weighted
 from jaxformer.model.masks import Look, Places
 from jaxformer.spec import Spec
 
@@ -21,6 +21,7 @@ class Kernel(Spec):
 
     projections = ("q", "k", "v")  # those that it looks at, of queries, keys and values
     shares = False  # True: it uses what layers below in the group have handed on
+    whole_stack = False  # True: the group is all layers of the stack
 
     def params(self) -> Declarations:
         return {}
@@ -124,6 +125,21 @@ class SoftCapped(Softmax):
 
     def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
         return self.cap * jnp.tanh(super().scores(params, q, new, seen) / self.cap)
+
+
+class ValueResidual(Softmax):
+    """Softmax attention whose values are mixed with those of the first layer, by two learned numbers that begin at ½
+    (arXiv:2410.17897)."""
+
+    shares = True
+    whole_stack = True
+
+    def params(self) -> Declarations:
+        return {"mix": Param("M", constant(0.5), sizes={"M": 2})}
+
+    def share(self, params: Arrays, seen: Arrays, below: Mapping[str, Any]) -> tuple[Arrays, Mapping[str, Any]]:
+        first, (own, old) = below.get("first", seen["v"]), params["mix"]
+        return {**seen, "v": weighted((own, seen["v"]), (old, first))}, {"first": first}
 
 
 class Uniform(Softmax):

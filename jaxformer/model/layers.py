@@ -17,7 +17,8 @@ from jaxformer.model.masks import Places
 from jaxformer.spec import Spec
 
 ONE_HOT = 1024  # ids up to which a product makes their sums: beyond, the ones take more memory than the rows
-zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.nn.initializers.normal
+zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+constant, normal = jax.nn.initializers.constant, jax.nn.initializers.normal
 
 
 class Loss(struct.PyTreeNode):
@@ -84,8 +85,7 @@ class GPT2Normal(Normal):
     """
 
     def __call__(self, box: Declared, n_residuals: int) -> Draw:
-        batch, into, out = box.letters
-        writes = "L" in batch and into and out == "D"  # of a layer; a head writes elsewhere
+        writes = box.letters.into and writes_to_stream(box, n_residuals)
         return normal(self.std / n_residuals**0.5) if writes else super().__call__(box, n_residuals)
 
 
@@ -115,8 +115,15 @@ class LeCunNormal(Normal):
     Embeddings are normal with `std`.
     """
 
+    scale: float = 1.0  # deviations of matrices are multiplied by it
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.scale < 0:
+            raise ValueError(f"{at}scale={self.scale} must be at least 0; 1 is usual")
+
     def matrix(self, box: Declared) -> Draw:
-        return jax.nn.initializers.truncated_normal(box.fan_in**-0.5 / 0.87962566103423978)
+        return jax.nn.initializers.truncated_normal(self.scale * box.fan_in**-0.5 / 0.87962566103423978)
 
 
 class TorchUniform(Normal):
@@ -126,6 +133,28 @@ class TorchUniform(Normal):
 
     def __call__(self, box: Declared, n_residuals: int) -> Draw:
         return _uniform(box.fan_in**-0.5) if box.fan_in else super().__call__(box, n_residuals)
+
+
+class ZeroOutputs(Initializer):
+    """Zeros where layers write to the residual stream, and where heads give logits; the rest as `base`.
+
+    At first each layer leaves the stream as it is, and no id or class is likelier than another (muP, arXiv:2203.03466,
+    section D.2; Fixup, arXiv:1901.09321; modded-nanogpt). A tied head gives logits by the embedding, which is not zero.
+    """
+
+    base: Initializer = LeCunNormal()  # how other parameters are initialised
+
+    def __call__(self, box: Declared, n_residuals: int) -> Draw | ByLayer:
+        batch, _, out = box.letters
+        logits = box.fan_in and not batch and out in ("V", "N")
+        return zeros if logits or writes_to_stream(box, n_residuals) else self.base(box, n_residuals)
+
+
+def writes_to_stream(box: Declared, n_residuals: int) -> bool:
+    """Whether the array is the matrix, or the bias behind it, by which a layer adds to the residual stream; heads
+    write elsewhere, and recurrent layers have none."""
+    batch, _, out = box.letters
+    return bool(n_residuals and "L" in batch and box.fan_in and out == "D")
 
 
 def is_embedding(box: Declared) -> bool:
@@ -203,6 +232,12 @@ def add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 
+def weighted(*terms: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Σ gain · x in the dtype of the last x, where gains broadcast (`along`): their gradients are summed in float32."""
+    total = sum(along(gain, x).astype(jnp.float32) * x.astype(jnp.float32) for gain, x in terms)
+    return jnp.asarray(total).astype(terms[-1][1].dtype)
+
+
 def along(v: Float[Array, "*N"], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """v, a gain or bias, ready to broadcast over all but the last axes of x."""
     return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
@@ -236,14 +271,22 @@ class RMSNorm(Norm):
 
     eps: float = 1e-6  # is added to the mean square
     one_plus: bool = False  # the gain is 1 + scale, which begins at zero, as Gemma's (arXiv:2403.08295)
+    gain: bool = True  # whether there is a gain; without one nothing is learned, as in nanochat
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.one_plus and not self.gain:
+            raise ValueError(f"{at}one_plus=True needs a gain; leave {at}gain at True, or {at}one_plus at False")
 
     def params(self, letter: str = "D") -> Declarations:
-        return {"scale": Param(letter, zeros if self.one_plus else ones)}
+        return {"scale": Param(letter, zeros if self.one_plus else ones)} if self.gain else {}
 
     def __call__(self, params: Arrays, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(jnp.float32)
-        gain = along(params["scale"], h)
-        h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + self.eps) * (1 + gain if self.one_plus else gain)
+        h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + self.eps)
+        if self.gain:
+            gain = along(params["scale"], h)
+            h = h * (1 + gain if self.one_plus else gain)
         return h.astype(x.dtype)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.declarations import Arrays, Declarations, Param, Slot
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.kernels import Kernel
-from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear
+from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear, lookup, ones, weighted
 from jaxformer.model.masks import Look, Mask, Places, View
 from jaxformer.model.positions import Position
 from jaxformer.spec import Spec
@@ -119,12 +119,18 @@ class MultiHead(Mixer):
         project = params["project"].items()
         return {**params, "project": {name: a if "bias" in name else flat(name, a) for name, a in project}}
 
+    def values(
+        self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "B G T K"]:
+        """What the tokens x are worth to queries."""
+        return _heads(params, parts, x, "v")
+
     def remember(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Arrays:
         """What the tokens x leave behind for queries to look at."""
         at, cache, position = context.at, context.cache, _of_position(params, parts, context)
         k = parts.position.rotate(position, parts.qk_norm(params["norm_k"], _heads(params, parts, x, "k")), at)
         more = parts.position.remember(position, k, at, cache)
-        v = _heads(params, parts, x, "v")
+        v = self.values(params, parts, x, context)
         return {**place(parts, at), **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
 
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
@@ -149,6 +155,30 @@ class MultiHead(Mixer):
         kept = {"q": q, "k": seen.get("k"), "v": seen.get("v"), "values": out.h, **out.activations}
         sums = {"kernel_params": out.sums} if out.sums else {}
         return Out(h, cache, out.losses, sums, handed, kept)
+
+
+class ValueEmbeddings(MultiHead):
+    """MultiHead whose values have a learned vector for each id added, times a learned number for each head that begins
+    at 1 (modded-nanogpt, nanochat). Tables are each layer's own; of cross-attention there is none."""
+
+    def summary(self, parts: Parts) -> str:
+        return f"{super().summary(parts)} with value embeddings"
+
+    def check_parts(self, parts: Parts, at: str) -> None:
+        super().check_parts(parts, at)
+        if "v" not in parts.kernel.projections:
+            raise ValueError(f"{at}mixer=ValueEmbeddings needs values, and {type(parts.kernel).__name__} looks at none")
+
+    def params(self, parts: Parts) -> Declarations:
+        return {**super().params(parts), "embedding": {"table": Param("VGK"), "gain": Param("G", ones)}}
+
+    def values(
+        self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "B G T K"]:
+        own = params["embedding"]
+        table = own["table"].reshape(len(own["table"]), -1)  # [V, G · K]
+        more = lookup(table, context.ids).reshape(*x.shape[:2], *own["table"].shape[1:]).swapaxes(1, 2)  # [B, G, T, K]
+        return super().values(params, parts, x, context) + weighted((own["gain"][:, None, None], more))
 
 
 def view_of(parts: Parts, at: Places, seen: Arrays) -> View:

@@ -15,13 +15,14 @@ from jaxtyping import Array, Float, Int
 from jaxformer.declarations import Arrays, Declarations, Param, declare, draw, path_name, whole
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
-from jaxformer.model.blocks import BlockSpec, PreNorm, Residual, Stack
+from jaxformer.model.blocks import BlockSpec, Stack
 from jaxformer.model.heads import Head, LanguageHead
 from jaxformer.model.kernels import Kernel, Softmax
 from jaxformer.model.layers import MLP, FeedForward, GPT2Normal, Initializer, LayerNorm, NoNorm, Norm, Out, lookup
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
 from jaxformer.model.mixers import FIELDS, HEADS, Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Learned, NoPosition, Position
+from jaxformer.model.residuals import PreNorm, Residual
 from jaxformer.spec import Spec
 
 Params = Mapping[str, Any]
@@ -84,8 +85,8 @@ class Model(Spec):
 
     @property
     def n_residuals(self) -> int:
-        """How often the longest residual stream is added to."""
-        return 1
+        """How often the longest residual stream is added to; 0: there is none."""
+        return 0
 
     def params(self) -> Declarations:
         """What the model owns outside its layers: the embedding and the heads. `embedding` has a `table` [V, D]."""
@@ -337,13 +338,19 @@ class Decoder(Model):
 
     def kinds(self, stack: str) -> tuple[BlockSpec, ...]:
         """The blocks of a group, which repeats over the layers of a stack."""
-        return self._kinds(self.mask, self.mixer, None)
+        return self._kinds(stack, self.mask, self.mixer, None)
 
     def _kinds(
-        self, masks: Mask | tuple[Mask, ...], mixers: Mixer | tuple[Mixer, ...], cross_kernel: Kernel | None
+        self,
+        stack: str,
+        masks: Mask | tuple[Mask, ...],
+        mixers: Mixer | tuple[Mixer, ...],
+        cross_kernel: Kernel | None,
     ) -> tuple[BlockSpec, ...]:
         each: Any = self.position, self.kernel, masks, mixers, self.feed_forward
         count = math.lcm(*(len(_as_tuple(parts)) for parts in each))
+        if any(kernel and kernel.whole_stack for kernel in _as_tuple(self.kernel)):
+            count = math.lcm(count, self.layers(stack))
         qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         rest = self.qk_norm, qkv_bias, self.bias, self.output_projection, self.dropout
         dims = FrozenDict(self.widths | ({"V": self.vocab_size} if self.vocab_size else {}))
@@ -411,14 +418,19 @@ class EncoderDecoder(Decoder):
     def check(self, at: str = "") -> None:
         self.check_sizes(at, "n_encoder_layers")
         super().check(at)
+        if self.cross_kernel.shares:
+            raise ValueError(
+                f"{at}cross_kernel={type(self.cross_kernel).__name__} needs what other layers hand on, which attention "
+                "to another text does not get; take another kernel"
+            )
 
     def layers(self, stack: str) -> int:
         return (self.n_encoder_layers or self.n_layers) if stack == "encoder" else self.n_layers
 
     def kinds(self, stack: str) -> tuple[BlockSpec, ...]:
         if stack == "encoder":
-            return self._kinds(self.encoder_mask, self.encoder_mixer or self.mixer, None)
-        return self._kinds(self.mask, self.mixer, self.cross_kernel)
+            return self._kinds(stack, self.encoder_mask, self.encoder_mixer or self.mixer, None)
+        return self._kinds(stack, self.mask, self.mixer, self.cross_kernel)
 
     def encode(
         self,
