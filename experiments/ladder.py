@@ -325,7 +325,7 @@ def random_batches(run: Run, count: int) -> list[float]:
     tokens = prepare_data(run.config, run.tokenizer).valid[0].tokens
     first = np.random.default_rng(0).integers(0, len(tokens) - 8, (count, 200 * 32, 1))
     drawn = (np.asarray(tokens[each + np.arange(9)], np.int32) for each in first)
-    return [float(nats(run.model, run.state.eval_params, rows).mean()) for rows in drawn]
+    return [float(nats(run.model, run.eval_params, rows).mean()) for rows in drawn]
 
 
 def variances(width: int) -> tuple[dict[str, str], float]:

@@ -136,8 +136,8 @@ def recall_by_distance(run: Run) -> list[float]:
     for d in DISTANCES:
         pairs = list(Recall(length=d, shortest=d, examples=500, seed=1).pairs())
         ids = jnp.asarray([[*tokenizer.document(text)][: d + 2] for text, _ in pairs])  # end token, text, end token
-        h = run.model.hidden(run.state.eval_params, ids, one_document(d + 2)).h[:, -1]
-        said = run.model.logits(run.state.eval_params, h).argmax(-1)
+        h = run.model.hidden(run.eval_params, ids, one_document(d + 2)).h[:, -1]
+        said = run.model.logits(run.eval_params, h).argmax(-1)
         answers = jnp.asarray([tokenizer.encode(answer)[0] for _, answer in pairs])
         accuracies.append(float((said == answers).mean()))
     return accuracies

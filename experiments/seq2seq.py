@@ -238,11 +238,11 @@ def written(run: Run, texts: Sequence[str]) -> list[str]:
     """
     tokenizer, model, width = run.tokenizer, run.model, run.config.window
     source, segments = padded([tokenizer.document(text) for text in texts], width)
-    memory = _encoded(model, run.state.eval_params, source, segments)
+    memory = _encoded(model, run.eval_params, source, segments)
     ids = np.full((len(texts), width + 1), tokenizer.padding, np.int32)
     ids[:, 0] = tokenizer.start
     for n in range(1, width + 1):
-        ids[:, n] = _next(model, run.state.eval_params, memory, ids[:, :-1], np.int32(n))
+        ids[:, n] = _next(model, run.eval_params, memory, ids[:, :-1], np.int32(n))
     ends = [[*row, tokenizer.end].index(tokenizer.end) for row in ids[:, 1:].tolist()]
     return [tokenizer.decode(row[1 : 1 + end]) for row, end in zip(ids, ends, strict=True)]
 

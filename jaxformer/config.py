@@ -16,6 +16,7 @@ from jaxformer.data.corpora import Corpus, PythonTopics, TextFiles
 from jaxformer.data.files import expanded, located, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.generation.decode import Sampler
+from jaxformer.learning import groups
 from jaxformer.learning.guards import Guard
 from jaxformer.learning.objectives import NextToken, Objective
 from jaxformer.learning.optimizers import AdamW, Optimizer
@@ -26,7 +27,12 @@ from jaxformer.spec import InputError, Spec, checked, class_name, from_json, kno
 from jaxformer.writers import Writer
 
 S = TypeVar("S", bound=Spec)
-PARTS = tables, tasks, baselines  # imported so that their specs are known by name, in overrides and stored configs
+PARTS = (
+    tables,
+    tasks,
+    baselines,
+    groups,
+)  # imported so that their specs are known by name, in overrides and stored configs
 
 
 class Data(Spec):

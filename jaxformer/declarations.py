@@ -155,6 +155,25 @@ def trained(tree: Any, declared: Any) -> Any:
     return {n: tree[n] if is_declared(box) else trained(tree[n], box) for n, box in kept.items()}
 
 
+def selected(tree: Any, declared: Any, keep: Callable[[str], bool], path: str = "") -> dict[str, Any]:
+    """The tree with those arrays alone whose path, as `path_name` gives it, is to be kept."""
+    found: dict[str, Any] = {}
+    for name, box in declared.items():
+        if not is_declared(box):
+            if inner := selected(tree[name], box, keep, f"{path}{name}/"):
+                found[name] = inner
+        elif keep(path + name):
+            found[name] = tree[name]
+    return found
+
+
+def by_path(declared: Any) -> dict[str, Declared]:
+    """Path → box."""
+    return {
+        path_name(path): box for path, box in jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_declared)[0]
+    }
+
+
 def updated(tree: Any, new: Any) -> Any:
     """The tree with the arrays of another, which may lack some, in their place."""
     if not isinstance(tree, Mapping):

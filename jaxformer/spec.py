@@ -39,7 +39,7 @@ class Spec(abc.ABC):
     The base of a role has abstract methods; only a class that defines them all can be made.
     """
 
-    keeps_fields = False  # True: a class given in its place on the command line keeps what was set of common fields
+    keeps_fields = False  # True: given on the command line in another's place, it keeps what was set of common fields
     abstract = False  # class Base(Spec, abstract=True): of no use itself, even if no method is missing
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
@@ -109,7 +109,7 @@ def override(spec: S, path: str, value: Any, at: str = "", root: Spec | None = N
         if isinstance(old, Spec) and _is_number(value) and (numbers := _numbers(old, f"{at}{name}.")):
             raise InputError(f"{at}{name}={value}: a part is no number; give a field of it, {' or '.join(numbers)}")
         new = _parse(value, typing.get_type_hints(type(spec))[name], at + name)
-        if isinstance(old, Spec) and old.keeps_fields and isinstance(new, Spec):
+        if isinstance(old, Spec) and isinstance(new, Spec) and old.keeps_fields and new.keeps_fields:
             new = _with_fields_of(old, new)
     return dataclasses.replace(spec, **{name: new})
 

@@ -5,13 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxformer.declarations import ByLayer, Param, Slot, map_declared
+from jaxformer.declarations import ByLayer, Param, Slot
 from jaxformer.generation.decode import Drawn, Sampler
 from jaxformer.generation.logits_processors import Text
 from jaxformer.learning.objectives import Example, Masked, NextToken
-from jaxformer.learning.optimizers import AdamW
 from jaxformer.model import cache
 from jaxformer.model.heads import cross_entropy
 from jaxformer.model.kernels import Look, Softmax
@@ -372,48 +370,3 @@ def _unmask(model, objective, rounds, params, ids, segments, processors, keys):
         return jnp.where(still & (rank < count[:, None]), drawn, ids)
 
     return jax.lax.fori_loop(0, rounds, one, ids)
-
-
-# --- optimizers
-
-
-class Muon(AdamW):
-    """Momentum of the layers' matrices, made orthogonal (Jordan et al. 2024; arXiv:2502.16982); AdamW for the rest."""
-
-    momentum: float = 0.95
-    factor: float = 0.2  # of √max(in, out): updates as large as Adam's
-
-    def transform(self, declared, step, steps):
-        rate = self.learning_rate(step, steps)
-        hidden = map_declared(lambda box: bool(box.letters.batch and box.letters.into), declared)
-
-        def orthogonal(box, g):
-            batch, into, _ = box.letters
-            inner = int(np.prod(g.shape[len(batch) : len(batch) + len(into)]))
-            x = g.reshape(*g.shape[: len(batch)], inner, -1)
-            scale = self.factor * max(x.shape[-2:]) ** 0.5
-            turned = x.shape[-2] > x.shape[-1]
-            x = x.swapaxes(-1, -2) if turned else x
-            x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
-            for _ in range(5):
-                square = x @ x.swapaxes(-1, -2)
-                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-            return scale * (x.swapaxes(-1, -2) if turned else x).reshape(g.shape)
-
-        orthogonalized = optax.stateless(
-            lambda updates, _: jax.tree.map(
-                lambda box, g: g if isinstance(g, optax.MaskedNode) else orthogonal(box, g),
-                declared,
-                updates,
-                is_leaf=lambda x: hasattr(x, "letters"),
-            )
-        )
-        muon = optax.chain(
-            optax.trace(self.momentum, nesterov=True),
-            orthogonalized,
-            optax.add_decayed_weights(self.weight_decay),
-            optax.scale_by_learning_rate(rate),
-        )
-        rest = jax.tree.map(lambda m: not m, hidden)
-        both = optax.chain(optax.masked(muon, hidden), optax.masked(super().transform(declared, step, steps), rest))
-        return both

@@ -537,7 +537,7 @@ def test_a_moving_average_is_what_is_evaluated_and_sampled(home, whole):
         os.chdir(cwd)
     assert row["loss"] == found[-1]["loss"] and row["bits_per_byte"] == found[-1]["bits_per_byte"]
     last = dataclasses.replace(run, state=run.state.replace(ema=()))
-    assert sha256(last.state.eval_params) == inspect(home, "run-ema")["params_sha256"] != sha256(run.state.eval_params)
+    assert sha256(last.eval_params) == inspect(home, "run-ema")["params_sha256"] != sha256(run.eval_params)
     assert list((home / "run-ema" / "profile").rglob("*.xplane.pb")), err
     assert list((home / "run-ema" / "tensorboard").iterdir())
 

@@ -10,7 +10,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ideas import (
     Borrow,
@@ -24,7 +23,6 @@ from ideas import (
     Latent,
     MaskedDiffusion,
     MultiToken,
-    Muon,
     Unmasking,
 )
 from tiny import generate, loud
@@ -121,7 +119,6 @@ RUNS = {
     "early exit": (Decoder(**SIZES), EveryLayer(), ADAMW, {}),
     "fill in the middle": (Decoder(**SIZES), FillInTheMiddle(marks=(253, 254, 255)), ADAMW, {}),
     "masked diffusion": (Encoder(**SIZES), MaskedDiffusion(mask=255, special=(255,)), ADAMW, {}),
-    "Muon": (Decoder(**SIZES), NextToken(), Muon(Constant(1e-3)), {}),
 }
 RUNS["an encoder–decoder of latent attention"] = (
     TOGETHER["an encoder–decoder of latent attention"],
@@ -299,31 +296,6 @@ def test_matrices_of_a_batch_are_drawn_each_for_itself():
     of = lambda model: {"up": model.declared()["decoder"]["layers"]["block0"]["feed_forward"]["up"]}
     up = lambda model: draw(of(model), jax.random.key(0), lambda box: model.initializer(box, 1))["up"]
     np.testing.assert_array_equal(up(model)[:, :3], up(few))
-
-
-def test_muon_makes_matrices_orthogonal():
-    model = Decoder(**(SIZES | {"n_layers": 2}), vocab_size=V, feed_forward=Experts())
-    params, declared = loud(model), model.declared()
-    transform = Muon(weight_decay=0.0, clip=None).transform(declared, jnp.int32(500), jnp.int32(1000))
-    grads = loud(model, seed=1)
-    updates, _ = jax.jit(transform.update)(grads, transform.init(params), params)
-    layer = updates["decoder"]["layers"]["block0"]
-    rate = Muon().learning_rate(jnp.int32(500), jnp.int32(1000))
-    for name, shape in (("up", (2, 4, 24, 11)), ("down", (2, 4, 11, 24))):
-        values = np.linalg.svd(np.asarray(layer["feed_forward"][name]), compute_uv=False)
-        assert layer["feed_forward"][name].shape == shape
-        np.testing.assert_allclose(values / (0.2 * 24**0.5 * rate), 1, atol=0.45)
-    plain, _ = (
-        AdamW(weight_decay=0.0, clip=None)
-        .transform(declared, jnp.int32(500), jnp.int32(1000))
-        .update(
-            grads,
-            AdamW(weight_decay=0.0, clip=None).transform(declared, jnp.int32(0), jnp.int32(9)).init(params),
-            params,
-        )
-    )
-    chex.assert_trees_all_close(updates["embedding"], plain["embedding"], rtol=1e-5)
-    assert optax.tree.norm(updates["embedding"]) > 0
 
 
 def test_a_middle_is_moved_behind_marks():

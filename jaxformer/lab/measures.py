@@ -51,7 +51,7 @@ def estimate_loss(run: Run, batches: int = 200, seed: int = 0) -> dict[str, floa
         tokens = _text(run, source, {"train": "training", "valid": "validation"}[split])
         first = (rng.integers(0, len(tokens) - length, shape) for _ in range(batches))
         rows = (np.asarray(tokens[each + np.arange(length + 1)], np.int32) for each in first)
-        found[split] = float(np.mean([nats(run.model, run.state.eval_params, each).mean() for each in rows]))
+        found[split] = float(np.mean([nats(run.model, run.eval_params, each).mean() for each in rows]))
     return found
 
 
@@ -65,7 +65,7 @@ def loss_by_position(run: Run, count: int = 1024) -> Float[np.ndarray, "T"]:
     _check_causal(run)
     rows, total, batch = validation_rows(run, count), 0.0, run.config.data.batch_size
     for first in range(0, len(rows), batch):
-        total = total + np.asarray(nats(run.model, run.state.eval_params, rows[first : first + batch])).sum(0)
+        total = total + np.asarray(nats(run.model, run.eval_params, rows[first : first + batch])).sum(0)
     return np.asarray(total / len(rows))
 
 
@@ -82,7 +82,7 @@ def gradient_by_distance(run: Run, count: int = 256) -> Float[np.ndarray, "T"]:
     The mean over `count` windows of the norm of the gradient of its nats by that token's embedding.
     """
     rows = validation_rows(run, count)
-    return np.asarray(_reach(run.model, run.state.eval_params, rows))[::-1]
+    return np.asarray(_reach(run.model, run.eval_params, rows))[::-1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,7 +114,7 @@ def activations(run: Run, name: str, count: int = 32) -> Float[np.ndarray, "L ..
     if run.model.encodes:
         raise InputError(f"{run.config.directory}: its model reads two texts; call model.activations with both")
     ids = jnp.asarray(rows[:, :-1])
-    found = run.model.activations(run.state.eval_params, ids, one_document(ids.shape[1]))
+    found = run.model.activations(run.eval_params, ids, one_document(ids.shape[1]))
     if name not in found:
         raise InputError(f"activation {name!r} is none of this model; it has {', '.join(found)}")
     return np.asarray(found[name], np.float64)
@@ -133,5 +133,5 @@ def differences_by_layer(values: Float[np.ndarray, "L B T D"]) -> Float[np.ndarr
 def gradient_norms(run: Run, count: int = 32) -> dict[str, np.ndarray]:
     """Name → the norm of the gradient of the mean nats over windows of the validation split; stacked arrays [L]."""
     rows = validation_rows(run, count)
-    grads = jax.grad(lambda params: nats(run.model, params, rows).mean())(run.state.eval_params)
+    grads = jax.grad(lambda params: nats(run.model, params, rows).mean())(run.eval_params)
     return {name: np.asarray(value) for name, value in norms(run.model.declared(), grads).items()}

@@ -134,6 +134,11 @@ class Probe:
         return self.model.declared()
 
     @functools.cached_property
+    def moving(self) -> Any:
+        """The declarations, with what the config's optimizer freezes as not trained."""
+        return self.config.optimizer.frozen(self.declared)
+
+    @functools.cached_property
     def loud(self) -> Any:
         """Parameters as initialised, with so much noise that nothing is zero: matrices keep the size of their input,
         others get a tenth."""

@@ -304,10 +304,9 @@ def memorises(probe: Probe) -> str:
 
 def all_learn(probe: Probe) -> str:
     """Every trained array, in every layer, has a gradient, and the config's optimizer moves it; no other moves."""
-    moving = trained(probe.declared, probe.declared)
     key = jax.random.key(1)
-    grads = gradient(probe.objective, probe.model, probe.loud, probe.example, key)[1]
-    sizes = norms(moving, grads)
+    grads = trained(gradient(probe.objective, probe.model, probe.loud, probe.example, key)[1], probe.moving)
+    sizes = norms(trained(probe.moving, probe.moving), grads)
     for path, norm in sizes.items():
         wrong = [i for i, value in enumerate(np.atleast_1d(norm)) if not (np.isfinite(value) and value > 0)]
         if wrong:
@@ -324,13 +323,13 @@ def _updates(probe: Probe, grads: Any) -> Any:
     """What the config's optimizer makes of gradients, where its learning rate is highest."""
     optimizer, steps = probe.config.optimizer, probe.config.train.steps
     some = np.linspace(0, steps - 1, 200).astype(np.int32)
-    rates = jax.vmap(lambda step: optimizer.learning_rate(step, jnp.int32(steps)))(jnp.asarray(some))
+    rates = jax.vmap(lambda step: optimizer.rate(step, jnp.int32(steps)))(jnp.asarray(some))
     fastest = jnp.int32(some[int(np.argmax(np.broadcast_to(rates, some.shape)))])
-    own = trained(probe.loud, probe.declared)
+    own = trained(probe.loud, probe.moving)
 
     @jax.jit
     def update(grads: Any, own: Any) -> Any:
-        transform = optimizer.transform(trained(probe.declared, probe.declared), fastest, jnp.int32(steps))
+        transform = optimizer.transform(trained(probe.moving, probe.moving), fastest, jnp.int32(steps))
         return transform.update(grads, transform.init(own), own)[0]
 
     return update(grads, own)
@@ -338,8 +337,8 @@ def _updates(probe: Probe, grads: Any) -> Any:
 
 def decays_as_declared(probe: Probe) -> str:
     """Without a gradient, the optimizer moves what is declared to decay, and nothing else."""
-    moving = trained(probe.declared, probe.declared)
-    updates = jax.tree.leaves(_updates(probe, jax.tree.map(jnp.zeros_like, trained(probe.loud, probe.declared))))
+    moving = trained(probe.moving, probe.moving)
+    updates = jax.tree.leaves(_updates(probe, jax.tree.map(jnp.zeros_like, trained(probe.loud, probe.moving))))
     boxes = jax.tree_util.tree_flatten_with_path(moving, is_leaf=is_declared)[0]
     moved = [bool(np.abs(update).max() > 0) for update in updates]
     for (path, box), moves in zip(boxes, moved, strict=True):

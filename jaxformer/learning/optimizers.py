@@ -1,13 +1,15 @@
 """Optimizers: Optax transforms, told by the declared letters what to do with each parameter."""
 
 import abc
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
-from jaxtyping import Array, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxformer.declarations import map_declared
-from jaxformer.learning.schedules import Schedule, WarmupCosine
+from jaxformer.learning.schedules import Product, Schedule, WarmupCosine
 from jaxformer.spec import Spec
 
 if TYPE_CHECKING:  # a config costs no import of Optax
@@ -29,10 +31,61 @@ class Optimizer(Spec):
         `declared` is the tree of the model's declarations: each parameter's letters, its sizes, whether it decays.
         """
 
+    def check_declared(self, declared: Any) -> None:
+        """Raises ValueError if it cannot optimize arrays that are declared so."""
+
+    def frozen(self, declared: Any) -> Any:
+        """The declarations, with what it leaves as it is declared as not trained."""
+        return declared
+
+    def rate(self, step: Int[Array, ""], steps: Int[Array, ""]) -> Float[Array, ""]:
+        """The learning rate that a row of metrics tells."""
+        return self.learning_rate(step, steps)
+
+    def scaled(self, by: Schedule) -> Self:
+        """The same with learning rates multiplied by those of another schedule."""
+        return dataclasses.replace(self, learning_rate=Product((by, self.learning_rate)))
+
+    def eval_params(self, opt_state: Any, params: Any) -> Any:
+        """The parameters that evaluation and sampling use, of all parameters and of the transformation's state."""
+        return params
+
 
 def decayed(declared: Any) -> Any:
     """The tree of which parameters decay."""
     return map_declared(lambda box: box.decay, declared)
+
+
+def check_averages(optimizer: Any, at: str, *names: str) -> None:
+    """Raises ValueError for a decay that makes no average."""
+    for name in names:
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise ValueError(f"{at}{name}={getattr(optimizer, name)} must be at least 0 and less than 1; 0.9 is usual")
+
+
+def check_weight_decay(optimizer: Any, at: str) -> None:
+    if optimizer.weight_decay < 0:
+        raise ValueError(f"{at}weight_decay={optimizer.weight_decay} must be at least 0; 0 turns it off")
+
+
+def check_clip(optimizer: Any, at: str) -> None:
+    if optimizer.clip is not None and optimizer.clip <= 0:
+        raise ValueError(f"{at}clip={optimizer.clip} must be more than 0; None turns it off")
+
+
+class Frozen(Optimizer):
+    """Leaves its arrays as they are, to the bit: they have no gradient and no state. Stands in a group of `Groups`."""
+
+    def frozen(self, declared: Any) -> Any:
+        return map_declared(lambda box: box.replace(trained=False, decay=False), declared)
+
+    def rate(self, step: jax.Array, steps: jax.Array) -> jax.Array:
+        return jnp.float32(0)
+
+    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> "optax.GradientTransformation":
+        import optax
+
+        return optax.set_to_zero()
 
 
 class SGD(Optimizer):
@@ -54,15 +107,11 @@ class AdamW(Optimizer):
     clip: float | None = 1.0  # largest global norm of gradients; None: any
 
     def check(self, at: str = "") -> None:
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 0 and less than 1; 0.9 is usual")
+        check_averages(self, at, "b1", "b2")
         if self.eps <= 0:
             raise ValueError(f"{at}eps={self.eps} must be more than 0; 1e-8 is usual")
-        if self.weight_decay < 0:
-            raise ValueError(f"{at}weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"{at}clip={self.clip} must be more than 0; None turns it off")
+        check_weight_decay(self, at)
+        check_clip(self, at)
 
     def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> "optax.GradientTransformation":
         import optax

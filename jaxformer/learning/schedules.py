@@ -1,6 +1,7 @@
 """Learning rates as functions of the step."""
 
 import abc
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,15 @@ class Constant(Schedule):
 
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
         return jnp.float32(self.peak)
+
+
+class Product(Schedule):
+    """The product of other schedules."""
+
+    factors: tuple[Schedule, ...]  # what is multiplied
+
+    def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
+        return math.prod((factor(step, steps) for factor in self.factors), start=jnp.float32(1))
 
 
 class WarmupLinear(Schedule):

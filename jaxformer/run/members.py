@@ -114,7 +114,9 @@ class Members:
 
     def evaluate(self, state: TrainState, tokens: int | None, between: Callable[[], None]) -> list[dict[str, Any]]:
         """What a full pass of the validation split finds, or one of about so many tokens, of each (`evaluate`)."""
-        more = state.eval_params, Judged.of(self.prepared), self.configs[0], self.prepared.tokenizer, tokens, between
+        of = self.configs[0].optimizer
+        params = jax.vmap(lambda own: own.eval_params(of))(state) if self._several else state.eval_params(of)
+        more = params, Judged.of(self.prepared), self.configs[0], self.prepared.tokenizer, tokens, between
         return evaluate(self.recipe, *more, len(self.configs) if self._several else None)
 
 

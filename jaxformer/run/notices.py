@@ -8,10 +8,11 @@ import jax
 
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
+from jaxformer.learning.schedules import Schedule
 from jaxformer.run.directory import noticed
 from jaxformer.run.opened import Run
 from jaxformer.run.starts import changed_sources, implementation_of, moved
-from jaxformer.spec import counted
+from jaxformer.spec import counted, fields
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,17 @@ def tell_changes(config: Config, step: int, devices: Sequence[Any] = ()) -> None
 
 def _rates(config: Config, step: int, old: int, new: int) -> str:
     """A schedule may depend on the length of the run."""
-    rate = config.optimizer.learning_rate
+    rate = config.optimizer.rate
     before, after = (float(rate(*map(jax.numpy.int32, at))) for at in ((max(step - 1, 0), old), (step, new)))
     return f"; the learning rate goes from {before:.3g} at step {step} to {after:.3g} at step {step + 1}"
 
 
 def tell_beginning(config: Config) -> None:
     """What a new run does not do as its config says."""
-    if notice := config.optimizer.learning_rate.notice(config.train.steps):
-        log.warning("optimizer.learning_rate.%s", notice)
+    for path, owner, name in fields(config.optimizer, "optimizer."):
+        rate = getattr(owner, name)
+        if isinstance(rate, Schedule) and (notice := rate.notice(config.train.steps)):
+            log.warning("%s.%s", path, notice)
 
 
 def summarize(runs: Sequence[Run], prepared: Prepared) -> None:

@@ -68,6 +68,11 @@ class Run:
         return self.recipe.model
 
     @property
+    def eval_params(self) -> Any:
+        """What it is evaluated and sampled with: an average, or what its optimizer makes of its parameters."""
+        return self.state.eval_params(self.config.optimizer)
+
+    @property
     def sampler(self) -> Sampler:
         return self.config.sampler or LeftToRight()
 
@@ -189,7 +194,7 @@ class Run:
         processors: Processors,
         sources: Sequence[Sequence[int]] | None,
     ) -> Request:
-        model = self.recipe.objective, self.model, self.state.eval_params
+        model = self.recipe.objective, self.model, self.eval_params
         keys = row_keys(seed, 0, len(starts))
         context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
         return Request(*model, starts, tokens, keys, processors, context, end, sources)
@@ -255,7 +260,7 @@ class Run:
         for some in _batched(pairs, self.config.data.batch_size):
             ids, places = zip(*some, strict=True)
             parts = places if self.joins else None
-            found += predict(self.model, self.state.eval_params, ids, parts, self.config.window)
+            found += predict(self.model, self.eval_params, ids, parts, self.config.window)
         if not all(found):
             raise InputError(f"{self.config.directory}: its model has no head that classifies a text; use sample")
         return found
@@ -321,7 +326,7 @@ class Run:
     def _evaluated(self, judged: Judged, split: str) -> dict[str, Any]:
         for source in judged.sources:
             check_ids(source.tokens, self.tokenizer.vocab_size)
-        (found,) = evaluate(self.recipe, self.state.eval_params, judged, self.config, self.tokenizer)
+        (found,) = evaluate(self.recipe, self.eval_params, judged, self.config, self.tokenizer)
         if math.isnan(found["loss"]) and not found.get("tokens", found.get("examples")):
             count = sum(source.n_tokens for source in judged.sources)
             raise InputError(
@@ -376,7 +381,7 @@ class Run:
             if not ids:
                 raise InputError("must not be empty; give one")
         self._tell_cut([ids] if rows is None else [ids, rows])
-        ids, how = ids[:window], (self.model, self.state.eval_params)
+        ids, how = ids[:window], (self.model, self.eval_params)
         with _naming(self.config.directory):
             if rows is None:
                 weights, layers = attention(*how, ids, start if self.joins else None, window)
@@ -450,4 +455,4 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
 
 
 def finite(state: TrainState) -> bool:
-    return all(bool(np.isfinite(np.asarray(a, np.float32)).all()) for a in jax.tree.leaves(state.eval_params))
+    return all(bool(np.isfinite(np.asarray(a, np.float32)).all()) for a in jax.tree.leaves(state.ema or state.params))

@@ -16,6 +16,7 @@ from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared, classes_of, fitted, prepare
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Tokenizer
+from jaxformer.declarations import trained
 from jaxformer.model.heads import Classes
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
 from jaxformer.spec import InputError
@@ -48,7 +49,9 @@ def planned_recipe(config: Config, tokenizer: Tokenizer | None = None) -> Recipe
     """`recipe_of` before there is a run; reads the corpus only if sizes depend on it."""
     unknown = any(head.column and head.classes is None for head in config.model.heads)
     classes = classes_of(config.data.corpus) if unknown else {}
-    return recipe_of(config, tokenizer or planned_tokenizer(config), classes)
+    recipe = recipe_of(config, tokenizer or planned_tokenizer(config), classes)
+    check_optimizer(config, recipe)
+    return recipe
 
 
 def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
@@ -69,6 +72,21 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
         raise InputError(str(error)) from None
     train = config.train
     return Recipe(model, objective, train.compute_dtype, train.accumulation, train.grad_norms, train.guard)
+
+
+def check_optimizer(config: Config, recipe: Recipe) -> None:
+    """Raises InputError if the optimizer cannot be used for the model's parameters."""
+    declared = recipe.model.declared()
+    try:
+        config.optimizer.check_declared(trained(declared, declared))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    left = config.optimizer.frozen(declared)
+    if not jax.tree.leaves(trained(left, left)):
+        kind = type(config.optimizer).__name__
+        raise InputError(
+            f"optimizer={kind} freezes every parameter; give a group of optimizer=Groups another optimizer"
+        )
 
 
 def abstract_batches(config: Config, recipe: Recipe, count: int) -> dict[str, jax.ShapeDtypeStruct]:

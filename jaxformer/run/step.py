@@ -46,15 +46,15 @@ class TrainState(struct.PyTreeNode):
     ema: Any = ()  # an exponential moving average of params; empty if none is kept
     skips: Any = ()  # `guards.Skips`: of updates; empty without a guard
 
-    @property
-    def eval_params(self) -> Any:
+    def eval_params(self, optimizer: Optimizer) -> Any:
         """What evaluation and sampling use."""
-        return self.ema or self.params
+        return self.ema or optimizer.eval_params(self.opt_state, self.params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
-    params, declared = recipe.model.init(key_for(hyper.seed, 0, "init")), recipe.model.declared()
+    params = recipe.model.init(key_for(hyper.seed, 0, "init"))
+    declared = hyper.optimizer.frozen(recipe.model.declared())
     transform = hyper.optimizer.transform(trained(declared, declared), jnp.int32(0), hyper.steps)
     ema = () if hyper.ema_decay is None else params
     skips = () if recipe.guard is None else recipe.guard.begin()
@@ -70,16 +70,17 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it forgets the first parameters.
     """
     example = recipe.objective.prepare(batch, key_for(hyper.seed, state.step, "objective"), state.step)
-    key, declared = key_for(hyper.seed, state.step, "dropout"), recipe.model.declared()
-    sums, grads = _gradients(recipe, state.params, declared, example, key)
+    key, of_model = key_for(hyper.seed, state.step, "dropout"), recipe.model.declared()
+    declared = hyper.optimizer.frozen(of_model)
+    sums, grads = _gradients(recipe, state.params, of_model, declared, example, key)
     count = jnp.maximum(sums.weight, 1)  # a batch of padding alone changes nothing but the decay
     grads = jax.tree.map(lambda g: g / count, grads)
-    rate = hyper.optimizer.learning_rate(state.step, hyper.steps)
+    rate = hyper.optimizer.rate(state.step, hyper.steps)
     moved = trained(state.params, declared)
     transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
     updates, opt_state = transform.update(grads, state.opt_state, moved)
     params = updated(state.params, optax.apply_updates(moved, updates))
-    params = updated(params, _advanced(declared, state.params, sums.state, sums.weight > 0))
+    params = updated(params, _advanced(of_model, state.params, sums.state, sums.weight > 0))
     ema = state.ema
     if hyper.ema_decay is not None:
         decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
@@ -124,9 +125,13 @@ def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
     return {path_name(path): value for path, value in paths}
 
 
-def _gradients(recipe: Recipe, params: Any, declared: Any, example: Example, key: jax.Array) -> tuple[Sums, Any]:
-    """Sums over the slices of a batch, and their gradients by what is trained."""
-    n, moved = recipe.slices, _cast(recipe, trained(params, declared))  # once, whatever the number of slices
+def _gradients(
+    recipe: Recipe, params: Any, of_model: Any, declared: Any, example: Example, key: jax.Array
+) -> tuple[Sums, Any]:
+    """Sums over the slices of a batch, and their gradients by what is trained; what an optimizer leaves frozen is cast
+    as the model declares it."""
+    params = updated(params, _cast(recipe, trained(params, of_model)))  # once, whatever the number of slices
+    n, moved = recipe.slices, trained(params, declared)
     scale = _loss_scale(recipe.compute_dtype, example.ids.size // n)
 
     def one(example: Example, index: int | jax.Array) -> Any:

@@ -29,7 +29,7 @@ def open_source(init_from: str) -> Run:
         raise InputError(f"init_from={init_from!r}: {error}") from None
     if not finite(run.state):
         raise InputError(f"init_from={init_from!r} has no parameters of finite numbers; take another run or checkpoint")
-    return dataclasses.replace(run, state=TrainState(run.state.step, run.state.eval_params, opt_state=()))
+    return dataclasses.replace(run, state=TrainState(run.state.step, run.eval_params, opt_state=()))
 
 
 def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:

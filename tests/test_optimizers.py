@@ -1,0 +1,327 @@
+"""Optimizers by groups of parameters: against NumPy, in every family, resumed, frozen, refused."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import B, T, decoder, loud
+
+import jaxformer
+from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
+from jaxformer.commands import main
+from jaxformer.config import resolve
+from jaxformer.data.batches import Examples
+from jaxformer.data.corpora import TextFiles
+from jaxformer.data.tasks import Copy
+from jaxformer.data.tokenizers import Bytes, Characters
+from jaxformer.declarations import Declared, Letters, by_path, trained
+from jaxformer.learning.groups import Everything, Group, Groups, Hidden, Lettered, Path
+from jaxformer.learning.muon import Muon, NewtonSchulz, PolarExpress, orthogonalized
+from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
+from jaxformer.learning.optimizers import SGD, AdamW, Frozen
+from jaxformer.learning.schedules import Constant, Product, WarmupCosine
+from jaxformer.model.baselines import LSTM
+from jaxformer.run.manifest import sha256
+from jaxformer.run.step import Hyper, Recipe, init_state, train_members, train_steps
+from jaxformer.spec import InputError, checked
+
+pytestmark = pytest.mark.exact
+SIZES = {"L": 2, "E": 3, "D": 10, "H": 2, "G": 1, "K": 3, "F": 26, "V": 7}
+STEP, STEPS = jnp.int32(0), jnp.int32(9)
+
+
+def declared(**letters):
+    """Boxes by name: declared(up="L|D->F")."""
+
+    def box(text):
+        own = Letters.of(text)
+        shape = jax.ShapeDtypeStruct(tuple(SIZES[letter] for letter in own.all), "float32")
+        return Declared(shape, own, bool(own.into), None, 0, True, None, (0, 1))
+
+    return {name: box(text) for name, text in letters.items()}
+
+
+def drawn(boxes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=box.value.shape) for name, box in boxes.items()}
+
+
+def updates(optimizer, boxes, params, grads):
+    """What several gradients make of the parameters, one after another; and the last state."""
+    transform = optimizer.transform(boxes, STEP, STEPS)
+    params = jax.tree.map(jnp.float32, params)
+    state = transform.init(params)
+    for g in grads:
+        change, state = transform.update(jax.tree.map(jnp.float32, g), state, params)
+        params = jax.tree.map(jnp.add, params, change)
+    return params, state
+
+
+# --- against NumPy
+
+MATRICES = {"up": "LE|D->F", "down": "L|F->D", "q": "L|D->HK", "o": "L|HK->D", "gain": "L|D->D"}
+
+
+def polynomials(x, coefficients, safety=1.0):
+    x = x / (safety * np.linalg.norm(x))
+    for a, b, c in coefficients:
+        x = a * x + (b * (x @ x.T) + c * (x @ x.T) @ (x @ x.T)) @ x
+    return x
+
+
+def reference_muon(box, p, grads, heads=False, adam=False, cautious=False, nesterov=True, **how):
+    """One matrix after another, as PyTorch's Muon has them."""
+    how = how or {"coefficients": [(3.4445, -4.7750, 2.0315)] * 5}
+    batch, into, out = box.letters
+    lead = np.prod([SIZES[x] for x in batch], dtype=int)
+    mean, p = np.zeros_like(p), p.copy()
+    for g in grads:
+        mean = 0.95 * mean + 0.05 * g
+        look = 0.95 * mean + 0.05 * g if nesterov else mean
+        change = np.zeros_like(look).reshape(lead, *p.shape[len(batch) :])
+        for i, one in enumerate(look.reshape(change.shape)):
+            axis = (into + out).find("H") if heads else -1
+            for slot in [...] if axis < 0 else [(slice(None),) * axis + (j,) for j in range(SIZES["H"])]:
+                n_in = np.prod([SIZES[x] for x in into if not (heads and x == "H")], dtype=int)
+                x = one[slot].reshape(n_in, -1)
+                scale = 0.2 * max(x.shape) ** 0.5 if adam else max(1, x.shape[1] / x.shape[0]) ** 0.5
+                change[i][slot] = (scale * polynomials(x, **how)).reshape(one[slot].shape)
+        change = change.reshape(p.shape)
+        p -= 0.02 * (change + 0.1 * np.where((change * p >= 0) | (not cautious), p, 0))
+    return p
+
+
+PE = [
+    (8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.300387312530933 / 1.01**5),
+    (4.107059111542203 / 1.01, -2.9478499167379106 / 1.01**3, 0.5448431082926601 / 1.01**5),
+]
+KINDS = {
+    "as it is": (Muon(), {}),
+    "heads": (Muon(heads=True), {"heads": True}),
+    "scale of Adam, no Nesterov": (
+        Muon(adjust_lr="match_rms_adamw", nesterov=False),
+        {"adam": True, "nesterov": False},
+    ),
+    "cautious": (Muon(cautious=True), {"cautious": True}),
+    "Polar Express": (Muon(coefficients=PolarExpress(), steps=2), {"coefficients": PE, "safety": 1.01}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_muon(kind):
+    optimizer, how = KINDS[kind]
+    optimizer = dataclasses.replace(optimizer, learning_rate=Constant(0.02))
+    boxes = declared(**MATRICES)
+    params, grads = drawn(boxes), [drawn(boxes, seed) for seed in (1, 2)]
+    found, state = updates(optimizer, boxes, params, grads)
+    for name, box in boxes.items():
+        expected = reference_muon(box, params[name], [g[name] for g in grads], **how)
+        np.testing.assert_allclose(found[name], expected, atol=2e-5, err_msg=name)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, params)  # one array for each, and no more
+
+
+@pytest.mark.parametrize("coefficients", [NewtonSchulz(), PolarExpress()])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(3, 17, 17), (2, 13, 89)])
+def test_singular_values_end_near_one(coefficients, dtype, shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = np.asarray(orthogonalized(jnp.asarray(x), coefficients(5), coefficients.safety, dtype))
+    values = np.linalg.svd(found, compute_uv=False)
+    assert found.dtype == np.float32 and values.min() > 0.6 and values.max() < 1.25
+    if dtype == "float32":
+        expected = [polynomials(each, coefficients(5), coefficients.safety) for each in x.astype(np.float64)]
+        np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
+
+
+def test_polar_express_converges():
+    """Eight steps bring values of 10⁻³ to 1; further ones are all the last polynomial."""
+    x = np.diag([1.0, 0.3, 1e-2, 2e-3]).astype(np.float32)[None]
+    for steps in (8, 11):
+        coefficients = PolarExpress()(steps)
+        assert len(coefficients) == steps and coefficients[7:] == ((1.875, -1.25, 0.375),) * (steps - 7)
+        np.testing.assert_allclose(orthogonalized(jnp.asarray(x), coefficients, 1.01)[0], np.eye(4), atol=2e-3)
+
+
+# --- groups
+
+
+def test_the_first_group_that_has_an_array_moves_it():
+    boxes = {"layers": declared(up="L|D->F", bias="L|F", o="L|HK->D"), "head": declared(kernel="D->V")}
+    boxes |= {"embedding": declared(table="VD")}
+    rates = {"up": 1 * 2 * 0.1, "o": 3 * 2 * 0.01, "bias": 5 * 2 * 0.001, "table": 5 * 2 * 0.001, "kernel": 1 * 2 * 1.0}
+    groups = (
+        Group(Lettered(("D->F", "F->D")), SGD(Constant(0.1))),
+        Group(Hidden(), SGD(Constant(0.01)), factor=3.0),
+        Group(Path("head/*"), SGD(Constant(1.0))),
+        Group(Everything(), SGD(Product((Constant(0.001), Constant(1.0)))), factor=5.0),
+    )
+    optimizer = Groups(Constant(2.0), groups, clip=None)
+    grads = jax.tree.map(lambda box: jnp.ones(box.value.shape), boxes, is_leaf=lambda x: isinstance(x, Declared))
+    transform = optimizer.transform(boxes, STEP, STEPS)
+    change, state = transform.update(grads, transform.init(grads), grads)
+    assert by_path(change).keys() == by_path(boxes).keys() and len(state) == 4
+    for path, a in by_path(change).items():
+        np.testing.assert_allclose(a, -rates[path.split("/")[1]], rtol=1e-6, err_msg=path)
+    assert float(optimizer.rate(STEP, STEPS)) == pytest.approx(0.2)
+    clipped = dataclasses.replace(optimizer, clip=0.5).transform(boxes, STEP, STEPS)
+    less, _ = clipped.update(grads, clipped.init(grads), grads)
+    norm = np.sqrt(sum(a.size for a in jax.tree.leaves(grads)))
+    chex.assert_trees_all_close(less, jax.tree.map(lambda a: a * 0.5 / norm, change), rtol=1e-5)
+
+
+def test_one_group_of_everything_is_its_optimizer_to_the_bit():
+    recipe, alone = Recipe(decoder(n_layers=2)), AdamW(WarmupCosine(1e-2, 1e-3, 2))
+    found = []
+    for optimizer in (alone, Groups(groups=(Group(Everything(), alone),), clip=None)):
+        state, rows = train_steps(
+            recipe, init_state(recipe, hyper(optimizer)), batches(3), np.int32(3), hyper(optimizer)
+        )
+        found.append((state.params, rows))
+    chex.assert_trees_all_equal(*found)
+
+
+def test_refusals():
+    model = decoder(n_layers=2)
+    own = trained(model.declared(), model.declared())
+    for optimizer, sentence in (
+        (Muon(), "optimizer=Muon is for matrices, and decoder/.* is none .letters are L|D.; give it another"),
+        (Groups(groups=(Group(Hidden(), Muon()),)), "none has decoder/"),
+        (Groups(groups=(Group(), Group(Hidden(), Muon()))), "no array is left for Hidden()"),
+        (Groups(groups=(Group(Path("emb"), Muon()), Group())), "no array is left for Path(pattern='emb')"),
+        (Groups(groups=(Group(Path("embedding/*"), Muon()), Group())), "and embedding/table is none"),
+    ):
+        with pytest.raises(ValueError, match=sentence.replace("(", ".").replace(")", ".")):
+            optimizer.check_declared(own)
+    for wrong, sentence in (
+        (Groups(groups=()), "at least one"),
+        (Groups(groups=(Group(factor=0.0),)), "groups.0.factor=0.0 must be more than 0"),
+        (Groups(clip=0.0), "clip=0.0"),
+        (Muon(momentum=1.0), "momentum=1.0"),
+        (Muon(steps=0), "steps=0"),
+        (Muon(weight_decay=-1.0), "weight_decay=-1.0"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            checked(wrong)
+
+
+# --- in training
+
+
+def hyper(optimizer, steps=20):
+    return Hyper(np.uint32(5), np.int32(steps), optimizer)
+
+
+def batches(n):
+    return {"tokens": np.random.default_rng(0).integers(0, 29, (n, B, T + 1), dtype=np.int32)}
+
+
+FAST = WarmupCosine(1.0, 0.1, 10)
+LEARNERS = {
+    "Muon": Groups(FAST, (Group(Hidden(), Muon(Constant(0.05))), Group(Everything(), AdamW(Constant(1e-2))))),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_one_batch_is_memorised(name):
+    recipe, how = Recipe(decoder(n_layers=2)), hyper(LEARNERS[name], 150)
+    buffer = jax.tree.map(lambda a: np.broadcast_to(a, (150, *a.shape[1:])), batches(1))
+    _, rows = train_steps(recipe, init_state(recipe, how), buffer, np.int32(150), how)
+    assert 3 < float(rows["loss"][0]) < 4 and float(rows["loss"][-1]) < 0.05
+    assert float(rows["learning_rate"][9]) == pytest.approx(float(LEARNERS[name].rate(jnp.int32(9), jnp.int32(150))))
+
+
+FREEZES = Groups(groups=(Group(Path("decoder/layers/*"), Frozen()), Group(Everything(), AdamW(Constant(1e-2)))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_arrays_stay_to_the_bit_and_cost_nothing(dtype):
+    model = decoder(n_layers=2)
+    recipe = Recipe(model, compute_dtype=dtype, grad_norms=True)
+
+    def trained_by(optimizer, count):
+        state = init_state(recipe, hyper(optimizer)).replace(params=loud(model))
+        return train_steps(recipe, state, batches(2), np.int32(count), hyper(optimizer))
+
+    (state, rows), (_, whole), first = trained_by(FREEZES, 2), trained_by(AdamW(), 1), loud(model)
+    chex.assert_trees_all_equal(state.params["decoder"]["layers"], first["decoder"]["layers"])
+    assert not np.array_equal(state.params["embedding"]["table"], first["embedding"]["table"])
+    np.testing.assert_allclose(rows["loss"][0], whole["loss"][0], rtol=1e-6)  # frozen matrices, too, are cast
+    names = rows["grad_norms"].keys()
+    assert not any("layers" in name for name in names) and names < whole["grad_norms"].keys()
+    total = np.sqrt(sum(float((a[0] ** 2).sum()) for a in rows["grad_norms"].values()))
+    assert float(rows["grad_norm"][0]) == pytest.approx(total, rel=1e-5)
+    assert float(rows["learning_rate"][0]) == pytest.approx(1e-2)
+    count = lambda tree: sum(a.size for a in jax.tree.leaves(tree))
+    assert count(state.opt_state) == 2 * (count(first) - count(first["decoder"]["layers"])) + 1
+
+
+def test_seeds_and_numbers_are_traced():
+    """Of seeds together each is as alone; another rate compiles nothing."""
+    recipe, optimizer = Recipe(decoder(n_layers=2)), LEARNERS["Muon"]
+    once = jax.jit(chex.assert_max_traces(train_members.__wrapped__, n=1), static_argnums=0)
+    for factor in (1.0, 0.5):
+        own = dataclasses.replace(optimizer, learning_rate=WarmupCosine(factor, 0.1 * factor, 10))
+        both = hyper(own)._replace(seed=np.array([5, 6], np.uint32))
+        states = [init_state(recipe, both._replace(seed=seed)) for seed in both.seed]
+        stack = lambda *trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)
+        found, _ = once(recipe, stack(*states), stack(batches(2), batches(2)), np.int32(2), both)
+        alone, _ = train_steps(recipe, states[0], batches(2), np.int32(2), hyper(own))
+        chex.assert_trees_all_close(jax.tree.map(lambda a: a[0], found.params), alone.params, atol=1e-4)
+
+
+TINY = {"n_layers": 2, "n_heads": 2, "d_model": 14, "d_ff": 11, "context_length": 7}
+PAIRS = Data(Copy(5, 2, examples=61), tokenizer=Characters(end_token=True), sampling=Examples(), batch_size=3)
+FAMILIES = {
+    "decoder": (Decoder(**TINY), NextToken(), None),
+    "encoder": (Encoder(**TINY), Masked(), None),
+    "encoder–decoder": (EncoderDecoder(**TINY), SequenceToSequence(), PAIRS),
+    "baseline": (LSTM(d_model=14, n_layers=2, context_length=7), NextToken(), None),
+}
+
+
+def config(tmp_path, family, optimizer):
+    model, objective, data = FAMILIES[family]
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 20)
+    tokenizer = Bytes() if family != "encoder" else Characters(mask_token=True)
+    data = data or Data(TextFiles(str(tmp_path / "text.txt")), tokenizer=tokenizer, batch_size=3)
+    train = Train(steps=6, steps_per_call=2, log_every=2, eval_every=6, save_every=3, sample_tokens=0)
+    return Config(str(tmp_path / "run"), model, data, objective, optimizer, train)
+
+
+STEADY = dataclasses.replace(LEARNERS["Muon"], learning_rate=Constant(1.0))  # the same whatever the length of the run
+RUNS = {"Muon, decoder": ("decoder", STEADY), "frozen": ("decoder", FREEZES)}
+SLOW = {f"Muon, {family}": (family, STEADY) for family in FAMILIES if family != "decoder"}
+RUNS |= SLOW
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RUNS])
+def test_trains_and_resumes_to_the_same_bits(name, tmp_path):
+    own = config(tmp_path, *RUNS[name])
+    run = jaxformer.train(own)
+    jaxformer.train(own, {"train.steps": 3}, tmp_path / "again")
+    assert sha256(jaxformer.train(own, directory=tmp_path / "again").state) == sha256(run.state)
+    opened = jaxformer.open_run(tmp_path / "run")
+    assert opened.config.optimizer == run.config.optimizer and sha256(opened.state) == sha256(run.state)
+
+
+def test_the_command_line(tmp_path, capfd, monkeypatch):
+    """A mistake ends with one sentence and status 2, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 20)
+    sizes = ["--data.corpus=TextFiles", "--data.corpus.path=text.txt", "--model.n_layers=2", "--directory=out"]
+    for given, sentence in (
+        (["--optimizer=Muon"], "optimizer=Muon is for matrices"),
+        (["--optimizer=Frozen"], "optimizer=Frozen freezes every parameter"),
+        (["--optimizer=Groups", "--optimizer.groups=Group", "--optimizer.groups.0.which=Hidden"], "none has "),
+    ):
+        assert main.run("train", ["quickstart", *sizes, *given]) == 2
+        assert sentence in capfd.readouterr().err and not (tmp_path / "out").exists()
+    found = resolve("quickstart", {"optimizer": "Groups", "optimizer.groups.0.optimizer.heads": "true"})
+    assert found.optimizer == Groups(groups=(Group(Hidden(), Muon(heads=True)), Group()))
+    path = {"optimizer": "Groups", "optimizer.groups": "Group,Group", "optimizer.groups.0.which": "Path"}
+    path |= {"optimizer.groups.0.which.pattern": "embedding/*", "optimizer.groups.0.optimizer": "Frozen"}
+    assert resolve("quickstart", path).optimizer.groups[0] == Group(Path("embedding/*"), Frozen())
+    assert resolve(found, {"optimizer": "AdamW"}).optimizer == AdamW()
