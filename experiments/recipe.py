@@ -1,0 +1,279 @@
+"""What each ingredient of the fast recipe is worth, alone and among the others; and to which tasks it carries over."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxformer.config import Config, load
+from jaxformer.data.batches import Examples
+from jaxformer.data.tokenizers import BPE
+from jaxformer.lab.experiments import (
+    Experiment,
+    Metrics,
+    Report,
+    Result,
+    Row,
+    final_accuracy,
+    final_exact,
+    final_loss,
+)
+from jaxformer.lab.intervals import ERROR, Estimate, paired_difference
+from jaxformer.learning.groups import Groups
+from jaxformer.learning.muon import PolarExpress
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WSD, Constant, WarmupCosine
+from jaxformer.model.heads import LanguageHead
+from jaxformer.model.kernels import Softmax, ValueResidual
+from jaxformer.model.layers import GELU, MLP, GPT2Normal, LayerNorm, NoNorm
+from jaxformer.model.mixers import ValueEmbeddings
+from jaxformer.model.models import Embedding
+from jaxformer.model.positions import Learned, RelativeBias
+from jaxformer.model.residuals import InputInjection, UNet
+from jaxformer.pictures import panels
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SEEDS, TASK_SEEDS = 5, 3
+Changes = Mapping[str, Any]
+
+FAST = load(CONFIGS / "shakespeare_cpu_fast.py")
+TRAIN = replace(FAST.train, log_every=25, sample_tokens=0)
+RECIPE = replace(FAST, directory="runs/recipe", train=TRAIN)
+BASELINE = replace(  # its rate: the best of 1, 2, 4, 8 and 16 thousandths in as many steps
+    load(CONFIGS / "shakespeare_cpu.py"),
+    directory="runs/recipe",
+    optimizer=AdamW(WarmupCosine(peak=4e-3, final=0.0, warmup_steps=25)),
+    train=TRAIN,
+)
+HIDDEN, REST = RECIPE.optimizer.groups
+RATE = REST.optimizer.learning_rate
+
+
+def with_schedule(optimizer: Any, schedule: Any) -> Changes:
+    return {"optimizer": replace(optimizer, learning_rate=schedule)}
+
+
+def with_adam() -> Changes:
+    """The recipe's AdamW, of the embedding and the head, in the place of the baseline's."""
+    return {"optimizer": replace(REST.optimizer, learning_rate=BASELINE.optimizer.learning_rate)}
+
+
+def muon_beside(adam: AdamW) -> Changes:
+    """Muon for the matrices of layers beside the baseline's AdamW for the rest, by its schedule."""
+    shape = adam.learning_rate
+    rest = replace(REST, optimizer=replace(adam, learning_rate=Constant(shape.peak)))
+    return {"optimizer": Groups(replace(shape, peak=1.0), groups=(HIDDEN, rest))}
+
+
+# Ingredient -> what the baseline becomes with it, and the recipe without it.
+INGREDIENTS: Mapping[str, tuple[Changes, Changes]] = {
+    "Muon for matrices of layers": (
+        muon_beside(BASELINE.optimizer),
+        {"optimizer": replace(REST.optimizer, learning_rate=WSD(0.01, 0.0, 0, decay=0.6))},
+    ),
+    "a rate that falls in a line, no warm-up": (
+        with_schedule(BASELINE.optimizer, WSD(4e-3, 0.0, 0, decay=0.6)),
+        with_schedule(RECIPE.optimizer, replace(BASELINE.optimizer.learning_rate, peak=1.0)),
+    ),
+    "AdamW without decay and clipping, b2 0.95": (
+        with_adam(),
+        {"optimizer": replace(RECIPE.optimizer, groups=(HIDDEN, replace(REST, optimizer=AdamW(RATE))))},
+    ),
+    "rotary positions": ({"model.position": RECIPE.model.position}, {"model.position": Learned()}),
+    "queries and keys normed, scale 0.34": (
+        {"model.qk_norm": RECIPE.model.qk_norm, "model.kernel": RECIPE.model.kernel},
+        {"model.qk_norm": NoNorm(), "model.kernel": Softmax()},
+    ),
+    "norms without mean and gain": (
+        {"model.norm": RECIPE.model.norm},
+        {"model.norm": LayerNorm(bias=False)},
+    ),
+    "a norm behind the embedding": (
+        {"model.embedding": Embedding(normed=True)},
+        {"model.embedding": Embedding()},
+    ),
+    "ReLU²": ({"model.feed_forward": RECIPE.model.feed_forward}, {"model.feed_forward": MLP(GELU())}),
+    "outputs that begin at zero": (
+        {"model.initializer": replace(RECIPE.model.initializer, base=GPT2Normal())},
+        {"model.initializer": RECIPE.model.initializer.base},
+    ),
+    "a head of its own": (
+        {"model.head": LanguageHead(tied=False)},
+        {"model.head": LanguageHead(tied=True, scaled=True, cap=15.0)},
+    ),
+    "logits within ± 15": (
+        {"model.head": LanguageHead(cap=15.0)},
+        {"model.head": LanguageHead(tied=False)},
+    ),
+}
+
+
+def muon(**changes: Any) -> Changes:
+    """The recipe with Muon changed."""
+    hidden = replace(HIDDEN, optimizer=replace(HIDDEN.optimizer, **changes))
+    return {"optimizer": replace(RECIPE.optimizer, groups=(hidden, REST))}
+
+
+# What was tried besides and is no part of the recipe -> the recipe with it.
+TRIED: Mapping[str, Changes] = {
+    "value embeddings": {"model.mixer": ValueEmbeddings()},
+    "value residuals": {"model.kernel": ValueResidual(scale=RECIPE.model.kernel.scale)},
+    "the input in each layer": {"model.residual": InputInjection()},
+    "the input, and skips as in a U-net": {"model.residual": UNet()},
+    "Polar Express": muon(coefficients=PolarExpress()),
+    "Muon with cautious decay 0.1": muon(weight_decay=0.1, cautious=True),
+    "each head a matrix for Muon": muon(heads=True),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the recipe may help or not: a preset, made smaller."""
+
+    config: Config
+    measure: Callable[[Metrics], float] = final_loss
+    higher: bool = False
+
+    @property
+    def changes(self) -> Changes:
+        """The recipe in its place. What the model is asked for, its dropout, and positions that tell of distances
+        stay; the rates are those of the recipe."""
+        model = RECIPE.model
+        names = ("norm", "qk_norm", "kernel", "feed_forward", "initializer", "embedding")
+        changes: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in names}
+        if not isinstance(self.config.model.position, RelativeBias):
+            changes["model.position"] = model.position
+        if type(self.config.model.head) is LanguageHead:
+            changes["model.head"] = model.head
+        return changes | {"optimizer": RECIPE.optimizer}
+
+
+def short(name: str, steps: int, data: Changes | None = None, **model: Any) -> Config:
+    """A preset, made smaller; its seeds can be trained together."""
+    found = load(CONFIGS / f"{name}.py")
+    every = {"steps_per_call": 25, "log_every": 25, "eval_every": steps, "save_every": steps}
+    sampling = Examples() if isinstance(found.data.sampling, Examples) else found.data.sampling
+    return replace(
+        found,
+        directory="runs/recipe",
+        data=replace(found.data, **{"sampling": sampling, **(data or {})}),
+        model=replace(found.model, **model),
+        train=replace(found.train, steps=steps, sample_tokens=0, best_by="loss", **every),
+    )
+
+
+TASKS: Mapping[str, Task] = {
+    "characters: Shakespeare (loss)": Task(short("shakespeare_cpu", 1000)),
+    "tokens: Shakespeare by BPE(1024) (loss)": Task(short("shakespeare_cpu", 500, {"tokenizer": BPE(1024)})),
+    "masked tokens: tweets (loss)": Task(short("disaster_tweets_masked", 300, {"window": 48}, d_model=64)),
+    "corrupted spans: biographies (loss)": Task(
+        short("birth_places_pretrain", 300, {"tokenizer": BPE(2048, sentinels=32), "batch_size": 32}, d_model=96)
+    ),
+    "sequence to sequence: reverse 20 digits (exact)": Task(short("reverse", 600), final_exact, True),
+    "classes: tweets (accuracy)": Task(short("disaster_tweets", 300, {"window": 48}, d_model=64), final_accuracy, True),
+    "answers: birth places (loss)": Task(
+        short("birth_places", 200, {"tokenizer": BPE(2048), "batch_size": 32}, d_model=96)
+    ),
+}
+WITH, WITHOUT, BESIDE = "baseline + {}", "recipe − {}", "recipe + {}"
+
+
+def rows() -> tuple[Row, ...]:
+    """The recipe, the baseline, each ingredient in both, what was tried besides; then the tasks, by pairs."""
+    of = lambda name, config, changes: Row(name, config, None, SEEDS, changes)
+    found = [Row("recipe", RECIPE, None, SEEDS), Row("baseline", BASELINE, None, SEEDS)]
+    for name, (added, left_out) in INGREDIENTS.items():
+        found += [of(WITHOUT.format(name), RECIPE, left_out), of(WITH.format(name), BASELINE, added)]
+    found += [of(BESIDE.format(name), RECIPE, changes) for name, changes in TRIED.items()]
+    for name, task in TASKS.items():
+        more = {"measure": task.measure, "higher": task.higher}
+        found.append(Row(f"{name}, as it was", task.config, None, TASK_SEEDS, **more))
+        found.append(Row(f"{name}, recipe", task.config, None, TASK_SEEDS, task.changes, **more))
+    return tuple(found)
+
+
+def tell(report: Report) -> None:
+    recipe, baseline = report.results["recipe"], report.results["baseline"]
+    table, drawn = [], {}
+    for name in INGREDIENTS:
+        without, added = report.results[WITHOUT.format(name)], report.results[WITH.format(name)]
+        gone, come = difference(recipe, without, len(INGREDIENTS)), difference(baseline, added, len(INGREDIENTS))
+        drawn[name] = gone, come
+        table.append(
+            {
+                "ingredient": name,
+                "recipe without it": f"{without.mean:.4f}",
+                "costs": told(gone),
+                "baseline with it": f"{added.mean:.4f}",
+                "gives": told(come),
+            }
+        )
+    report.text(
+        f"### One at a time\n\nThe recipe has {recipe.mean:.4f}, the baseline after as many steps {baseline.mean:.4f}. "
+        f"Differences are paired seed by seed; intervals of a column hold together at 95 %."
+    )
+    report.table(table)
+    report.picture(
+        "ingredients", picture(drawn), "What the loss rises by without an ingredient, and falls by in the baseline."
+    )
+    report.text("### Tried besides\n\nAdded to the recipe; below 0 is better. What helps costs time as well.")
+    report.table(
+        [
+            {"added": name, "loss": f"{added.mean:.4f}", "difference": told(difference(recipe, added, len(TRIED)))}
+            for name, added in ((name, report.results[BESIDE.format(name)]) for name in TRIED)
+        ]
+    )
+    report.text(
+        "### Where it carries\n\nPresets, made smaller, as they are and with the whole recipe at its own rates; "
+        f"{TASK_SEEDS} seeds."
+    )
+    report.table([carried(name, report) for name in TASKS])
+
+
+def difference(first: Result, second: Result, together: int = 1) -> Estimate:
+    return paired_difference(first.values, second.values, ERROR / together)
+
+
+def told(found: Estimate) -> str:
+    half = found.half_width or 0.0
+    return f"{found.mean:+.4f} [{found.mean - half:+.4f}, {found.mean + half:+.4f}]"
+
+
+def carried(name: str, report: Report) -> dict[str, str]:
+    before, after = (report.results[f"{name}, {which}"] for which in ("as it was", "recipe"))
+    change, higher = difference(before, after, len(TASKS)), TASKS[name].higher
+    sure = abs(change.mean) > (change.half_width or 0.0)
+    return {
+        "task": name,
+        "as it was": f"{before.mean:.4f} ± {before.deviation or 0:.4f}",
+        "recipe": f"{after.mean:.4f} ± {after.deviation or 0:.4f}",
+        "difference": told(change),
+        "said": ("helps" if (change.mean > 0) == higher else "harms") if sure else "",
+    }
+
+
+def picture(drawn: Mapping[str, tuple[Estimate, Estimate]]) -> Any:
+    figure, (axes,) = panels(1, 1, 9, 6)
+    for place, pair in enumerate(drawn.values()):
+        for side, (found, color) in enumerate(zip(pair, ("tab:blue", "tab:orange"), strict=True)):
+            mean = found.mean if side == 0 else -found.mean
+            axes.errorbar(mean, place + 0.2 * side, xerr=found.half_width or 0, fmt="o", color=color, capsize=3)
+    axes.set_yticks(range(len(drawn)), list(drawn), fontsize=9)
+    axes.invert_yaxis()
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_xlabel("nats per character")
+    axes.legend(["0", "recipe: without it", "baseline: with it"][1:], fontsize=9)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+experiment = Experiment(
+    "The recipe",
+    f"""
+`configs/shakespeare_cpu_fast.py` beside AdamW as `configs/shakespeare_cpu.py` has it, at its best rate for as few
+steps: {RECIPE.train.steps} of {RECIPE.data.batch_size} rows, {SEEDS} seeds trained together. Time to a loss, beside
+PyTorch, is in BENCHMARKS.md.
+""",
+    rows(),
+    tell,
+)
