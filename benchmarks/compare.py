@@ -281,9 +281,10 @@ def _told(measurement: Measurement, row: Row, first: Row, limits: Mapping[str, A
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
 
-def _range(values: Sequence[float], form: Callable[[float], str]) -> str:
-    spread = f" ({form(min(values))} to {form(max(values))})" if len(values) > 1 else ""
-    return form(statistics.median(values)) + spread
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """The median and, in brackets, the least and the most."""
+    ends = f" ({form(min(values))} to {form(max(values))})" if len(values) > 1 else ""
+    return form(statistics.median(values)) + ends
 
 
 def _columns(found: Mapping[str, Any]) -> list[Column]:
@@ -291,11 +292,11 @@ def _columns(found: Mapping[str, Any]) -> list[Column]:
     first = found["rows"][0]["name"]
     columns: list[Column] = [("", lambda row: row["name"])]
     if any("tokens_per_second" in row for row in rows):
-        columns += [("tokens/s", lambda row: _range(row["tokens_per_second"], "{:,.0f}".format))]
+        columns += [("tokens/s", lambda row: spread(row["tokens_per_second"], "{:,.0f}".format))]
     else:
-        columns += [("ms", lambda row: _range([1000 * each for each in row["seconds"]], "{:,.0f}".format))]
+        columns += [("ms", lambda row: spread([1000 * each for each in row["seconds"]], "{:,.0f}".format))]
     if rows and rows[0]["name"] == first:  # it has not failed
-        columns += [(f"{first.split(',')[0]} is", lambda row: _range(row["ratios"], "{:.2f}".format) + " ×")]
+        columns += [(f"{first.split(',')[0]} is", lambda row: spread(row["ratios"], "{:.2f}".format) + " ×")]
     if any("of_limit" in row for row in rows):
         columns += [("of the limit", lambda row: f"{row['of_limit']:.0%}")]
     if any("mfu" in row for row in rows):
@@ -307,14 +308,19 @@ def _columns(found: Mapping[str, Any]) -> list[Column]:
 
 def table(found: Mapping[str, Any]) -> str:
     """A measurement as a table of Markdown, and what has failed below it."""
-    columns = _columns(found)
-    cells = [[make(row) for _, make in columns] for row in found["rows"] if "seconds" in row]
+    failed = [f"\n{row['name']} failed: {row['failed']}" for row in found["rows"] if row["failed"]]
+    return "\n".join([grid(_columns(found), [row for row in found["rows"] if "seconds" in row]), *failed])
+
+
+def grid(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of Markdown."""
+    cells = [[make(row) for _, make in columns] for row in rows]
     titles = [title for title, _ in columns]
     widths = [max(3, *(len(line[i]) for line in [titles, *cells])) for i in range(len(columns))]
     lines = [titles, ["-" * width for width in widths], *cells]
-    padded = ("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
-    failed = [f"\n{row['name']} failed: {row['failed']}" for row in found["rows"] if row["failed"]]
-    return "\n".join([*padded, *failed])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def title(found: Mapping[str, Any]) -> str:

@@ -11,13 +11,13 @@ import pytest
 from tiny import SIZES, B, T, block, crossed, decoder, generate, hidden, ids, loud, mixed
 
 from jaxformer import config as config_lib
-from jaxformer.declarations import path_name, updated
+from jaxformer.declarations import is_declared, path_name, updated
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.learning.objectives import NextToken
 from jaxformer.model import layers
 from jaxformer.model.baselines import LSTM
 from jaxformer.model.heads import ClassificationHead, EmbeddingHead, FirstToken, LanguageHead, MaskedLanguageHead
-from jaxformer.model.kernels import Look, SoftCapped, Softmax, Uniform
+from jaxformer.model.kernels import Look, SoftCapped, Softmax, Uniform, ValueResidual
 from jaxformer.model.layers import (
     GELU,
     MLP,
@@ -27,6 +27,7 @@ from jaxformer.model.layers import (
     OneLayer,
     ReLU,
     RMSNorm,
+    SquaredReLU,
     Tanh,
     ZeroOutputs,
 )
@@ -43,6 +44,7 @@ from jaxformer.model.masks import (
     one_document,
     places,
 )
+from jaxformer.model.mixers import ValueEmbeddings
 from jaxformer.model.models import Decoder, Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
 from jaxformer.model.residuals import InputInjection, Parallel, PostNorm, PreNorm, ReZero, SandwichNorm, UNet
@@ -337,6 +339,104 @@ def test_heads_side_by_side_must_fit():
     decoder(head_width=14, output_projection=False).check("model.")
 
 
+# --- values
+
+
+def test_values_mixed_with_the_first_layers():
+    """One kernel is that of a group of all layers; mixed 1 to 0 it is Softmax, and else each layer has some of the
+    first one's."""
+    model, plain = decoder(kernel=ValueResidual(), n_layers=3), decoder(kernel=(Softmax(),) * 3, n_layers=3)
+    assert len(model.kinds("decoder")) == 3 and checked(model, "model.") == model
+    params, text, at = loud(plain), ids(B, T), one_document(T)
+    first = updated(jax.jit(model.init)(jax.random.key(0)), params)  # mixed half and half
+
+    def mixed_by(mix):
+        own = jax.tree.map(lambda a: a, first)
+        for i in range(3):
+            own["decoder"]["layers"][f"block{i}"]["attention"]["kernel_params"]["mix"] = jnp.array([mix[i]])
+        return model.activations(own, text, at)
+
+    found = mixed_by([(1.0, 0.0)] * 3)
+    close(found["decoder/out"], hidden(plain, params, text, at)[0])
+    other = mixed_by([(1.0, 0.0), (1.0, 0.0), (0.5, -2.0)])
+    value = lambda layer, found: np.asarray(found[f"decoder/layers/block{layer}/attention/v"])
+    close(value(2, other), 0.5 * value(2, found) - 2 * value(0, found), 1e-4)
+    assert (first["decoder"]["layers"]["block1"]["attention"]["kernel_params"]["mix"] == 0.5).all()
+
+
+def test_values_with_an_embedding_of_their_ids():
+    model, plain = decoder(mixer=ValueEmbeddings(), n_layers=2), decoder(n_layers=2)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    own = params["decoder"]["layers"]["block0"]["attention"]["embedding"]
+    assert own["table"].shape == (2, 29, 2, 14) and own["gain"].shape == (2, 2)
+    value = lambda params, model: model.activations(params, text, at)["decoder/layers/block0/attention/v"][0]
+    more = np.einsum("BTGK,G->BGTK", np.asarray(own["table"])[0][text], np.asarray(own["gain"])[0])
+    close(value(params, model), value(params, plain) + more, 1e-4)
+    box = model.declared()["decoder"]["layers"]["block0"]["attention"]["embedding"]["table"]
+    assert str(box.letters) == "L|VGK" and layers.is_embedding(box) and not box.decay
+    begins = model.init(jax.random.key(0))["decoder"]["layers"]["block0"]["attention"]["embedding"]
+    assert float(begins["table"].std()) == pytest.approx(0.02, rel=0.05) and (begins["gain"] == 1).all()
+    assert model.summary() == {"attention": "Softmax with value embeddings"}
+
+
+def test_what_has_no_values_or_no_first_layer_is_refused():
+    with pytest.raises(ValueError, match=r"model.mixer=ValueEmbeddings needs values, and KeysAlone looks at none"):
+        checked(decoder(mixer=ValueEmbeddings(), kernel=KeysAlone()), "model.")
+    with pytest.raises(ValueError, match=r"model.cross_kernel=ValueResidual needs what other layers hand on"):
+        checked(EncoderDecoder(**SIZES, cross_kernel=ValueResidual()), "model.")
+
+
+class KeysAlone(Softmax):
+    projections = ("q", "k")
+
+
+# --- the parts of small recipes together
+
+
+RECIPE = decoder(
+    **{"embedding": Embedding(normed=True), "position": Rotary(), "norm": RMSNorm(gain=False), "n_kv_heads": 3},
+    **{"qk_norm": RMSNorm(gain=False), "kernel": Softmax(scale=0.12), "residual": UNet(), "mixer": ValueEmbeddings()},
+    **{"feed_forward": MLP(SquaredReLU()), "head": LanguageHead(tied=False, cap=15.0), "n_layers": 6},
+)
+
+
+def test_the_recipe_packs_caches_and_unrolls():
+    """Two documents in a row are two rows; token by token is all at once; a scan is its layers, with gradients."""
+    params, text = loud(RECIPE), ids(1, T)
+    segment = jnp.asarray(np.repeat([[1, 2]], [6, T - 6], 1).astype(np.int32))
+    row = hidden(RECIPE, params, text, places(segment))[0]
+    alone = [hidden(RECIPE, params, t, one_document(t.shape[1]))[0] for t in (text[:, :6], text[:, 6:])]
+    close(row, jnp.concatenate(alone, 1), 1e-4)
+    full, (h, cache) = hidden(RECIPE, params, text, one_document(T))[0], (None, RECIPE.cache(1, T))
+    outs, ones = [], jnp.ones((1, T), jnp.int32)
+    for start, end in ((0, 9), (9, 11), (11, 12), (12, 13)):
+        at = Places(jnp.arange(start, end)[None], ones[:, start:end])
+        h, cache = hidden(RECIPE, params, text[:, start:end], at, None, cache)
+        outs.append(h)
+    close(jnp.concatenate(outs, 1), full, 1e-4)
+    example = NextToken().prepare({"tokens": ids(B, T + 1)}, jax.random.key(0))
+    loss = lambda model: jax.grad(lambda p: NextToken().loss(model, p, example, None).minimised)
+    a, b = (jax.jit(loss(dataclasses.replace(RECIPE, unroll=n)))(params) for n in (1, 6))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        close(x, y, 1e-3 * float(jnp.abs(y).max()))
+
+
+def test_the_recipe_has_gains_and_tables_alone_beside_its_matrices():
+    declared = jax.tree_util.tree_flatten_with_path(RECIPE.declared(), is_leaf=is_declared)[0]
+    names = {path_name(path).removeprefix("decoder/layers/block0/") for path, box in declared if not box.letters.into}
+    own = {"attention/embedding/table", "attention/embedding/gain", "residual_enter/x", "residual_enter/x0"}
+    assert names == own | {"embedding/table", "decoder/residual_begin/skip"}
+
+
+def test_the_recipe_in_half_precision():
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), loud(RECIPE))
+    example = NextToken().prepare({"tokens": ids(B, T + 1)}, jax.random.key(0))
+    found = jax.eval_shape(lambda p: RECIPE.hidden(p, example.ids, example.at).h, half)
+    assert found.dtype == jnp.bfloat16
+    grads = jax.jit(jax.grad(lambda p: NextToken().loss(RECIPE, p, example, None).minimised))(half)
+    assert all(a.dtype == jnp.bfloat16 and jnp.isfinite(a).all() for a in jax.tree.leaves(grads))
+
+
 # --- wirings
 
 
@@ -425,7 +525,7 @@ def test_rules_that_begin_as_pre_norm(residual):
     if isinstance(residual, UNet):
         params["decoder"]["residual_begin"]["skip"] *= 0
     text, at = ids(B, T), one_document(T)
-    close(hidden(model, params, text, at)[0], hidden(decoder(), loud(decoder()), text, at)[0], 0)
+    close(hidden(model, params, text, at)[0], hidden(decoder(), loud(decoder()), text, at)[0])
 
 
 def test_branches_that_are_added_in_a_learned_measure():
