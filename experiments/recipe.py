@@ -69,7 +69,7 @@ def muon_beside(adam: AdamW) -> Changes:
 INGREDIENTS: Mapping[str, tuple[Changes, Changes]] = {
     "Muon for matrices of layers": (
         muon_beside(BASELINE.optimizer),
-        {"optimizer": replace(REST.optimizer, learning_rate=WSD(0.01, 0.0, 0, decay=0.6))},
+        {"optimizer": replace(REST.optimizer, learning_rate=WSD(5e-3, 0.0, 0, decay=0.6))},
     ),
     "a rate that falls in a line, no warm-up": (
         with_schedule(BASELINE.optimizer, WSD(4e-3, 0.0, 0, decay=0.6)),
