@@ -54,7 +54,7 @@ class Adafactor(Optimizer):
                 return {name: keep * mean + (1 - keep) * of[name]() for name, mean in old.items()}
 
             def change(box: Declared, own: dict[str, jax.Array], g: jax.Array, p: jax.Array) -> jax.Array:
-                direction = as_matrices(box, g) / jnp.sqrt(whole(own))
+                direction = normalized(own, as_matrices(box, g))
                 direction = direction / jnp.maximum(1, size(direction) / self.threshold)
                 if self.relative:
                     direction = direction * jnp.maximum(self.least, size(as_matrices(box, p)))
@@ -89,12 +89,13 @@ def zeros(box: Declared) -> dict[str, jax.Array]:
     return {"all": jnp.zeros((n, r, s))}
 
 
-def whole(moments: dict[str, jax.Array]) -> Float[Array, "n r s"]:
-    """The second moment of each number."""
+def normalized(moments: dict[str, jax.Array], g: Float[Array, "n r s"]) -> Float[Array, "n r s"]:
+    """Over the root of the second moment. That of a matrix is rows · columns / mean of the rows, a product that may be
+    too small for float32."""
     if "all" in moments:
-        return moments["all"]
-    rows, columns = moments["rows"], moments["columns"]
-    return rows[:, :, None] * columns[:, None] / rows.mean(1)[:, None, None]
+        return g / jnp.sqrt(moments["all"])
+    rows, columns = moments["rows"][:, :, None], moments["columns"][:, None]
+    return g / jnp.sqrt(rows) / jnp.sqrt(columns) * jnp.sqrt(rows.mean(1, keepdims=True))
 
 
 def size(x: Float[Array, "n r s"]) -> Float[Array, "n 1 1"]:
