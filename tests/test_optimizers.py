@@ -451,3 +451,5 @@ def test_the_command_line(tmp_path, capfd, monkeypatch):
     path |= {"optimizer.groups.0.which.pattern": "embedding/*", "optimizer.groups.0.optimizer": "Frozen"}
     assert resolve("quickstart", path).optimizer.groups[0] == Group(Path("embedding/*"), Frozen())
     assert resolve(found, {"optimizer": "AdamW"}).optimizer == AdamW()
+    slow = resolve("quickstart", {"optimizer.learning_rate.peak": 0.5})
+    assert resolve(slow, {"optimizer": "Groups"}).optimizer == Groups()  # a rate is no factor
