@@ -16,7 +16,7 @@ from jaxformer.data.corpora import Corpus, PythonTopics, TextFiles
 from jaxformer.data.files import expanded, located, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.generation.decode import Sampler
-from jaxformer.learning import groups
+from jaxformer.learning import adafactor, groups, schedule_free
 from jaxformer.learning.guards import Guard
 from jaxformer.learning.objectives import NextToken, Objective
 from jaxformer.learning.optimizers import AdamW, Optimizer
@@ -27,12 +27,8 @@ from jaxformer.spec import InputError, Spec, checked, class_name, from_json, kno
 from jaxformer.writers import Writer
 
 S = TypeVar("S", bound=Spec)
-PARTS = (
-    tables,
-    tasks,
-    baselines,
-    groups,
-)  # imported so that their specs are known by name, in overrides and stored configs
+# Imported so that their specs are known by name, in overrides and stored configs.
+PARTS = tables, tasks, baselines, groups, adafactor, schedule_free
 
 
 class Data(Spec):
@@ -359,6 +355,11 @@ def _check_config(config: Config, at: str) -> None:
     if config.sampler is not None:
         config.sampler.check_model(config.objective, config.model)
     config.objective.check_rows(at, config.data.batch_size, config.train.accumulation)
+    if config.train.ema_decay is not None and config.optimizer.averages:
+        kind = type(config.optimizer).__name__
+        raise ValueError(
+            f"{at}train.ema_decay={config.train.ema_decay} must be None: optimizer={kind} averages by itself"
+        )
     if config.data.batch_size % config.train.accumulation:
         raise ValueError(
             f"{at}train.accumulation={config.train.accumulation} must divide "

@@ -31,7 +31,21 @@ FLOORS = [
     *(f"model.{n}" for n in ("masks", "layers", "residuals", "positions", "implementations", "kernels", "cache")),
     *(f"model.{n}" for n in ("mixers", "blocks", "heads")),
     *(f"model.{n}" for n in ("models", "baselines")),
-    *(f"learning.{n}" for n in ("rows", "chunks", "objectives", "schedules", "optimizers", "muon", "groups", "guards")),
+    *(
+        f"learning.{n}"
+        for n in (
+            "rows",
+            "chunks",
+            "objectives",
+            "schedules",
+            "optimizers",
+            "muon",
+            "groups",
+            "adafactor",
+            "schedule_free",
+            "guards",
+        )
+    ),
     *(f"generation.{n}" for n in ("logits_processors", "decode", "texts", "predict")),
     *("pictures", "writers", "config"),
     *(

@@ -1,6 +1,7 @@
 """Optimizers by groups of parameters: against NumPy, in every family, resumed, frozen, refused."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -18,10 +19,12 @@ from jaxformer.data.corpora import TextFiles
 from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Bytes, Characters
 from jaxformer.declarations import Declared, Letters, by_path, trained
+from jaxformer.learning.adafactor import Adafactor
 from jaxformer.learning.groups import Everything, Group, Groups, Hidden, Lettered, Path
 from jaxformer.learning.muon import Muon, NewtonSchulz, PolarExpress, orthogonalized
 from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
-from jaxformer.learning.optimizers import SGD, AdamW, Frozen
+from jaxformer.learning.optimizers import SGD, AdamW, Frozen, Lion
+from jaxformer.learning.schedule_free import ScheduleFree
 from jaxformer.learning.schedules import Constant, Product, WarmupCosine
 from jaxformer.model.baselines import LSTM
 from jaxformer.run.manifest import sha256
@@ -145,6 +148,70 @@ def test_polar_express_converges():
         np.testing.assert_allclose(orthogonalized(jnp.asarray(x), coefficients, 1.01)[0], np.eye(4), atol=2e-3)
 
 
+def test_lion():
+    """Two updates of a matrix, which decays, and a gain, which does not."""
+    boxes = declared(w="L|D->F", scale="L|D")
+    params, grads = drawn(boxes), [drawn(boxes, seed) for seed in (1, 2)]
+    found, _ = updates(Lion(Constant(0.01), b1=0.8, b2=0.9, weight_decay=0.5), boxes, params, grads)
+    for name, box in boxes.items():
+        p, m = params[name], 0
+        for g in grads:
+            p = p - 0.01 * (np.sign(0.8 * m + 0.2 * g[name]) + 0.5 * p * box.decay)
+            m = 0.9 * m + 0.1 * g[name]
+        np.testing.assert_allclose(found[name], p, atol=1e-6)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_adafactor(relative):
+    """Algorithms 4 and 5 of arXiv:1804.04235, for one matrix after another."""
+    boxes = declared(up="LE|D->F", q="L|D->HK", scale="L|D", table="VD")
+    params, grads = drawn(boxes), [drawn(boxes, seed) for seed in (1, 2, 3)]
+    for g in grads:  # a row and a column without a gradient
+        g["up"][..., 0, :], g["up"][..., 0] = 0, 0
+    optimizer = Adafactor(Constant(0.1), threshold=0.9, relative=relative, weight_decay=0.2)
+    found, state = updates(optimizer, boxes, params, grads)
+    for name, box in boxes.items():
+        n = int(np.prod([SIZES[letter] for letter in box.letters.batch]))
+        split = (lambda a, n=n: a.reshape(n, 10, -1)) if box.letters.into else (lambda a, n=n: a.reshape(n, 1, -1))
+        for i in range(n):
+            p, v, rows, columns = split(params[name])[i].copy(), 0, 0, 0
+            for t, g in enumerate(grads, 1):
+                g, keep = split(g[name])[i], 1 - t**-0.8
+                squares = g**2 + 1e-30
+                v = keep * v + (1 - keep) * squares
+                rows, columns = (keep * a + (1 - keep) * squares.mean(ax) for a, ax in ((rows, 1), (columns, 0)))
+                u = g / np.sqrt(np.outer(rows, columns) / rows.mean() if box.letters.into else v)
+                u /= max(1, np.sqrt((u**2).mean()) / 0.9)
+                size = max(1e-3, np.sqrt((p**2).mean())) if relative else 1
+                p -= 0.1 * (size * u + 0.2 * p * box.decay)
+            np.testing.assert_allclose(split(found[name])[i], p, atol=1e-5, err_msg=name)
+    kept = {name: sum(a.size for a in own.values()) for name, own in state.moments.items()}
+    assert kept == {"up": 6 * (10 + 26), "q": 2 * (10 + 6), "scale": 20, "table": 70}
+
+
+def test_schedule_free():
+    """Algorithm 1 of arXiv:2405.15682, over plain gradient descent whose rate warms up."""
+    boxes = declared(w="L|D->F", scale="L|D")
+    params, grads = drawn(boxes), [drawn(boxes, seed) for seed in range(1, 5)]
+    optimizer = ScheduleFree(Constant(2.0), SGD(WarmupCosine(0.1, 0.01, 2, shortens=False)), b1=0.7, weight_power=1.5)
+    y, z, x = (jax.tree.map(np.array, params) for _ in range(3))
+    state, found, weights, rates = None, jax.tree.map(jnp.float32, params), 0, []
+    for t, g in enumerate(grads):
+        transform = optimizer.transform(boxes, jnp.int32(t), STEPS)
+        state = transform.init(found) if state is None else state
+        change, state = transform.update(jax.tree.map(jnp.float32, g), state, found)
+        found = jax.tree.map(jnp.add, found, change)
+        rates.append(2 * float(WarmupCosine(0.1, 0.01, 2, shortens=False)(jnp.int32(t), STEPS)))
+        weights += max(rates) ** 1.5
+        for name in boxes:
+            z[name] = z[name] - rates[-1] * g[name]
+            x[name] += max(rates) ** 1.5 / weights * (z[name] - x[name])
+            y[name] = 0.3 * z[name] + 0.7 * x[name]
+    assert rates[3] < rates[2] and float(optimizer.rate(jnp.int32(3), STEPS)) == pytest.approx(rates[3])
+    chex.assert_trees_all_close(found, y, atol=1e-5)
+    chex.assert_trees_all_close(optimizer.eval_params(state, found), x, atol=1e-5)
+
+
 # --- groups
 
 
@@ -202,6 +269,10 @@ def test_refusals():
         (Muon(momentum=1.0), "momentum=1.0"),
         (Muon(steps=0), "steps=0"),
         (Muon(weight_decay=-1.0), "weight_decay=-1.0"),
+        (Lion(b1=1.0), "b1=1.0"),
+        (Adafactor(least=0.0), "least=0.0"),
+        (ScheduleFree(b1=0.0), "b1=0.0 must be more than 0"),
+        (Constant(warmup_steps=-1), "warmup_steps=-1"),
     ):
         with pytest.raises(InputError, match=sentence):
             checked(wrong)
@@ -221,10 +292,13 @@ def batches(n):
 FAST = WarmupCosine(1.0, 0.1, 10)
 LEARNERS = {
     "Muon": Groups(FAST, (Group(Hidden(), Muon(Constant(0.05))), Group(Everything(), AdamW(Constant(1e-2))))),
+    "Lion": Lion(WarmupCosine(2e-3, 2e-4, 10), weight_decay=0.0),
+    "Adafactor": Adafactor(WarmupCosine(0.1, 0.01, 10)),
+    "schedule-free": ScheduleFree(optimizer=AdamW(Constant(1e-2, 10), b1=0.0, weight_decay=0.0)),
 }
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", [n if n == "Muon" else pytest.param(n, marks=pytest.mark.slow) for n in LEARNERS])
 def test_one_batch_is_memorised(name):
     recipe, how = Recipe(decoder(n_layers=2)), hyper(LEARNERS[name], 150)
     buffer = jax.tree.map(lambda a: np.broadcast_to(a, (150, *a.shape[1:])), batches(1))
@@ -292,8 +366,25 @@ def config(tmp_path, family, optimizer):
 
 
 STEADY = dataclasses.replace(LEARNERS["Muon"], learning_rate=Constant(1.0))  # the same whatever the length of the run
-RUNS = {"Muon, decoder": ("decoder", STEADY), "frozen": ("decoder", FREEZES)}
+PARTLY = Groups(
+    groups=(
+        Group(Path("embedding/*"), Frozen()),
+        Group(Lettered(("D->HK", "HK->D")), ScheduleFree(optimizer=Muon(Constant(0.05)))),
+        Group(Hidden(), Adafactor(Constant(0.1))),
+        Group(Everything(), ScheduleFree(optimizer=Lion(Constant(1e-3)))),
+    )
+)
+RUNS = {"Muon": ("decoder", STEADY), "frozen": ("decoder", FREEZES), "schedule-free in groups": ("decoder", PARTLY)}
 SLOW = {f"Muon, {family}": (family, STEADY) for family in FAMILIES if family != "decoder"}
+SLOW |= {
+    f"{name}, {family}": (family, optimizer)
+    for name, optimizer in {
+        "Lion": Lion(Constant(1e-3)),
+        "Adafactor": Adafactor(Constant(0.1)),
+        "schedule-free": ScheduleFree(),
+    }.items()
+    for family in FAMILIES
+}
 RUNS |= SLOW
 
 
@@ -305,6 +396,41 @@ def test_trains_and_resumes_to_the_same_bits(name, tmp_path):
     assert sha256(jaxformer.train(own, directory=tmp_path / "again").state) == sha256(run.state)
     opened = jaxformer.open_run(tmp_path / "run")
     assert opened.config.optimizer == run.config.optimizer and sha256(opened.state) == sha256(run.state)
+
+
+def test_what_is_evaluated_is_what_the_optimizer_says(tmp_path):
+    """In a run, opened again, of seeds together, and as the beginning of another run."""
+    own = config(tmp_path, "decoder", PARTLY)
+    run = jaxformer.train(own)
+    (z,) = (state.z for state in run.state.opt_state[3:])
+    assert {*by_path(z)} == {path for path in by_path(run.state.params) if "norm" in path or "position" in path}
+    of = lambda tree: tree["decoder"]["norm"]["scale"]
+    np.testing.assert_allclose(of(run.eval_params), (of(run.state.params) - 0.1 * of(z)) / 0.9, rtol=1e-6)
+    frozen = run.state.params["embedding"]["table"]
+    np.testing.assert_array_equal(run.eval_params["embedding"]["table"], frozen)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [row["loss"] for row in rows if row["split"] == "valid" and row["step"] == 6]
+    opened = jaxformer.open_run(tmp_path / "run")
+    assert opened.evaluate()["loss"] == pytest.approx(told[0], rel=1e-6)
+    trained_with = dataclasses.replace(own, optimizer=AdamW())
+    without = dataclasses.replace(opened, config=trained_with)
+    assert without.evaluate()["loss"] != pytest.approx(told[0], rel=1e-6)
+    together = jaxformer.train_seeds(own, (own.train.seed, 7), directory=tmp_path / "seeds")
+    rows = [json.loads(line) for line in (tmp_path / "seeds" / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows if r["split"] == "valid"][-1] == pytest.approx(told[0], rel=1e-3)
+    chex.assert_trees_all_close(together[0].eval_params, run.eval_params, atol=1e-3)
+    again = dataclasses.replace(own, init_from=str(tmp_path / "run"))
+    state, step, batch_at = jaxformer.build(dataclasses.replace(again, directory=str(tmp_path / "again")))
+    chex.assert_trees_all_equal(state.params, run.eval_params)
+    chex.assert_trees_all_close(state.eval_params(PARTLY), run.eval_params, rtol=1e-5)  # its average begins there, too
+    step(state, batch_at(0))  # donates each array once
+
+
+def test_one_average_is_enough(tmp_path):
+    own = config(tmp_path, "decoder", PARTLY)
+    with pytest.raises(InputError, match="must be None: optimizer=Groups averages by itself"):
+        resolve(own, {"train.ema_decay": 0.9})
+    assert resolve(dataclasses.replace(own, optimizer=FREEZES), {"train.ema_decay": 0.9}).train.ema_decay == 0.9
 
 
 def test_the_command_line(tmp_path, capfd, monkeypatch):
@@ -325,3 +451,5 @@ def test_the_command_line(tmp_path, capfd, monkeypatch):
     path |= {"optimizer.groups.0.which.pattern": "embedding/*", "optimizer.groups.0.optimizer": "Frozen"}
     assert resolve("quickstart", path).optimizer.groups[0] == Group(Path("embedding/*"), Frozen())
     assert resolve(found, {"optimizer": "AdamW"}).optimizer == AdamW()
+    slow = resolve("quickstart", {"optimizer.learning_rate.peak": 0.5})
+    assert resolve(slow, {"optimizer": "Groups"}).optimizer == Groups()  # a rate is no factor

@@ -28,7 +28,7 @@ from jaxformer.model.models import Decoder, Model
 from jaxformer.run.checkpoint import CheckpointWriter
 from jaxformer.run.plan import abstract_state, hyper_of
 from jaxformer.run.step import Recipe, evaluate_batch, init_state, norms, train_step, train_steps
-from jaxformer.spec import counted
+from jaxformer.spec import counted, fields
 
 # Each returns what it found in numbers, or raises Wrong or Inapplicable.
 
@@ -341,10 +341,12 @@ def decays_as_declared(probe: Probe) -> str:
     updates = jax.tree.leaves(_updates(probe, jax.tree.map(jnp.zeros_like, trained(probe.loud, probe.moving))))
     boxes = jax.tree_util.tree_flatten_with_path(moving, is_leaf=is_declared)[0]
     moved = [bool(np.abs(update).max() > 0) for update in updates]
+    own = [getattr(owner, name) for _, owner, name in fields(probe.config.optimizer) if name == "weight_decay"]
+    expected = any(moved) and all(own)  # of several groups some may have none
     for (path, box), moves in zip(boxes, moved, strict=True):
         if moves and not box.decay:
             raise Wrong(f"{path_name(path)} decays, and is declared not to")
-        if any(moved) and box.decay and not moves:
+        if expected and box.decay and not moves:
             raise Wrong(f"{path_name(path)} does not decay, and is declared to")
         if moves and not box.letters.into and "norm" in path_name(path):
             raise Wrong(f"{path_name(path)} is of a norm, and decays")

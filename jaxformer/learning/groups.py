@@ -128,6 +128,10 @@ class Groups(Optimizer):
         return params
 
     @property
+    def averages(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(group.optimizer.averages for group in self.groups)
+
+    @property
     def _optimizers(self) -> list[Optimizer]:
         """Of each group, with its learning rate."""
         by = lambda group: Product((self.learning_rate, Constant(group.factor)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxformer.declarations import map_declared
-from jaxformer.learning.schedules import Product, Schedule, WarmupCosine
+from jaxformer.learning.schedules import Constant, Product, Schedule, WarmupCosine
 from jaxformer.spec import Spec
 
 if TYPE_CHECKING:  # a config costs no import of Optax
@@ -22,6 +22,7 @@ class Optimizer(Spec):
     learning_rate: Schedule = WarmupCosine()  # the learning rate of each step
 
     keeps_fields = True
+    averages = False  # True: `eval_params` are an average, beside which the run keeps no other
 
     @abc.abstractmethod
     def transform(self, declared: Any, step: Int[Array, ""], steps: Int[Array, ""]) -> "optax.GradientTransformation":
@@ -76,6 +77,8 @@ def check_clip(optimizer: Any, at: str) -> None:
 class Frozen(Optimizer):
     """Leaves its arrays as they are, to the bit: they have no gradient and no state. Stands in a group of `Groups`."""
 
+    learning_rate: Schedule = Constant()  # of nothing
+
     def frozen(self, declared: Any) -> Any:
         return map_declared(lambda box: box.replace(trained=False, decay=False), declared)
 
@@ -119,3 +122,22 @@ class AdamW(Optimizer):
         rate, mask = self.learning_rate(step, steps), decayed(declared)
         adamw = optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask)
         return adamw if self.clip is None else optax.chain(optax.clip_by_global_norm(self.clip), adamw)
+
+
+class Lion(Optimizer):
+    """The sign of a mix of momentum and gradient (arXiv:2302.06675); rates are about a tenth of AdamW's."""
+
+    learning_rate: Schedule = WarmupCosine(peak=3e-4, final=3e-5)  # the learning rate of each step
+    b1: float = 0.9  # share of the momentum in the mix
+    b2: float = 0.99  # decay of the momentum
+    weight_decay: float = 1.0  # what is taken off matrices in each step, times the learning rate
+
+    def check(self, at: str = "") -> None:
+        check_averages(self, at, "b1", "b2")
+        check_weight_decay(self, at)
+
+    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> "optax.GradientTransformation":
+        import optax
+
+        rate, mask = self.learning_rate(step, steps), decayed(declared)
+        return optax.lion(rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask)

@@ -28,15 +28,24 @@ def _check_peak(peak: float, at: str) -> None:
 
 
 class Constant(Schedule):
-    """The same rate at every step."""
+    """The same rate at every step, behind a warm-up if there is one."""
 
     peak: float = 1e-3  # the learning rate
+    warmup_steps: int = 0  # how many steps lead up to it, on a line
 
     def check(self, at: str = "") -> None:
         _check_peak(self.peak, at)
+        if not 0 <= self.warmup_steps < 2**31 - 1:
+            raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 0 and less than 2**31 - 1")
 
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
-        return jnp.float32(self.peak)
+        return jnp.float32(self.peak) * jnp.minimum(1, (step + 1) / (self.warmup_steps + 1))
+
+    def notice(self, steps: int) -> str | None:
+        if steps > self.warmup_steps:
+            return None
+        run = counted(steps, "step")
+        return f"warmup_steps={self.warmup_steps} is longer than a run of {run}: the rate does not reach its peak"
 
 
 class Product(Schedule):

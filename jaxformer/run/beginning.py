@@ -33,8 +33,9 @@ def origin_of(config: Config, prepared: Prepared) -> Origin:
 
 def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
     """The state before the first step."""
-    state = init_state(recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config))
-    return state if origin is None else take(state, *origin)
+    recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
+    state = init_state(recipe, hyper)
+    return state if origin is None else init_state(recipe, hyper, take(state.params, *origin))
 
 
 def groups(configs: Sequence[Config]) -> list[list[int]]:

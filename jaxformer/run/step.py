@@ -52,8 +52,10 @@ class TrainState(struct.PyTreeNode):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init_state(recipe: Recipe, hyper: Hyper) -> TrainState:
-    params = recipe.model.init(key_for(hyper.seed, 0, "init"))
+def init_state(recipe: Recipe, hyper: Hyper, params: Any = None) -> TrainState:
+    """The state before the first step, of freshly drawn parameters or of copies of those given."""
+    drawn = lambda: recipe.model.init(key_for(hyper.seed, 0, "init"))
+    params = drawn() if params is None else jax.tree.map(jnp.copy, params)
     declared = hyper.optimizer.frozen(recipe.model.declared())
     transform = hyper.optimizer.transform(trained(declared, declared), jnp.int32(0), hyper.steps)
     ema = () if hyper.ema_decay is None else params

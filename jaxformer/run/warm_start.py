@@ -64,12 +64,11 @@ def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     }
 
 
-def take(state: TrainState, run: Run, report: dict[str, Any]) -> TrainState:
-    """The state with the parameters that the report lists as taken."""
+def take(params: Any, run: Run, report: dict[str, Any]) -> Any:
+    """The parameters, with those that the report lists as taken."""
     old = _by_path(run.state.params)
     pick = lambda path, a: old[path_name(path)] if path_name(path) in report["taken"] else a
-    params = jax.tree_util.tree_map_with_path(pick, state.params)
-    return state.replace(params=params, ema=jax.tree.map(lambda a: a.copy(), params) if state.ema else ())
+    return jax.tree_util.tree_map_with_path(pick, params)
 
 
 def tell(report: dict[str, Any], directory: Path) -> None:
