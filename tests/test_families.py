@@ -16,7 +16,7 @@ import pytest
 from tiny import SIZES, ids, loud
 
 from jaxformer.learning import objectives
-from jaxformer.model import heads, kernels, masks, models, positions
+from jaxformer.model import heads, kernels, masks, mixers, models, positions, residuals
 from jaxformer.model.masks import Places, places
 from jaxformer.spec import checked, known_specs
 
@@ -54,6 +54,8 @@ FACTORS = {
 
 def model_of(family, position, mask, kernel, **more):
     fields = SIZES | {"n_layers": 2, "head": HEADS, "context_length": 2 * T} | more
+    if isinstance(kernel, kernels.ValueResidual):  # in company
+        fields |= {"mixer": mixers.ValueEmbeddings(), "residual": residuals.InputInjection()}
     return family(position=position, mask=mask, kernel=kernel, **fields)
 
 

@@ -10,6 +10,7 @@ from jaxformer.config import Config, Data, read, resolve, save
 from jaxformer.data.corpora import JSONLines, Mixture, TextFiles
 from jaxformer.learning.objectives import Classification, NextToken
 from jaxformer.learning.optimizers import AdamW
+from jaxformer.model import residuals
 from jaxformer.model.baselines import LSTM
 from jaxformer.model.heads import ClassificationHead, MeanPooling
 from jaxformer.model.layers import MLP, ReLU
@@ -138,3 +139,10 @@ def test_what_cannot_be_brought_up_to_date_gets_one_sentence(tmp_path, changes, 
     with pytest.raises(InputError) as error:
         read(stored(tmp_path / "config.json", **changes))
     assert message in str(error.value) and "config.json: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["PreNorm", "PostNorm", "SandwichNorm", "Parallel"])
+def test_residual_rules_of_before_had_another_file(tmp_path, name):
+    rule = getattr(residuals, name)()
+    path = stored(tmp_path / "config.json", model={"residual": {"class": f"{M}.blocks:{name}"}})
+    assert read(path).model.residual == rule
