@@ -1,6 +1,7 @@
 """The reference of benchmarks/ is the same model as jaxformer's; what is found is told and compared right."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,14 +14,19 @@ import numpy as np
 import pytest
 from tiny import ids, loud
 
+from jaxformer import config as config_lib
+from jaxformer.data.sources import Source
 from jaxformer.model.masks import places
+from jaxformer.run.plan import Judged, evaluate, planned_recipe
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
 import gate  # noqa: E402
+import recipe  # noqa: E402
 from peers import bare_jax, ours, sizes  # noqa: E402
+from peers.recipes import Recipe  # noqa: E402
 
 SIZE = sizes.Size(layers=2, heads=3, width=15, context=11, vocabulary=29, batch=2, tokens=7)
 
@@ -146,3 +152,72 @@ def test_a_measurement_runs(tmp_path):
         jax_rows = [row for name, row in rows.items() if name.startswith(("jaxformer", "bare JAX", "Flax", "Orbax"))]
         assert len(jax_rows) >= 2 and all(row["seconds"][0] > 0 and row["memory"] > 1e6 for row in jax_rows)
         assert f"## {found['limits']['device']}" in (tmp_path / "page.md").read_text()
+
+
+def test_a_peer_trains_what_the_config_says():
+    config = config_lib.resolve("shakespeare_cpu", {"train.steps": 300, "train.seed": 3, "data.batch_size": 7})
+    found = recipe.recipe_of(config)
+    assert (found.batch, found.seed, found.hidden, found.clip, found.muon, found.modern) == (7, 3, 512, 1.0, None, None)
+    rate = lambda step: float(config.optimizer.learning_rate(np.int32(step), np.int32(300)))
+    np.testing.assert_allclose(found.adam.rates, [rate(step) for step in range(300)], rtol=1e-6)
+    assert Recipe.of(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    with pytest.raises(ValueError, match=r"model\.residual=.*has PreNorm and nothing else"):
+        recipe.recipe_of(config_lib.resolve(config, {"model.residual": "PostNorm"}))
+
+
+def test_runs_are_told_beside_the_first():
+    runs = lambda *pairs: [{"seconds": seconds, "loss": loss} for seconds, loss in pairs]
+    rows = [
+        {"name": "theirs", "steps": 2000, "runs": runs((100.0, 1.9), (200.0, 1.8)), "failed": None},
+        {"name": "ours", "steps": 500, "runs": runs((30.0, 1.7), (20.0, 1.7)), "failed": None},
+        {"name": "broken", "steps": 500, "runs": [], "failed": "no such module"},
+    ]
+    text = recipe.table(rows).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text]
+    paired = ["0.20 (0.10 to 0.30) ×", "0.150 (0.100 to 0.200)"]
+    assert cells[3] == ["ours", "500", "25.0 (20.0 to 30.0)", "1.700 (1.700 to 1.700)", *paired]
+    assert text[-1] == "broken failed: no such module"
+
+
+@pytest.mark.slow
+def test_recipes_run(tmp_path):
+    """On both sides; without PyTorch on one."""
+    command = [sys.executable, BENCHMARKS / "recipe.py", "same", "--seeds=1", "--steps=2"]
+    subprocess.run([*command, "--json", tmp_path / "found.json", "--markdown", tmp_path / "page.md"], check=True)
+    theirs, ours, again = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert ours["runs"][0]["loss"] == again["runs"][0]["loss"] and not ours["failed"]
+    assert ours["runs"][0]["tokens"] > 100_000 and "Time to a loss" in (tmp_path / "page.md").read_text()
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
+    assert theirs["runs"][0]["tokens"] == ours["runs"][0]["tokens"] and theirs["runs"][0]["loss"] < 4.3
+
+
+@pytest.mark.slow
+def test_pytorch_has_the_same_loss():
+    """Of the same weights, over a whole split whose last window is not full."""
+    torch = pytest.importorskip("torch")
+    from peers import pytorch_recipe
+
+    config = config_lib.resolve("shakespeare_cpu", {"model.n_layers": 2, "model.d_model": 16})
+    given, own_recipe = recipe.recipe_of(config), planned_recipe(config, ours.NoTokenizer(29))
+    params, peer = loud(own_recipe.model), pytorch_recipe.Baseline(given, 29)
+    stack, copy = params["decoder"]["layers"]["block0"], lambda to, a: to.copy_(torch.from_numpy(np.array(a)))
+    with torch.no_grad():
+        copy(peer.tokens.weight, params["embedding"]["table"])
+        copy(peer.positions.weight, params["decoder"]["position"]["table"])
+        copy(peer.norm.weight, params["decoder"]["norm"]["scale"])
+        for i, block in enumerate(peer.blocks):
+            layer = jax.tree.map(lambda a, i=i: np.array(a[i]), stack)
+            project = layer["attention"]["project"]
+            copy(block.qkv.weight, np.concatenate([project[name].reshape(16, -1).T for name in "qkv"]))
+            copy(block.out.weight, project["o"].reshape(-1, 16).T)
+            copy(block.up.weight, layer["feed_forward"]["up"].T)
+            copy(block.down.weight, layer["feed_forward"]["down"].T)
+            copy(block.norm_attention.weight, layer["norm_attention"]["scale"])
+            copy(block.norm_feed_forward.weight, layer["norm_feed_forward"]["scale"])
+    tokens = np.asarray(ids(1, 1003))[0] % 29
+    judged = Judged((Source(tokens.astype(np.uint8), np.zeros(1, np.int64)),), (1.0,), ("",))
+    (found,) = evaluate(own_recipe, params, judged, config, ours.NoTokenizer(29))
+    theirs = pytorch_recipe.evaluated(peer, torch.from_numpy(tokens).long(), given.context)
+    assert theirs["tokens"] == found["tokens"] == 1002
+    assert theirs["loss"] == pytest.approx(found["loss"], rel=1e-5)
