@@ -9,7 +9,7 @@ from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TinyShakespeare
 from jaxformer.data.tokenizers import Characters
 from jaxformer.learning.groups import Everything, Group, Groups, Hidden
-from jaxformer.learning.muon import Muon
+from jaxformer.learning.muon import Muon, PolarExpress
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant
 from jaxformer.model.heads import LanguageHead
@@ -36,12 +36,12 @@ config = Config(
         initializer=ZeroOutputs(LeCunNormal(std=1.0, scale=0.8)),
     ),
     optimizer=Groups(
-        WSD(peak=1.0, warmup_steps=0, decay=0.6),
+        WSD(peak=1.0, warmup_steps=0, decay=0.8),
         groups=(
-            Group(Hidden(), Muon(Constant(0.02), weight_decay=0.0)),
-            Group(Everything(), AdamW(Constant(0.01), b2=0.95, weight_decay=0.0, clip=None)),
+            Group(Hidden(), Muon(Constant(0.03), momentum=0.9, coefficients=PolarExpress(), steps=3, weight_decay=0.0)),
+            Group(Everything(), AdamW(Constant(0.02), b2=0.95, weight_decay=0.0, clip=None)),
         ),
         clip=None,
     ),
-    train=Train(steps=250, steps_per_call=25, eval_every=250, save_every=250),
+    train=Train(steps=210, steps_per_call=30, eval_every=210, save_every=210, sample_tokens=0),
 )

@@ -1,0 +1,47 @@
+"""Tiny Shakespeare by characters on a CPU, as well as `shakespeare_cpu` in an eighth of the steps.
+
+    jaxformer train shakespeare_cpu_best --train.seed=0 --directory=runs/shakespeare_cpu_best_0
+
+803,072 parameters on tinyshakespeare.txt.
+"""
+
+from jaxformer import Config, Data, Decoder, Train
+from jaxformer.data.corpora import TinyShakespeare
+from jaxformer.data.tokenizers import Characters
+from jaxformer.learning.groups import Everything, Group, Groups, Hidden
+from jaxformer.learning.muon import Muon, PolarExpress
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WSD, Constant
+from jaxformer.model.heads import LanguageHead
+from jaxformer.model.kernels import Softmax
+from jaxformer.model.layers import MLP, LeCunNormal, RMSNorm, SquaredReLU, ZeroOutputs
+from jaxformer.model.models import Embedding
+from jaxformer.model.positions import Rotary
+
+config = Config(
+    directory="runs/shakespeare_cpu_best",
+    data=Data(corpus=TinyShakespeare(), tokenizer=Characters(), batch_size=8),
+    model=Decoder(
+        n_layers=4,
+        n_heads=4,
+        d_model=128,
+        context_length=128,
+        embedding=Embedding(normed=True),
+        position=Rotary(base=1000.0),
+        norm=RMSNorm(gain=False),
+        qk_norm=RMSNorm(gain=False),
+        kernel=Softmax(scale=0.34),
+        feed_forward=MLP(SquaredReLU()),
+        head=LanguageHead(tied=False, cap=15.0),
+        initializer=ZeroOutputs(LeCunNormal(std=1.0, scale=0.8)),
+    ),
+    optimizer=Groups(
+        WSD(peak=1.0, warmup_steps=0, decay=0.8),
+        groups=(
+            Group(Hidden(), Muon(Constant(0.03), momentum=0.92, coefficients=PolarExpress(), steps=3, weight_decay=0.0)),
+            Group(Everything(), AdamW(Constant(0.02), b2=0.95, weight_decay=0.0, clip=None)),
+        ),
+        clip=None,
+    ),
+    train=Train(steps=1600, steps_per_call=25, eval_every=1600, save_every=1600, sample_tokens=0),
+)
