@@ -38,7 +38,9 @@ config = Config(
     optimizer=Groups(
         WSD(peak=1.0, warmup_steps=0, decay=0.8),
         groups=(
-            Group(Hidden(), Muon(Constant(0.03), momentum=0.92, coefficients=PolarExpress(), steps=3, weight_decay=0.0)),
+            Group(
+                Hidden(), Muon(Constant(0.03), momentum=0.92, coefficients=PolarExpress(), steps=3, weight_decay=0.0)
+            ),
             Group(Everything(), AdamW(Constant(0.02), b2=0.95, weight_decay=0.0, clip=None)),
         ),
         clip=None,

@@ -9,7 +9,7 @@ import jax
 from jaxformer.declarations import Declared, by_path, selected, trained, updated
 from jaxformer.learning.muon import Muon
 from jaxformer.learning.optimizers import AdamW, Frozen, Optimizer, check_clip
-from jaxformer.learning.schedules import Constant, Product, Schedule
+from jaxformer.learning.schedules import Constant, Product, Schedule, WarmupCosine
 from jaxformer.spec import Spec
 
 if TYPE_CHECKING:
@@ -73,8 +73,11 @@ class Group(Spec):
 class Groups(Optimizer):
     """Each array by the optimizer of the first group that has it; unless said otherwise Muon and AdamW."""
 
-    learning_rate: Schedule = Constant(1.0)  # multiplies the learning rates of all groups
-    groups: tuple[Group, ...] = (Group(Hidden(), Muon()), Group())  # what each has, and how it changes
+    learning_rate: Schedule = WarmupCosine(peak=1.0, final=0.1)  # multiplies the learning rates of all groups
+    groups: tuple[Group, ...] = (  # what each has, and how it changes
+        Group(Hidden(), Muon(Constant(0.02))),
+        Group(Everything(), AdamW(Constant(0.006))),
+    )
     clip: float | None = 1.0  # largest global norm of the gradients of all groups; None: any
 
     keeps_fields = False  # its learning rate is a factor
