@@ -3,17 +3,20 @@
     jaxformer train quickstart
     jaxformer sample runs/quickstart --prompt "The " --temperature 0.8
 
-812,800 parameters with the 103 characters of Python 3.11. The recipe of `shakespeare_cpu_fast`, with what `Groups` and
-`Muon` do unless told otherwise.
+812,800 parameters with the 103 characters of Python 3.11. The recipe of `shakespeare_cpu_fast`.
 """
 
 from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import PythonTopics
 from jaxformer.data.tokenizers import Characters
-from jaxformer.learning.groups import Groups
-from jaxformer.learning.schedules import WSD
+from jaxformer.learning.groups import Everything, Group, Groups, Hidden
+from jaxformer.learning.muon import Muon, PolarExpress
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import WSD, Constant
 from jaxformer.model.heads import LanguageHead
-from jaxformer.model.layers import MLP, RMSNorm, SquaredReLU, ZeroOutputs
+from jaxformer.model.kernels import Softmax
+from jaxformer.model.layers import MLP, LeCunNormal, RMSNorm, SquaredReLU, ZeroOutputs
+from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Rotary
 
 config = Config(
@@ -24,13 +27,21 @@ config = Config(
         n_heads=4,
         d_model=128,
         context_length=64,
-        position=Rotary(),
+        embedding=Embedding(normed=True),
+        position=Rotary(base=1000.0),
         norm=RMSNorm(gain=False),
         qk_norm=RMSNorm(gain=False),
+        kernel=Softmax(scale=0.34),
         feed_forward=MLP(SquaredReLU()),
         head=LanguageHead(tied=False, cap=15.0),
-        initializer=ZeroOutputs(),
+        initializer=ZeroOutputs(LeCunNormal(std=1.0, scale=0.8)),
     ),
-    optimizer=Groups(WSD(peak=1.0, warmup_steps=0, decay=0.8)),
+    optimizer=Groups(
+        WSD(peak=1.0, warmup_steps=0, decay=0.8),
+        groups=(
+            Group(Hidden(), Muon(Constant(0.03), momentum=0.9, coefficients=PolarExpress(), steps=3)),
+            Group(Everything(), AdamW(Constant(0.02), weight_decay=0.0)),
+        ),
+    ),
     train=Train(steps=600, steps_per_call=20, eval_every=300, save_every=300),
 )

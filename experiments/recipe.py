@@ -20,7 +20,6 @@ from jaxformer.lab.experiments import (
 )
 from jaxformer.lab.intervals import ERROR, Estimate, paired_difference
 from jaxformer.learning.groups import Groups
-from jaxformer.learning.muon import PolarExpress
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine
 from jaxformer.model.heads import LanguageHead
@@ -29,7 +28,7 @@ from jaxformer.model.layers import GELU, MLP, GPT2Normal, LayerNorm, NoNorm
 from jaxformer.model.mixers import ValueEmbeddings
 from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Learned, RelativeBias
-from jaxformer.model.residuals import InputInjection, UNet
+from jaxformer.model.residuals import UNet
 from jaxformer.pictures import panels
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -45,7 +44,10 @@ BASELINE = replace(  # its rate: the best of 1, 2, 4, 8 and 16 thousandths in as
     optimizer=AdamW(WarmupCosine(peak=4e-3, final=0.0, warmup_steps=25)),
     train=TRAIN,
 )
-HIDDEN, REST = RECIPE.optimizer.groups
+MODEL: Any = RECIPE.model
+OPTIMIZER: Any = RECIPE.optimizer
+HIDDEN, REST = OPTIMIZER.groups
+CAUTIOUS = replace(HIDDEN, optimizer=replace(HIDDEN.optimizer, weight_decay=0.1, cautious=True))
 RATE = REST.optimizer.learning_rate
 
 
@@ -58,7 +60,7 @@ def with_adam() -> Changes:
     return {"optimizer": replace(REST.optimizer, learning_rate=BASELINE.optimizer.learning_rate)}
 
 
-def muon_beside(adam: AdamW) -> Changes:
+def muon_beside(adam: Any) -> Changes:
     """Muon for the matrices of layers beside the baseline's AdamW for the rest, by its schedule."""
     shape = adam.learning_rate
     rest = replace(REST, optimizer=replace(adam, learning_rate=Constant(shape.peak)))
@@ -73,29 +75,29 @@ INGREDIENTS: Mapping[str, tuple[Changes, Changes]] = {
     ),
     "a rate that falls in a line, no warm-up": (
         with_schedule(BASELINE.optimizer, WSD(4e-3, 0.0, 0, decay=0.6)),
-        with_schedule(RECIPE.optimizer, replace(BASELINE.optimizer.learning_rate, peak=1.0)),
+        with_schedule(OPTIMIZER, replace(BASELINE.optimizer.learning_rate, peak=1.0)),
     ),
     "AdamW without decay and clipping, b2 0.95": (
         with_adam(),
-        {"optimizer": replace(RECIPE.optimizer, groups=(HIDDEN, replace(REST, optimizer=AdamW(RATE))))},
+        {"optimizer": replace(OPTIMIZER, groups=(HIDDEN, replace(REST, optimizer=AdamW(RATE))))},
     ),
-    "rotary positions": ({"model.position": RECIPE.model.position}, {"model.position": Learned()}),
+    "rotary positions": ({"model.position": MODEL.position}, {"model.position": Learned()}),
     "queries and keys normed, scale 0.34": (
-        {"model.qk_norm": RECIPE.model.qk_norm, "model.kernel": RECIPE.model.kernel},
+        {"model.qk_norm": MODEL.qk_norm, "model.kernel": MODEL.kernel},
         {"model.qk_norm": NoNorm(), "model.kernel": Softmax()},
     ),
     "norms without mean and gain": (
-        {"model.norm": RECIPE.model.norm},
+        {"model.norm": MODEL.norm},
         {"model.norm": LayerNorm(bias=False)},
     ),
     "a norm behind the embedding": (
         {"model.embedding": Embedding(normed=True)},
         {"model.embedding": Embedding()},
     ),
-    "ReLU²": ({"model.feed_forward": RECIPE.model.feed_forward}, {"model.feed_forward": MLP(GELU())}),
+    "ReLU²": ({"model.feed_forward": MODEL.feed_forward}, {"model.feed_forward": MLP(GELU())}),
     "outputs that begin at zero": (
-        {"model.initializer": replace(RECIPE.model.initializer, base=GPT2Normal())},
-        {"model.initializer": RECIPE.model.initializer.base},
+        {"model.initializer": replace(MODEL.initializer, base=GPT2Normal())},
+        {"model.initializer": MODEL.initializer.base},
     ),
     "a head of its own": (
         {"model.head": LanguageHead(tied=False)},
@@ -108,21 +110,12 @@ INGREDIENTS: Mapping[str, tuple[Changes, Changes]] = {
 }
 
 
-def muon(**changes: Any) -> Changes:
-    """The recipe with Muon changed."""
-    hidden = replace(HIDDEN, optimizer=replace(HIDDEN.optimizer, **changes))
-    return {"optimizer": replace(RECIPE.optimizer, groups=(hidden, REST))}
-
-
-# What was tried besides and is no part of the recipe -> the recipe with it.
+# What was tried besides and is no part of the recipe -> the recipe with it; more is in LOG.md.
 TRIED: Mapping[str, Changes] = {
     "value embeddings": {"model.mixer": ValueEmbeddings()},
-    "value residuals": {"model.kernel": ValueResidual(scale=RECIPE.model.kernel.scale)},
-    "the input in each layer": {"model.residual": InputInjection()},
+    "value residuals": {"model.kernel": ValueResidual(scale=MODEL.kernel.scale)},
     "the input, and skips as in a U-net": {"model.residual": UNet()},
-    "Polar Express": muon(coefficients=PolarExpress()),
-    "Muon with cautious decay 0.1": muon(weight_decay=0.1, cautious=True),
-    "each head a matrix for Muon": muon(heads=True),
+    "cautious decay 0.1": {"optimizer": replace(OPTIMIZER, groups=(CAUTIOUS, REST))},
 }
 
 
@@ -138,14 +131,14 @@ class Task:
     def changes(self) -> Changes:
         """The recipe in its place. What the model is asked for, its dropout, and positions that tell of distances
         stay; the rates are those of the recipe."""
-        model = RECIPE.model
         names = ("norm", "qk_norm", "kernel", "feed_forward", "initializer", "embedding")
-        changes: dict[str, Any] = {f"model.{name}": getattr(model, name) for name in names}
-        if not isinstance(self.config.model.position, RelativeBias):
-            changes["model.position"] = model.position
-        if type(self.config.model.head) is LanguageHead:
-            changes["model.head"] = model.head
-        return changes | {"optimizer": RECIPE.optimizer}
+        changes: dict[str, Any] = {f"model.{name}": getattr(MODEL, name) for name in names}
+        own: Any = self.config.model
+        if not isinstance(own.position, RelativeBias):
+            changes["model.position"] = MODEL.position
+        if type(own.head) is LanguageHead:
+            changes["model.head"] = MODEL.head
+        return changes | {"optimizer": OPTIMIZER}
 
 
 def short(name: str, steps: int, data: Changes | None = None, **model: Any) -> Config:
@@ -163,8 +156,8 @@ def short(name: str, steps: int, data: Changes | None = None, **model: Any) -> C
 
 
 TASKS: Mapping[str, Task] = {
-    "characters: Shakespeare (loss)": Task(short("shakespeare_cpu", 1000)),
-    "tokens: Shakespeare by BPE(1024) (loss)": Task(short("shakespeare_cpu", 500, {"tokenizer": BPE(1024)})),
+    "characters: Shakespeare (loss)": Task(short("shakespeare_cpu", 500)),
+    "tokens: Shakespeare by BPE(1024) (loss)": Task(short("shakespeare_cpu", 300, {"tokenizer": BPE(1024)})),
     "masked tokens: tweets (loss)": Task(short("disaster_tweets_masked", 300, {"window": 48}, d_model=64)),
     "corrupted spans: biographies (loss)": Task(
         short("birth_places_pretrain", 300, {"tokenizer": BPE(2048, sentinels=32), "batch_size": 32}, d_model=96)

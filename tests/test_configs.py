@@ -74,7 +74,7 @@ def test_new_writes_a_preset_to_edit(tmp_path, monkeypatch, capsys):
 def test_presets_are_listed(capsys):
     assert main.run("presets", []) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:] if line[0] != " "}
-    assert list(rows) == list(presets()) and "810,112  A small decoder" in rows["quickstart"]
+    assert list(rows) == list(presets()) and "812,800  A small decoder" in rows["quickstart"]
 
 
 def test_the_scaled_rung_is_nanogpts_recipe(data_directory):

@@ -73,10 +73,10 @@ class Group(Spec):
 class Groups(Optimizer):
     """Each array by the optimizer of the first group that has it; unless said otherwise Muon and AdamW."""
 
-    learning_rate: Schedule = WarmupCosine(peak=1.0, final=0.1)  # multiplies the learning rates of all groups
+    learning_rate: Schedule = Constant(1.0)  # multiplies the learning rates of all groups
     groups: tuple[Group, ...] = (  # what each has, and how it changes
-        Group(Hidden(), Muon(Constant(0.02))),
-        Group(Everything(), AdamW(Constant(0.006))),
+        Group(Hidden(), Muon()),
+        Group(Everything(), AdamW(WarmupCosine(peak=6e-3, final=6e-4))),
     )
     clip: float | None = 1.0  # largest global norm of the gradients of all groups; None: any
 
