@@ -23,12 +23,10 @@ from jaxformer.learning.groups import Groups
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine
 from jaxformer.model.heads import LanguageHead
-from jaxformer.model.kernels import Softmax, ValueResidual
+from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import GELU, MLP, GPT2Normal, LayerNorm, NoNorm
-from jaxformer.model.mixers import ValueEmbeddings
 from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Learned, RelativeBias
-from jaxformer.model.residuals import UNet
 from jaxformer.pictures import panels
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -47,7 +45,6 @@ BASELINE = replace(  # its rate: the best of 1, 2, 4, 8 and 16 thousandths in as
 MODEL: Any = RECIPE.model
 OPTIMIZER: Any = RECIPE.optimizer
 HIDDEN, REST = OPTIMIZER.groups
-CAUTIOUS = replace(HIDDEN, optimizer=replace(HIDDEN.optimizer, weight_decay=0.1, cautious=True))
 RATE = REST.optimizer.learning_rate
 
 
@@ -110,15 +107,6 @@ INGREDIENTS: Mapping[str, tuple[Changes, Changes]] = {
 }
 
 
-# What was tried besides and is no part of the recipe -> the recipe with it; more is in LOG.md.
-TRIED: Mapping[str, Changes] = {
-    "value embeddings": {"model.mixer": ValueEmbeddings()},
-    "value residuals": {"model.kernel": ValueResidual(scale=MODEL.kernel.scale)},
-    "the input, and skips as in a U-net": {"model.residual": UNet()},
-    "cautious decay 0.1": {"optimizer": replace(OPTIMIZER, groups=(CAUTIOUS, REST))},
-}
-
-
 @dataclass(frozen=True)
 class Task:
     """Where the recipe may help or not: a preset, made smaller."""
@@ -168,16 +156,15 @@ TASKS: Mapping[str, Task] = {
         short("birth_places", 200, {"tokenizer": BPE(2048), "batch_size": 32}, d_model=96)
     ),
 }
-WITH, WITHOUT, BESIDE = "baseline + {}", "recipe − {}", "recipe + {}"
+WITH, WITHOUT = "baseline + {}", "recipe − {}"
 
 
 def rows() -> tuple[Row, ...]:
-    """The recipe, the baseline, each ingredient in both, what was tried besides; then the tasks, by pairs."""
+    """The recipe, the baseline, each ingredient in both; then the tasks, by pairs."""
     of = lambda name, config, changes: Row(name, config, None, SEEDS, changes)
     found = [Row("recipe", RECIPE, None, SEEDS), Row("baseline", BASELINE, None, SEEDS)]
     for name, (added, left_out) in INGREDIENTS.items():
         found += [of(WITHOUT.format(name), RECIPE, left_out), of(WITH.format(name), BASELINE, added)]
-    found += [of(BESIDE.format(name), RECIPE, changes) for name, changes in TRIED.items()]
     for name, task in TASKS.items():
         more = {"measure": task.measure, "higher": task.higher}
         found.append(Row(f"{name}, as it was", task.config, None, TASK_SEEDS, **more))
@@ -208,13 +195,6 @@ def tell(report: Report) -> None:
     report.table(table)
     report.picture(
         "ingredients", picture(drawn), "What the loss rises by without an ingredient, and falls by in the baseline."
-    )
-    report.text("### Tried besides\n\nAdded to the recipe; below 0 is better. What helps costs time as well.")
-    report.table(
-        [
-            {"added": name, "loss": f"{added.mean:.4f}", "difference": told(difference(recipe, added, len(TRIED)))}
-            for name, added in ((name, report.results[BESIDE.format(name)]) for name in TRIED)
-        ]
     )
     report.text(
         "### Where it carries\n\nPresets, made smaller, as they are and with the whole recipe at its own rates; "
