@@ -43,5 +43,5 @@ config = Config(
             Group(Everything(), AdamW(Constant(0.02), weight_decay=0.0)),
         ),
     ),
-    train=Train(steps=600, steps_per_call=20, eval_every=300, save_every=300),
+    train=Train(steps=500, steps_per_call=25, eval_every=250, save_every=250),
 )

@@ -10,7 +10,7 @@ import pytest
 from jaxformer.commands import programs
 from jaxformer.commands.programs import KNOBS, keep_programs
 
-SMALL = "--model.n_layers=1 --model.unroll=1 --model.d_model=10 --model.n_heads=2 --model.context_length=7"
+SMALL = "--model.n_layers=1 --model.unroll=1 --model.d_model=12 --model.n_heads=2 --model.context_length=7"
 CONFIG = f"quickstart {SMALL} --data.batch_size=3 --train.eval_every=99 --train.save_every=99 --train.sample_tokens=0"
 OWN = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}  # what conftest sets
 

@@ -13,9 +13,10 @@ from jaxformer.data.sources import Source, Tokens
 from jaxformer.learning.objectives import cross_entropy
 from jaxformer.model.masks import one_document
 from jaxformer.model.models import Model
+from jaxformer.run.beginning import first_state
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import hyper_of, prepare_data
-from jaxformer.run.step import init_state, norms
+from jaxformer.run.step import norms
 from jaxformer.spec import InputError
 
 
@@ -105,7 +106,7 @@ def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, 
 
 def before_training(run: Run) -> Run:
     """The run with the parameters that it began with, unless those came from another one."""
-    return dataclasses.replace(run, state=init_state(run.recipe, hyper_of(run.config)))
+    return dataclasses.replace(run, state=first_state(run.recipe, hyper_of(run.config)))
 
 
 def activations(run: Run, name: str, count: int = 32) -> Float[np.ndarray, "L ..."]:

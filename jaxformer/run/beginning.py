@@ -22,8 +22,8 @@ from jaxformer.run.warm_start import compare, open_source, take, tell
 
 log = logging.getLogger(__name__)
 
-# The first state is computed once: with few of LLVM's passes XLA compiles that in a third of the time.
-_init_state = jax.jit(init_state, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
+# What a run begins with: computed once, and with few of LLVM's passes compiled in a third of the time.
+first_state = jax.jit(init_state, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
 
 Origin = tuple[Run, dict[str, Any]] | None  # the run that others begin with, and the report of what is taken of it
 
@@ -39,7 +39,7 @@ def origin_of(config: Config, prepared: Prepared) -> Origin:
 def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
     """The state before the first step."""
     recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
-    state = _init_state(recipe, hyper)
+    state = first_state(recipe, hyper)
     return state if origin is None else init_state(recipe, hyper, take(state.params, *origin))
 
 
