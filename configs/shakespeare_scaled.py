@@ -5,6 +5,9 @@
 4,751,872 parameters on tinyshakespeare.txt. The recipe of `shakespeare_cpu_best` at context 256, with what holds
 overfitting back: dropout of 0.2 on the embedding, branches and attention's weights, decay of matrices, an average of
 the parameters. Published for 10.8 million parameters: 1.477 at best (`ladder_scaled`).
+
+Not run in full: it is meant for a CPU with matrix units. Its first 20 steps on 2 cores (AMD EPYC, jax 0.10.1), by
+`--train.steps=20`, come to a training loss of 2.511 and a validation loss of 2.506.
 """
 
 from jaxformer import Config, Data, Decoder, Train
