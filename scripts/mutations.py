@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent.parent / "jaxformer"
-TINY = "quickstart"
+TINY = "jaxformer.model.layers:LayerNorm"  # in the smallest model, a plain one
 CHILD = """
 import sys
 from jaxformer.lab.check import check
