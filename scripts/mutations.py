@@ -65,7 +65,7 @@ MUTATIONS = {
         "model/kernels.py",
         "return x.reshape(x.shape[0], groups, -1, *x.shape[2:])",
         "return x.reshape(x.shape[0], -1, groups, *x.shape[2:]).swapaxes(1, 2)",
-        (TINY, "model.n_kv_heads=2"),
+        (TINY, "model.n_heads=4", "model.n_kv_heads=2"),
     ),
     "cache_slot_late": Mutation(
         "the cache is written a slot late", "model/cache.py", "jnp.where(kept, position % size, size)", "jnp.where(kept, position % size + 1, size)"
