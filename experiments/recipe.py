@@ -21,7 +21,7 @@ from jaxformer.lab.experiments import (
 from jaxformer.lab.intervals import ERROR, Estimate, paired_difference
 from jaxformer.learning.groups import Groups
 from jaxformer.learning.optimizers import AdamW
-from jaxformer.learning.schedules import WSD, Constant, WarmupCosine
+from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import GELU, MLP, GPT2Normal, LayerNorm, NoNorm
@@ -36,7 +36,7 @@ Changes = Mapping[str, Any]
 FAST = load(CONFIGS / "shakespeare_cpu_fast.py")
 TRAIN = replace(FAST.train, log_every=25, sample_tokens=0)
 RECIPE = replace(FAST, directory="runs/recipe", train=TRAIN)
-BASELINE = replace(  # its rate: the best of 1, 2, 4, 8 and 16 thousandths in as many steps
+BASELINE: Any = replace(  # its rate: the best of 2, 4, 8 and 16 thousandths in 250 steps (LOG.md)
     load(CONFIGS / "shakespeare_cpu.py"),
     directory="runs/recipe",
     optimizer=AdamW(WarmupCosine(peak=4e-3, final=0.0, warmup_steps=25)),
@@ -46,6 +46,11 @@ MODEL: Any = RECIPE.model
 OPTIMIZER: Any = RECIPE.optimizer
 HIDDEN, REST = OPTIMIZER.groups
 RATE = REST.optimizer.learning_rate
+
+
+def falling(peak: float) -> Any:
+    """The recipe's schedule, from this rate."""
+    return replace(OPTIMIZER.learning_rate, peak=peak)
 
 
 def with_schedule(optimizer: Any, schedule: Any) -> Changes:
@@ -68,10 +73,10 @@ def muon_beside(adam: Any) -> Changes:
 INGREDIENTS: Mapping[str, tuple[Changes, Changes]] = {
     "Muon for matrices of layers": (
         muon_beside(BASELINE.optimizer),
-        {"optimizer": replace(REST.optimizer, learning_rate=WSD(5e-3, 0.0, 0, decay=0.6))},
+        {"optimizer": replace(REST.optimizer, learning_rate=falling(5e-3))},
     ),
     "a rate that falls in a line, no warm-up": (
-        with_schedule(BASELINE.optimizer, WSD(4e-3, 0.0, 0, decay=0.6)),
+        with_schedule(BASELINE.optimizer, falling(BASELINE.optimizer.learning_rate.peak)),
         with_schedule(OPTIMIZER, replace(BASELINE.optimizer.learning_rate, peak=1.0)),
     ),
     "AdamW without decay and clipping, b2 0.95": (

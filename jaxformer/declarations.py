@@ -167,11 +167,9 @@ def selected(tree: Any, declared: Any, keep: Callable[[str], bool], path: str = 
     return found
 
 
-def by_path(declared: Any) -> dict[str, Declared]:
-    """Path → box."""
-    return {
-        path_name(path): box for path, box in jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_declared)[0]
-    }
+def by_path(tree: Any) -> dict[str, Any]:
+    """Path, as `path_name` gives it, → array, or box of a tree of declarations."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_declared)[0]}
 
 
 def updated(tree: Any, new: Any) -> Any:

@@ -139,8 +139,12 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
             "writers=Writer: Writer is abstract until it defines open; define that, or take another ",
         ),
         ("optimizer", "NoUpdates", "optimizer=NoUpdates: NoUpdates is abstract until it defines transform; define"),
-        ("optimizer", "test_spec:NoUpdates", "defines transform; define that, or take another class, of A"),
-        ("optimizer", "Adam", "of such a part; did you mean AdamW?"),
+        (
+            "optimizer",
+            "test_spec:NoUpdates",
+            "defines transform; define that, or take another class, of Adafactor, AdamW, ",
+        ),
+        ("optimizer", "Adam", "optimizer='Adam' must be one of Adafactor, AdamW, "),
         ("model.norm", "rmsnorm", "or module:Class of such a part; did you mean RMSNorm?"),
         (
             "model.mask.2.size",

@@ -12,7 +12,7 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer.config import Config, Data
 from jaxformer.data.tokenizers import Bytes
-from jaxformer.declarations import is_declared, path_name, trained, updated
+from jaxformer.declarations import by_path, path_name, trained, updated
 from jaxformer.learning.objectives import Classification, Masked
 from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupCosine
@@ -143,9 +143,9 @@ class Probe:
         """Parameters as initialised, with so much noise that nothing is zero: matrices keep the size of their input,
         others get a tenth."""
         first = self.first.params
-        boxes = jax.tree_util.tree_flatten_with_path(self.declared, is_leaf=is_declared)[0]
         rng = np.random.default_rng(0)
-        scale = {path_name(p): box.fan_in**-0.5 if box.letters.into else 0.1 for p, box in boxes}
+        boxes = by_path(self.declared).items()
+        scale = {path: box.fan_in**-0.5 if box.letters.into else 0.1 for path, box in boxes}
         noisy = lambda path, a: a + jnp.asarray(scale[path_name(path)] * rng.normal(size=a.shape), a.dtype)
         return updated(first, trained(jax.tree_util.tree_map_with_path(noisy, first), self.declared))
 

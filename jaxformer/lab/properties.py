@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxformer.data.batches import Batches
 from jaxformer.data.sources import Source
-from jaxformer.declarations import is_declared, path_name, trained, updated, whole
+from jaxformer.declarations import by_path, path_name, trained, updated, whole
 from jaxformer.generation.decode import LeftToRight, Request, choose, row_keys
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.lab.probe import ORDINARY, ROWS, VOCABULARY, Inapplicable, Probe, Wrong, close, encoded, gradient
@@ -313,9 +313,9 @@ def all_learn(probe: Probe) -> str:
             layer = f" of layer {wrong[0]} of its stack" if np.ndim(norm) else ""
             raise Wrong(f"{path}{layer} has a gradient of {np.atleast_1d(norm)[wrong[0]]:.3g}")
     updates = _updates(probe, grads)
-    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+    for path, update in by_path(updates).items():
         if not (np.isfinite(update).all() and np.abs(update).max() > 0):
-            raise Wrong(f"{path_name(path)} is not moved by {type(probe.config.optimizer).__name__}")
+            raise Wrong(f"{path} is not moved by {type(probe.config.optimizer).__name__}")
     return f"{counted(len(sizes), 'array')}, the least gradient {min(float(np.min(n)) for n in sizes.values()):.1e}"
 
 
@@ -338,19 +338,18 @@ def _updates(probe: Probe, grads: Any) -> Any:
 def decays_as_declared(probe: Probe) -> str:
     """Without a gradient, the optimizer moves what is declared to decay, and nothing else."""
     moving = trained(probe.moving, probe.moving)
-    updates = jax.tree.leaves(_updates(probe, jax.tree.map(jnp.zeros_like, trained(probe.loud, probe.moving))))
-    boxes = jax.tree_util.tree_flatten_with_path(moving, is_leaf=is_declared)[0]
-    moved = [bool(np.abs(update).max() > 0) for update in updates]
+    updates = by_path(_updates(probe, jax.tree.map(jnp.zeros_like, trained(probe.loud, probe.moving))))
+    moved = {path: bool(np.abs(update).max() > 0) for path, update in updates.items()}
     own = [getattr(owner, name) for _, owner, name in fields(probe.config.optimizer) if name == "weight_decay"]
-    expected = any(moved) and all(own)  # of several groups some may have none
-    for (path, box), moves in zip(boxes, moved, strict=True):
-        if moves and not box.decay:
-            raise Wrong(f"{path_name(path)} decays, and is declared not to")
-        if expected and box.decay and not moves:
-            raise Wrong(f"{path_name(path)} does not decay, and is declared to")
-        if moves and not box.letters.into and "norm" in path_name(path):
-            raise Wrong(f"{path_name(path)} is of a norm, and decays")
-    return f"{sum(moved)} of {len(moved)} arrays decay"
+    expected = any(moved.values()) and all(own)  # of several groups some may have none
+    for path, box in by_path(moving).items():
+        if moved[path] and not box.decay:
+            raise Wrong(f"{path} decays, and is declared not to")
+        if expected and box.decay and not moved[path]:
+            raise Wrong(f"{path} does not decay, and is declared to")
+        if moved[path] and not box.letters.into and "norm" in path:
+            raise Wrong(f"{path} is of a norm, and decays")
+    return f"{sum(moved.values())} of {len(moved)} arrays decay"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -381,9 +380,9 @@ def first_loss(probe: Probe) -> str:
 
 def dtypes_as_told(probe: Probe) -> str:
     """Parameters are float32; every product of matrices in the layers has operands of the compute dtype."""
-    for path, box in jax.tree_util.tree_flatten_with_path(probe.declared, is_leaf=is_declared)[0]:
+    for path, box in by_path(probe.declared).items():
         if box.value.dtype != jnp.float32:
-            raise Wrong(f"{path_name(path)} is {box.value.dtype}, not float32")
+            raise Wrong(f"{path} is {box.value.dtype}, not float32")
     dtype = jnp.dtype(probe.config.train.compute_dtype)
     cast = lambda a: jax.ShapeDtypeStruct(a.shape, dtype)
     declared = probe.declared

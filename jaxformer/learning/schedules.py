@@ -27,6 +27,16 @@ def _check_peak(peak: float, at: str) -> None:
         raise ValueError(f"{at}peak={peak} must be more than 0; 1e-3 suits small models")
 
 
+def _check_warmup(steps: int, at: str, least: int = 0) -> None:
+    if not least <= steps < 2**31 - 1:
+        raise ValueError(f"{at}warmup_steps={steps} must be at least {least} and less than 2**31 - 1")
+
+
+def _short_of_peak(warmup_steps: int, steps: int) -> str:
+    run = counted(steps, "step")
+    return f"warmup_steps={warmup_steps} is longer than a run of {run}: the rate does not reach its peak"
+
+
 class Constant(Schedule):
     """The same rate at every step, behind a warm-up if there is one."""
 
@@ -35,8 +45,7 @@ class Constant(Schedule):
 
     def check(self, at: str = "") -> None:
         _check_peak(self.peak, at)
-        if not 0 <= self.warmup_steps < 2**31 - 1:
-            raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 0 and less than 2**31 - 1")
+        _check_warmup(self.warmup_steps, at)
 
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
         return jnp.float32(self.peak) * jnp.minimum(1, (step + 1) / (self.warmup_steps + 1))
@@ -44,8 +53,7 @@ class Constant(Schedule):
     def notice(self, steps: int) -> str | None:
         if steps > self.warmup_steps:
             return None
-        run = counted(steps, "step")
-        return f"warmup_steps={self.warmup_steps} is longer than a run of {run}: the rate does not reach its peak"
+        return _short_of_peak(self.warmup_steps, steps)
 
 
 class Product(Schedule):
@@ -69,8 +77,7 @@ class WarmupLinear(Schedule):
         _check_peak(self.peak, at)
         if not 0 <= self.final <= self.peak:
             raise ValueError(f"{at}final={self.final} must lie between 0 and {at}peak={self.peak}; a tenth is usual")
-        if not 0 <= self.warmup_steps < 2**31 - 1:
-            raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 0 and less than 2**31 - 1")
+        _check_warmup(self.warmup_steps, at)
 
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
         warmup = self.warmup(steps)
@@ -130,8 +137,7 @@ class InverseSquareRoot(Schedule):
 
     def check(self, at: str = "") -> None:
         _check_peak(self.peak, at)
-        if not 1 <= self.warmup_steps < 2**31 - 1:
-            raise ValueError(f"{at}warmup_steps={self.warmup_steps} must be at least 1 and less than 2**31 - 1")
+        _check_warmup(self.warmup_steps, at, 1)
 
     def __call__(self, step: jax.Array, steps: jax.Array) -> jax.Array:
         part = (step + 1) / self.warmup_steps
@@ -140,5 +146,4 @@ class InverseSquareRoot(Schedule):
     def notice(self, steps: int) -> str | None:
         if steps >= self.warmup_steps:
             return None
-        run = counted(steps, "step")
-        return f"warmup_steps={self.warmup_steps} is longer than a run of {run}: the rate does not reach its peak"
+        return _short_of_peak(self.warmup_steps, steps)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxformer.declarations import Declared, is_declared, path_name, trained, updated
+from jaxformer.declarations import Declared, by_path, is_declared, trained, updated
 from jaxformer.keys import key_for
 from jaxformer.learning.guards import Guard, chosen
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
@@ -123,8 +123,7 @@ def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
     def norm(box: Declared, grad: jax.Array) -> jax.Array:
         return jnp.sqrt((grad * grad).sum(tuple(range(int("L" in box.letters.batch), grad.ndim))))
 
-    paths = jax.tree_util.tree_flatten_with_path(jax.tree.map(norm, declared, grads, is_leaf=is_declared))[0]
-    return {path_name(path): value for path, value in paths}
+    return by_path(jax.tree.map(norm, declared, grads, is_leaf=is_declared))
 
 
 def _gradients(

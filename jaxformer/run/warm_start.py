@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxformer.data.files import write
-from jaxformer.declarations import is_declared, path_name
+from jaxformer.declarations import by_path, path_name
 from jaxformer.model.models import Model
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, finite, open_run
@@ -38,7 +38,7 @@ def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same, of classes
     only if these are. Raises InputError if nothing is.
     """
-    old, new = _by_path(run.state.params), _by_path(model.declared(), is_declared)
+    old, new = by_path(run.state.params), by_path(model.declared())
     left: dict[str, str] = {}
     classes = {head.name: head.classes for head in run.model.heads}
     same_heads = {f"head_{head.name}" for head in model.heads if head.classes == classes.get(head.name)}
@@ -66,7 +66,7 @@ def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
 
 def take(params: Any, run: Run, report: dict[str, Any]) -> Any:
     """The parameters, with those that the report lists as taken."""
-    old = _by_path(run.state.params)
+    old = by_path(run.state.params)
     pick = lambda path, a: old[path_name(path)] if path_name(path) in report["taken"] else a
     return jax.tree_util.tree_map_with_path(pick, params)
 
@@ -79,7 +79,3 @@ def tell(report: dict[str, Any], directory: Path) -> None:
     for path in report["unused"]:
         log.info("%-10s %s: not in this model", "unused", path)
     write(directory / "init_from.json", json.dumps(report, indent=1) + "\n")
-
-
-def _by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
