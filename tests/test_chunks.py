@@ -190,6 +190,11 @@ def test_chunks_are_alike_where_that_is_possible():
     assert found == [128, 512, 146, 2, 1, 1, 100]
 
 
+def test_accelerators_hold_more_logits_at_once(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [chunks.chunk_size(1024, share * chunks.MOST) for share in (16, 33)] == [1024, 256]
+
+
 def test_small_vocabularies_and_logits_that_are_there_already_are_left_whole():
     example = NextToken().prepare(ROWS, jax.random.key(0))
     assert NextToken().chunk_size(Layer(D, T, V), jnp.ones((B, T, D)), example) is None

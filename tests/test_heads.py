@@ -70,6 +70,22 @@ def test_language_head(tied, bias, scaled, cap):
     close(head(*j(p, h, table)), logits if cap is None else cap * np.tanh(logits / cap))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_the_same_where_products_are_padded(monkeypatch, tied):
+    """Of many rows on a GPU, to a multiple of ALIGNED; gradients, too."""
+    head, (h, table, g) = heads.LanguageHead(tied), j(draws(B, T, D), draws(V, D), draws(B, T, V))
+    (p,) = j(filled(head))
+    run = lambda: jax.value_and_grad(lambda *a: (head(*a) * g).sum(), (0, 1, 2))(p, h, table)
+    padded = lambda: "pad[" in str(jax.make_jaxpr(lambda: head(p, h, table))())
+    plain, before = run(), padded()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(heads, "ALIGNED", 8)
+    for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(plain), strict=True):
+        close(a, b)
+    few = "pad[" in str(jax.make_jaxpr(lambda: head(p, h[:1, :7], table))())
+    assert (before, padded(), few) == (False, True, False)
+
+
 def test_masked_language_head():
     """As BERT: a layer, GELU, a norm, the tied table and a bias."""
     head = heads.MaskedLanguageHead()

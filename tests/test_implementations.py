@@ -1,6 +1,8 @@
 """Implementations of attention: each equals the formula, with gradients; which is chosen, and what is refused."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -8,19 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import outside
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from tiny import decoder, ids, loud
 
 from jaxformer import EncoderDecoder
 from jaxformer.config import resolve
-from jaxformer.model.implementations import Auto, Blocked, Plain
+from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.schedules import Constant
+from jaxformer.model import implementations
+from jaxformer.model.blocks import Stack
+from jaxformer.model.implementations import Asked, Auto, Blocked, CuDNN, Plain
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
 from jaxformer.model.layers import RMSNorm
 from jaxformer.model.masks import Bidirectional, Both, Causal, Either, Local, Prefix, Window, one_document, places
 from jaxformer.model.positions import ALiBi, RelativeBias, Rotary
 from jaxformer.model.residuals import Parallel
+from jaxformer.run import plan
 from jaxformer.run.inspection import model_flops
 from jaxformer.run.plan import planned_recipe
-from jaxformer.run.step import Recipe
+from jaxformer.run.step import Hyper, Recipe, init_state, train_step
 from jaxformer.spec import InputError
 
 T = 23
@@ -148,6 +157,148 @@ def test_what_auto_chooses():
         found, told = decoder(**fields).implemented(tokens)
         assert backend == "cpu" and type(found.kernel.implementation) is name and told == f"{name.__name__} ({why})"
     assert decoder().kernel.implementation == Auto()  # a model by itself
+
+
+# --- cuDNN: its call is not made here, but all that leads to it
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a GPU of compute capability 9.0."""
+    monkeypatch.setattr(implementations, "_no_cudnn", lambda: None)
+    monkeypatch.setattr(implementations, "_capability", lambda: (9, 0))
+
+
+HALF = Asked(1024, dtype="bfloat16", whole=True)
+REFUSED = {
+    "train.compute_dtype=float32 must be one of bfloat16, float16": {"dtype": "float32"},
+    "dropout=0.1 of weights is not in it": {"dropout": 0.1},
+    "SoftCapped changes the formula": {"changed": "SoftCapped"},
+    "the mask Prefix must be Causal, Window or Bidirectional": {"masks": (Causal(), Prefix())},
+    "rows have padding or several documents": {"whole": False},
+    "rows of 1023 tokens must have an even number of them": {"tokens": 1023},
+    "heads 12 wide must be a multiple of 8, of at most 256": {"width": 12},
+    "heads 264 wide must be a multiple of 8, of at most 256": {"width": 264},
+}
+
+
+@pytest.mark.parametrize(("reason", "asked"), REFUSED.items(), ids=REFUSED)
+def test_what_cudnn_refuses(hopper, reason, asked):
+    assert CuDNN().refuses(HALF) is None
+    assert CuDNN().refuses(HALF._replace(masks=(Window(4), Bidirectional()), width=256)) is None
+    assert CuDNN().refuses(HALF._replace(**asked)) == reason
+
+
+def test_there_is_no_cudnn_here():
+    with pytest.raises(ValueError, match=r"^implementation=CuDNN: it needs an NVIDIA GPU; this is cpu"):
+        CuDNN().chosen(HALF)
+    with pytest.raises(InputError, match=r"^model.kernel.implementation=CuDNN: it needs an NVIDIA GPU; this is cpu"):
+        planned_recipe(resolve("configs/quickstart.py", {"model.kernel.implementation": "CuDNN"}))
+
+
+def test_auto_takes_cudnn_for_all_that_it_can_do(hopper, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sizes = {"head_width": 8, "context_length": 1024}
+    for fields, name, why in (
+        ({}, CuDNN, "it can do what is asked"),
+        ({"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2}, CuDNN, "it can do what is asked"),
+        ({"position": ALiBi()}, Plain, "not CuDNN: ALiBi changes the formula"),
+        ({"kernel": SoftCapped()}, Plain, "not CuDNN: SoftCapped changes the formula"),
+        ({"kernel": outside.SinkWithStatistic()}, Plain, "not CuDNN: SinkWithStatistic changes the formula"),
+    ):
+        found, told = decoder(**(sizes | fields)).implemented(1024, "bfloat16", True)
+        assert type(found.kernel.implementation) is name and told == f"{name.__name__} ({why})"
+
+
+def test_rows_are_known_to_be_whole():
+    """By objectives, of a batch without segments; by what a config gives its batches."""
+    rows = {"tokens": jnp.zeros((2, T + 1), jnp.int32)}
+    assert NextToken.one_document and NextToken().prepare(rows, jax.random.key(0)).at.rows.whole
+    packed = NextToken().prepare(rows | {"segments": rows["tokens"]}, jax.random.key(0))
+    assert not packed.at.rows.whole
+    asked = []
+    config = resolve("configs/quickstart.py", {})
+    model = SimpleNamespace(implemented=lambda *a: asked.append(a))
+    for changes in ({}, {"data.sampling": "PackedDocuments"}, {"objective": "PrefixLM"}):
+        plan.implemented(resolve("configs/quickstart.py", changes), model)
+    assert asked == [(config.window, "float32", whole) for whole in (True, False, False)]
+
+
+def calls(monkeypatch):
+    """Computes by XLA what would be cuDNN's; the arguments of each call."""
+    found = []
+
+    def attention(q, k, v, *, implementation, scale=None, is_causal=False, local_window_size=None):
+        found.append((q.shape, k.shape, implementation, is_causal, local_window_size))
+        return original(q, k, v, scale=scale, is_causal=is_causal, local_window_size=local_window_size)
+
+    original = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    return found
+
+
+@pytest.mark.parametrize("mask", [Causal(), Window(5), Bidirectional()], ids=lambda mask: type(mask).__name__)
+def test_cudnn_equals_plain_where_it_is_called(monkeypatch, mask):
+    """With gradients; rows with segments, odd rows, a cache and dropout are computed by the formula."""
+    kernel = Softmax(scale=0.3)
+    plain = decoder(n_layers=1, head_width=8, kernel=kernel, mask=mask)
+    fused = dataclasses.replace(plain, kernel=dataclasses.replace(kernel, implementation=CuDNN()))
+    params, found = jax.tree.map(lambda a: a / 3, loud(plain)), calls(monkeypatch)
+
+    def loss(model, at, length, key=None):
+        def of(params):
+            halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+            return (model.hidden(halves, ids(3, length), at, key).h.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(of)(params)
+
+    for a, b in zip(*(jax.tree.leaves(loss(m, one_document(22), 22)) for m in (plain, fused)), strict=True):
+        assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(a) + 1e-6
+    window = (4, 0) if isinstance(mask, Window) else None
+    assert found and set(found) == {((3, 22, 6, 8), (3, 22, 2, 8), "cudnn", mask.causal, window)}
+    found.clear()
+    for at, length in ((places(jnp.ones((3, 22), jnp.int32)), 22), (one_document(T), T)):
+        chex.assert_trees_all_equal(*(loss(m, at, length) for m in (plain, fused)))
+    fused.hidden(params, ids(3, 22), one_document(22))  # float32
+    halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    if mask.causal:
+        fused.hidden(halves, ids(3, 22), one_document(22), cache=fused.cache(3, T))
+    assert not found
+
+
+def test_a_step_for_cuda_calls_cudnn_and_multiplies_halves_alone(hopper, monkeypatch):
+    """Lowered, not compiled: attention is one call and one for the gradient, nothing is [T, T]."""
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
+    fields = {"head_width": 8, "n_layers": 2, "context_length": 38, "remat": "dots_with_no_batch_dims_saveable"}
+    recipe = Recipe(decoder(**fields, kernel=Softmax(implementation=CuDNN())), compute_dtype="bfloat16")
+    hyper = Hyper(np.uint32(0), np.int32(9), AdamW(Constant(1e-2)))
+    state = jax.eval_shape(lambda: init_state(recipe, hyper))
+    traced = jax.jit(lambda s: train_step(recipe, s, {"tokens": jnp.zeros((2, 39), jnp.int32)}, hyper)).trace(state)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r"__cudnn\$\w+", text)
+    assert sorted(set(names)) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"] and "x38x38x" not in text
+    operands = re.findall(r"dot_general.*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)", text)
+    assert len(operands) > 12 and set(operands) == {("bf16", "bf16")}
+
+
+def test_layers_are_laid_out_by_the_device(monkeypatch):
+    """(groups in a turn, what is kept): unrolled up to 8, but for calls of cuDNN; a GPU's scan keeps products."""
+    fused, products = Softmax(implementation=CuDNN()), "dots_with_no_batch_dims_saveable"
+    for backend, fields, n_layers, found in (
+        ("cpu", {}, 8, (8, None)),
+        ("cpu", {}, 9, (1, None)),
+        ("gpu", {}, 8, (8, None)),
+        ("gpu", {}, 9, (1, products)),
+        ("gpu", {"unroll": 9}, 9, (9, None)),
+        ("gpu", {"kernel": fused}, 8, (1, products)),
+        ("gpu", {"remat": "everything_saveable"}, 8, (1, "everything_saveable")),
+        ("tpu", {}, 8, (1, None)),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        model = decoder(**({"unroll": None} | fields))
+        stack = Stack(model.kinds("decoder"), n_layers, unroll=model.unroll, remat=model.remat)
+        assert stack._laid_out(n_layers) == found
 
 
 def test_one_asked_for_by_name_is_never_replaced():

@@ -50,7 +50,7 @@ FLOORS = [
     *("pictures", "writers", "config"),
     *(
         f"run.{n}"
-        for n in ("signals", "step", "manifest", "checkpoint", "metrics", "starts", "peaks", "directory", "plan")
+        for n in ("signals", "step", "plan", "manifest", "checkpoint", "metrics", "starts", "peaks", "directory")
     ),
     *(
         f"run.{n}"

@@ -1,6 +1,8 @@
 """Layers against ten lines of NumPy."""
 
+import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -236,11 +238,14 @@ def test_shapes_are_checked_in_tests():
     assert tiny.SIZES["d_model"] % tiny.SIZES["n_heads"] == 0
 
 
-@pytest.mark.parametrize("one_hot", [0, 29])  # a segmented scan; a product
+@pytest.mark.parametrize("one_hot", [0, 29])  # sorted and in blocks; a product
 @pytest.mark.parametrize(("dtype", "shape"), [("float32", (3, 13)), ("bfloat16", (3, 13)), ("float32", (1,))])
 def test_sums_by_id_are_those_of_a_scatter(monkeypatch, one_hot, dtype, shape):
+    """Blocks of 4 sorted rows: an id lies in one, at its end and the next one's beginning, or in all of several."""
     monkeypatch.setattr(layers, "ONE_HOT", one_hot)
+    monkeypatch.setattr(layers, "BLOCK", 4)
     ids = jnp.asarray(rng.integers(2, 23, (2, *shape)))  # neither the first ids nor the last
+    ids = jnp.where(rng.random((2, *shape)) < 0.4, 7, ids)
     rows = jnp.asarray(draws(2, *shape, 5), dtype)
     expected = np.zeros((2, 29, 5), np.float32)
     for i in range(2):
@@ -276,3 +281,25 @@ def test_gradients_of_a_lookup(monkeypatch, dtype):
         found = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
         assert [p for p, text in found.items() if "stablehlo.scatter" in text] == ["cpu"]
         assert [p for p, text in found.items() if "stablehlo.sort" in text] == ["cuda", "tpu"] * (one_hot == 0)
+
+
+def test_products_of_halves_have_gradients_that_are_products_of_halves():
+    """float32 sums, no product of float32; in float32 the einsum itself."""
+    x, y, g = (jnp.asarray(draws(*shape)) for shape in ((3, 5, 7), (11, 7), (3, 5, 11)))
+
+    def loss(product, dtype, x, y):
+        out = product("BTD,VD->BTV", x.astype(dtype), y.astype(dtype))
+        assert out.dtype == jnp.float32
+        return (out * g).sum()
+
+    plain = lambda *a: jnp.einsum(*a, preferred_element_type=jnp.float32)
+    grads = lambda product, dtype: jax.grad(functools.partial(loss, product, dtype), (0, 1))
+    operands = re.findall(
+        r"(\w+)\[[\d,]*\] = dot_general", str(jax.make_jaxpr(grads(layers.product, "bfloat16"))(x, y))
+    )
+    assert operands == ["f32", "bf16", "bf16"]  # what is summed, and both gradients
+    for a, b in zip(grads(layers.product, "bfloat16")(x, y), grads(plain, "float32")(x, y), strict=True):
+        assert jnp.linalg.norm(a - b) < 1e-2 * jnp.linalg.norm(b)
+    assert str(jax.make_jaxpr(grads(layers.product, "float32"))(x, y)) == str(
+        jax.make_jaxpr(grads(plain, "float32"))(x, y)
+    )

@@ -288,7 +288,7 @@ def _cells(result: Result) -> dict[str, Any]:
     return {
         "row": row.name,
         "published": ", ".join(f"{number:g}" for number in row.numbers),
-        "measured": f"{result.mean:.4f}{spread}" if values else f"not run: no {str(row.platform).upper()} yet",
+        "measured": f"{result.mean:.4f}{spread}" if values else f"not run: no {str(row.platform).upper()} here",
         "seeds": len(values) or "",
         "reached": {None: "", True: "yes", False: "**no**"}[result.reached],
         "steps": row.config.train.steps,

@@ -13,16 +13,21 @@ import jax.numpy as jnp
 
 from jaxformer.keys import fold
 
-MOST = 64 * 2**20  # bytes of float32 logits up to which all places are computed at once
+MOST = 64 * 2**20  # bytes of float32 logits up to which all places are computed at once, on CPU
 CHUNKS = 16  # as many of them at most, but for odd lengths: each adds a gradient of the whole table to the sum
 
 # (h [B, T, D], a tree of arrays [B, T, ...], key) -> (what is minimised, a tree of arrays [B, T, ...], one of numbers)
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any, Any]]
 
 
+def most() -> int:
+    """Bytes of float32 logits up to which all places are computed at once; 1 GiB on accelerators."""
+    return MOST if jax.default_backend() == "cpu" else 16 * MOST
+
+
 def chunk_size(places: int, n_bytes: int) -> int:
     """Places of a chunk, of so many whose logits take so many bytes in all: an even share of them, if there is one."""
-    least = min(-(-n_bytes // MOST), CHUNKS, places)
+    least = min(-(-n_bytes // most()), CHUNKS, places)
     for n in range(least, min(2 * least, places + 1)):
         if places % n == 0:
             return places // n

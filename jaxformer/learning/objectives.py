@@ -78,6 +78,7 @@ class Objective(Spec):
 
     lookahead = 1  # how many tokens more a row has than the model sees
     needs = ("tokens",)  # of a batch
+    one_document = False  # the model sees each row of a batch without `segments` as one document, without padding
 
     def check_model(self, model: Model) -> None:
         """Raises ValueError if the model cannot learn this."""
@@ -195,12 +196,12 @@ class TokenObjective(Objective):
             raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
 
     def chunk_size(self, model: Model, h: Any, example: Example) -> int | None:
-        """Chunks where the float32 logits of all places take more than `chunks.MOST` bytes."""
+        """Chunks where the float32 logits of all places take more than `chunks.most` bytes."""
         arrays, ready = jax.tree.leaves(example._replace(source=None)), any(head.reads_logits for head in model.heads)
         if ready or not isinstance(h, jax.Array) or any(a.shape[1:2] != h.shape[1:2] for a in arrays):
             return None
         n_bytes = 4 * h.shape[0] * h.shape[1] * (model.vocab_size or 0)
-        return None if n_bytes <= chunks.MOST else chunks.chunk_size(h.shape[1], n_bytes)
+        return None if n_bytes <= chunks.most() else chunks.chunk_size(h.shape[1], n_bytes)
 
     def logits(self, model: Model, params: Any, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return model.logits(params, h)
@@ -229,6 +230,8 @@ class NextToken(TokenObjective):
     A batch holds `tokens` int32[B, T + 1] and, where rows have padding or several documents, `segments` of that shape:
     0 is padding, and nothing is predicted across a change of segment.
     """
+
+    one_document = True
 
     def check_model(self, model: Model) -> None:
         model.head_of(LanguageHead)

@@ -3,60 +3,142 @@
 import abc
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.declarations import Arrays
 from jaxformer.model.layers import Out
-from jaxformer.model.masks import Look, Range
+from jaxformer.model.masks import Bidirectional, Causal, Look, Mask, Range, Window
 from jaxformer.spec import Spec
 
-Formula = Callable[[Arrays, Look, jax.Array | None, float], Out]  # as `Softmax.formula`
 GROUPS = 4  # of queries at most, each with a range of keys of its own: so many programs are compiled for a layer
 BLOCKS = "blocks"  # the scope of what computes by blocks: the products of the formula count, not these
+HALVES = "bfloat16", "float16"
 LONG = 256  # tokens of a row from which on `Blocked` is faster on CPU: benchmarks/attention.py
+
+
+class Asked(NamedTuple):
+    """What attention is to do in training, as far as it is known before anything is compiled."""
+
+    tokens: int  # in a row
+    dropout: float = 0.0  # rate of the dropout of weights
+    dtype: str = "float32"  # of queries, keys and values
+    width: int = 64  # of a head
+    masks: tuple[Mask, ...] = (Causal(),)  # those of the layers
+    changed: str | None = None  # a part that makes of softmax(scale · QKᵀ + mask) V something else
+    whole: bool = False  # each row is one document, without padding
+    ours: bool = True  # every part is the package's
+
+
+class Computed(Protocol):
+    """What an implementation sees of a kernel."""
+
+    @property
+    def scale(self) -> float | None: ...
+
+    def formula(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out: ...
 
 
 class Implementation(Spec):
     """How a kernel's formula is computed."""
 
-    def refuses(self, rate: float) -> str | None:
-        """Why it cannot compute weights that have dropout of that rate; None if it can."""
+    def refuses(self, asked: Asked) -> str | None:
+        """Why it cannot do what is asked; None if it can."""
 
-    def chosen(self, tokens: int, rate: float, ours: bool) -> tuple["Implementation", str]:
-        """The implementation for rows of so many tokens, before anything is compiled, and why it; `ours`: the parts
-        that it is to compute are the package's. Raises ValueError if it refuses."""
-        if reason := self.refuses(rate):
+    def chosen(self, asked: Asked) -> tuple["Implementation", str]:
+        """The implementation that computes what is asked, before anything is compiled, and why it. Raises ValueError if
+        it refuses."""
+        if reason := self.refuses(asked):
             raise ValueError(f"implementation={type(self).__name__}: {reason}")
         return self, "as asked"
 
     @abc.abstractmethod
-    def __call__(self, formula: Formula, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
-        """What the formula gives of the rest."""
+    def __call__(self, kernel: Computed, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        """What the kernel's formula gives of the rest."""
 
 
 class Plain(Implementation):
     """The formula as it is written: all scores at once, T · S numbers for each head."""
 
-    def __call__(self, formula: Formula, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
-        return formula(params, look, key, rate)
+    def __call__(self, kernel: Computed, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        return kernel.formula(params, look, key, rate)
 
 
 class Auto(Plain):
-    """`Blocked` for long rows on CPU, else `Plain`. A run chooses when it starts; a model by itself is `Plain`."""
+    """The fastest that can do it: `CuDNN` on an NVIDIA GPU, on CPU `Blocked` for long rows, else `Plain`.
 
-    def chosen(self, tokens: int, rate: float, ours: bool) -> tuple[Implementation, str]:
-        blocked, backend = Blocked(), jax.default_backend()
-        if backend != "cpu":
-            return Plain(), f"none is known to be faster on {backend}"
-        if tokens < LONG:
-            return Plain(), f"rows of {tokens} tokens"
-        if reason := blocked.refuses(rate):
+    A run chooses when it starts; a model by itself is `Plain`.
+    """
+
+    def chosen(self, asked: Asked) -> tuple[Implementation, str]:
+        if jax.default_backend() != "cpu":
+            reason = CuDNN().refuses(asked)
+            return (CuDNN(), "it can do what is asked") if reason is None else (Plain(), f"not CuDNN: {reason}")
+        if asked.tokens < LONG:
+            return Plain(), f"rows of {asked.tokens} tokens"
+        if reason := Blocked().refuses(asked):
             return Plain(), reason
-        return (blocked, f"rows of {tokens} tokens") if ours else (Plain(), "a part of your own")
+        return (Blocked(), f"rows of {asked.tokens} tokens") if asked.ours else (Plain(), "a part of your own")
+
+
+class CuDNN(Implementation):
+    """NVIDIA's fused attention, which keeps no scores: memory grows with T (as arXiv:2307.08691).
+
+    Half precision, rows of one document each, masks `Causal`, `Window` and `Bidirectional`. Where a model is given
+    something else, as while text is written, it computes the formula.
+    """
+
+    def refuses(self, asked: Asked) -> str | None:
+        if reason := _no_cudnn():
+            return reason
+        if asked.dtype not in HALVES:
+            return f"train.compute_dtype={asked.dtype} must be one of {', '.join(HALVES)}"
+        if asked.dropout:
+            return f"dropout={asked.dropout} of weights is not in it"
+        if asked.changed:
+            return f"{asked.changed} changes the formula"
+        if other := [type(mask).__name__ for mask in asked.masks if type(mask) not in (Causal, Window, Bidirectional)]:
+            return f"the mask {other[0]} must be Causal, Window or Bidirectional"
+        if not asked.whole:
+            return "rows have padding or several documents"
+        if asked.tokens % 2:
+            return f"rows of {asked.tokens} tokens must have an even number of them"
+        widest = 256 if _capability() >= (9, 0) else 128
+        if asked.width % 8 or asked.width > widest:
+            return f"heads {asked.width} wide must be a multiple of 8, of at most {widest}"
+        return None
+
+    def __call__(self, kernel: Computed, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        q, k, v, view = look.q, look.seen["k"], look.seen["v"], look.view
+        whole = view.query.rows.whole and view.key.rows.whole and q.shape[2] % 2 == 0
+        if not whole or q.dtype.name not in HALVES or (key is not None and rate):
+            return kernel.formula(params, look, key, rate)
+        with jax.named_scope(BLOCKS):
+            h = jax.nn.dot_product_attention(
+                *(a.swapaxes(1, 2) for a in (q, k, v)),
+                scale=kernel.scale,
+                is_causal=view.rule.causal,
+                local_window_size=(view.rule.size - 1, 0) if isinstance(view.rule, Window) else None,
+                implementation="cudnn",
+            )
+        return kernel.formula(params, look, key, rate)._replace(h=h.swapaxes(1, 2))  # the rest, where it is asked for
+
+
+def _no_cudnn() -> str | None:
+    """Why there is no fused attention on the first device."""
+    if jax.default_backend() != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version:
+        return f"it needs an NVIDIA GPU; this is {jax.default_backend()}"
+    if _capability() < (8, 0):
+        return f"it needs a GPU of compute capability 8.0; {jax.devices()[0].device_kind} is older"
+    return None
+
+
+def _capability() -> tuple[int, ...]:
+    return tuple(int(n) for n in jax.devices()[0].compute_capability.split("."))
 
 
 class Blocked(Implementation):
@@ -73,11 +155,12 @@ class Blocked(Implementation):
         if self.size < 1:
             raise ValueError(f"{at}size={self.size} must be at least 1; 64 is usual")
 
-    def refuses(self, rate: float) -> str | None:
-        return f"dropout={rate} of weights is drawn for all queries at once" if rate else None
+    def refuses(self, asked: Asked) -> str | None:
+        return f"dropout={asked.dropout} of weights is drawn for all queries at once" if asked.dropout else None
 
-    def __call__(self, formula: Formula, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
-        if key is not None and (reason := self.refuses(rate)):
+    def __call__(self, kernel: Computed, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
+        formula = kernel.formula
+        if key is not None and (reason := self.refuses(Asked(look.q.shape[2], rate))):
             raise ValueError(f"implementation={type(self).__name__}: {reason}")
         whole, T = formula(params, look, key, rate), look.q.shape[2]  # of which only what is used is computed
         if self.size >= T:

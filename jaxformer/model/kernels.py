@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.declarations import Arrays, Declarations, Param, Slot
-from jaxformer.model.implementations import Auto, Implementation, Plain
-from jaxformer.model.layers import Out, constant, dropout, weighted
+from jaxformer.model.implementations import Asked, Auto, Implementation, Plain
+from jaxformer.model.layers import Out, constant, dropout, product, weighted
 from jaxformer.model.masks import Look, Places
 from jaxformer.spec import Spec
 
@@ -30,9 +30,9 @@ class Kernel(Spec):
         """Room in the cache; empty if it looks only at what a layer below hands on."""
         return {}
 
-    def implemented(self, tokens: int, rate: float, ours: bool) -> tuple["Kernel", str]:
-        """The kernel with its implementation chosen, and why, for rows of so many tokens and dropout of weights of that
-        rate; `ours`: position and mask are the package's. Raises ValueError if the one asked for cannot do it."""
+    def implemented(self, asked: Asked) -> tuple["Kernel", str]:
+        """The kernel with its implementation chosen for what is asked, and why. Raises ValueError if the one that is
+        named cannot do it."""
         return self, ""
 
     def remember(
@@ -60,14 +60,15 @@ class Softmax(Kernel):
     def slots(self) -> dict[str, Slot]:
         return {"k": Slot("BGSK"), "v": Slot("BGSK")}
 
-    def implemented(self, tokens: int, rate: float, ours: bool) -> tuple["Softmax", str]:
+    def implemented(self, asked: Asked) -> tuple["Softmax", str]:
+        name, steps = type(self).__name__, ("scores", "weights", "masked_scores", "formula")
+        if any(getattr(type(self), step) is not getattr(Softmax, step) for step in steps):
+            asked = asked._replace(changed=asked.changed or name)
+        asked = asked._replace(ours=asked.ours and type(self).__module__ == __name__)
         own = type(self).__call__ is not Softmax.__call__
-        ours = ours and type(self).__module__ == __name__
-        implementation, why = (Plain(), "its own") if own else self.implementation.chosen(tokens, rate, ours)
+        implementation, why = (Plain(), "its own") if own else self.implementation.chosen(asked)
         if own and not isinstance(self.implementation, Auto | Plain):
-            raise ValueError(
-                f"implementation: {type(self).__name__} computes itself, in its __call__; leave it at Auto"
-            )
+            raise ValueError(f"implementation: {name} computes itself, in its __call__; leave it at Auto")
         return dataclasses.replace(self, implementation=implementation), why
 
     def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
@@ -93,7 +94,7 @@ class Softmax(Kernel):
         return jnp.where(look.view.mask(), scores, -jnp.inf)
 
     def __call__(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
-        return self.implementation(self.formula, params, look, key, rate)
+        return self.implementation(self, params, look, key, rate)
 
     def formula(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
         """softmax(scores) V: what every implementation computes."""
@@ -101,7 +102,7 @@ class Softmax(Kernel):
         powers, total = self.weights(params, scores)
         q, v, total = look.q, look.seen["v"], jnp.maximum(total, 1e-30)
         weights = _grouped(dropout(key, powers, rate).astype(q.dtype), v.shape[1])
-        values = jnp.einsum("BGRTS,BGSK->BGRTK", weights, v, preferred_element_type=jnp.float32)
+        values = product("BGRTS,BGSK->BGRTK", weights, v)
         h = (values.reshape(*q.shape[:3], -1) / total).astype(q.dtype)
         return Out(h, activations={"scores": scores, "weights": powers / total})
 
@@ -159,7 +160,7 @@ def _scores(q: Float[Array, "B G R T K"], k: Float[Array, "B G S K"]) -> Float[A
     """QKᵀ. On CPU, of one token, as while text is written, a matrix times a vector for each query: of a product of
     matrices XLA lays out all keys anew."""
     if q.shape[3] > 1 or jax.default_backend() != "cpu":
-        return jnp.einsum("BGRTK,BGSK->BGRTS", q, k, preferred_element_type=jnp.float32)
+        return product("BGRTK,BGSK->BGRTS", q, k)
     one = lambda r: jnp.einsum("BGSK,BGK->BGS", k, q[:, :, r, 0], preferred_element_type=jnp.float32)
     return jnp.stack([one(r) for r in range(q.shape[2])], 2)[..., None, :]
 

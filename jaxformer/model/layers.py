@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.declarations import Arrays, ByLayer, Declarations, Declared, Draw, Param
 from jaxformer.model.masks import Places
 from jaxformer.spec import Spec
 
 ONE_HOT = 1024  # ids up to which a product makes their sums: beyond, the ones take more memory than the rows
+BLOCK = 128  # sorted rows that are summed by one product
 zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 constant, normal = jax.nn.initializers.constant, jax.nn.initializers.normal
 
@@ -175,6 +176,33 @@ def linear(x: Float[Array, "*B D"], w: Float[Array, "D *N"]) -> Float[Array, "..
     return product.reshape(*x.shape[:-1], *w.shape[1:])
 
 
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> Float[Array, "..."]:
+    """einsum of two arrays with float32 sums and results.
+
+    In half precision its gradients are products of halves, too, as those of PyTorch's autocast: JAX would multiply
+    float32 cotangents, at half the speed or less of a GPU's matrix units.
+    """
+    return _einsum(subscripts, a, b) if a.dtype.itemsize == 4 else _product(subscripts, a, b)
+
+
+def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+_product = jax.custom_vjp(_einsum, nondiff_argnums=(0,))
+
+
+def _halves(subscripts: str, of: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, b = of
+    by_a = jax.linear_transpose(lambda a: jnp.einsum(subscripts, a, b), a)
+    by_b = jax.linear_transpose(lambda b: jnp.einsum(subscripts, a, b), b)
+    g = g.astype(jnp.result_type(a, b))
+    return *by_a(g), *by_b(g)
+
+
+_product.defvjp(lambda subscripts, a, b: (_einsum(subscripts, a, b), (a, b)), _halves)
+
+
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Rows of the table. In half precision too, a row's gradient is summed in float32: it is a sum over all tokens.
 
@@ -206,25 +234,30 @@ def sums_by_id(rows: Float[Array, "... D"], ids: Int[Array, "..."], size: int) -
     """float32 sums of the rows of each id below `size`, without a scatter: a GPU whose kernels must be deterministic
     does one row after another.
 
-    For few ids that is a product with a one at each id. For many, rows are sorted by id and summed up to each place
-    from where its id begins (a segmented scan: Blelloch 1990, section 1.5); the last place of an id holds its sum.
+    For few ids that is a product with a one at each id. For many, rows are sorted by id and summed in blocks of
+    `BLOCK`, each row and those before it of the same id, again by a product with ones; what an id has in blocks before
+    is what their last rows hold. The last place of an id then has its sum.
     """
     rows, ids = rows.reshape(-1, rows.shape[-1]), ids.reshape(-1)
     if size <= ONE_HOT:
-        hot = (jnp.arange(size)[:, None] == ids[None]).astype(rows.dtype)
-        exactly = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-        return jnp.matmul(hot, rows, **exactly)
-    order = jnp.argsort(ids)
-    ids, rows = ids[order], rows[order].astype(jnp.float32)
-    begins = jnp.pad(ids[1:] != ids[:-1], (1, 0), constant_values=True)[:, None]
-
-    def join(left: Any, right: Any) -> Any:
-        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
-
-    _, sums = jax.lax.associative_scan(join, (begins, rows))
+        return _ones_times(jnp.arange(size)[:, None] == ids[None], rows)
+    order, more = jnp.argsort(ids), -len(ids) % BLOCK
+    ids = jnp.pad(ids[order], (0, more), constant_values=size)
+    blocks = ids.reshape(-1, BLOCK)
+    sorted_rows = jnp.pad(rows[order].astype(jnp.float32), ((0, more), (0, 0))).reshape(*blocks.shape, -1)
+    within = _ones_times(jnp.tril(blocks[:, :, None] == blocks[:, None]), sorted_rows)
+    before = _ones_times(jnp.tril(blocks[:, :1] == blocks[None, :, -1], -1), within[:, -1])
     last = jnp.searchsorted(ids, jnp.arange(size), side="right") - 1
     found = (last >= 0) & (ids[last] == jnp.arange(size))
-    return jnp.where(found[:, None], sums[last], 0)
+    also = blocks[last // BLOCK, 0] == jnp.arange(size)
+    sums = within.reshape(len(ids), -1)[last] + jnp.where(also[:, None], before[last // BLOCK], 0)
+    return jnp.where(found[:, None], sums, 0)
+
+
+def _ones_times(mask: Bool[Array, "*B N M"], rows: Float[Array, "*B M D"]) -> Float[Array, "*B N D"]:
+    """Sums of the rows at which the mask is True, in float32."""
+    exactly: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    return jnp.matmul(mask.astype(rows.dtype), rows, **exactly)
 
 
 def add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

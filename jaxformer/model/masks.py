@@ -1,6 +1,7 @@
 """Who may look at whom: a rule over the places of tokens, from which masks and distances are made on demand."""
 
 import abc
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
@@ -14,6 +15,17 @@ from jaxformer.declarations import Arrays, Slot
 from jaxformer.spec import Spec
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What is known of rows before anything is compiled."""
+
+    whole: bool = False  # each is one document from its first token on, without padding
+
+
+ANY = Rows()
+
+
 class Places(NamedTuple):
     """Where each token stands. Rows that are all alike may be given once, as a batch of one.
 
@@ -25,6 +37,7 @@ class Places(NamedTuple):
     position: Int[Array, "B T"]
     segment: Int[Array, "B T"]
     part: Int[Array, "B T"] | None = None
+    rows: Rows = ANY
 
 
 def places(segment: Int[Array, "B T"], part: Int[Array, "B T"] | None = None) -> Places:
@@ -37,7 +50,7 @@ def places(segment: Int[Array, "B T"], part: Int[Array, "B T"] | None = None) ->
 
 def one_document(length: int) -> Places:
     """Every row one document of `length` tokens."""
-    return Places(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
+    return Places(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32), rows=Rows(whole=True))
 
 
 class Mask(Spec):

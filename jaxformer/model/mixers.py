@@ -12,7 +12,7 @@ from jaxformer.declarations import Arrays, Declarations, Param, Slot
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.kernels import Kernel
 from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear, lookup, ones, weighted
-from jaxformer.model.masks import Look, Mask, Places, View
+from jaxformer.model.masks import ANY, Look, Mask, Places, Rows, View
 from jaxformer.model.positions import Position
 from jaxformer.spec import Spec
 
@@ -136,13 +136,14 @@ class MultiHead(Mixer):
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         position, at, cache, handed = _of_position(params, parts, context), context.at, context.cache, {}
         q = parts.position.rotate(position, parts.qk_norm(params["norm_q"], _heads(params, parts, x, "q")), at)
+        rows = at.rows if cache is None and context.memory is None else ANY
         if context.memory is None:
             new, slots = self.remember(params, parts, x, context), self.slots(parts)
             seen, cache = cache_lib.update(cache, new, slots) if slots else (new, cache)
             seen, handed = parts.kernel.share(params["kernel_params"], seen, context.below)
         else:
             new = seen = context.memory
-        view = view_of(parts, at, seen)
+        view = view_of(parts, at, seen, rows)
         look = Look(q, new, seen, view, self.slots(parts), parts.position.bias, position)
         out = parts.kernel(params["kernel_params"], look, context.key, parts.dropout)
         B, H, T, K = out.h.shape
@@ -181,15 +182,16 @@ class ValueEmbeddings(MultiHead):
         return super().values(params, parts, x, context) + weighted((own["gain"][:, None, None], more))
 
 
-def view_of(parts: Parts, at: Places, seen: Arrays) -> View:
-    """Queries at their places, and keys at those that they have left in the slots."""
-    return View(at, Places(seen["position"], seen["segment"], seen.get("part")), parts.mask, parts.dims["H"])
+def view_of(parts: Parts, at: Places, seen: Arrays, rows: Rows = ANY) -> View:
+    """Queries at their places, and keys at those that they have left in the slots; `rows` tells of the keys'."""
+    return View(at, Places(seen["position"], seen["segment"], seen.get("part"), rows), parts.mask, parts.dims["H"])
 
 
 def place(parts: Parts, at: Places) -> dict[str, jax.Array]:
     """What tokens leave in the slots `cache.PLACE` and in those of the mask."""
     second = {"part": jnp.ones_like(at.segment)} if "part" in parts.mask.slots() else {}
-    return second | {name: array for name, array in at._asdict().items() if array is not None}
+    own = {"position": at.position, "segment": at.segment, "part": at.part}
+    return second | {name: array for name, array in own.items() if array is not None}
 
 
 def _of_position(params: Mapping[str, Any], parts: Parts, context: Context) -> Arrays:

@@ -17,6 +17,7 @@ from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.blocks import BlockSpec, Stack
 from jaxformer.model.heads import Head, LanguageHead
+from jaxformer.model.implementations import Asked
 from jaxformer.model.kernels import Kernel, Softmax
 from jaxformer.model.layers import MLP, FeedForward, GPT2Normal, Initializer, LayerNorm, NoNorm, Norm, Out, lookup
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
@@ -101,9 +102,10 @@ class Model(Spec):
         """What a run says of it when it starts, besides its size: line by line, by name."""
         return {}
 
-    def implemented(self, tokens: int) -> tuple[Self, str]:
-        """The model with the implementations of its kernels chosen, and which and why, for rows of so many tokens.
-        Raises ValueError for one that cannot do what is asked of it."""
+    def implemented(self, tokens: int, dtype: str = "float32", whole: bool = False) -> tuple[Self, str]:
+        """The model with the implementations of its kernels chosen, and which and why, for rows of so many tokens,
+        computed in that dtype; `whole`: each row is one document, without padding. Raises ValueError for one that
+        cannot do what is asked of it."""
         return self, ""
 
     @abc.abstractmethod
@@ -258,8 +260,8 @@ class Decoder(Model):
     bias: bool = False  # whether attention's projections have biases; feed_forward and norm have fields of their own
     qkv_bias: bool | None = None  # whether those of queries, keys and values have; None: as bias
     output_projection: bool = True  # attention ends with a projection; False: its heads side by side, then zeros
-    unroll: int | None = None  # groups of layers in a turn of the scan; None: all up to 8 on CPU, else 1 (`Stack`)
-    remat: Remat | None = None  # which activations are kept for the gradient and not recomputed; None: all
+    unroll: int | None = None  # groups of layers in a turn of the scan; None: by the device (`Stack`)
+    remat: Remat | None = None  # which activations are kept, not recomputed; None: all, or by the device (`Stack`)
 
     stacks = ("decoder",)  # by name
 
@@ -316,16 +318,19 @@ class Decoder(Model):
         names = sorted({mixer.summary(parts) for mixer, parts in each})
         return {"attention": ", ".join(names)} if names else {}
 
-    def implemented(self, tokens: int) -> tuple[Self, str]:
+    def implemented(self, tokens: int, dtype: str = "float32", whole: bool = False) -> tuple[Self, str]:
         parts = [part for each in (self.position, self.mask, self.mixer) for part in _as_tuple(each)]
         ours = all(type(part).__module__.startswith("jaxformer.") for part in parts)
+        biased = [type(p).__name__ for p in _as_tuple(self.position) if type(p).bias is not Position.bias]
+        masks, width = _as_tuple(self.mask), self.widths["K"]
+        asked = Asked(tokens, self.dropout, dtype, width, masks, biased[0] if biased else None, whole, ours)
         found, whys = dict[str, Any](), list[str]()
         for name in ("kernel", "cross_kernel"):
             kernels = getattr(self, name, None)
             if kernels is None:
                 continue
             try:
-                each = [kernel.implemented(tokens, self.dropout, ours) for kernel in _as_tuple(kernels)]
+                each = [kernel.implemented(asked) for kernel in _as_tuple(kernels)]
             except ValueError as error:
                 raise ValueError(f"model.{name}.{error}") from None
             found[name] = tuple(kernel for kernel, _ in each) if isinstance(kernels, tuple) else each[0][0]

@@ -11,7 +11,8 @@ from jaxformer.data.datasets import Prepared
 from jaxformer.learning.schedules import Schedule
 from jaxformer.run.directory import noticed
 from jaxformer.run.opened import Run
-from jaxformer.run.starts import changed_sources, implementation_of, moved
+from jaxformer.run.plan import implemented
+from jaxformer.run.starts import changed_sources, moved
 from jaxformer.spec import counted, fields
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
         "device": f"{len(devices)} × {device.platform} ({device.device_kind})",
         "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
         **model.summary(),
-        **({"computed": how} if (how := implementation_of(config)) else {}),
+        **({"computed": how} if (how := implemented(config, config.model)[1]) else {}),
         "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
         "data": f"{counted(counts['train_tokens'], 'token')} for training, {counts['valid_tokens']:,} for validation",
         "step": f"{counted(config.data.batch_size * config.window, 'token')}; {per_call} per call",

@@ -18,6 +18,7 @@ from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.declarations import trained
 from jaxformer.model.heads import Classes
+from jaxformer.model.models import Model
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
 from jaxformer.spec import InputError
 
@@ -64,7 +65,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     head = heads if isinstance(config.model.head, tuple) else heads[0]
     model = dataclasses.replace(config.model, vocab_size=size, head=head)
     try:
-        model, _ = model.implemented(config.window)
+        model, _ = implemented(config, model)
         objective = config.objective.filled(special, size, config.row.tokens, config.data.sampling.several)
         for each in heads:
             each.params()
@@ -72,6 +73,14 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
         raise InputError(str(error)) from None
     train = config.train
     return Recipe(model, objective, train.compute_dtype, train.accumulation, train.grad_norms, train.guard)
+
+
+def implemented(config: Config, model: Model) -> tuple[Model, str]:
+    """The model with the implementations of attention chosen, and which and why: "Blocked (rows of 256 tokens)"; empty
+    for a model without. Raises ValueError for one that cannot do what the config asks for."""
+    data = config.data
+    whole = config.objective.one_document and "segments" not in data.sampling.shapes(data.corpus, config.row)
+    return model.implemented(config.window, config.train.compute_dtype, whole)
 
 
 def check_optimizer(config: Config, recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxformer.config import Config
+from jaxformer.run.plan import implemented
 from jaxformer.spec import Spec, class_name
 
 PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
@@ -37,7 +38,7 @@ def record_start(config: Config, step: int, seeds: Sequence[int], devices: Seque
         "idle_devices": jax.device_count() - len(devices),
         "processor": processor(),
         "processor_features": features(),
-        "attention": implementation_of(config),
+        "attention": implemented(config, config.model)[1],
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
         "sources": sources(config),
@@ -141,11 +142,6 @@ def features() -> list[str]:
     return sorted(name for name in found[1].split() if name.startswith(units)) if found else []
 
 
-def implementation_of(config: Config) -> str:
-    """Which implementations attention has, and why: "Blocked (rows of 256 tokens)"; empty for a model without."""
-    return config.model.implemented(config.window)[1]
-
-
 def moved(config: Config, devices: Sequence[Any]) -> str | None:
     """How processor, devices, versions of XLA and the implementation of attention differ from those of the run's last
     start; None if they do not."""
@@ -158,7 +154,7 @@ def moved(config: Config, devices: Sequence[Any]) -> str | None:
         "processor_features": features(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
         "versions": {name: _version(name) for name in ("jax", "jaxlib")},
-        "attention": implementation_of(config),
+        "attention": implemented(config, config.model)[1],
     }
     versions = before.get("versions")
     old = {**before, "versions": {name: versions.get(name) for name in now["versions"]} if versions else None}
