@@ -10,6 +10,7 @@ the block of this processor or GPU into a file such as BENCHMARKS.md, in place o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -211,10 +212,10 @@ class Clock:
         return left
 
 
-def measured(measurement: Measurement, rounds: int, clock: Clock) -> list[Row]:
-    """Each contestant in turn, round by round."""
+def measured(measurement: Measurement, rounds: int, clock: Clock, kept: Path | None = None) -> list[Row]:
+    """Each contestant in turn, round by round; what they compile is `kept` in a folder, if one is given."""
     rows = [Row(each.name, each.arguments.get("dtype", "float32")) for each in measurement.contestants]
-    with tempfile.TemporaryDirectory() as compiled:
+    with contextlib.nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory() as compiled:
         caches = {"JAX_COMPILATION_CACHE_DIR": compiled, "TORCHINDUCTOR_CACHE_DIR": f"{compiled}/inductor"}
         caches |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         given = {"size": measurement.size, "seconds": clock.seconds}
@@ -381,13 +382,15 @@ def main() -> None:
         "--also", action="append", default=[], metavar="FIELD=VALUE", help="on a GPU: jaxformer so, too"
     )
     parser.add_argument("--within", type=float, default=float("inf"), metavar="SECONDS", help="what is left then fails")
+    parser.add_argument("--seconds", type=float, default=3.0, help="that each contestant measures for at least")
+    parser.add_argument("--compiled", type=Path, metavar="FOLDER", help="keeps what is compiled, for the next call")
     parser.add_argument("--quick", action="store_true", help="next to nothing, to see that it runs")
     parser.add_argument("--list", action="store_true", help="names, and about how many minutes each takes on 2 cores")
     given = parser.parse_args()
     chosen, started = selected(given.names, given.also), time.monotonic()
     if given.list:
         return print("\n".join(f"{each.name:20} {each.minutes:4g}" for each in chosen))
-    clock = Clock(end=started + given.within)
+    clock = Clock(given.seconds, end=started + given.within)
     if os.getloadavg()[0] > 0.5:
         print("other processes run: PyTorch's threads wait for one another, and lose most by it", file=sys.stderr)
     if given.quick:
@@ -401,7 +404,7 @@ def main() -> None:
     peaks = limits(clock, *((1, 1 << 20) if given.quick else (4, 1 << 28) if "gpu" in given.names else (3, 1 << 26)))
     found: list[dict[str, Any]] = []
     for each in chosen:
-        found.append(told(each, measured(each, given.rounds or each.rounds, clock), peaks))
+        found.append(told(each, measured(each, given.rounds or each.rounds, clock, given.compiled), peaks))
         seconds = time.monotonic() - started
         print(f"\n{title(found[-1])}\n\n{table(found[-1])}", flush=True)
         if given.json:
