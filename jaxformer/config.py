@@ -21,6 +21,7 @@ from jaxformer.learning.guards import Guard
 from jaxformer.learning.objectives import NextToken, Objective
 from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupLinear
+from jaxformer.mesh import Mesh
 from jaxformer.model import baselines
 from jaxformer.model.models import Decoder, Model
 from jaxformer.spec import InputError, Spec, checked, class_name, from_json, known_specs, override, to_json
@@ -79,6 +80,7 @@ class Config(Spec):
     objective: Objective = NextToken()  # what is learned of a batch
     optimizer: Optimizer = AdamW()  # how gradients change the parameters
     train: Train = Train()  # how long, how often, from which seed
+    mesh: Mesh = Mesh()  # over how many devices, and how
     sampler: Sampler | None = None  # how texts are drawn from the model; None: LeftToRight
     init_from: str | None = None  # a run, or one of its checkpoints, whose parameters this one begins with
     writers: tuple[Writer, ...] = ()  # where rows go besides metrics.jsonl
@@ -108,6 +110,7 @@ NOTICE = MOVED | {
     "train.steps_per_call",
     "train.grad_norms",
     "train.guard",
+    *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "forced")),
     "model.unroll",
     "model.remat",
     *(f"model.{k}.implementation{more}" for k in ("kernel", "cross_kernel") for more in ("", ".size")),

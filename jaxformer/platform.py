@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,18 @@ def set_flags() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def simulate_devices(count: int) -> None:
+    """Makes so many devices of the CPU, for what is to be tried without accelerators, before JAX computes anything.
+
+    Calls wait for their results: several in flight on simulated devices may wait for each other for ever.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    for name, value in {"jax_platforms": "cpu", "jax_cpu_enable_async_dispatch": False}.items():
+        os.environ[name.upper()] = str(value).lower()  # of processes that this one starts
+        jax.config.update(name, value)
 
 
 def check_numerics() -> None:
@@ -36,6 +49,14 @@ def check_numerics() -> None:
         "install a release that does not (pip install 'jax!=0.10.2,!=0.11.*'), or start a new process with "
         "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
     )
+
+
+def host() -> Any:
+    """The device that is the host's own memory; None where JAX_PLATFORMS leaves out cpu."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def in_notebook() -> bool:

@@ -12,7 +12,7 @@ import jaxformer
 
 PACKAGE = Path(jaxformer.__file__).parent
 FLOORS = [
-    *("spec", "declarations", "platform", "keys"),
+    *("spec", "declarations", "platform", "keys", "mesh"),
     *(
         f"data.{n}"
         for n in (

@@ -363,7 +363,7 @@ def test_the_devices_that_are_used_are_told_and_those_that_are_idle(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert re.search(r"device +1 × cpu \(", done.stderr) and "4 × cpu" not in done.stderr
-    assert "3 of 4 devices are idle: a run, or seeds together, use one" in done.stderr
+    assert "3 of 4 devices are idle; --mesh.fsdp=-1 or --mesh.data=-1 takes them all" in done.stderr
     (start,) = map(json.loads, (tmp_path / "run" / "starts.jsonl").read_text().splitlines())
     assert len(start["devices"]) == 1 and start["idle_devices"] == 3
 

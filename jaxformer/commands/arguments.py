@@ -132,6 +132,26 @@ def imported(arguments: Sequence[str]) -> list[str]:
     return rest
 
 
+def simulated(arguments: Sequence[str]) -> list[str]:
+    """Has JAX, which must not have computed anything yet, make as many devices of the CPU as --simulate_devices=N says;
+    returns the rest."""
+    from jaxformer.spec import InputError
+
+    rest, waiting = [], list(arguments)
+    while waiting:
+        name, equals, count = waiting.pop(0).partition("=")
+        if name != "--simulate_devices":
+            rest.append(name + equals + count)
+            continue
+        count = count if equals or not waiting else waiting.pop(0)
+        if not (count.isdecimal() and 0 < int(count) <= 1024):
+            raise InputError(f"simulate_devices={count} must be how many devices the CPU is to play, such as 8")
+        from jaxformer.platform import simulate_devices
+
+        simulate_devices(int(count))
+    return rest
+
+
 def find_modules_here() -> None:
     """Lets imports find the user's modules, behind all others: a run holds files, and none may pass for a package."""
     if os.getcwd() not in sys.path:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jaxformer.commands.arguments import call, imported, page, summary
+from jaxformer.commands.arguments import call, imported, page, simulated, summary
 from jaxformer.run.signals import meant
 
 # Nothing heavy is imported up here, so that a signal during JAX's import is met by `main` already.
@@ -67,6 +67,7 @@ def run(name: str | None, arguments: list[str]) -> int:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             which = f"did you mean {close[0]}?" if close else f"give {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}"
             raise InputError(f"{name!r} is no command; {which}; jaxformer --help tells of each")
+        arguments = simulated(arguments)
         keep_programs()
         arguments, command = imported(arguments), _command(name)
         if name == "train":

@@ -16,6 +16,7 @@ FLAGS = {
     "--seeds=N": "trains N seeds, from train.seed on, as one program, each in DIRECTORY/seed-SEED",
     "--init_from=RUN": "begins with the parameters of another run",
     "--profile=START:STOP": "records a trace of the device between these steps, in DIRECTORY/profile",
+    "--simulate_devices=N": "makes N devices of the CPU, to try a mesh without accelerators",
     "--import=MODULE": "imports a module of your own first, for its parts",
     "--help": "shows this page; after a CONFIG also its fields",
 }

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.declarations import Arrays, Declarations, declare
 from jaxformer.keys import fold
+from jaxformer.mesh import constrained
 from jaxformer.model.implementations import CuDNN
 from jaxformer.model.layers import FeedForward, LayerNorm, Norm, Out, dropout
 from jaxformer.model.masks import Places
@@ -73,7 +74,8 @@ class Block(nn.Module):
         for name in s.branches:
             branch = fold(key, SITES[name])
             site = self._site(name, context.layer, fold(branch, INSIDE))
-            outs[name] = self._branch(name, s.residual.before(stream, site), context)
+            h = constrained(s.residual.before(stream, site), "BTD")
+            outs[name] = self._branch(name, h, context)
             stream = s.residual.after(stream, dropout(branch, outs[name].h, s.dropout), site)
             record(self, **{f"after_{name}": stream, name: {"out": outs[name].h, **outs[name].activations}})
         sums = {name: out.sums for name, out in outs.items() if out.sums}

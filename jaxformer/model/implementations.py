@@ -46,6 +46,8 @@ class Computed(Protocol):
 class Implementation(Spec):
     """How a kernel's formula is computed."""
 
+    splits_heads = True  # whether heads may be split over devices: `Mesh.tensor`
+
     def refuses(self, asked: Asked) -> str | None:
         """Why it cannot do what is asked; None if it can."""
 

@@ -17,7 +17,7 @@ from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.blocks import BlockSpec, Stack
 from jaxformer.model.heads import Head, LanguageHead
-from jaxformer.model.implementations import Asked
+from jaxformer.model.implementations import Asked, Implementation
 from jaxformer.model.kernels import Kernel, Softmax
 from jaxformer.model.layers import MLP, FeedForward, GPT2Normal, Initializer, LayerNorm, NoNorm, Norm, Out, lookup
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
@@ -107,6 +107,9 @@ class Model(Spec):
         computed in that dtype; `whole`: each row is one document, without padding. Raises ValueError for one that
         cannot do what is asked of it."""
         return self, ""
+
+    def refuses_split_heads(self) -> str | None:
+        """Why its heads cannot be split over devices; None if they can."""
 
     @abc.abstractmethod
     def network(self) -> nn.Module:
@@ -336,6 +339,12 @@ class Decoder(Model):
             found[name] = tuple(kernel for kernel, _ in each) if isinstance(kernels, tuple) else each[0][0]
             whys += [f"{type(kernel.implementation).__name__} ({why})" for kernel, why in each if why]
         return dataclasses.replace(self, **found), ", ".join(dict.fromkeys(whys))
+
+    def refuses_split_heads(self) -> str | None:
+        kernels = [kernel for name in ("kernel", "cross_kernel") for kernel in _as_tuple(getattr(self, name, None))]
+        each = [getattr(kernel, "implementation", None) for kernel in kernels]
+        names = {type(one).__name__ for one in each if isinstance(one, Implementation) and not one.splits_heads}
+        return f"implementation={min(names)} computes all heads on one device; take another" if names else None
 
     def layers(self, stack: str) -> int:
         """How many a stack has."""

@@ -11,6 +11,7 @@ import jax
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
+from jaxformer.mesh import laid_out
 from jaxformer.run.checkpoint import CheckpointWriter, restore_together
 from jaxformer.run.directory import has_checkpoint
 from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
@@ -40,7 +41,9 @@ def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
     """The state before the first step."""
     recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
     state = first_state(recipe, hyper)
-    return state if origin is None else init_state(recipe, hyper, take(state.params, *origin))
+    if origin is None:
+        return state
+    return init_state(recipe, hyper, laid_out(take(state.params, *origin), recipe.model.declared()))
 
 
 def groups(configs: Sequence[Config]) -> list[list[int]]:

@@ -17,7 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxformer.data.locks import is_read, reading
-from jaxformer.run.manifest import Manifest, has_manifest, read_manifest, withdraw
+from jaxformer.platform import host
+from jaxformer.run.manifest import Manifest, gathered, has_manifest, read_manifest, withdraw
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -308,12 +309,11 @@ def _remove(path: Path) -> None:
 
 
 def _copied(state: Any) -> Any:
-    """In the host's memory, so as to take none of an accelerator's; where it is, if JAX_PLATFORMS leaves out cpu."""
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        host = None
-    return jax.device_put(state, host, may_alias=False)
+    """In the host's memory, so as to take none of an accelerator's; where it is, if JAX_PLATFORMS leaves out cpu. What
+    is split is put together, one array after another."""
+    several = lambda a: len(a.sharding.device_set) > 1
+    one = lambda a: jax.device_put(gathered(a) if several(a) else a, host(), may_alias=several(a))
+    return jax.tree.map(one, state)
 
 
 def _reserve(directory: Path, n_bytes: int) -> None:

@@ -14,7 +14,16 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import Source
-from jaxformer.run.plan import Judged, check_batch, check_optimizer, hyper_of, prepare_data, recipe_of, summary
+from jaxformer.run.plan import (
+    Judged,
+    check_batch,
+    check_mesh,
+    check_optimizer,
+    hyper_of,
+    prepare_data,
+    recipe_of,
+    summary,
+)
 from jaxformer.run.step import Recipe, evaluate_batch, init_state
 from jaxformer.spec import InputError
 
@@ -30,6 +39,7 @@ def checked_data(config: Config) -> Prepared:
     prepared = prepare_data(config)
     recipe = recipe_of(config, prepared.tokenizer, prepared.classes)
     check_optimizer(config, recipe)
+    check_mesh(config, recipe, jax.device_count())
     sampling, more = config.data.sampling, "give more text, or a smaller data.window"
     for (corpus, _), source in zip(config.data.corpus.parts(), prepared.train, strict=True):
         try:

@@ -15,6 +15,7 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
+from jaxformer.mesh import placed
 from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.beginning import Origin, begun, checkpoints_of, groups, origin_of, record, restored
 from jaxformer.run.checks import checked_data
@@ -104,10 +105,14 @@ def build(
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
         check_batch(recipe, batch)
         check_ids(np.asarray(batch["tokens"]), recipe.model.vocab_size)
-        state, metrics = train_steps(recipe, state, jax.tree.map(lambda a: a[None], batch), np.int32(1), hyper)
+        with config.mesh.entered():
+            one = placed({name: array[None] for name, array in batch.items()}, 1)
+            state, metrics = train_steps(recipe, state, one, np.int32(1), hyper)
         return state, jax.tree.map(lambda a: a[0], metrics)
 
-    state = begun(config, prepared, origin_of(config, prepared))
+    origin = origin_of(config, prepared)
+    with config.mesh.entered():
+        state = begun(config, prepared, origin)
     return state, step, batches_of(config, prepared).at
 
 
@@ -136,7 +141,7 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
 def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profile: Profile) -> list[Run]:
     """Trains runs together from where they are to their last step, or to the end of the call that a signal comes in."""
     config, members = configs[0], Members(configs, prepared)
-    with collected() as received, checkpoints_of(configs) as saved:
+    with collected() as received, config.mesh.entered(), checkpoints_of(configs) as saved:
         runs, origin = restored(configs, prepared, saved, origin)
         step, steps = int(runs[0].state.step), config.train.steps
         if step >= steps and not any(owed(configs, saved, step)):

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxformer.data.files import write
 from jaxformer.declarations import path_name
+from jaxformer.platform import host
 
 
 def sha256(tree: Any) -> str:
@@ -23,10 +24,21 @@ def sha256(tree: Any) -> str:
     digest = hashlib.sha256()
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
     for path in sorted(leaves):
-        array = np.asarray(leaves[path])
+        array = gathered(leaves[path])
         digest.update(f"{path} {array.dtype} {array.shape} ".encode())
         digest.update(_bytes(array))
     return digest.hexdigest()
+
+
+def gathered(array: Any) -> np.ndarray:
+    """An array's numbers on the host, however it is sharded; of one that is split JAX would keep a copy of its own."""
+    if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
+        return np.asarray(array)
+    whole = np.empty(array.shape, array.dtype)
+    for part in array.addressable_shards:
+        if part.replica_id == 0:
+            whole[part.index] = np.asarray(jax.device_put(part.data, host()))
+    return whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +54,7 @@ class Manifest:
 
     @classmethod
     def of(cls, state: Any) -> "Manifest":
-        hashed = {name: np.asarray(leaf) for name, leaf in _leaves(state)}
-        return cls({name: _layout(a) | {"sha256": hashlib.sha256(_bytes(a)).hexdigest()} for name, a in hashed.items()})
+        return cls({name: _layout(leaf) | {"sha256": _sha256(leaf)} for name, leaf in _leaves(state)})
 
     def ranked(self, rank: float) -> "Manifest":
         return dataclasses.replace(self, rank=rank if math.isfinite(rank) else None)
@@ -70,7 +81,7 @@ class Manifest:
         if self.before is not None:
             return None if sha256(state) == self.before.get("state_sha256") else "the state"
         for name, leaf in _leaves(state):
-            if hashlib.sha256(_bytes(np.asarray(leaf))).hexdigest() != self.arrays[name]["sha256"]:
+            if _sha256(leaf) != self.arrays[name]["sha256"]:
                 return name
         return None
 
@@ -126,6 +137,10 @@ def _digest(body: Any) -> str:
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return sorted((path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _sha256(array: Any) -> str:
+    return hashlib.sha256(_bytes(gathered(array))).hexdigest()
 
 
 def _layout(array: Any) -> dict[str, Any]:

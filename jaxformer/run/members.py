@@ -14,6 +14,7 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch, Batches
 from jaxformer.data.datasets import Prepared
 from jaxformer.learning.guards import Diverged
+from jaxformer.mesh import laid_out, placed
 from jaxformer.run.inspection import model_flops
 from jaxformer.run.plan import Judged, evaluate, hyper_of, recipe_of
 from jaxformer.run.step import TrainState, train_members, train_step, train_steps
@@ -44,7 +45,7 @@ class Members:
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
         for array in jax.tree.leaves(states):
             array.delete()
-        return stacked
+        return laid_out(stacked, self.recipe.model.declared())
 
     def apart(self, state: TrainState) -> Iterator[TrainState]:
         """The state of each, one after another."""
@@ -80,7 +81,7 @@ class Members:
     def call(self, state: TrainState, buffer: Batch, count: int) -> tuple[TrainState, Any]:
         """`count` steps, compiled ahead of time for each set of shapes; with a count of 0 they are compiled and no
         more."""
-        shapes = _shapes(buffer)
+        shapes, buffer = _shapes(buffer), placed(buffer, 2 if self._several else 1)
         if shapes not in self._compiled:
             started = time.perf_counter()
             steps = train_members if self._several else train_steps

@@ -9,6 +9,7 @@ import jax
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
 from jaxformer.learning.schedules import Schedule
+from jaxformer.mesh import axis_sizes
 from jaxformer.run.directory import noticed
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import implemented
@@ -63,6 +64,7 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
     rows |= {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{len(devices)} × {device.platform} ({device.device_kind})",
+        **({"mesh": ", ".join(f"{axis} {n}" for axis, n in sizes.items())} if (sizes := axis_sizes()) else {}),
         "model": f"{type(model).__name__}, {n_params:,} parameters, vocabulary {model.vocab_size}",
         **model.summary(),
         **({"computed": how} if (how := implemented(config, config.model)[1]) else {}),
@@ -73,4 +75,5 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
     for name, text in rows.items():
         log.info("%-10s %s", name, text)
     if idle := jax.device_count() - len(devices):
-        log.warning("%d of %d devices are idle: a run, or seeds together, use one", idle, jax.device_count())
+        sentence = "%d of %d devices are idle; --mesh.fsdp=-1 or --mesh.data=-1 takes them all"
+        log.warning(sentence, idle, jax.device_count())

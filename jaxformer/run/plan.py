@@ -16,7 +16,8 @@ from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared, classes_of, fitted, prepare
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Tokenizer
-from jaxformer.declarations import trained
+from jaxformer.declarations import by_path, trained
+from jaxformer.mesh import ROWS, partition, placed, shardings
 from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
@@ -98,6 +99,24 @@ def check_optimizer(config: Config, recipe: Recipe) -> None:
         )
 
 
+def check_mesh(config: Config, recipe: Recipe, devices: int) -> dict[str, int]:
+    """Axis → size of the config's mesh on so many devices. Raises InputError if it cannot be made of them, or does not
+    divide what it splits."""
+    sizes, rows = config.mesh.sizes(devices), config.data.batch_size // config.train.accumulation
+    if rows % (parts := math.prod(sizes[axis] for axis in ROWS)):
+        slices = f" / train.accumulation={config.train.accumulation}" if config.train.accumulation > 1 else ""
+        least = -(-rows // parts) * parts * config.train.accumulation
+        raise InputError(
+            f"data.batch_size={config.data.batch_size}{slices} must be a multiple of mesh.data={sizes['data']} · "
+            f"mesh.fsdp={sizes['fsdp']}; data.batch_size={least} would do"
+        )
+    for path, box in by_path(recipe.model.declared()).items():
+        partition(box.letters.all, box.value.shape, sizes, path)
+    if sizes["tensor"] > 1 and (reason := recipe.model.refuses_split_heads()):
+        raise InputError(f"mesh.tensor={sizes['tensor']}: {reason}")
+    return sizes
+
+
 def abstract_batches(config: Config, recipe: Recipe, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of `count` batches, [count, B, ...], as large as they may be; the corpus is not read."""
     shapes = config.data.sampling.shapes(config.data.corpus, config.row)
@@ -115,9 +134,9 @@ def hyper_of(config: Config) -> Hyper:
 
 def abstract_state(config: Config, recipe: Recipe) -> Any:
     """Shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_state(recipe, hyper_of(config)))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+    abstract = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    return jax.tree.map(abstract, shapes, shardings(shapes, recipe.model.declared()))
 
 
 def check_batch(recipe: Recipe, batch: Mapping[str, Any]) -> None:
@@ -221,7 +240,7 @@ def _sums(
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         for batch in sampling.full_pass(source, config.row, config.data.batch_size, part):
             check_batch(recipe, batch)
-            in_flight.append(evaluated(batch, np.int32(next(number)), known))
+            in_flight.append(evaluated(placed(batch), np.int32(next(number)), known))
             if len(in_flight) == 2:
                 _add(total, in_flight.popleft())
                 between()

@@ -13,6 +13,7 @@ from jaxformer.keys import key_for
 from jaxformer.learning.guards import Guard, chosen
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
 from jaxformer.learning.optimizers import Optimizer
+from jaxformer.mesh import constrained, split
 from jaxformer.model.models import Model
 from jaxformer.spec import Spec
 
@@ -60,7 +61,8 @@ def init_state(recipe: Recipe, hyper: Hyper, params: Any = None) -> TrainState:
     transform = hyper.optimizer.transform(trained(declared, declared), jnp.int32(0), hyper.steps)
     ema = () if hyper.ema_decay is None else params
     skips = () if recipe.guard is None else recipe.guard.begin()
-    return TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema, skips)
+    state = TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema, skips)
+    return split(state, recipe.model.declared())
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
@@ -76,7 +78,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     declared = hyper.optimizer.frozen(of_model)
     sums, grads = _gradients(recipe, state.params, of_model, declared, example, key)
     count = jnp.maximum(sums.weight, 1)  # a batch of padding alone changes nothing but the decay
-    grads = jax.tree.map(lambda g: g / count, grads)
+    grads = split(jax.tree.map(lambda g: g / count, grads), of_model)
     rate = hyper.optimizer.rate(state.step, hyper.steps)
     moved = trained(state.params, declared)
     transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
@@ -104,7 +106,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
         skips = recipe.guard.counted(skips, passes, loss, sums.weight)
         metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
     params, opt_state, ema = new
-    return TrainState(state.step + 1, params, opt_state, ema, skips), metrics
+    return split(TrainState(state.step + 1, params, opt_state, ema, skips), of_model), metrics
 
 
 def _advanced(declared: Any, params: Any, sums: Any, real: jax.Array, path: str = "") -> Any:
@@ -148,7 +150,9 @@ def _gradients(
         return one(example, 0)
 
     def slices(a: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(a, (n, *a.shape)) if a.shape[0] == 1 else a.reshape(n, -1, *a.shape[1:])
+        if a.shape[0] == 1:
+            return jnp.broadcast_to(a, (n, *a.shape))
+        return constrained(a.reshape(n, -1, *a.shape[1:]), "NB" + "." * (a.ndim - 1))
 
     def add(total: Any, xs: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, one(*xs)), None
@@ -196,7 +200,8 @@ def train_members(
     def alone(state: TrainState, batches: Batch, seed: jax.Array) -> tuple[TrainState, dict[str, Any]]:
         return train_steps(recipe, state, batches, count, hyper._replace(seed=seed))
 
-    return jax.vmap(alone)(states, batches, hyper.seed)
+    states, metrics = jax.vmap(alone)(states, batches, hyper.seed)
+    return split(states, recipe.model.declared()), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0)
