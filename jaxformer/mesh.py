@@ -146,14 +146,18 @@ def constrained(x: jax.Array, letters: str) -> jax.Array:
 
 
 def placed(batch: Mapping[str, Any], before: int = 0) -> Any:
-    """Arrays [..., B, ...] from the host, with so many axes before B, each part of their rows on its own devices."""
+    """Arrays [..., B, ...] from the host, with so many axes before B, each part of their rows on its own devices; of
+    abstract ones, where they would be."""
     if not axis_sizes():
         return batch
     mesh, parts = jax.sharding.get_mesh(), row_parts()
 
-    def put(array: Any) -> jax.Array:
+    def put(array: Any) -> Any:
         rows = ROWS if array.shape[before] % parts == 0 else None
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*[None] * before, rows)))
+        sharding = NamedSharding(mesh, PartitionSpec(*[None] * before, rows))
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        return jax.device_put(array, sharding)
 
     return {name: put(array) for name, array in batch.items()}
 

@@ -54,13 +54,22 @@ FLOORS = [
     ),
     *(
         f"run.{n}"
-        for n in ("inspection", "attention", "opened", "notices", "warm_start", "dry_run", "members", "checks")
+        for n in (
+            "inspection",
+            "budget",
+            "attention",
+            "opened",
+            "notices",
+            "warm_start",
+            "dry_run",
+            "members",
+        )
     ),
-    *(f"run.{n}" for n in ("beginning", "reports", "profile", "pauses", "loop")),
+    *(f"run.{n}" for n in ("checks", "beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
     *(f"lab.{n}" for n in ("probe", "properties", "check", "interruptions", "verify_resume")),
     *("commands.arguments", "commands.programs"),
-    *(f"commands.{n}" for n in ("train", "presets", "new", "sample", "evaluate", "predict", "inspect")),
+    *(f"commands.{n}" for n in ("train", "presets", "new", "plan", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",
     "commands.check",
     "commands.reproduce",

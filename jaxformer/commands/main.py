@@ -17,7 +17,7 @@ from jaxformer.run.signals import meant
 
 PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 GROUPS = {
-    "train": ("train", "presets", "new"),
+    "train": ("train", "presets", "new", "plan"),
     "use a run": ("sample", "evaluate", "predict", "inspect"),
     "experiments": ("compare", "reproduce"),
     "trust": ("check", "verify_resume"),

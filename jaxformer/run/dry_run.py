@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
+from jaxformer.mesh import placed
 from jaxformer.platform import set_flags
+from jaxformer.run.budget import needs
 from jaxformer.run.directory import as_begun, check_begun, has_begun, other_run
 from jaxformer.run.notices import tell_beginning
 from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of, planned_recipe, planned_tokenizer
@@ -22,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The resolved config as JSON values, and what its compiled step needs, in bytes of one device.
+    """The resolved config as JSON values; what `budget.needs` says of it; and, in bytes of one device, what its step as
+    it is compiled here works with besides what it is given, `working_bytes`, and with both, `total_bytes`.
 
     The corpus is read only if the size of the vocabulary depends on it; nothing is allocated on the device. Raises
     InputError as `train` would, but for what the corpus itself may bring; a directory that holds another run is a
@@ -42,26 +45,12 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
         if config.init_from is not None:
             source = open_source(config.init_from)
             compare(recipe.model, source, source.tokenizer == tokenizer)
-    state = abstract_state(config, recipe)
-    n_tokens = config.data.batch_size * config.window
-    batches = abstract_batches(config, recipe, min(config.train.steps_per_call, config.train.steps))
-    memory = train_steps.lower(recipe, state, batches, np.int32(1), hyper).compile().memory_analysis()
+    found = needs(config, recipe, jax.device_count())
+    with config.mesh.entered():
+        state = abstract_state(config, recipe)
+        batches = placed(abstract_batches(config, recipe, min(config.train.steps_per_call, config.train.steps)), 1)
+        memory = train_steps.lower(recipe, state, batches, np.int32(1), hyper).compile().memory_analysis()
     assert memory is not None  # only a backend without memory has none
     passed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "config": to_json(config),
-        "n_params": sum(a.size for a in jax.tree.leaves(state.params)),
-        "vocab_size": recipe.model.vocab_size,
-        "tokens_per_step": n_tokens,
-        "tokens_in_all": n_tokens * config.train.steps,
-        "params_bytes": _bytes(state.params),
-        "optimizer_bytes": _bytes(state.opt_state),
-        "ema_bytes": _bytes(state.ema),
-        "batches_bytes": _bytes(batches),
-        "working_bytes": memory.temp_size_in_bytes,  # gradients, activations
-        "total_bytes": passed + memory.temp_size_in_bytes,
-    }
-
-
-def _bytes(tree: Any) -> int:
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    measured = {"working_bytes": memory.temp_size_in_bytes, "total_bytes": passed + memory.temp_size_in_bytes}
+    return {"config": to_json(config), **found, **measured}

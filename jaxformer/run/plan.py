@@ -104,11 +104,14 @@ def check_mesh(config: Config, recipe: Recipe, devices: int) -> dict[str, int]:
     divide what it splits."""
     sizes, rows = config.mesh.sizes(devices), config.data.batch_size // config.train.accumulation
     if rows % (parts := math.prod(sizes[axis] for axis in ROWS)):
-        slices = f" / train.accumulation={config.train.accumulation}" if config.train.accumulation > 1 else ""
-        least = -(-rows // parts) * parts * config.train.accumulation
+        size, accumulation = config.data.batch_size, config.train.accumulation
+        slices = f" / train.accumulation={accumulation}" if accumulation > 1 else ""
+        fewer = [n for n in range(accumulation - 1, 0, -1) if size % (n * parts) == 0]
+        least = -(-rows // parts) * parts * accumulation
+        remedy = f"train.accumulation={fewer[0]}" if fewer else f"data.batch_size={least}"
         raise InputError(
-            f"data.batch_size={config.data.batch_size}{slices} must be a multiple of mesh.data={sizes['data']} · "
-            f"mesh.fsdp={sizes['fsdp']}; data.batch_size={least} would do"
+            f"data.batch_size={size}{slices} must be a multiple of mesh.data={sizes['data']} · "
+            f"mesh.fsdp={sizes['fsdp']}; {remedy} would do"
         )
     for path, box in by_path(recipe.model.declared()).items():
         partition(box.letters.all, box.value.shape, sizes, path)
