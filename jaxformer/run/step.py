@@ -187,7 +187,8 @@ def train_steps(
 
     row = jax.eval_shape(lambda: train_step(recipe, state, first, hyper)[1])
     metrics = jax.tree.map(lambda a: jnp.full((size, *a.shape), jnp.nan), row)
-    return jax.lax.fori_loop(0, count, body, (state, metrics))
+    state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
+    return split(state, recipe.model.declared()), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -1,0 +1,151 @@
+"""What a plan says of memory is what XLA is given, and what JAX keeps for the backward pass."""
+
+import dataclasses
+import re
+
+import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.config import presets, resolve
+from jaxformer.declarations import map_declared, trained, updated
+from jaxformer.lab.probe import Probe, small
+from jaxformer.mesh import Mesh
+from jaxformer.run.budget import POLICIES, amount, budget, needs, render, saved
+from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of
+from jaxformer.run.step import Recipe, train_steps
+from jaxformer.spec import InputError
+
+QUICK = {
+    "decoder": ("shakespeare_cpu", {"train.ema_decay": 0.9}),
+    "groups, accumulation, remat": (
+        "gpt2_124m",
+        {
+            "optimizer": "Groups",
+            "train.accumulation": 2,
+            "model.remat": "dots_saveable",
+            "train.compute_dtype": "float32",
+        },
+    ),
+}
+MORE = {name: (name, {}) for name in presets()} | {
+    "adafactor": ("gpt2_124m", {"optimizer": "Adafactor"}),
+    "schedule-free": ("gpt2_124m", {"optimizer": "ScheduleFree"}),
+    "everything anew": ("llama_1b", {"model.remat": "nothing_saveable"}),
+    "plain": ("llama_1b", {"model.kernel.implementation": "Plain"}),
+    "dropout": ("shakespeare_cpu", {"model.dropout": 0.1}),
+    "half precision": ("shakespeare_cpu", {"train.compute_dtype": "bfloat16"}),
+}
+
+
+def made(name, overrides):
+    """A small config with its recipe, that no corpus is read for."""
+    own = {path: value for path, value in overrides.items() if path != "train.accumulation"}
+    probe = Probe(small(resolve(name, own)))
+    train = dataclasses.replace(probe.config.train, accumulation=overrides.get("train.accumulation", 1))
+    config = dataclasses.replace(probe.config, train=train)
+    return config, Recipe(config.model, config.objective, train.compute_dtype, train.accumulation, guard=train.guard)
+
+
+def residuals(config, recipe, rows, capsys):
+    """Bytes of what `print_saved_residuals` lists, but for arguments and single numbers."""
+    declared = recipe.model.declared()
+    params = map_declared(
+        lambda box: jax.ShapeDtypeStruct(box.value.shape, recipe.compute_dtype if box.trained else "float32"), declared
+    )
+    batch = {
+        n: jax.ShapeDtypeStruct((rows, *a.shape[2:]), a.dtype) for n, a in abstract_batches(config, recipe, 1).items()
+    }
+    example = jax.eval_shape(lambda batch: recipe.objective.prepare(batch, jax.random.key(0)), batch)
+
+    def loss(moved, params, example):
+        return recipe.objective.loss(recipe.model, updated(params, moved), example, jax.random.key(0)).minimised
+
+    moved = trained(params, config.optimizer.frozen(declared))
+    capsys.readouterr()
+    jax.ad_checkpoint.print_saved_residuals(loss, moved, params, example)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+    lines = [line for line in lines if "broadcast_in_dim" not in line or "_summed" not in line]  # a batch's own weights
+    found = [re.match(r"(\w+)\[([\d,]*)\]", line) for line in lines]
+    kinds = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4, "s32": 4, "u32": 4, "pred": 1, "bool": 1, "i8": 1}
+    return sum(kinds[f[1]] * int(np.prod([int(n) for n in f[2].split(",")])) for f in found if f and f[2])
+
+
+def compare(config, recipe, capsys):
+    found = needs(config, recipe, 1)
+    state = abstract_state(config, recipe)
+    batches = abstract_batches(config, recipe, min(config.train.steps_per_call, config.train.steps))
+    hyper = hyper_of(config)
+    memory = train_steps.lower(recipe, state, batches, np.int32(1), hyper).compile().memory_analysis()
+    arrays = found["params_bytes"] + found["optimizer_bytes"] + found["ema_bytes"] + found["batches_bytes"]
+    numbers = sum(jnp.asarray(a).nbytes for a in jax.tree.leaves((hyper, 0)))
+    skips = sum(a.size * 4 for a in jax.tree.leaves((state.step, state.skips)))
+    assert 0 <= memory.argument_size_in_bytes - arrays <= numbers + skips, "what a step is given"
+    rows = config.data.batch_size // config.train.accumulation
+    assert sum(a.size * a.dtype.itemsize for a in saved(config, recipe, rows) if a.shape) == residuals(
+        config, recipe, rows, capsys
+    )
+    working = found["estimated_bytes"] - arrays
+    return working / memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_bytes_are_those_of_xla(case, capsys):
+    assert 0.5 < compare(*made(*QUICK[case]), capsys) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE)
+def test_bytes_are_those_of_xla_everywhere(case, capsys):
+    ratio = compare(*made(*MORE[case]), capsys)
+    with capsys.disabled():
+        print(f"\n{case}: planned working memory {ratio:.2f} × XLA's")
+    assert 0.5 < ratio < 2
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_would_fit():
+    config, recipe = made("gpt2_124m", {})
+    whole = budget(config, recipe, 1)
+    room = whole["estimated_bytes"] - 1
+    assert "it fits" in budget(config, recipe, 1, 2.0 * room)["advice"]
+    found = budget(config, recipe, 1, room, 1e12)
+    assert [row["remat"] for row in found["policies"]] == [*POLICIES]
+    assert found["seconds_at_peak"] == found["flops_per_step"] / 1e12
+    for row in found["policies"]:
+        model = dataclasses.replace(recipe.model, remat=row["remat"])
+        rows = lambda n: dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=n))
+        of = lambda n: needs(rows(n), dataclasses.replace(recipe, model=model), 1)  # noqa: B023
+        slack = of(row["rows"])["batches_bytes"] - found["batches_bytes"]  # which grow a little with rows
+        assert of(row["rows"])["estimated_bytes"] - slack <= room < of(row["rows"] + 1)["estimated_bytes"]
+    assert found["advice"] == "it does not fit; it would with --model.remat=dots_saveable"
+    few = found["estimated_bytes"] - found["activations_bytes"] - found["logits_bytes"]
+    assert "not even slices of one row" in budget(config, recipe, 1, few)["advice"]
+    text = render(found)
+    assert "remat=none" in text and f"{'advice':18} it does not fit" in text
+
+
+def test_devices_share_out_what_a_plan_says():
+    config, recipe = made("gpt2_124m", {"train.accumulation": 1})
+    one = needs(config, recipe, 1)
+    eight = lambda **axes: needs(dataclasses.replace(config, mesh=Mesh(**axes)), recipe, 8)
+    split, copies, heads = eight(fsdp=4), eight(data=4), eight(tensor=2)
+    assert split["params_bytes"] == pytest.approx(one["params_bytes"] / 4, rel=0.05)  # biases stay whole
+    assert copies["params_bytes"] == one["params_bytes"] > heads["params_bytes"]
+    assert split["activations_bytes"] == copies["activations_bytes"] < one["activations_bytes"] / 3
+    assert one["activations_bytes"] / 2 < heads["activations_bytes"] < one["activations_bytes"]
+    sent = lambda found: [found[f"sent_{axis}_bytes"] for axis in ("data", "fsdp", "tensor")]
+    assert sent(one) == [0, 0, 0]
+    assert sent(copies)[0] == round(2 * 3 / 4 * copies["params_bytes"] / 2)  # ring; gradients in bfloat16
+    assert sent(split)[1] > 0 and sent(split)[2] == 0 and sent(heads)[:2] == [0, 0] and sent(heads)[2] > 0
+    with pytest.raises(InputError, match=r"data.batch_size=4 must be a multiple of .*mesh.fsdp=8"):
+        eight(fsdp=8)
+
+
+def test_amounts():
+    assert amount("80GB", "x") == 80e9 and amount("989e12", "x") == 989e12 and amount(None, "x") is None
+    for wrong in ("80XB", "GB", "-1", "nan"):
+        with pytest.raises(InputError, match="device_memory="):
+            amount(wrong, "device_memory")
