@@ -67,7 +67,7 @@ FLOORS = [
     ),
     *(f"run.{n}" for n in ("checks", "beginning", "reports", "profile", "pauses", "loop")),
     *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
-    *(f"lab.{n}" for n in ("probe", "properties", "check", "interruptions", "verify_resume")),
+    *(f"lab.{n}" for n in ("probe", "properties", "devices", "check", "interruptions", "verify_resume")),
     *("commands.arguments", "commands.programs"),
     *(f"commands.{n}" for n in ("train", "presets", "new", "plan", "sample", "evaluate", "predict", "inspect")),
     "commands.compare",

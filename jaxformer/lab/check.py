@@ -10,8 +10,10 @@ import jax
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
+from jaxformer.lab.devices import agrees, meshes
 from jaxformer.lab.probe import Inapplicable, Probe, Wrong, sizes_of, small, with_part
 from jaxformer.lab.properties import CHECKS
+from jaxformer.spec import InputError
 
 
 class Finding(NamedTuple):
@@ -48,20 +50,25 @@ class Checked(NamedTuple):
 
 
 def check(
-    what: str | Path | Config, overrides: Mapping[str, Any] | None = None, until_failure: bool = False
+    what: str | Path | Config,
+    overrides: Mapping[str, Any] | None = None,
+    until_failure: bool = False,
+    devices: int | None = None,
 ) -> Checked:
     """Tries a small version of a config, of a file, a preset, or of a part as "my_module:Part", in the smallest model
     that takes it.
 
     The config is made small by `small`; its corpus is not read: batches are drawn at random. Leaks and gradients are
     probed on `loud` parameters, behind which nothing hides. With `until_failure` no check follows the first that fails.
+    Given `devices`, which must be there, one of them is compared with all, under several meshes, and nothing else.
     Raises InputError for what is no config and no part.
     """
     config = config_lib.resolve(with_part(what) if isinstance(what, str) and ":" in what else what, overrides)
     probe = Probe(small(config))
+    checks = CHECKS if devices is None else _of_devices(devices)
     with _quickly_compiled():
         findings: list[Finding] = []
-        for each in CHECKS:
+        for each in checks:
             findings.append(_tried(probe, *each))
             if until_failure and findings[-1].status == "failed":
                 break
@@ -69,6 +76,15 @@ def check(
     return Checked(
         str(what) if not isinstance(what, Config) else what.directory, f"made small: {sizes}", tuple(findings)
     )
+
+
+def _of_devices(count: int) -> tuple[tuple[str, str, Callable[[Probe], str]], ...]:
+    if not 2 <= count <= jax.device_count():
+        there = f"at least 2 and at most {jax.device_count()}, as many as there are; or --simulate_devices={count}"
+        raise InputError(f"devices={count} must be {there}")
+    where = "the letters of the part's arrays, and reshapes of axes that are split"
+    of = lambda mesh: lambda probe: agrees(probe, mesh)
+    return tuple((f"1 device = {name}", where, of(mesh)) for name, mesh in meshes(count))
 
 
 @contextlib.contextmanager
