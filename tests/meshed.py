@@ -88,7 +88,6 @@ def quick():
     """Losses; what the program of an FSDP step does; a checkpoint on other devices."""
     recipe, losses = decoder(), {}
     losses["alone"], _ = run(recipe, ALONE, 2, hyper(), 2)
-    losses["three"], _ = run(recipe, MESHES["three"], 2, hyper(), 2)
     losses["fsdp"], compiled = run(recipe, MESHES["fsdp"], 2, hyper(), 2)
     return {"losses": losses, "program": program(recipe, compiled), "checkpoint": checkpoint(recipe)}
 

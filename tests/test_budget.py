@@ -20,6 +20,8 @@ from jaxformer.spec import InputError
 
 QUICK = {
     "decoder": ("shakespeare_cpu", {"train.ema_decay": 0.9}),
+}
+MORE = {name: (name, {}) for name in presets()} | {
     "groups, accumulation, remat": (
         "gpt2_124m",
         {
@@ -29,8 +31,6 @@ QUICK = {
             "train.compute_dtype": "float32",
         },
     ),
-}
-MORE = {name: (name, {}) for name in presets()} | {
     "adafactor": ("gpt2_124m", {"optimizer": "Adafactor"}),
     "schedule-free": ("gpt2_124m", {"optimizer": "ScheduleFree"}),
     "everything anew": ("llama_1b", {"model.remat": "nothing_saveable"}),
@@ -127,6 +127,7 @@ def test_a_plan_says_what_would_fit():
     assert "remat=none" in text and f"{'advice':18} it does not fit" in text
 
 
+@pytest.mark.slow
 def test_devices_share_out_what_a_plan_says():
     config, recipe = made("gpt2_124m", {"train.accumulation": 1})
     one = needs(config, recipe, 1)
