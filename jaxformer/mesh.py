@@ -37,11 +37,15 @@ class Mesh(Spec):
                 f"{' and '.join(free)} are −1, but one of them alone may take all devices left; give sizes"
             )
 
+    @property
+    def least(self) -> int:
+        """How many devices it needs."""
+        return math.prod(size for axis in AXES if (size := getattr(self, axis)) > 0)
+
     def sizes(self, devices: int) -> dict[str, int]:
         """Axis → size, of so many devices. Raises InputError if they are too few."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        fixed = math.prod(size for size in sizes.values() if size > 0)
-        if fixed > devices:
+        if (fixed := self.least) > devices:
             asked = " · ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
             work = " or ".join(f"mesh.fsdp={n}" for n in range(devices, 0, -1) if devices % n == 0)
             raise InputError(

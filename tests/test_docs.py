@@ -24,6 +24,9 @@ PAGES = sorted(ROOT.glob("docs/*.md"))
 UNRUN = ("pip", "python", "python3", "source", "export", "pytest", "git", "cd", "ruff", "pyright", "time")
 
 
+DEVICES = {"--simulate_devices", "--devices", "--mesh.fsdp"}  # of several, which this process has not
+
+
 def blocks(page):
     """(language, text) of each fenced block."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
@@ -106,7 +109,9 @@ def follow(page, folder):
                     check_names(words)
                 elif call is None:
                     subprocess.run(["bash", "-ec", line], check=True)
-                elif call[0] in ("reproduce", "verify_resume"):  # long, or in processes that nothing makes small
+                elif call[0] in ("reproduce", "verify_resume") or DEVICES & {
+                    w.split("=")[0] for w in words
+                }:  # long, or in processes that nothing makes small
                     check_names(words)
                 else:
                     arguments = [w for word in call[1] for w in (sorted(glob.glob(word)) or [word])]

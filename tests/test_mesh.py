@@ -26,7 +26,8 @@ from jaxformer.learning.groups import Groups
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedule_free import ScheduleFree
 from jaxformer.mesh import Mesh, constrained, partition, partitions, placed, split
-from jaxformer.run.plan import check_mesh
+from jaxformer.run.inspection import describe, render
+from jaxformer.run.plan import check_mesh, planned_recipe
 from jaxformer.run.step import init_state, train_steps
 from jaxformer.spec import InputError, checked
 
@@ -254,9 +255,8 @@ def test_runs_on_eight_devices_resume_on_others(preset, tmp_path):
         "on4": ["--simulate_devices=4", "--mesh.fsdp=2", "--mesh.tensor=2"],
         "on1": [],
     }
-    for name, arguments in meshes.items():
-        if name != "on8":
-            shutil.copytree(on8, tmp_path / name)
+    for name in ("on4", "on1"):
+        shutil.copytree(on8, tmp_path / name)
     for name in meshes:
         hashes.add(json.loads(command("inspect", str(tmp_path / name), "--json")[1])["state_sha256"])
     assert len(hashes) == 1
@@ -267,9 +267,8 @@ def test_runs_on_eight_devices_resume_on_others(preset, tmp_path):
         assert [row["step"] for row in found[name]] == [row["step"] for row in found["on8"]]
         losses = [[row["loss"] for row in found[each]] for each in (name, "on8")]
         np.testing.assert_allclose(*losses, rtol=1e-4)
-    assert json.loads(command("evaluate", str(on8), "--json")[1])["loss"] == pytest.approx(
-        found["on1"][-1]["loss"], rel=1e-4
-    )
+    loss = json.loads(command("evaluate", str(on8), "--json")[1])["loss"]
+    assert loss == pytest.approx(found["on1"][-1]["loss"], rel=1e-4)
     if preset == "help_topics":
         (tmp_path / "asked.txt").write_text("a list of numbers\n")
         assert command("predict", str(on8), str(tmp_path / "asked.txt"))[1]
@@ -307,3 +306,16 @@ def test_what_simulates_devices_is_a_number():
     for wrong in (["--simulate_devices=0"], ["--simulate_devices", "x"], ["--simulate_devices"]):
         with pytest.raises(InputError, match="simulate_devices="):
             simulated(wrong)
+
+
+def test_inspect_tells_the_layout():
+    own = {"mesh.fsdp": 4, "mesh.tensor": 2, "data.batch_size": 16}
+    config = resolve("quickstart", {"data.tokenizer": "Bytes"} | own)
+    found = describe(config, planned_recipe(config))
+    rows = {row["name"]: row for row in found["table"]}
+    q = rows["decoder/layers/block0/attention/project/q"]
+    assert q["split"] == "D/4 H/2" and q["device_bytes"] == 4 * q["count"] // 8
+    assert found["device_bytes"] == found["params_bytes"] // 8
+    assert "D/4 H/2" in render(found)
+    alone = describe(resolve(config, {"mesh": Mesh()}), planned_recipe(config))
+    assert "split" not in alone["table"][0] and "device_bytes" not in alone

@@ -19,7 +19,6 @@ from jaxformer.mesh import AXES, ROWS, partition, partitions
 from jaxformer.model.models import Decoder, Model
 from jaxformer.run.inspection import human, model_flops
 from jaxformer.run.plan import abstract_batches, abstract_state, check_mesh, planned_recipe
-from jaxformer.run.starts import implementation_of
 from jaxformer.run.step import Recipe
 from jaxformer.spec import InputError
 
@@ -94,7 +93,7 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
     return {
         "devices": math.prod(sizes.values()),
         "mesh": ", ".join(f"{axis} {size}" for axis, size in sizes.items()),
-        "attention": implementation_of(config),
+        "attention": implemented(config, config.model)[1],
         "n_params": sum(a.size for a in jax.tree.leaves(state.params)),
         "vocab_size": recipe.model.vocab_size,
         "tokens_per_step": n_tokens,

@@ -16,6 +16,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.declarations import Declared, is_declared
 from jaxformer.learning.objectives import Batch, Example, Objective
+from jaxformer.mesh import partition
 from jaxformer.model.implementations import BLOCKS
 from jaxformer.model.models import Model
 from jaxformer.run.plan import abstract_batches, planned_recipe
@@ -50,9 +51,15 @@ def inspect(objective: Objective, model: Model, batch: Batch, compute_dtype: str
 
 
 def describe(config: Config, recipe: Recipe) -> dict[str, Any]:
-    """The config, and what its model is made of and costs for one of its batches."""
+    """The config, and what its model is made of and costs for one of its batches; under a mesh also how each array is
+    split, as "D/8", and what a device has of it."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), abstract_batches(config, recipe, 1))
     found = inspect(recipe.objective, recipe.model, shapes, recipe.compute_dtype)
+    sizes = config.mesh.sizes(max(jax.device_count(), config.mesh.least))
+    if math.prod(sizes.values()) > 1:
+        for row, (path, box) in zip(found["table"], _declared(recipe.model).items(), strict=True):
+            row |= _layout(box, sizes, "/".join(path))
+        found["device_bytes"] = sum(row["device_bytes"] for row in found["table"])
     return found | {"config": to_json(config)}
 
 
@@ -155,7 +162,7 @@ def render(found: Mapping[str, Any]) -> str:
         (
             _table("part", [*found["layers"], total], "layers", *sums),
             _table("activation", found["activations"], "shape", "dtype", "bytes"),
-            _table("parameter", found["table"], "letters", "shape", "count", "decay"),
+            _table("parameter", found["table"], *(name for name in found["table"][0] if name != "name")),
         )
     )
 
@@ -249,6 +256,14 @@ def _place(model: Model, path: Names) -> tuple[int, Names]:
 def _abstract_params(model: Model, dtype: str) -> Any:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)), shapes)
+
+
+def _layout(box: Declared, sizes: Mapping[str, int], path: str) -> Row:
+    """Of an array on a mesh."""
+    axes = zip(box.letters.all, partition(box.letters.all, box.value.shape, sizes, path), strict=True)
+    split = [(letter, sizes[axis]) for letter, axis in axes if axis]
+    n_bytes = 4 * box.value.size // math.prod(size for _, size in split)
+    return {"split": " ".join(f"{letter}/{size}" for letter, size in split), "device_bytes": n_bytes}
 
 
 # --- text
