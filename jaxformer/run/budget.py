@@ -18,7 +18,7 @@ from jaxformer.declarations import by_path, map_declared, trained, updated
 from jaxformer.mesh import AXES, ROWS, partition, partitions
 from jaxformer.model.models import Decoder, Model
 from jaxformer.run.inspection import human, model_flops
-from jaxformer.run.plan import abstract_batches, abstract_state, check_mesh, planned_recipe
+from jaxformer.run.plan import abstract_batches, abstract_state, check_mesh, implemented, planned_recipe
 from jaxformer.run.step import Recipe
 from jaxformer.spec import InputError
 
