@@ -270,8 +270,7 @@ def test_runs_on_eight_devices_resume_on_others(preset, tmp_path):
     loss = json.loads(command("evaluate", str(on8), "--json")[1])["loss"]
     assert loss == pytest.approx(found["on1"][-1]["loss"], rel=1e-4)
     if preset == "help_topics":
-        (tmp_path / "asked.txt").write_text("a list of numbers\n")
-        assert command("predict", str(on8), str(tmp_path / "asked.txt"))[1]
+        assert command("predict", str(on8), "--text=a list of numbers")[1]
     else:
         assert command("sample", str(on8), "--prompt=12", "--tokens=5")[1]
 
