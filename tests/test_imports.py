@@ -66,10 +66,13 @@ FLOORS = [
         )
     ),
     *(f"run.{n}" for n in ("checks", "beginning", "reports", "profile", "pauses", "loop")),
+    *(f"interop.{n}" for n in ("tensors", "architecture", "gpt2", "llama", "bert", "families")),
+    *(f"interop.{n}" for n in ("import_folder", "export_folder")),
     *(f"lab.{n}" for n in ("intervals", "tables", "groups", "compare", "measures", "experiments")),
     *(f"lab.{n}" for n in ("probe", "properties", "devices", "check", "interruptions", "verify_resume")),
     *("commands.arguments", "commands.programs"),
     *(f"commands.{n}" for n in ("train", "presets", "new", "plan", "sample", "evaluate", "predict", "inspect")),
+    *("commands.import_", "commands.export"),
     "commands.compare",
     "commands.check",
     "commands.reproduce",

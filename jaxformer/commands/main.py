@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import keyword
 import logging
 import os
 import signal
@@ -19,10 +20,13 @@ PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExi
 GROUPS = {
     "train": ("train", "presets", "new", "plan"),
     "use a run": ("sample", "evaluate", "predict", "inspect"),
+    "other people's weights": ("import", "export"),
     "experiments": ("compare", "reproduce"),
     "trust": ("check", "verify_resume"),
 }
-COMMANDS = tuple(name for group in GROUPS.values() for name in group)  # each in a module of its name
+COMMANDS = tuple(
+    name for group in GROUPS.values() for name in group
+)  # each in a module of its name, `import` in import_
 EXAMPLES = """\
   jaxformer train quickstart
   jaxformer train quickstart --model.n_layers=6 --train.seed=1 --directory=runs/six_layers
@@ -93,6 +97,7 @@ def run(name: str | None, arguments: list[str]) -> int:
 
 
 def _command(name: str) -> Callable[..., None]:
+    name += "_" * keyword.iskeyword(name)  # `import`
     return getattr(importlib.import_module(f"jaxformer.commands.{name}"), name)
 
 

@@ -100,6 +100,16 @@ class Corpus(Spec):
         return (type(self).__name__,)
 
 
+class NoCorpus(Corpus):
+    """No text at all: of a run whose parameters were imported. Files that it is asked about are read as plain text."""
+
+    def documents(self) -> Iterator[str]:
+        raise InputError("data.corpus=NoCorpus has no text: name a file, or another corpus")
+
+    def at(self, path: str) -> Corpus:
+        return TextFiles(path)
+
+
 class PythonTopics(Corpus):
     """Python's own help texts, about 0.46 MB, in every CPython. They differ between Python's versions."""
 

@@ -97,14 +97,44 @@ class Rotary(Position):
                 f"choose another {at}n_heads, {at}head_width or {at}position.fraction"
             )
 
+    def frequencies(self, width: int) -> Float[Array, "R"]:
+        """Radians per position of each pair, R = width / 2."""
+        return _frequencies(width, self.base)
+
     def rotate(self, params: Arrays, qk: Float[Array, "B H T K"], at: Places) -> Float[Array, "B H T K"]:
         turned = round(self.fraction * qk.shape[-1])
         position = at.position[:, None, :, None] / self.scaling
-        angle = position * _frequencies(turned, self.base)[None, None, None]
+        angle = position * self.frequencies(turned)[None, None, None]
         sin, cos = jnp.sin(angle), jnp.cos(angle)  # [B, 1, T, turned / 2]
         a, b = jnp.split(qk[..., :turned].astype(jnp.float32), 2, -1)
         turned_qk = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(qk.dtype)
         return jnp.concatenate([turned_qk, qk[..., turned:]], -1)
+
+
+class Llama3Rotary(Rotary):
+    """Rotary whose long wavelengths are stretched, short ones kept, and those between blended, so that a model reads
+    more than it was first trained on (Llama 3.1; arXiv:2407.21783, section 3.4.2, by the code published with it)."""
+
+    base: float = 500_000.0
+    factor: float = 8.0  # long wavelengths are multiplied by it
+    low: float = 1.0  # wavelengths longer than trained / low are long
+    high: float = 4.0  # those shorter than trained / high are short
+    trained: int = 8192  # how many tokens the model first read
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.factor <= 0:
+            raise ValueError(f"{at}factor={self.factor} must be more than 0; 8 is usual")
+        if not 0 < self.low < self.high:
+            raise ValueError(f"{at}low={self.low} must be more than 0 and less than {at}high={self.high}; 1 and 4 do")
+        if self.trained < 1:
+            raise ValueError(f"{at}trained={self.trained} must be at least 1 token; 8192 is usual")
+
+    def frequencies(self, width: int) -> Float[Array, "R"]:
+        short = super().frequencies(width)
+        turns = self.trained * short / (2 * math.pi)  # of each pair over what it was trained on
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return kept * short + (1 - kept) * short / self.factor
 
 
 class ALiBi(Position):

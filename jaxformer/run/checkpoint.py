@@ -258,6 +258,25 @@ class CheckpointWriter(Checkpoints):
                 self._ranks.pop(step, None)
 
 
+def save_once(directory: Path, state: Any, step: int) -> None:
+    """Saves NumPy's arrays that nothing changes meanwhile, without a copy of any. Raises OSError if there is no room.
+
+    They are not compressed: that takes room for another form of each, and of weights gains little.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant here
+    path, kinds = directory / str(step), ocp.type_handlers
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove(path)  # what an interrupted process left
+    _reserve(directory, sum(a.nbytes for a in jax.tree.leaves(state)))
+    arrays = kinds.create_type_handler_registry((np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False)))
+    how = ocp.PyTreeCheckpointHandler(type_handler_registry=arrays, use_compression=False)
+    handler = ocp.CompositeCheckpointHandler(state=how)
+    manifest = Manifest.of(state)
+    with _alone, ocp.Checkpointer(handler) as saver:
+        saver.save(path.absolute(), args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
+    manifest.write(path)
+
+
 def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[Any] | None:
     """The states of all runs at the newest step that each of them has whole; None if none has a checkpoint, or if
     their very first save was cut short.

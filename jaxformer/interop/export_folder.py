@@ -1,0 +1,236 @@
+"""A run to a folder in Hugging Face's layout."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxformer.config import differences
+from jaxformer.data.files import located, write
+from jaxformer.data.tokenizers import Bytes, Characters, NoTokenizer, Subwords, Tokenizer
+from jaxformer.declarations import by_path
+from jaxformer.interop.architecture import Architecture, Options, Place, explicit
+from jaxformer.interop.families import ARCHITECTURES
+from jaxformer.interop.import_folder import ONE, OWN_TOKENIZER, SHARDS, imported_dtype
+from jaxformer.interop.tensors import DTYPES, NAMES, Written, write_file
+from jaxformer.model.models import Decoder, Model
+from jaxformer.run.opened import Run
+from jaxformer.spec import InputError, dumps
+
+# Fields that change no number of a trained model.
+FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "position.decay")
+
+
+def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_size: int = 5 * 10**9) -> dict[str, Any]:
+    """Writes config.json, tensors, tokenizer and a model card to a new folder; says what it wrote.
+
+    `dtype` is that of the tensors; None takes the one that the run was imported in, or float32. No file of tensors is
+    larger than `shard_size` bytes, unless one tensor is. Raises InputError that names each part of the model that no
+    architecture has.
+    """
+    place, dtype = located(str(folder)), dtype or imported_dtype(run.config) or "float32"
+    if dtype not in NAMES:
+        raise InputError(f"dtype={dtype!r} must be one of {', '.join(NAMES)}")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise InputError(f"folder={str(folder)!r} holds something already; give an empty or a new one")
+    architecture, model = architecture_of(run)
+    tensors = _tensors(architecture, model, by_path(run.eval_params))
+    kind = DTYPES[NAMES[dtype]]
+    options: dict[str, Any] = architecture.options(model) | {"dtype": dtype} | _ids(run.tokenizer)
+    place.mkdir(parents=True, exist_ok=True)
+    sizes = _write_tensors(place, tensors, dtype, kind.itemsize, shard_size)
+    _write_tokenizer(place, run.tokenizer, model.context_length)
+    count = sum(array.size for array in by_path(run.eval_params).values())
+    write(place / "README.md", _card(run, options, count))
+    write(place / "config.json", json.dumps(options, indent=2) + "\n")  # last: it makes the folder a model
+    named = {"folder": str(folder), "architecture": options["architectures"][0], "dtype": dtype, "n_params": count}
+    return named | {"files": len(sizes), "total_bytes": sum(sizes)}
+
+
+def architecture_of(run: Run) -> tuple[Architecture, Decoder]:
+    """The architecture that has all parts of the run's model, and the model as it is read back from there.
+
+    Raises InputError that names the parts that the nearest one has not.
+    """
+    found: list[tuple[int, str]] = []
+    for architecture in ARCHITECTURES:
+        wrong = refused(architecture, run.model)
+        if not wrong:
+            assert isinstance(run.model, Decoder)
+            return architecture, _read_back(architecture, run.model)
+        found.append((len(wrong), f"{architecture.kinds[0]} has not {'; '.join(wrong)}"))
+    _, nearest = min(found)
+    raise InputError(f"{run.config.directory}: no architecture has all parts of its model; {nearest}")
+
+
+def refused(architecture: Architecture, model: Model) -> list[str]:
+    """What of the model the architecture has not."""
+    if not isinstance(model, Decoder) or model.encodes:
+        return [f"model={type(model).__name__}"]
+    try:
+        again = _read_back(architecture, model)
+    except (ValueError, KeyError) as error:
+        return [str(error)]
+    if type(again) is not type(model):
+        return [f"model={type(model).__name__}"]
+    wrong = list[str]()
+    for path, (ours, theirs) in differences(explicit(model), explicit(again)).items():
+        free = any(f"{path}.".startswith(f"{each}.") for each in FREE)
+        zeros = path in architecture.optional and ours is False
+        if not (free or zeros):
+            wrong.append(f"model.{path}={ours!r}, but {theirs!r}")
+    return wrong
+
+
+def _read_back(architecture: Architecture, model: Decoder) -> Decoder:
+    model = explicit(model)
+    names = [row.name for row in architecture.rows(model)]
+    options = Options(json.loads(json.dumps(architecture.options(model))))
+    again = architecture.model(options, names)
+    if options.problems:
+        raise ValueError("; ".join(options.problems))
+    return again
+
+
+# --- tensors
+
+
+def _tensors(architecture: Architecture, model: Decoder, arrays: Mapping[str, Any]) -> dict[str, Written]:
+    found = dict[str, Written]()
+    for name, places in architecture.places(model).items():
+        name = name.removeprefix(architecture.prefix) if architecture.bare(model) else name
+        found[name] = Written(places[0].whole, lambda places=places: _made(places, arrays))
+    return found
+
+
+def _made(places: list[Place], arrays: Mapping[str, Any]) -> np.ndarray:
+    """A tensor of the parts that it has; zeros of a bias that the run's model has not."""
+
+    def one(place: Place) -> np.ndarray:
+        if place.path not in arrays:
+            return np.zeros(place.shape, np.float32)
+        own = np.asarray(arrays[place.path])
+        own = own if place.layer is None else own[place.layer]
+        if place.box.letters.into and place.row.transposed:
+            return own.reshape(place.shape[::-1]).T
+        return own.reshape(place.shape)
+
+    return np.concatenate([one(place) for place in places], places[0].axis)
+
+
+def _write_tensors(
+    folder: Path, tensors: Mapping[str, Written], dtype: str, itemsize: int, shard_size: int
+) -> list[int]:
+    """The sizes of the files."""
+    shards, sizes = list[dict[str, Written]](), list[int]()
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * itemsize
+        if not shards or sizes[-1] + size > shard_size:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = tensor
+        sizes[-1] += size
+    files = (
+        [ONE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    for file, shard in zip(files, shards, strict=True):
+        write_file(folder / file, shard, dtype)
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
+        write(folder / SHARDS, json.dumps(index, indent=2) + "\n")
+    return sizes
+
+
+# --- the tokenizer
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.padding}
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
+    """In both forms: the library's, which `transformers` reads, and that of a run, from which it is read back."""
+    write(folder / OWN_TOKENIZER, dumps(tokenizer))
+    if isinstance(tokenizer, NoTokenizer):
+        return
+    if isinstance(tokenizer, Subwords):
+        definition = tokenizer.definition
+        tokens = {
+            "bos_token": tokenizer.start_token,
+            "eos_token": tokenizer.end_token,
+            "pad_token": tokenizer.padding_token,
+            "mask_token": tokenizer.mask_token,
+        }
+    else:
+        definition, tokens = _definition(tokenizer)
+    write(folder / "tokenizer.json", definition)
+    named = {name: token for name, token in tokens.items() if token is not None}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+    about |= {"clean_up_tokenization_spaces": False, **named}
+    write(folder / "tokenizer_config.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def _definition(tokenizer: Tokenizer) -> tuple[str, dict[str, str | None]]:
+    """Bytes or characters as the library `tokenizers` has them, with the same ids; and the names of special ones."""
+    import tokenizers as lib
+
+    parts: Any = lib  # whose stubs know less than it has
+    if isinstance(tokenizer, Bytes):
+        table = _byte_characters()
+        found = lib.Tokenizer(parts.models.BPE({table[i]: i for i in range(256)}, []))
+        found.pre_tokenizer = parts.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        found.decoder = parts.decoders.ByteLevel()
+    elif isinstance(tokenizer, Characters):
+        unknown = "<unk>" if tokenizer.unknown_token else None
+        ids = {c: i for i, c in enumerate(tokenizer.alphabet or "")}
+        ids |= {} if unknown is None else {unknown: tokenizer.special["others"][0]}
+        found = lib.Tokenizer(parts.models.WordLevel(ids, **({} if unknown is None else {"unk_token": unknown})))
+        found.pre_tokenizer = parts.pre_tokenizers.Split(lib.Regex(r"[\s\S]"), "isolated")
+        found.decoder = parts.decoders.Fuse()
+    else:
+        raise InputError(f"the tokenizer {type(tokenizer).__name__} has no form that transformers reads")
+    special = tokenizer.special
+    names = dict.fromkeys(special["end"], "<|endoftext|>") | dict.fromkeys(special["mask"], "<mask>")
+    names |= {i: f"<extra_id_{number}>" for number, i in enumerate(special["sentinels"])}
+    found.add_special_tokens([names[i] for i in sorted(names)])
+    assert all(found.token_to_id(token) == i for i, token in names.items())
+    end = "<|endoftext|>" if special["end"] else None
+    return found.to_str(), {"bos_token": end, "eos_token": end, "mask_token": "<mask>" if special["mask"] else None}
+
+
+def _byte_characters() -> list[str]:
+    """The character by which GPT-2 writes each byte: itself where it is printable, else one from U+0100 on."""
+    own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(i) if i in own else chr(next(others)) for i in range(256)]
+
+
+# --- the model card
+
+
+def _card(run: Run, options: Mapping[str, Any], count: int) -> str:
+    config, step = run.config, int(run.state.step)
+    trained = f"trained for {step:,} steps on `{type(config.data.corpus).__name__}`" if step else "not trained further"
+    name, auto = options["architectures"][0], "AutoModel" if options["architectures"] == ["BertModel"] else None
+    return f"""---
+library_name: transformers
+tags: [jaxformer]
+---
+
+# {Path(config.directory).name}
+
+{count:,} parameters, {options["model_type"]}, context of {config.model.context_length:,} tokens; exported from a run of
+jaxformer, {trained}. Objective: `{type(config.objective).__name__}`.
+
+```python
+import transformers
+
+model = transformers.{auto or name}.from_pretrained("PATH OF THIS FOLDER")
+```
+
+What it was trained on, its limits and its license are not recorded here: add them before you publish it.
+"""

@@ -1,0 +1,205 @@
+"""Llama (arXiv:2302.13971, 2407.21783) and what shares its shape: Mistral (2310.06825), Qwen2 (2407.10671) and Qwen3
+(2505.09388)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxformer.interop.architecture import ACTIVATIONS, Architecture, Options, Row, activation_name
+from jaxformer.model.heads import LanguageHead
+from jaxformer.model.layers import GatedFeedForward, NoNorm, RMSNorm
+from jaxformer.model.masks import Causal, Mask, Window
+from jaxformer.model.models import Decoder
+from jaxformer.model.positions import Llama3Rotary, Rotary
+
+# Of each layer, where the model has it.
+LAYER = {
+    "norm_attention/scale": "input_layernorm.weight",
+    "attention/project/q": "self_attn.q_proj.weight",
+    "attention/project/k": "self_attn.k_proj.weight",
+    "attention/project/v": "self_attn.v_proj.weight",
+    "attention/project/o": "self_attn.o_proj.weight",
+    "attention/project/q_bias": "self_attn.q_proj.bias",
+    "attention/project/k_bias": "self_attn.k_proj.bias",
+    "attention/project/v_bias": "self_attn.v_proj.bias",
+    "attention/project/o_bias": "self_attn.o_proj.bias",
+    "attention/norm_q/scale": "self_attn.q_norm.weight",
+    "attention/norm_k/scale": "self_attn.k_norm.weight",
+    "norm_feed_forward/scale": "post_attention_layernorm.weight",
+    "feed_forward/gate": "mlp.gate_proj.weight",
+    "feed_forward/up": "mlp.up_proj.weight",
+    "feed_forward/down": "mlp.down_proj.weight",
+    "feed_forward/gate_bias": "mlp.gate_proj.bias",
+    "feed_forward/up_bias": "mlp.up_proj.bias",
+    "feed_forward/down_bias": "mlp.down_proj.bias",
+}
+TRUNK = {"embedding/table": "embed_tokens.weight", "decoder/norm/scale": "norm.weight"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+class Llama(Architecture):
+    """Llama and what shares its shape: rotary positions, norms before branches, gated feed-forward layers."""
+
+    kinds = tuple(CLASSES)
+    prefix = "model."
+    ignored = ("*.rotary_emb.inv_freq",)
+    tied = "lm_head.weight"
+
+    def model(self, options: Options, names: Sequence[str]) -> Decoder:
+        kind, n_layers = options.get("model_type"), options.layers("num_hidden_layers")
+        width, n_heads = options.count("hidden_size"), options.count("num_attention_heads")
+        eps, biased = options.number("rms_norm_eps", 1e-6), kind in ("llama", "qwen3")
+        bias = options.flag("attention_bias", False) if biased else False
+        activation = options.choice("hidden_act", ACTIVATIONS, "silu")
+        options.get("attention_dropout")  # matters in training alone
+        return Decoder(
+            d_model=width,
+            context_length=options.count("max_position_embeddings"),
+            vocab_size=options.count("vocab_size"),
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=options.count("num_key_value_heads", n_heads),
+            head_width=options.count("head_dim", max(1, width // n_heads)),
+            d_ff=options.count("intermediate_size"),
+            position=_position(options),
+            mask=_masks(options, kind, n_layers),
+            feed_forward=GatedFeedForward(activation, kind == "llama" and options.flag("mlp_bias", False)),
+            norm=RMSNorm(eps=eps),
+            qk_norm=RMSNorm(eps=eps) if kind == "qwen3" else NoNorm(),
+            bias=bias,
+            qkv_bias=bias or kind == "qwen2",
+            head=LanguageHead(tied=options.flag("tie_word_embeddings", False)),
+        )
+
+    def options(self, model: Decoder) -> dict[str, Any]:
+        masks = model.mask if isinstance(model.mask, tuple) else (model.mask,)
+        windows = {mask.size for mask in masks if isinstance(mask, Window)}
+        window = min(windows, default=None)
+        bias, gated = model.bias, model.feed_forward
+        if isinstance(model.qk_norm, RMSNorm):
+            kind = "qwen3"
+        elif model.qkv_bias and not bias:
+            kind = "qwen2"
+        else:
+            kind = "mistral" if window else "llama"
+        activation = getattr(gated, "activation", None)
+        found: dict[str, Any] = {
+            "model_type": kind,
+            "architectures": [CLASSES[kind]],
+            "vocab_size": model.dims["V"],
+            "hidden_size": model.d_model,
+            "intermediate_size": model.dims["F"],
+            "num_hidden_layers": model.n_layers,
+            "num_attention_heads": model.n_heads,
+            "num_key_value_heads": model.dims["G"],
+            "head_dim": model.dims["K"],
+            "max_position_embeddings": model.context_length,
+            "hidden_act": activation_name(activation) if activation else "silu",
+            "rms_norm_eps": getattr(model.norm, "eps", 1e-6),
+            "tie_word_embeddings": getattr(model.head, "tied", False),
+            "rope_parameters": _rope(model.position),
+            "attention_dropout": 0.0,
+        }
+        if kind == "llama":
+            found |= {"attention_bias": bias, "mlp_bias": getattr(gated, "bias", False)}
+        elif kind == "qwen3":
+            found |= {"attention_bias": bias}
+        if kind == "mistral":
+            found |= {"sliding_window": window}
+        elif kind != "llama":
+            kinds = ["sliding_attention" if isinstance(mask, Window) else "full_attention" for mask in masks]
+            layers = [kinds[i % len(kinds)] for i in range(model.n_layers)]
+            found |= {"use_sliding_window": bool(window), "sliding_window": window, "layer_types": layers}
+        return found
+
+    def rows(self, model: Decoder) -> list[Row]:
+        rows = [Row(path, self.prefix + name) for path, name in TRUNK.items()]
+        (kind, *_) = model.kinds("decoder")
+        assert kind.mixer is not None and kind.feed_forward is not None
+        attention = kind.mixer.params(kind.parts)
+        has = {
+            "attention/project": set(attention["project"]),
+            "attention/norm_q": set(attention["norm_q"]),
+            "attention/norm_k": set(attention["norm_k"]),
+            "feed_forward": set(kind.feed_forward.params()),
+            "norm_attention": {"scale"},
+            "norm_feed_forward": {"scale"},
+        }
+        for path, name in LAYER.items():
+            part, _, array = path.rpartition("/")
+            if array in has[part]:
+                rows.append(Row(f"decoder/layers/*/{path}", f"{self.prefix}layers.*.{name}"))
+        head = model.head_of(LanguageHead)
+        return rows if head.tied else [*rows, Row("head_language/kernel", "lm_head.weight")]
+
+
+def _position(options: Options) -> Rotary:
+    """Of `rope_parameters`, or as they were called before: `rope_theta` and `rope_scaling`."""
+    base = options.get("rope_theta", 10_000.0)
+    given = options.get("rope_parameters", options.get("rope_scaling", {}))
+    options.read.add("rope_scaling")
+    if not isinstance(given, dict):
+        options.problems.append("rope_parameters must be an object")
+        given = {}
+    rope = Options({"rope_theta": base, **given})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope.read.add("type")
+    base = rope.number("rope_theta", 10_000.0)
+    found = Rotary(base=base, fraction=rope.number("partial_rotary_factor", 1.0))
+    if kind == "linear":
+        found = Rotary(base=base, scaling=rope.number("factor", 1.0))
+    elif kind == "llama3":
+        found = Llama3Rotary(
+            base=base,
+            factor=rope.number("factor", 8.0),
+            low=rope.number("low_freq_factor", 1.0),
+            high=rope.number("high_freq_factor", 4.0),
+            trained=rope.count("original_max_position_embeddings", 8192),
+        )
+    elif kind != "default":
+        rope.problems.append(f"rope_type={kind!r} is not supported, default, linear and llama3 are")
+    options.problems += [*rope.problems, *(f"rope_parameters.{name} is not known" for name in rope.unknown())]
+    return found
+
+
+def _rope(position: Any) -> dict[str, Any]:
+    base = {"rope_theta": getattr(position, "base", 10_000.0), "rope_type": "default"}
+    if isinstance(position, Llama3Rotary):
+        return base | {
+            "rope_type": "llama3",
+            "factor": position.factor,
+            "low_freq_factor": position.low,
+            "high_freq_factor": position.high,
+            "original_max_position_embeddings": position.trained,
+        }
+    if getattr(position, "scaling", 1.0) != 1.0:
+        return base | {"rope_type": "linear", "factor": position.scaling}
+    return base
+
+
+def _masks(options: Options, kind: str, n_layers: int) -> Mask | tuple[Mask, ...]:
+    """Causal, or windows: of every layer in Mistral, of some in Qwen."""
+    if kind == "llama":
+        return Causal()
+    size = options.get("sliding_window")
+    types, first = options.get("layer_types"), options.get("max_window_layers", 0)
+    if kind == "mistral":
+        return Causal() if size is None else Window(options.count("sliding_window"))
+    if not options.flag("use_sliding_window", False) or size is None:
+        return Causal()
+    window = Window(options.count("sliding_window"))
+    if types is None:
+        first = first if type(first) is int else 0
+        types = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(0, n_layers - first)
+    known = {"full_attention": Causal(), "sliding_attention": window}
+    if not isinstance(types, list) or len(types) != n_layers or any(each not in known for each in types):
+        options.problems.append(f"layer_types must be {n_layers} of {', '.join(known)}")
+        return Causal()
+    masks = tuple(known[each] for each in types)
+    periods = (n for n in range(1, n_layers + 1) if n_layers % n == 0 and masks == masks[:n] * (n_layers // n))
+    repeated = masks[: next(periods)]
+    return repeated[0] if len(repeated) == 1 else repeated
