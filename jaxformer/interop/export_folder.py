@@ -16,7 +16,7 @@ from jaxformer.interop.architecture import Architecture, Options, Place, explici
 from jaxformer.interop.families import ARCHITECTURES
 from jaxformer.interop.import_folder import ONE, OWN_TOKENIZER, SHARDS, imported_dtype
 from jaxformer.interop.tensors import DTYPES, NAMES, Written, write_file
-from jaxformer.model.models import Decoder, Model
+from jaxformer.model.models import Decoder
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError, dumps
 
@@ -55,25 +55,24 @@ def architecture_of(run: Run) -> tuple[Architecture, Decoder]:
 
     Raises InputError that names the parts that the nearest one has not.
     """
-    found: list[tuple[int, str]] = []
+    found = list[tuple[int, str]]()
+    if not isinstance(run.model, Decoder) or run.model.encodes:
+        raise InputError(f"{run.config.directory}: no architecture is a {type(run.model).__name__}")
     for architecture in ARCHITECTURES:
-        wrong = refused(architecture, run.model)
+        try:
+            again = _read_back(architecture, run.model)
+        except (ValueError, KeyError):  # it is far from this one
+            continue
+        wrong = _missing(architecture, run.model, again)
         if not wrong:
-            assert isinstance(run.model, Decoder)
-            return architecture, _read_back(architecture, run.model)
+            return architecture, again
         found.append((len(wrong), f"{architecture.kinds[0]} has not {'; '.join(wrong)}"))
-    _, nearest = min(found)
+    _, nearest = min(found, default=(0, f"model.head={run.model.head!r} is of none"))
     raise InputError(f"{run.config.directory}: no architecture has all parts of its model; {nearest}")
 
 
-def refused(architecture: Architecture, model: Model) -> list[str]:
-    """What of the model the architecture has not."""
-    if not isinstance(model, Decoder) or model.encodes:
-        return [f"model={type(model).__name__}"]
-    try:
-        again = _read_back(architecture, model)
-    except (ValueError, KeyError) as error:
-        return [str(error)]
+def _missing(architecture: Architecture, model: Decoder, again: Decoder) -> list[str]:
+    """What of the model is not there in what is read back."""
     if type(again) is not type(model):
         return [f"model={type(model).__name__}"]
     wrong = list[str]()
@@ -86,6 +85,7 @@ def refused(architecture: Architecture, model: Model) -> list[str]:
 
 
 def _read_back(architecture: Architecture, model: Decoder) -> Decoder:
+    """As the architecture would read what it would write. Raises ValueError or KeyError if it can write nothing."""
     model = explicit(model)
     names = [row.name for row in architecture.rows(model)]
     options = Options(json.loads(json.dumps(architecture.options(model))))
@@ -102,11 +102,11 @@ def _tensors(architecture: Architecture, model: Decoder, arrays: Mapping[str, An
     found = dict[str, Written]()
     for name, places in architecture.places(model).items():
         name = name.removeprefix(architecture.prefix) if architecture.bare(model) else name
-        found[name] = Written(places[0].whole, lambda places=places: _made(places, arrays))
+        found[name] = Written(places[0].whole, lambda places=places: assembled(places, arrays))
     return found
 
 
-def _made(places: list[Place], arrays: Mapping[str, Any]) -> np.ndarray:
+def assembled(places: list[Place], arrays: Mapping[str, Any]) -> np.ndarray:
     """A tensor of the parts that it has; zeros of a bias that the run's model has not."""
 
     def one(place: Place) -> np.ndarray:
@@ -149,7 +149,8 @@ def _write_tensors(
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    return {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.padding}
+    (padding,) = tokenizer.special["padding"] or (None,)
+    return {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": padding}
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:

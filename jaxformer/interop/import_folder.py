@@ -25,11 +25,11 @@ from jaxformer.interop.families import ARCHITECTURES
 from jaxformer.interop.tensors import DTYPES, NAMES, Tensor, read_header
 from jaxformer.learning.objectives import TokenObjective
 from jaxformer.learning.optimizers import Frozen
-from jaxformer.model.models import Decoder, Model
+from jaxformer.model.models import Decoder
 from jaxformer.platform import set_flags
 from jaxformer.run.checkpoint import save_once
 from jaxformer.run.directory import check_begun, has_begun
-from jaxformer.run.opened import Run
+from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import recipe_of
 from jaxformer.run.step import TrainState
 from jaxformer.spec import InputError, checked, dumps
@@ -77,19 +77,19 @@ def read_folder(folder: Path) -> Found:
     return Found(architecture, model, _tokenizer(folder, options, model), sources)
 
 
-def import_run(folder: str | Path, directory: str | Path, window: int | None = None) -> Run:
-    """The run of parameters alone that a folder's model makes, written to a new directory.
+def import_run(folder: str | Path, directory: str | Path, window: int | None = None) -> dict[str, Any]:
+    """Writes the run of parameters alone that a folder's model makes to a new directory; says what it wrote.
 
-    Arrays are read one by one into their places. `window` is how many tokens it reads at once.
+    Arrays are read one by one into their places. `window` is how many tokens the run reads at once.
     """
     set_flags()
     found = read_folder(located(str(folder)))
     config = _config(found, located(str(directory)), window)
     place = Path(config.directory)
-    if check_begun(config) or has_begun(place):
+    if has_begun(place) or check_begun(config):
         raise InputError(f"directory={config.directory!r} holds a run already; give a new directory")
     try:
-        recipe = recipe_of(config, found.tokenizer, {})
+        recipe_of(config, found.tokenizer, {})
     except InputError as error:
         raise InputError(f"{folder}: {error}; a tokenizer.json beside config.json tells of special tokens") from None
 
@@ -98,7 +98,7 @@ def import_run(folder: str | Path, directory: str | Path, window: int | None = N
 
     place.mkdir(parents=True, exist_ok=True)
     with locked(place / "lock", taken):
-        state = TrainState(cast(Any, np.zeros((), np.int32)), _read(recipe.model, found.sources), opt_state=())
+        state = TrainState(cast(Any, np.zeros((), np.int32)), parameters(found), opt_state=())
         save_once(place / "checkpoints", state, 0)
         write(place / "data.json", json.dumps({"classes": {}}) + "\n")
         write(place / "tokenizer.json", dumps(found.tokenizer))
@@ -107,7 +107,9 @@ def import_run(folder: str | Path, directory: str | Path, window: int | None = N
         origin = {"folder": str(folder), "dtype": names[0] if len(names) == 1 else "float32"}
         write(place / "imported.json", json.dumps(origin, indent=1) + "\n")
         config_lib.save(config, place / "config.json")  # last: it makes the directory a run
-    return Run(config, found.tokenizer, state)
+    count = sum(array.size for array in jax.tree.leaves(state.params))
+    about = {"run": config.directory, "model": type(config.model).__name__, "n_params": count}
+    return about | {"params_sha256": sha256(state.params)}
 
 
 def imported_dtype(config: Config) -> str | None:
@@ -198,11 +200,12 @@ def _some(names: list[str], between: str = ", ") -> str:
     return between.join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _read(model: Model, sources: Mapping[str, tuple[Tensor, list[Place]]]) -> Any:
+def parameters(found: Found) -> Any:
     """float32 parameters, each array filled in its place."""
-    params = jax.tree.map(lambda a: np.empty(a.shape, np.float32), jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = jax.eval_shape(found.model.init, jax.random.key(0))
+    params = jax.tree.map(lambda a: np.empty(a.shape, np.float32), shapes)
     arrays = by_path(params)
-    for tensor, places in sources.values():
+    for tensor, places in found.sources.values():
         for first, rows in tensor.rows():
             for place in places:
                 _put(place, arrays[place.path], first, rows)

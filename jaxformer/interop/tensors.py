@@ -83,7 +83,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, value: Any, data: int) -> Tensor:
     about = value if isinstance(value, dict) else {}
     dtype, shape, offsets = about.get("dtype"), about.get("shape"), about.get("data_offsets")
-    if dtype not in DTYPES and dtype not in OTHERS:
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in OTHERS):
         raise ValueError(f"{name!r} has the dtype {str(dtype)[:20]!r}, known here are {', '.join((*DTYPES, *OTHERS))}")
     if not (_counts(shape) and _counts(offsets) and len(offsets) == 2 and len(shape) <= 8):
         raise ValueError(f"{name!r} has no shape and offsets")

@@ -1,0 +1,326 @@
+"""Models in Hugging Face's layout: read as PyTorch computes them, written as they were read, refused in a sentence.
+
+The stored ones, and what PyTorch makes of them: python scripts/parity.py all --fixtures tests/fixtures/interop.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+from tiny import decoder, loud
+
+from jaxformer import Config, Data, Train
+from jaxformer.commands.main import run as command
+from jaxformer.data.corpora import PythonTopics, TextFiles
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, TokenizerFile
+from jaxformer.interop.architecture import Options
+from jaxformer.interop.export_folder import export_run
+from jaxformer.interop.families import ARCHITECTURES
+from jaxformer.interop.import_folder import import_run, parameters, read_folder
+from jaxformer.interop.tensors import Written, read_header, write_file
+from jaxformer.model.layers import MLP, LayerNorm, RMSNorm
+from jaxformer.model.masks import one_document
+from jaxformer.model.models import Decoder
+from jaxformer.model.positions import ALiBi
+from jaxformer.run.manifest import sha256
+from jaxformer.run.opened import Run, open_run
+from jaxformer.run.step import TrainState
+from jaxformer.spec import InputError
+
+ROOT = Path(__file__).parent.parent
+STORED = Path(__file__).parent / "fixtures" / "interop"
+KINDS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "bert")
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+
+import corruption  # noqa: E402
+import parity  # noqa: E402
+
+
+def imported(folder, directory, **how):
+    import_run(folder, directory, **how)
+    return open_run(directory)
+
+
+def made(folder, **fields):
+    """A run in memory of a small model."""
+    tokenizer = fields.pop("tokenizer", NoTokenizer(29))
+    model = decoder(**{"n_layers": 2, "vocab_size": None, "norm": RMSNorm()} | fields)
+    config = Config(str(folder), model, Data(PythonTopics(), tokenizer=tokenizer), train=Train(steps=1))
+    whole = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    return Run(config, tokenizer, TrainState(np.zeros((), np.int32), loud(whole), ()))
+
+
+def slow_but(*kinds):
+    """All kinds, of which these alone are in the default suite: the others differ from them in what forward shows."""
+    return [kind if kind in kinds else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+def compared(kind, directory, tokens=0, training=False):
+    """Differences from PyTorch that are too large; and all of them."""
+    expected = dict(np.load(STORED / kind / "expected.npz"))
+    mine = parity.ours(imported(STORED / kind, directory), expected, tokens, training)
+    found = parity.differences(mine, expected, expected["real"])
+    return {name: value for name, value in found.items() if not value <= parity.LIMITS[name]}, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_imported_model_gives_what_its_original_gives(kind, tmp_path):
+    wrong, found = compared(kind, tmp_path / "run")
+    assert not wrong and found.keys() == {"logits", "hidden"}
+
+
+@pytest.mark.parametrize("kind", slow_but("mistral"))
+def test_an_imported_model_learns_as_its_original_does(kind, tmp_path):
+    wrong, found = compared(kind, tmp_path / "run", training=True)
+    assert not wrong and found.keys() == {"logits", "hidden", "gradients", "losses"}
+
+
+@pytest.mark.parametrize("kind", slow_but("gpt2")[:-1])
+def test_an_imported_model_writes_what_its_original_writes(kind, tmp_path):
+    wrong, found = compared(kind, tmp_path / "run", tokens=24)
+    assert not wrong and "greedy" in found
+    assert np.load(STORED / kind / "expected.npz")["certain"] >= 20
+
+
+@pytest.mark.parametrize("kind", slow_but("gpt2"))
+def test_what_is_imported_is_exported_byte_for_byte(kind, tmp_path):
+    whole, half, back = (tmp_path / name for name in ("whole", "half", "back"))
+    run = imported(STORED / kind, tmp_path / "run")
+    export_run(run, whole)
+    original, again = (read_header(folder / "model.safetensors") for folder in (STORED / kind, whole))
+    assert {n: (t.dtype, t.shape) for n, t in original.items()} == {n: (t.dtype, t.shape) for n, t in again.items()}
+    for name, tensor in original.items():
+        pairs = zip(tensor.rows(), again[name].rows(), strict=True)
+        assert all(np.array_equal(a, b) for (_, a), (_, b) in pairs), name
+    about = export_run(run, half, "bfloat16", 4000)
+    assert about["files"] > 1 and about["total_bytes"] == 2 * about["n_params"]
+    run = imported(half, tmp_path / "again")
+    assert export_run(run, back, shard_size=4000)["dtype"] == "bfloat16"
+    for path in half.glob("*.safetensors"):
+        assert path.read_bytes() == (back / path.name).read_bytes()
+    assert json.loads((half / "config.json").read_text()) == json.loads((back / "config.json").read_text())
+
+
+def test_fixtures_are_small():
+    assert sum(path.stat().st_size for path in STORED.rglob("*") if path.is_file()) < 300_000
+
+
+def changed(folder, kind, change=lambda config, tensors: None):
+    """A copy of a stored folder with another config.json and other tensors."""
+    shutil.copytree(STORED / kind, folder)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = {
+        n: np.concatenate([a for _, a in t.rows()]).reshape(t.shape)
+        for n, t in read_header(folder / "model.safetensors").items()
+    }
+    change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_file(
+        folder / "model.safetensors", {n: Written(a.shape, lambda a=a: a) for n, a in tensors.items()}, "float32"
+    )
+    return folder
+
+
+def test_all_that_is_wrong_with_tensors_is_told_at_once(tmp_path):
+    def change(config, tensors):
+        tensors["transformer.more.weight"] = np.zeros(3, np.float32)
+        del tensors["transformer.ln_f.bias"], tensors["transformer.h.1.ln_2.bias"]
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:, :-1]
+
+    folder = changed(tmp_path / "folder", "gpt2", change)
+    with pytest.raises(InputError) as told:
+        import_run(folder, tmp_path / "run")
+    for name in ("missing: transformer.h.1.ln_2.bias, transformer.ln_f.bias", "not known: transformer.more.weight"):
+        assert name in str(told.value)
+    assert "misshapen: transformer.wpe.weight is F32[32, 11], not F32/BF16/F16[32, 12]" in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_options_that_are_not_supported_are_told_at_once(tmp_path, capsys):
+    def change(config, tensors):
+        config |= {"hidden_act": "mish", "num_attention_heads": 0, "rope_parameters": {"rope_type": "yarn", "beta": 3}}
+
+    folder = changed(tmp_path / "folder", "llama", change)
+    assert command("import", [str(folder), str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    for part in ("hidden_act='mish'", "num_attention_heads=0", "rope_type='yarn'", "rope_parameters.beta is not known"):
+        assert part in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_imported_once_and_has_no_text_of_its_own(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert command("import", [str(STORED / "gpt2"), str(run)]) == 0
+    assert command("evaluate", [str(run)]) == 2
+    assert "NoCorpus has no text" in capsys.readouterr().err
+    assert command("import", [str(STORED / "gpt2"), str(run)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_names_of_a_trunk_alone_and_of_the_first_years_are_known(tmp_path):
+    def bare(config, tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.zeros((1, 1, 32, 32), np.float32)
+
+    def old(config, tensors):
+        for name in list(tensors):
+            new = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[new] = tensors.pop(name)
+
+    for kind, change in (("gpt2", bare), ("bert", old)):
+        found, right = (parameters(read_folder(f)) for f in (changed(tmp_path / kind, kind, change), STORED / kind))
+        assert sha256(found) == sha256(right)
+
+
+def test_an_output_matrix_that_is_not_the_embedding_is_refused(tmp_path):
+    def change(config, tensors):
+        config["tie_word_embeddings"] = True
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+
+    with pytest.raises(InputError, match=r"lm_head\.weight is not the embedding"):
+        read_folder(changed(tmp_path / "folder", "gpt2", change))
+
+
+def test_a_part_that_no_architecture_has_is_named(tmp_path):
+    for field, value in (("position", ALiBi()), ("norm", RMSNorm(gain=False))):
+        with pytest.raises(InputError, match=f"model.{field}"):
+            export_run(made(tmp_path / "run", **{field: value}), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [Characters("\n abé€"), Characters("\n ab", end_token=True, mask_token=True), Bytes(end_token=True), "BPE"],
+)
+def test_tokenizers_are_exported_with_their_ids(tokenizer, tmp_path):
+    tokenizer = BPE(300).fit(["a bé a b"]) if tokenizer == "BPE" else tokenizer
+    gpt2 = {"n_kv_heads": None, "norm": LayerNorm(), "feed_forward": MLP(), "n_layers": 1}
+    run = made(tmp_path / "run", tokenizer=tokenizer, **gpt2)
+    export_run(run, tmp_path / "folder")
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "folder" / "tokenizer.json"))
+    text = "a b\nb a" if isinstance(tokenizer, Characters) else "a bé\n€"
+    assert library.encode(text).ids == tokenizer.encode(text).tolist()
+    assert library.decode(library.encode(text).ids) == text
+    assert read_folder(tmp_path / "folder").tokenizer == tokenizer
+
+
+def test_biases_that_a_model_lacks_are_written_as_zeros(tmp_path):
+    gpt2 = {"n_kv_heads": None, "norm": LayerNorm(bias=False), "feed_forward": MLP(), "n_layers": 1}
+    run = made(tmp_path / "run", **gpt2)
+    export_run(run, tmp_path / "folder")
+    again = imported(tmp_path / "folder", tmp_path / "again")
+    assert not np.any(again.state.params["decoder"]["layers"]["block0"]["attention"]["project"]["q_bias"])
+
+    def logits(run):
+        h = jax.jit(run.model.hidden)(run.state.params, jnp.array([[1, 2, 3]]), one_document(3)).h
+        return run.model.logits(run.state.params, h)
+
+    np.testing.assert_allclose(logits(run), logits(again), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_parameters_alone_is_used_like_any_other(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("5 6 7 8 9 10")
+    run = tmp_path / "run"
+    assert command("import", [str(STORED / "qwen3"), str(run), "--window", "16"]) == 0
+    assert command("evaluate", [str(run), "--file", str(text), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 5
+    opened = open_run(run)
+    assert opened.inspect()["step"] == 0
+    assert opened.sample("5 6", tokens=3, temperature=0).startswith("5 6")
+
+
+@pytest.mark.slow
+def test_an_imported_run_is_fine_tuned(tmp_path):
+    from jaxformer import train
+
+    model = imported(STORED / "llama", tmp_path / "run", window=16).config.model
+    (tmp_path / "ids.txt").write_text(" ".join(str(i % 29) for i in range(500)))
+    tokenizer = TokenizerFile(str(tmp_path / "run" / "tokenizer.json"))
+    data = Data(TextFiles(str(tmp_path / "ids.txt")), tokenizer=tokenizer, batch_size=4, window=16)
+    knobs = Train(steps=30, eval_every=30, save_every=30, sample_tokens=0)
+    config = Config(str(tmp_path / "tuned"), model, data, train=knobs, init_from=str(tmp_path / "run"))
+    before = open_run(tmp_path / "run").evaluate(tmp_path / "ids.txt")["loss"]
+    assert train(config).evaluate()["loss"] < before
+    report = json.loads((tmp_path / "tuned" / "init_from.json").read_text())
+    assert not report["not_taken"] and not report["unused"]
+
+
+PUBLISHED = {  # parameters, as their papers, model cards or files have them
+    "GPT-2 124M": (124_439_808, {"model_type": "gpt2"}),
+    "GPT-2 1.5B": (1_557_611_200, {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "Llama 3.2 1B": (
+        1_235_814_400,
+        {"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192}
+        | {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
+        | {"max_position_embeddings": 131072, "tie_word_embeddings": True, "rope_theta": 500000.0}
+        | {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}},
+    ),
+    "Qwen3 0.6B": (
+        596_049_920,
+        {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072}
+        | {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+        | {"max_position_embeddings": 40960, "tie_word_embeddings": True, "max_window_layers": 28},
+    ),
+    "BERT base": (109_482_240, {"model_type": "bert"}),
+    "BERT large": (
+        335_141_888,
+        {"model_type": "bert", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"intermediate_size": 4096},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters(name):
+    count, config = PUBLISHED[name]
+    options = Options(config)
+    (architecture,) = [each for each in ARCHITECTURES if config["model_type"] in each.kinds]
+    model = architecture.model(options, [])
+    assert not options.problems and isinstance(model, Decoder)
+    assert sum(a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))) == count
+
+
+def test_bfloat16_is_read_as_it_is_written(tmp_path):
+    array = np.arange(7 * 3, dtype=np.float32).reshape(7, 3) / 8
+    write_file(
+        tmp_path / "x.safetensors",
+        {"a": Written((7, 3), lambda: array), "b": Written((0, 2), lambda: array[:0, :2])},
+        "bfloat16",
+    )
+    found = read_header(tmp_path / "x.safetensors")
+    ((first, rows),) = found["a"].rows()
+    assert first == 0 and rows.dtype == ml_dtypes.bfloat16 and np.array_equal(rows.astype(np.float32), array)
+    assert found["b"].shape == (0, 2) and not list(found["b"].rows())
+
+
+@pytest.mark.parametrize("seed", range(len(corruption.DAMAGES)))
+def test_a_damaged_folder_is_refused_in_a_sentence(seed, tmp_path):
+    how, why = corruption.met(seed, tmp_path)
+    assert how in ("refused", "taken"), why
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_folders():
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "corruption.py", "--count", "1000"], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_models_of_transformers_are_equal(kind):
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "safetensors")):
+        pytest.skip("needs torch and transformers: pip install -e '.[peers]'")
+    subprocess.run([sys.executable, ROOT / "scripts" / "parity.py", kind, "--count", "6"], check=True)
