@@ -102,6 +102,8 @@ def test_what_is_imported_is_exported_byte_for_byte(kind, tmp_path):
     for name, tensor in original.items():
         pairs = zip(tensor.rows(), again[name].rows(), strict=True)
         assert all(np.array_equal(a, b) for (_, a), (_, b) in pairs), name
+    kinds = [json.loads((folder / "config.json").read_text())["model_type"] for folder in (STORED / kind, whole)]
+    assert kinds == [kind, kind]
     about = export_run(run, half, "bfloat16", 4000)
     assert about["files"] > 1 and about["total_bytes"] == 2 * about["n_params"]
     run = imported(half, tmp_path / "again")
@@ -235,6 +237,7 @@ def test_a_run_of_parameters_alone_is_used_like_any_other(tmp_path, capsys):
     text.write_text("5 6 7 8 9 10")
     run = tmp_path / "run"
     assert command("import", [str(STORED / "qwen3"), str(run), "--window", "16"]) == 0
+    capsys.readouterr()
     assert command("evaluate", [str(run), "--file", str(text), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 5
     opened = open_run(run)
@@ -304,6 +307,31 @@ def test_bfloat16_is_read_as_it_is_written(tmp_path):
     ((first, rows),) = found["a"].rows()
     assert first == 0 and rows.dtype == ml_dtypes.bfloat16 and np.array_equal(rows.astype(np.float32), array)
     assert found["b"].shape == (0, 2) and not list(found["b"].rows())
+
+
+def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path):
+    file = tmp_path / "x.safetensors"
+    about = lambda start, end, **more: {"dtype": "F32", "shape": [2], "data_offsets": [start, end], **more}
+
+    def read(size, **tensors):
+        text = json.dumps(tensors).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+        return read_header(file)
+
+    assert read(16, a=about(8, 16), b=about(0, 8)).keys() == {"a", "b"}
+    for size, tensors in (
+        (17, {"a": about(0, 8), "b": about(8, 16)}),  # more behind them
+        (15, {"a": about(0, 8), "b": about(8, 16)}),  # cut off
+        (16, {"a": about(0, 8), "b": about(4, 12)}),  # one over another
+        (24, {"a": about(0, 8), "b": about(16, 24)}),  # a gap
+        (8, {"a": about(0, 8), "b": about(0, 8)}),  # the same twice
+        (8, {"a": about(0, 8, shape=[2**40, 2**40])}),
+        (8, {"a": about(0, 8, shape=[-2])}),
+        (8, {"a": about(0, 4)}),
+        (8, {"a": about(0, 8, dtype=["F32"])}),
+    ):
+        with pytest.raises(InputError, match="is no whole safetensors file"):
+            read(size, **tensors)
 
 
 @pytest.mark.parametrize("seed", range(len(corruption.DAMAGES)))

@@ -151,8 +151,9 @@ class Architecture(abc.ABC):
         """The model of a config.json; `names` are those of the file's tensors."""
 
     @abc.abstractmethod
-    def options(self, model: Decoder) -> dict[str, Any]:
-        """The config.json of a model, as near as this architecture comes to it."""
+    def options(self, model: Decoder, like: str | None = None) -> dict[str, Any]:
+        """The config.json of a model, as near as this architecture comes to it; where several kinds have the same
+        parts, of the kind `like`."""
 
     @abc.abstractmethod
     def rows(self, model: Decoder) -> list[Row]:

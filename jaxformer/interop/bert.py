@@ -84,7 +84,7 @@ class Bert(Architecture):
             initializer=TruncatedNormal(),
         )
 
-    def options(self, model: Decoder) -> dict[str, Any]:
+    def options(self, model: Decoder, like: str | None = None) -> dict[str, Any]:
         activation = getattr(model.feed_forward, "activation", None)
         found = {
             "model_type": "bert",

@@ -14,7 +14,7 @@ from jaxformer.data.tokenizers import Bytes, Characters, NoTokenizer, Subwords, 
 from jaxformer.declarations import by_path
 from jaxformer.interop.architecture import Architecture, Options, Place, explicit
 from jaxformer.interop.families import ARCHITECTURES
-from jaxformer.interop.import_folder import ONE, OWN_TOKENIZER, SHARDS, imported_dtype
+from jaxformer.interop.import_folder import ONE, OWN_TOKENIZER, SHARDS, origin_of
 from jaxformer.interop.tensors import DTYPES, NAMES, Written, write_file
 from jaxformer.model.models import Decoder
 from jaxformer.run.opened import Run
@@ -31,7 +31,8 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
     larger than `shard_size` bytes, unless one tensor is. Raises InputError that names each part of the model that no
     architecture has.
     """
-    place, dtype = located(str(folder)), dtype or imported_dtype(run.config) or "float32"
+    place, origin = located(str(folder)), origin_of(run.config)
+    dtype = dtype or origin.get("dtype", "float32")
     if dtype not in NAMES:
         raise InputError(f"dtype={dtype!r} must be one of {', '.join(NAMES)}")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -39,7 +40,9 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
     architecture, model = architecture_of(run)
     tensors = _tensors(architecture, model, by_path(run.eval_params))
     kind = DTYPES[NAMES[dtype]]
-    options: dict[str, Any] = architecture.options(model) | {"dtype": dtype} | _ids(run.tokenizer)
+    options: dict[str, Any] = (
+        architecture.options(model, origin.get("model_type")) | {"dtype": dtype} | _ids(run.tokenizer)
+    )
     place.mkdir(parents=True, exist_ok=True)
     sizes = _write_tensors(place, tensors, dtype, kind.itemsize, shard_size)
     _write_tokenizer(place, run.tokenizer, model.context_length)

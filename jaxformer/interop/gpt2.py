@@ -69,7 +69,7 @@ class GPT2(Architecture):
             head=LanguageHead(tied=options.flag("tie_word_embeddings", True)),
         )
 
-    def options(self, model: Decoder) -> dict[str, Any]:
+    def options(self, model: Decoder, like: str | None = None) -> dict[str, Any]:
         activation = getattr(model.feed_forward, "activation", None)
         return {
             "model_type": "gpt2",

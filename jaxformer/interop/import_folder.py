@@ -47,6 +47,7 @@ class Found(NamedTuple):
     """What a folder holds, checked."""
 
     architecture: Architecture
+    kind: str  # its model_type
     model: Decoder
     tokenizer: Tokenizer
     sources: Mapping[str, tuple[Tensor, list[Place]]]  # by the tensor's name
@@ -74,7 +75,7 @@ def read_folder(folder: Path) -> Found:
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'}: no such model can be made ({error})") from None
     sources = _matched(folder, architecture, model, tensors)
-    return Found(architecture, model, _tokenizer(folder, options, model), sources)
+    return Found(architecture, kind, model, _tokenizer(folder, options, model), sources)
 
 
 def import_run(folder: str | Path, directory: str | Path, window: int | None = None) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def import_run(folder: str | Path, directory: str | Path, window: int | None = N
         write(place / "tokenizer.json", dumps(found.tokenizer))
         dtypes = sorted({tensor.dtype for tensor, _ in found.sources.values()})
         names = [name for name, short in NAMES.items() if short in dtypes]
-        origin = {"folder": str(folder), "dtype": names[0] if len(names) == 1 else "float32"}
+        dtype = names[0] if len(names) == 1 else "float32"
+        origin = {"folder": str(folder), "model_type": found.kind, "dtype": dtype}
         write(place / "imported.json", json.dumps(origin, indent=1) + "\n")
         config_lib.save(config, place / "config.json")  # last: it makes the directory a run
     count = sum(array.size for array in jax.tree.leaves(state.params))
@@ -112,10 +114,10 @@ def import_run(folder: str | Path, directory: str | Path, window: int | None = N
     return about | {"params_sha256": sha256(state.params)}
 
 
-def imported_dtype(config: Config) -> str | None:
-    """The dtype of the tensors that a run was made of; None of a run that was not imported."""
+def origin_of(config: Config) -> dict[str, Any]:
+    """What a run was made of: its "folder", "model_type" and the "dtype" of its tensors; {} if it was not imported."""
     path = Path(config.directory) / "imported.json"
-    return str(_object(path).get("dtype")) if path.is_file() else None
+    return _object(path) if path.is_file() else {}
 
 
 def _config(found: Found, directory: Path, window: int | None) -> Config:

@@ -75,7 +75,7 @@ class Llama(Architecture):
             head=LanguageHead(tied=options.flag("tie_word_embeddings", False)),
         )
 
-    def options(self, model: Decoder) -> dict[str, Any]:
+    def options(self, model: Decoder, like: str | None = None) -> dict[str, Any]:
         masks = model.mask if isinstance(model.mask, tuple) else (model.mask,)
         windows = {mask.size for mask in masks if isinstance(mask, Window)}
         window = min(windows, default=None)
@@ -85,7 +85,8 @@ class Llama(Architecture):
         elif model.qkv_bias and not bias:
             kind = "qwen2"
         else:
-            kind = "mistral" if window else "llama"
+            plain = not bias and not getattr(gated, "bias", False)
+            kind = "mistral" if window or (plain and like == "mistral") else "llama"
         activation = getattr(gated, "activation", None)
         found: dict[str, Any] = {
             "model_type": kind,
