@@ -265,7 +265,7 @@ def test_rows_that_begin_with_others_or_need_another_device(home, whole):
     assert said == {"measured": None, "reached": None, "seeds": 0, "seconds": 0}
     cells = {row["row"]: row for row in read_table((home / "More.md").read_text())}
     assert cells["Begun with others"]["published"] == "0.5, 99"
-    assert (cells["Elsewhere"]["measured"], cells["Elsewhere"]["reached"]) == ("not run: no ABACUS yet", "")
+    assert (cells["Elsewhere"]["measured"], cells["Elsewhere"]["reached"]) == ("not run: no ABACUS here", "")
     assert not (home / "kept" / "more" / "elsewhere").exists()
 
 

@@ -237,7 +237,10 @@ def calls(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("mask", [Causal(), Window(5), Bidirectional()], ids=lambda mask: type(mask).__name__)
+SLOW = [pytest.param(mask, marks=pytest.mark.slow) for mask in (Causal(), Bidirectional())]
+
+
+@pytest.mark.parametrize("mask", [Window(5), *SLOW], ids=lambda mask: type(mask).__name__)
 def test_cudnn_equals_plain_where_it_is_called(monkeypatch, mask):
     """With gradients; rows with segments, odd rows, a cache and dropout are computed by the formula."""
     kernel = Softmax(scale=0.3)
