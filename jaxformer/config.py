@@ -80,10 +80,10 @@ class Config(Spec):
     objective: Objective = NextToken()  # what is learned of a batch
     optimizer: Optimizer = AdamW()  # how gradients change the parameters
     train: Train = Train()  # how long, how often, from which seed
-    mesh: Mesh = Mesh()  # over how many devices, and how
     sampler: Sampler | None = None  # how texts are drawn from the model; None: LeftToRight
     init_from: str | None = None  # a run, or one of its checkpoints, whose parameters this one begins with
     writers: tuple[Writer, ...] = ()  # where rows go besides metrics.jsonl
+    mesh: Mesh = Mesh()  # over how many devices, and how
 
     def check(self, at: str = "") -> None:
         _check_config(self, at)

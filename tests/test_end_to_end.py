@@ -621,7 +621,7 @@ def test_a_corpus_may_move_with_a_notice(home, whole):
 
 def test_help(home, whole):
     out, _ = finish(command(home, "train", "config", "--help", "--model.position=Sinusoidal", "--data.corpus=Mixture"))
-    assert "--model.position=Sinusoidal " in out and "of ALiBi, Learned, NoPosition" in " ".join(out.split())
+    assert "--model.position=Sinusoidal " in out and "of ALiBi, Learned, Llama3Rotary" in " ".join(out.split())
     assert re.search(r"--model.position.base=10000.0 +wavelengths", out) and "--data.batch_size=3 " in out
     assert re.search(r"--data.corpus.weights= +must be given", out) and "pyright" not in out
     for flag in ("dry_run", "seeds=N", "profile=START:STOP", "init_from=RUN", "import=MODULE"):
