@@ -100,7 +100,7 @@ class Softmax(Kernel):
         """softmax(scores) V: what every implementation computes."""
         scores = self.masked_scores(params, look)
         powers, total = self.weights(params, scores)
-        q, v, total = look.q, look.seen["v"], jnp.maximum(total, 1e-30)
+        q, v, total = look.q, look.seen["v"], jnp.where(total > 0, total, 1)  # 1: a query that sees nothing
         weights = _grouped(dropout(key, powers, rate).astype(q.dtype), v.shape[1])
         values = product("BGRTS,BGSK->BGRTK", weights, v)
         h = (values.reshape(*q.shape[:3], -1) / total).astype(q.dtype)
