@@ -22,7 +22,7 @@ and cosine are nanoGPT's. What stays different:
 On an NVIDIA H200 (jax 0.11.2), of the whole validation split: 1.4617 at best, at step 1,750, and 1.620 at step 3,750,
 overfitting as nanoGPT's does; the estimates of that best: 1.4636 of validation, 1.0989 of training (nanoGPT's best:
 1.4697). That run was stopped at step 4,000 of 5,000, after 63 s of steps of 16 ms; with layers unrolled, as they now
-are, a step takes 9.2 ms.
+are, a step takes 9.2 ms (LOG.md).
 
 Its first 20 steps on 2 cores:
 

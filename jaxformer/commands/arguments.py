@@ -116,13 +116,8 @@ def imported(arguments: Sequence[str]) -> list[str]:
     """Imports the modules that --import=MODULE names, looked for in the working directory too; returns the rest."""
     from jaxformer.spec import InputError
 
-    rest, waiting = [], list(arguments)
-    while waiting:
-        name, equals, module = waiting.pop(0).partition("=")
-        if name != "--import":
-            rest.append(name + equals + module)
-            continue
-        module = module if equals or not waiting else waiting.pop(0)
+    modules, rest = _taken(arguments, "--import")
+    for module in modules:
         find_modules_here()
         try:
             importlib.import_module(module)
@@ -137,19 +132,26 @@ def simulated(arguments: Sequence[str]) -> list[str]:
     returns the rest."""
     from jaxformer.spec import InputError
 
-    rest, waiting = [], list(arguments)
-    while waiting:
-        name, equals, count = waiting.pop(0).partition("=")
-        if name != "--simulate_devices":
-            rest.append(name + equals + count)
-            continue
-        count = count if equals or not waiting else waiting.pop(0)
+    counts, rest = _taken(arguments, "--simulate_devices")
+    for count in counts:
         if not (count.isdecimal() and 0 < int(count) <= 1024):
             raise InputError(f"simulate_devices={count} must be how many devices the CPU is to play, such as 8")
         from jaxformer.platform import simulate_devices
 
         simulate_devices(int(count))
     return rest
+
+
+def _taken(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The values of an option, as --option=VALUE or --option VALUE, "" where there is none; and the other arguments."""
+    values, rest, waiting = list[str](), list[str](), list(arguments)
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        if name != option:
+            rest.append(name + equals + value)
+        else:
+            values.append(value if equals or not waiting else waiting.pop(0))
+    return values, rest
 
 
 def find_modules_here() -> None:

@@ -144,8 +144,8 @@ class Stack(nn.Module):
 
     With `remat`, the name of one of jax.checkpoint_policies, a group keeps for the backward pass only what that policy
     says, and computes the rest anew. None keeps all; but where a GPU scans, what products of matrices give: what a scan
-    keeps it writes and reads once more. GPT-2 124M, 16 rows of 1,024 tokens, took 43 ms so and 54 ms with all kept, and
-    5 GB instead of 13; shakespeare_gpu 14.2 ms scanned and 9.2 ms unrolled (NVIDIA H200, jax 0.11.2).
+    keeps it writes and reads once more (LOG.md has the times; `python benchmarks/compare.py gpu step
+    --also model.remat=everything_saveable`).
     """
 
     kinds: tuple[BlockSpec, ...]

@@ -182,7 +182,7 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> Float[Array, "..."]:
     In half precision its gradients are products of halves, too, as those of PyTorch's autocast: JAX would multiply
     float32 cotangents, at half the speed or less of a GPU's matrix units.
     """
-    return _einsum(subscripts, a, b) if a.dtype.itemsize == 4 else _product(subscripts, a, b)
+    return _einsum(subscripts, a, b) if a.dtype.itemsize >= 4 else _product(subscripts, a, b)
 
 
 def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
