@@ -99,8 +99,12 @@ def test_bytes_are_those_of_xla(case, capsys):
     assert 0.5 < compare(*made(*QUICK[case]), capsys) < 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MORE)
+SOME = "birth_places", "disaster_tweets_contrastive", "groups, accumulation, remat", "everything anew", "dropout"
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in SOME else pytest.mark.rare) for c in MORE]
+)
 def test_bytes_are_those_of_xla_everywhere(case, capsys):
     ratio = compare(*made(*MORE[case]), capsys)
     with capsys.disabled():

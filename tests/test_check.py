@@ -126,16 +126,26 @@ def test_batches_of_a_sampling_that_depends_on_the_call_are_found():
         kind.full_pass = whole
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["quickstart", "help_topics", "reverse", "outside:SinkWithStatistic"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *(pytest.param(what, marks=pytest.mark.rare) for what in ("quickstart", "reverse")),
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("help_topics", "outside:SinkWithStatistic")),
+    ],
+)
 def test_what_is_sound_raises_no_alarm(what):
     found = check(what)
     assert found.sound, str(found)
     assert sum(each.status == "passed" for each in found.findings) >= 12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mask_off_by_one", "cache_slot_late", "norms_decay"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mask_off_by_one", "cache_slot_late")),
+        pytest.param("norms_decay", marks=pytest.mark.rare),
+    ],
+)
 def test_a_mistake_is_found(name, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")

@@ -21,7 +21,7 @@ from jaxformer.data.corpora import TextFiles
 from jaxformer.declarations import path_name
 from jaxformer.learning.objectives import NextToken, SequenceToSequence
 from jaxformer.learning.optimizers import SGD, AdamW
-from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
+from jaxformer.learning.schedules import WSD, Constant
 from jaxformer.model.layers import MLP
 from jaxformer.model.masks import Places
 from jaxformer.model.models import EncoderDecoder
@@ -86,7 +86,7 @@ def test_the_accumulated_gradient_is_clipped_once(slices):
 
 @pytest.mark.parametrize(
     "schedule",
-    [Constant(0.1), WarmupLinear(0.1, 0.0, 3), WarmupCosine(0.1, 0.0, 3), WSD(0.1, 0.0, 3)],
+    [Constant(0.1), WSD(0.1, 0.0, 3)],
     ids=lambda s: type(s).__name__,
 )
 def test_the_rate_that_is_logged_is_the_one_that_was_used(schedule):

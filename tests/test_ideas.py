@@ -68,6 +68,7 @@ TOGETHER = {
     "an encoder–decoder of latent attention": EncoderDecoder(**SIZES, mixer=Latent(), position=Rotary()),
 }
 DEFAULT = ("layers share, connections, experts",)
+SOME = "latent attention", "masked diffusion", "several tokens"
 MODELS = pytest.mark.parametrize(
     "model",
     [
@@ -126,7 +127,11 @@ RUNS["an encoder–decoder of latent attention"] = (
 )
 
 
-@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+def marks(name):
+    return () if name in DEFAULT else pytest.mark.slow if name in SOME else pytest.mark.rare
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in RUNS])
 def test_trains_and_resumes_to_the_same_bits(name, tmp_path):
     model, objective, optimizer, data = RUNS[name]
     (tmp_path / "text.txt").write_text(TEXT)

@@ -138,7 +138,12 @@ def test_members_killed_before_all_recorded_their_start(home, whole, tmp_path, m
     assert saved(tmp_path) == saved(whole)
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: [f.write_bytes(b"") for f in files(path)]])
+def emptied(path):
+    for file in files(path):
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [pytest.param(shutil.rmtree, marks=pytest.mark.slow), emptied])
 def test_a_member_that_lost_its_newest_checkpoint_takes_the_others_back(home, whole, tmp_path, damage):
     """To the newest step of all; interrupted once more on the way, when some were ahead of what was saved."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)

@@ -202,15 +202,16 @@ def test_a_mesh_of_one_that_is_forced_gives_the_same_numbers():
 
 # --- all of it
 
-SOME = "decoder", "encoder", "encoder-decoder", "groups and muon", "accumulation"
+SOME = "encoder-decoder", "groups and muon", "accumulation"
 COARSE = {"bfloat16", "contrastive"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES if os.environ.get("EVERY_CASE") else SOME)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in SOME else pytest.mark.rare) for c in CASES]
+)
 def test_losses_on_every_mesh(case):
     """Loss of step 1 within 1e-5, of step 50 within 1e-4; a hundred times that in half precision, and of pairs, whose
-    loss is near 0 by then. EVERY_CASE=1 takes all cases."""
+    loss is near 0 by then."""
     found = process("whole", case)[case]
     alone = np.array(found.pop("alone"))
     coarse = 100 if case in COARSE else 1
@@ -241,9 +242,12 @@ QUICKLY = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset", ["reverse", *(["quickstart", "help_topics"] if os.environ.get("EVERY_CASE") else [])]
+    "preset",
+    [
+        pytest.param("reverse", marks=pytest.mark.slow),
+        *(pytest.param(preset, marks=pytest.mark.rare) for preset in ("quickstart", "help_topics")),
+    ],
 )
 def test_runs_on_eight_devices_resume_on_others(preset, tmp_path):
     """Training, evaluation and generation under a mesh; what is saved on 8 devices goes on on 8, on 4 and on 1, from

@@ -36,7 +36,11 @@ def test_kinds_of_layers_alternate():
         assert bool(jnp.abs(a - b).max() > 1e-3) == moves
 
 
-@pytest.mark.parametrize("mask", [Causal(), (Window(3), Causal(), Window(5))], ids=["one kind", "three kinds"])
+@pytest.mark.parametrize(
+    "mask",
+    [pytest.param(Causal(), marks=pytest.mark.slow), (Window(3), Causal(), Window(5))],
+    ids=["one kind", "three kinds"],
+)
 def test_scanned_and_unrolled_layers_agree_with_dropout_on(mask):
     model = decoder(n_layers=6, mask=mask, dropout=0.3)
     params, text, key = loud(model), ids(B, T), jax.random.key(2)
@@ -123,7 +127,10 @@ def loss_of(model, text):
 
 @pytest.mark.parametrize(
     ("unroll", "policies"),
-    [(1, ["everything_saveable", "dots_saveable", "nothing_saveable"]), (2, ["nothing_saveable"])],
+    [
+        (1, ["everything_saveable", "dots_saveable", "nothing_saveable"]),
+        pytest.param(2, ["nothing_saveable"], marks=pytest.mark.slow),
+    ],
 )
 def test_recomputation_changes_memory_and_no_gradient(unroll, policies):
     """What is kept for the backward pass, by policy; with the same dropout masks in both passes."""

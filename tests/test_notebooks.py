@@ -29,11 +29,8 @@ def python(source):
     return re.sub(r"^(\s*)[%!].*", r"\1pass", "".join(source), flags=re.M)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "bigram_to_block")) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_as_plain_python(path, tmp_path, monkeypatch):
     """Its trainings are of a step for each 500, and each trained for all of them."""
     pytest.importorskip("matplotlib", reason="needs Matplotlib: jaxformer[pictures]")

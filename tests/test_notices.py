@@ -89,7 +89,7 @@ def test_a_sorted_table_is_validated_on_all_of_its_classes(tmp_path, caplog):
     }
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_class_that_is_missing_on_one_side_is_told(tmp_path, caplog, several):
     config = table(tmp_path, split_seed=None)
     if several:
@@ -131,7 +131,7 @@ def test_windows_are_validated_on_the_end_and_documents_drawn_if_there_are_some(
             {"sampling": PackedDocuments()},
             "where a document ends is not learned, and samples do not end; set data.tokenizer",
         ),
-        ({"tokenizer": Characters(end_token=True)}, None),
+        pytest.param({"tokenizer": Characters(end_token=True)}, None, marks=pytest.mark.slow),
         ({"tokenizer": Characters(end_token=True), "sampling": PackedDocuments()}, None),
         ({"corpus": None}, None),
     ],
@@ -145,7 +145,7 @@ def test_documents_that_run_together_are_told_once(tmp_path, caplog, fields, tol
     assert told is None or re.search(told, found[0]), found
 
 
-@pytest.mark.parametrize("objective", [PrefixLM(), NextToken()])
+@pytest.mark.parametrize("objective", [PrefixLM(), pytest.param(NextToken(), marks=pytest.mark.slow)])
 def test_pairs_without_an_end_between_them_are_refused(tmp_path, objective):
     """(ab, c) and (a, bc) would be one row."""
     (tmp_path / "p.csv").write_text("q,a\n" + "".join(f"{i}?,{i * i}\n" for i in range(31)))
