@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxformer.data import tables, tasks
+from jaxformer.data import dialogues, tables, tasks
 from jaxformer.data.batches import RandomWindows, RowSize, Sampling
 from jaxformer.data.corpora import Corpus, PythonTopics, TextFiles
 from jaxformer.data.files import expanded, located, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.generation.decode import Sampler
-from jaxformer.learning import adafactor, groups, schedule_free
+from jaxformer.learning import adafactor, by_depth, groups, schedule_free
+from jaxformer.learning.adapters import Adapter
 from jaxformer.learning.guards import Guard
 from jaxformer.learning.objectives import NextToken, Objective
 from jaxformer.learning.optimizers import AdamW, Optimizer
@@ -29,7 +30,7 @@ from jaxformer.writers import Writer
 
 S = TypeVar("S", bound=Spec)
 # Imported so that their specs are known by name, in overrides and stored configs.
-PARTS = tables, tasks, baselines, groups, adafactor, schedule_free
+PARTS = dialogues, tables, tasks, baselines, groups, adafactor, by_depth, schedule_free
 
 
 class Data(Spec):
@@ -84,6 +85,7 @@ class Config(Spec):
     init_from: str | None = None  # a run, or one of its checkpoints, whose parameters this one begins with
     writers: tuple[Writer, ...] = ()  # where rows go besides metrics.jsonl
     mesh: Mesh = Mesh()  # over how many devices, and how
+    adapter: Adapter | None = None  # trains little beside the parameters of `init_from`; None: trains them all
 
     def check(self, at: str = "") -> None:
         _check_config(self, at)
@@ -355,6 +357,11 @@ def _check_config(config: Config, at: str) -> None:
     if config.row.tokens < 2:
         raise ValueError(f"{at}data.window={config.window} must be at least 2 for {type(config.objective).__name__}")
     config.objective.check_model(config.model)
+    if config.data.corpus.marked and not config.objective.weighs:
+        raise ValueError(
+            f"{at}data.corpus={type(config.data.corpus).__name__} says which tokens are answers, and "
+            f"{at}objective={type(config.objective).__name__} does not read it; take NextToken"
+        )
     if config.sampler is not None:
         config.sampler.check_model(config.objective, config.model)
     config.objective.check_rows(at, config.data.batch_size, config.train.accumulation)
@@ -362,6 +369,11 @@ def _check_config(config: Config, at: str) -> None:
         kind = type(config.optimizer).__name__
         raise ValueError(
             f"{at}train.ema_decay={config.train.ema_decay} must be None: optimizer={kind} averages by itself"
+        )
+    if config.adapter is not None and config.init_from is None:
+        raise ValueError(
+            f"{at}adapter={type(config.adapter).__name__} leaves parameters as they are: {at}init_from=None must name "
+            "the run whose they are"
         )
     if config.data.batch_size % config.train.accumulation:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import jax
 
-PURPOSES = ("init", "dropout", "objective")  # append only: a run's numbers depend on the place in this list
+PURPOSES = ("init", "dropout", "objective", "adapter")  # append only: a run's numbers depend on the place in this list
 
 
 def fold(key: jax.Array | None, *numbers: int | jax.Array) -> jax.Array | None:

@@ -1,11 +1,13 @@
 """Are imported models equal to their originals in PyTorch and transformers? Random small models, in random options.
 
     python scripts/parity.py llama --count 100          # or gpt2, mistral, qwen2, qwen3, bert, all
+    python scripts/parity.py templates --count 300      # dialogues by chat templates
     python scripts/parity.py all --fixtures tests/fixtures/interop
 
 For each: import, logits, hidden states of each layer, gradients, the losses of 20 steps of AdamW, 200 greedy tokens,
-and export back. Prints the largest differences; exit status 1 if one is too large. With --fixtures it stores small
-models and what PyTorch makes of them, for tests that do without it. Needs the extra `peers`.
+and export back; of dialogues text, ids, and which of them are answers. Prints the largest differences; exit status 1 if
+one is too large. With --fixtures it stores small models and what PyTorch makes of them, for tests that do without it.
+Needs the extra `peers`.
 """
 
 # pyright: reportMissingImports=false
@@ -25,6 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.data.corpora import PythonTopics
+from jaxformer.data.datasets import ids_of
+from jaxformer.data.templates import Template
+from jaxformer.data.tokenizers import TokenizerFile
 from jaxformer.declarations import by_path, trained
 from jaxformer.interop.architecture import Architecture
 from jaxformer.interop.export_folder import architecture_of, assembled, export_run
@@ -381,9 +387,63 @@ def _same_tensors(one: Path, other: Path) -> bool:
     return bytes_of(one) == bytes_of(other)
 
 
+# --- chat templates
+
+CHATML = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.role == 'assistant' %}"
+    "{% generation %}{{- message.content | trim + '<|im_end|>\\n' }}{% endgeneration %}"
+    "{%- else %}{{- message.content | trim + '<|im_end|>\\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+WORDS = ("print", "x = 1", "def f(a):\n  return a", "naïve", "  spaced ", "", "a\n\nb", "数学", "The 'str'")
+
+
+def dialogue(seed: int) -> list[dict[str, str]]:
+    """Random messages, with a system's or without."""
+    rng = np.random.default_rng(seed)
+    say = lambda role: {"role": role, "content": " ".join(rng.choice(WORDS, rng.integers(1, 6))) + "."}
+    roles = ["system"] * int(rng.integers(2)) + ["user", "assistant"] * int(rng.integers(1, 4))
+    return [say(role) for role in roles]
+
+
+def unlike(count: int, first: int) -> int:
+    """Of so many dialogues those that `apply_chat_template` writes in another way, or whose answers it marks so."""
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    library.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(PythonTopics(), trainer)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": CHATML}
+    with tempfile.TemporaryDirectory() as name:
+        library.save(str(Path(name) / "tokenizer.json"))
+        (Path(name) / "tokenizer_config.json").write_text(json.dumps(about))
+        other = AutoTokenizer.from_pretrained(name)
+        own = TokenizerFile(str(Path(name) / "tokenizer.json")).fit(())
+    wrong = 0
+    for seed in range(first, first + count):
+        messages = dialogue(seed)
+        pieces = Template.of(own, CHATML).dialogue(messages)
+        ids = [ids_of(piece, own) for piece in pieces]
+        answers = [np.full(len(each), piece.answer) for each, piece in zip(ids, pieces, strict=True)]
+        theirs = other.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        same = [np.concatenate(ids).tolist() == theirs["input_ids"]]
+        same.append(np.concatenate(answers).astype(int).tolist() == theirs["assistant_masks"])
+        wrong += not all(same)
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architecture", choices=(*KINDS, "all"))
+    parser.add_argument("architecture", choices=(*KINDS, "all", "templates"))
     parser.add_argument("--count", type=int, default=6, help="how many random models of each")
     parser.add_argument("--seed", type=int, default=0, help="the first one's; others follow")
     parser.add_argument("--fixtures", type=Path, help="stores one tiny model of each in this folder, and what it gives")
@@ -391,6 +451,10 @@ def main() -> None:
     # Most of the time would go into optimising programs that run for a moment.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     logging.getLogger("jaxformer").setLevel(logging.ERROR)
+    if args.architecture == "templates":
+        wrong = unlike(args.count, args.seed)
+        print(json.dumps({"templates": args.count, "different": wrong}))
+        sys.exit(wrong > 0)
     failed = False
     for kind in KINDS if args.architecture == "all" else (args.architecture,):
         largest = dict[str, float]()

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxformer.declarations import by_path
 from jaxformer.learning.adafactor import Adafactor
+from jaxformer.learning.adapters import LoRA
 from jaxformer.learning.groups import Groups
 from jaxformer.learning.guards import Guard
 from jaxformer.learning.objectives import Contrastive, Masked, SequenceToSequence
@@ -146,6 +147,7 @@ CASES = {
     "groups and muon": (decoder(norm=RMSNorm()), Groups()),
     "adafactor": (decoder(), Adafactor(Constant(0.01))),
     "schedule-free": (decoder(), ScheduleFree()),
+    "lora": (dataclasses.replace(decoder(), adapter=LoRA(2)), AdamW(Constant(3e-2))),
     "value embeddings": (decoder(mixer=ValueEmbeddings()), None),
     "accumulation": (dataclasses.replace(decoder(), slices=2), None),
     "remat": (decoder(remat="dots_saveable"), None),

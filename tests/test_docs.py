@@ -58,7 +58,8 @@ def called(words):
 def small(config):
     """The config at a size that trains in no time."""
     model, train, data = config.model, config.train, config.data
-    limits = {"n_layers": 2, "d_model": 8 * getattr(model, "n_heads", 2), "context_length": 16, "d_ff": 32}
+    context = 128 if data.corpus.marked else 16  # a dialogue has to fit
+    limits = {"n_layers": 2, "d_model": 8 * getattr(model, "n_heads", 2), "context_length": context, "d_ff": 32}
     have = {name: getattr(model, name, None) for name in limits}
     model = dataclasses.replace(model, **{n: min(v, limits[n]) for n, v in have.items() if v})
     window = data.window and min(data.window, 16)

@@ -395,7 +395,8 @@ def test_an_experiment_of_the_house_could_be_run(path):
     rows = load(str(path)).rows
     assert len({row.slug for row in rows}) == len(rows) and all(re.fullmatch(r"\w[\w-]*", row.slug) for row in rows)
     for row in rows:
-        config = resolve(row.config, row.overrides | dict.fromkeys(("train.seed", *row.also), 3))
+        begins = {"init_from": "another"} if row.begins_with else {}
+        config = resolve(row.config, row.overrides | dict.fromkeys(("train.seed", *row.also), 3) | begins)
         assert from_json(json.loads(dumps(config)), Config, "x") == config
         assert sum(a.size for a in jax.tree.leaves(without_corpus(config)[1].params)) > 1000
 

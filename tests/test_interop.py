@@ -347,7 +347,7 @@ def test_a_thousand_damaged_folders():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "templates"])
 def test_random_models_of_transformers_are_equal(kind):
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "safetensors")):
         pytest.skip("needs torch and transformers: pip install -e '.[peers]'")

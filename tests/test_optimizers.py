@@ -20,6 +20,7 @@ from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Bytes, Characters
 from jaxformer.declarations import Declared, Letters, by_path, trained
 from jaxformer.learning.adafactor import Adafactor
+from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.groups import Everything, Group, Groups, Hidden, Lettered, Path
 from jaxformer.learning.muon import Muon, NewtonSchulz, PolarExpress, orthogonalized
 from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
@@ -250,6 +251,34 @@ def test_one_group_of_everything_is_its_optimizer_to_the_bit():
     chex.assert_trees_all_equal(*found)
 
 
+def test_rates_by_depth():
+    """Of layers stacked two apart, of what is below and above; and of an encoder's stack by its own depth."""
+    boxes = {
+        "embedding": declared(table="VD"),
+        "decoder": {"layers": declared(up="L|D->F"), "end": declared(gain="D")},
+        "encoder": {"layers": declared(up="L|D->F")},
+        "head": declared(kernel="D->V"),
+    }
+    up = boxes["decoder"]["layers"]["up"]
+    boxes["decoder"]["layers"]["up"] = up.replace(layers=(1, 2))  # the layers 1 and 3, of four
+    grads = jax.tree.map(lambda box: jnp.ones(box.value.shape), boxes, is_leaf=lambda x: isinstance(x, Declared))
+    optimizer = ByDepth(Constant(2.0), SGD(Constant(0.5)), decay=0.5)
+    transform = optimizer.transform(boxes, STEP, STEPS)
+    change, _ = transform.update(grads, transform.init(grads), grads)
+    rates = {path: np.unique(-np.asarray(a).reshape(len(a), -1), axis=1)[:, 0] for path, a in by_path(change).items()}
+    np.testing.assert_allclose(rates["decoder/layers/up"], [0.25, 1.0])
+    np.testing.assert_allclose(rates["encoder/layers/up"], [0.5, 1.0])
+    for path, rate in (("embedding/table", 0.0625), ("decoder/end/gain", 1.0), ("head/kernel", 1.0)):
+        np.testing.assert_allclose(rates[path], rate, err_msg=path)
+    still = dataclasses.replace(optimizer, still=2).transform(boxes, STEP, STEPS)
+    change, _ = still.update(grads, still.init(grads), grads)
+    assert not np.any(change["embedding"]["table"]) and not np.any(change["decoder"]["layers"]["up"][0])
+    assert not np.any(change["encoder"]["layers"]["up"]) and np.all(change["decoder"]["layers"]["up"][1])
+    assert float(optimizer.rate(STEP, STEPS)) == 1.0
+    with pytest.raises(ValueError, match="still=5 must be at most 4, the layers of the model"):
+        dataclasses.replace(optimizer, still=5).check_declared(boxes)
+
+
 def test_refusals():
     model = decoder(n_layers=2)
     own = trained(model.declared(), model.declared())
@@ -271,6 +300,7 @@ def test_refusals():
         (Muon(weight_decay=-1.0), "weight_decay=-1.0"),
         (Lion(b1=1.0), "b1=1.0"),
         (Adafactor(least=0.0), "least=0.0"),
+        (ByDepth(decay=0.0), "decay=0.0 must be more than 0"),
         (ScheduleFree(b1=0.0), "b1=0.0 must be more than 0"),
         (Constant(warmup_steps=-1), "warmup_steps=-1"),
     ):
@@ -310,7 +340,7 @@ def test_one_batch_is_memorised(name):
 FREEZES = Groups(groups=(Group(Path("decoder/layers/*"), Frozen()), Group(Everything(), AdamW(Constant(1e-2)))))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_frozen_arrays_stay_to_the_bit_and_cost_nothing(dtype):
     model = decoder(n_layers=2)
     recipe = Recipe(model, compute_dtype=dtype, grad_norms=True)
@@ -375,8 +405,8 @@ PARTLY = Groups(
     )
 )
 RUNS = {"Muon": ("decoder", STEADY), "frozen": ("decoder", FREEZES), "schedule-free in groups": ("decoder", PARTLY)}
-SLOW = {f"Muon, {family}": (family, STEADY) for family in FAMILIES if family != "decoder"}
-SLOW |= {
+RARE = {f"Muon, {family}": (family, STEADY) for family in FAMILIES if family != "decoder"}
+RARE |= {
     f"{name}, {family}": (family, optimizer)
     for name, optimizer in {
         "Lion": Lion(Constant(1e-3)),
@@ -385,10 +415,15 @@ SLOW |= {
     }.items()
     for family in FAMILIES
 }
-RUNS |= SLOW
+SLOW = "frozen", "Muon, encoder–decoder", "Lion, encoder", "Adafactor, encoder–decoder", "schedule-free, decoder"
+RUNS |= RARE
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RUNS])
+def marks(name):
+    return pytest.mark.slow if name in SLOW else pytest.mark.rare if name in RARE else ()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in RUNS])
 def test_trains_and_resumes_to_the_same_bits(name, tmp_path):
     own = config(tmp_path, *RUNS[name])
     run = jaxformer.train(own)
@@ -422,7 +457,9 @@ def test_what_is_evaluated_is_what_the_optimizer_says(tmp_path):
     again = dataclasses.replace(own, init_from=str(tmp_path / "run"))
     state, step, batch_at = jaxformer.build(dataclasses.replace(again, directory=str(tmp_path / "again")))
     chex.assert_trees_all_equal(state.params, run.eval_params)
-    chex.assert_trees_all_close(state.eval_params(PARTLY), run.eval_params, rtol=1e-5)  # its average begins there, too
+    chex.assert_trees_all_close(
+        state.eval_params(run.recipe, PARTLY), run.eval_params, rtol=1e-5
+    )  # its average begins there, too
     step(state, batch_at(0))  # donates each array once
 
 

@@ -227,9 +227,9 @@ def test_the_moving_average():
         state, _ = train_steps(RECIPE, state, batches(2), np.int32(1), averaged)
         means = jax.tree.map(lambda mean, new, d=decay: d * mean + (1 - d) * np.asarray(new), means, state.params)
         chex.assert_trees_all_close(state.ema, means, atol=1e-6)
-    assert state.eval_params(OPTIMIZER) is state.ema and decay == 0.3
+    assert state.eval_params(RECIPE, OPTIMIZER) is state.ema and decay == 0.3
     plain, _ = train_steps(RECIPE, init_state(RECIPE, hyper()), batches(2), np.int32(1), hyper())
-    assert plain.eval_params(OPTIMIZER) is plain.params and not jax.tree.leaves(plain.ema)
+    assert plain.eval_params(RECIPE, OPTIMIZER) is plain.params and not jax.tree.leaves(plain.ema)
 
 
 @pytest.mark.slow

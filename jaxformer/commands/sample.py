@@ -1,6 +1,12 @@
 """jaxformer sample."""
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from jaxformer.commands.arguments import print_row, step_of
+
+if TYPE_CHECKING:
+    from jaxformer.run.opened import Run
 
 
 def sample(
@@ -19,6 +25,8 @@ def sample(
     prompt_file: str | None = None,
     stream: bool = False,
     json: bool = False,
+    chat: bool = False,
+    system: str | None = None,
 ) -> None:
     """Prints texts that a trained run writes.
 
@@ -38,6 +46,8 @@ def sample(
         prompt_file: A UTF-8 file that holds the prompt.
         stream: Print the text as it is written; of one sample.
         json: Print a JSON object for each text: prompt, text, ids, log_probabilities, finish_reason, seed, sample.
+        chat: Answer each line of the input, as a dialogue of the run's chat template; an empty line or the end ends it.
+        system: What a dialogue begins with.
     """
     from jaxformer.run.opened import open_run, read_prompt
     from jaxformer.spec import InputError
@@ -49,10 +59,16 @@ def sample(
     if stream and (json or samples > 1):
         other = "json" if json else f"samples={samples}"
         raise InputError(f"stream must not be given beside {other}: it prints one text alone; leave one of them out")
+    if chat and (prompt is not None or json or stream or samples > 1):
+        raise InputError("chat must not be given beside prompt, prompt_file, json, stream or samples; leave them out")
+    if system is not None and not chat:
+        raise InputError(f"system={system!r} begins a dialogue; give chat, too")
     opened = open_run(run, step_of(step))
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     how |= {"repetition_penalty": repetition_penalty, "stop": stop}
-    if stream:
+    if chat:
+        _talk(opened, system, tokens, seed, how)
+    elif stream:
         for piece in opened.stream(prompt, tokens, seed, **how):
             print(piece, end="", flush=True)
         print()
@@ -61,3 +77,29 @@ def sample(
             print_row(generated._asdict(), as_json=True)
     else:
         print("\n---------------\n".join(opened.samples(prompt, tokens, samples, seed, **how)))
+
+
+def _talk(opened: "Run", system: str | None, tokens: int, seed: int, how: dict[str, Any]) -> None:
+    """Questions from the terminal or a pipe, line by line."""
+    from jaxformer.run.chat import Chat
+    from jaxformer.spec import InputError
+
+    asks = sys.stdin.isatty()
+    dialogue = Chat(opened, system, tokens, seed, **how)
+    while question := (_line("> ") if asks else sys.stdin.readline().strip()):
+        try:
+            for piece in dialogue.ask(question):
+                print(piece, end="", flush=True)
+        except InputError as error:
+            if not asks:
+                raise
+            print(error, end="")  # such as of a character that is not known: another question may do
+        print(flush=True)
+
+
+def _line(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        print()
+        return ""

@@ -55,7 +55,7 @@ class Sampling(Spec):
 
     def shapes(self, corpus: Corpus, size: RowSize) -> dict[str, tuple[int, ...]]:
         """The largest shape that a row of each array of a batch may have; labels are left out."""
-        names = ("tokens", "segments") if self.whole_documents else ("tokens",)
+        names = ["tokens", *["segments"] * self.whole_documents, *["weights"] * corpus.marked]
         return dict.fromkeys(names, (size.tokens,))
 
     @abc.abstractmethod
@@ -68,7 +68,7 @@ class Sampling(Spec):
 
     @abc.abstractmethod
     def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
-        """`tokens` int32[rows, size.tokens] and, where it matters, `segments` of that shape.
+        """`tokens` int32[rows, size.tokens] and, where they matter, `segments` and `weights` of that shape.
 
         `numbers`, uint64[rows], count all rows ever drawn of this source; `key`, uint64[1], is made of the seed and the
         source.
@@ -98,10 +98,12 @@ class RandomWindows(Sampling):
 
     def _windows(self, source: Source, size: RowSize, first: NDArray[np.int64], padded: bool = False) -> Batch:
         index = first[:, None] + np.arange(size.tokens)
-        if not padded:
-            return {"tokens": source.tokens[index].astype(np.int32)}
         real = index < len(source.tokens)
-        return _batch(np.where(real, source.tokens[np.minimum(index, len(source.tokens) - 1)], source.padding), real)
+        index = np.minimum(index, len(source.tokens) - 1)
+        marks = {} if source.answers is None else {"weights": (source.answers[index] * real).astype(np.int32)}
+        if not padded:
+            return {"tokens": source.tokens[index].astype(np.int32)} | marks
+        return _batch(np.where(real, source.tokens[index], source.padding), real) | marks
 
 
 class ShuffledWindows(RandomWindows):
@@ -183,6 +185,8 @@ class Examples(Sampling):
         for name, width in self._widths(source, size).items():
             batch[name] = np.full((len(numbers), width), source.padding, np.int32)
             batch["segments" if name == "tokens" else f"{name}_segments"] = np.zeros_like(batch[name])
+        if source.answers is not None:
+            batch["weights"] = np.zeros_like(batch["tokens"])
         if self.joined:
             batch["parts"] = np.zeros_like(batch["tokens"])
         inside = numbers < source.n_examples
@@ -195,6 +199,9 @@ class Examples(Sampling):
                 text = text[: batch[name].shape[1]]
                 batch[name][row, : len(text)] = text
                 batch["segments" if name == "tokens" else f"{name}_segments"][row, : len(text)] = 1
+            if source.answers is not None:
+                first, width = source.starts[number], min(len(texts[-1]), batch["weights"].shape[1])
+                batch["weights"][row, :width] = source.answers[first : first + width]
         for name, labels in source.labels.items():
             batch[f"labels_{name}"] = np.zeros((len(numbers), *labels.shape[1:]), np.int32)
             batch[f"labels_{name}"][inside] = labels[numbers[inside]]
@@ -265,7 +272,7 @@ class _Plan(NamedTuple):
     def batch(self, source: Source, size: RowSize, rows: NDArray[np.int64]) -> Batch:
         """The rows of these numbers; those past the last are padding."""
         ids = np.full((len(rows), size.tokens), source.padding, np.int32)
-        segments = np.zeros_like(ids)
+        segments, weights = np.zeros_like(ids), np.zeros_like(ids)
         for i, row in enumerate(rows):
             at = 0
             pieces = range(self.ends[row - 1] if row else 0, self.ends[row]) if row < len(self.ends) else ()
@@ -273,8 +280,10 @@ class _Plan(NamedTuple):
                 first, count = self.first[piece], self.size[piece]
                 ids[i, at : at + count] = source.tokens[first : first + count]
                 segments[i, at : at + count] = number
+                if source.answers is not None:
+                    weights[i, at : at + count] = source.answers[first : first + count]
                 at += count
-        return _batch(ids, segments)
+        return _batch(ids, segments) | ({} if source.answers is None else {"weights": weights.astype(np.int32)})
 
 
 @functools.lru_cache(maxsize=16)
@@ -359,6 +368,8 @@ class Batches:
                 own = numbers[here] // np.uint64(len(whose)) * counts[i, -1] + counts[i, turn[here]]
                 key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
                 parts.append((here, self.sampling.rows(source, self.size, key, own)))
+        if any("weights" in part for _, part in parts):  # of a mixture with dialogues: all of any other text is learned
+            parts = [(here, {"weights": np.ones_like(part["tokens"])} | part) for here, part in parts]
         batch = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in parts[0][1].items()}
         for here, part in parts:
             for name, array in part.items():

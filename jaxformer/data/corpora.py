@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Piece(NamedTuple):
     line: int = 1  # of the document, where it begins
     record: tuple[str, int] | None = None  # what of its file the document is, as ("line", 7); None: all of it
     path: str = ""  # of the file
+    answer: bool = True  # its tokens are to be predicted, in a corpus that is `marked`
+    special: bool = False  # the text is the name of a special token
 
     def place(self, at: int = 0) -> str:
         """Where a character of the text stands, as "notes.txt, line 7"; in a record that is a line, that line."""
@@ -43,6 +45,8 @@ class Corpus(Spec):
 
     texts = 1  # of an example
     aligned = False  # True: each document is a text of an example, even one without an id
+    marked = False  # True: pieces say what of a document is to be predicted
+    framed = True  # False: pieces hold the special tokens that begin and end documents, and no other ones are put there
 
     @abc.abstractmethod
     def documents(self) -> Iterator[str]:
@@ -52,6 +56,10 @@ class Corpus(Spec):
         """The documents, long ones in several pieces; the text alone decides where they are cut."""
         for number, document in enumerate(self.documents(), 1):
             yield from cut([document], ("document", number))
+
+    def pieces_for(self, tokenizer: Any) -> Iterator[Piece]:
+        """The pieces that a tokenizer is given one by one: whole documents, if it does not encode piece by piece."""
+        return self.pieces() if tokenizer.piecewise else joined(self.pieces())
 
     def questions(self) -> Iterator[tuple[Piece, ...]]:
         """The texts of each example, whole, with their places; a document without text is none."""
@@ -69,7 +77,7 @@ class Corpus(Spec):
         return self
 
     def __iter__(self) -> Iterator[str]:
-        return (piece.text for piece in self.pieces())
+        return (piece.text for piece in self.pieces() if not piece.special)
 
     def summary(self) -> str | None:
         """What a run says of it before it is read: of a folder which files, and what is left out."""
@@ -192,9 +200,10 @@ class TextFiles(Corpus):
     def pieces(self) -> Iterator[Piece]:
         for path in self.files():
             name, number = str(path), 1
-            for text, ends, line, record, _ in self.read(path):
-                yield Piece(text, ends, line, record or (None if number == 1 else ("document", number)), name)
-                number += ends
+            for piece in self.read(path):
+                record = piece.record or (None if number == 1 else ("document", number))
+                yield piece._replace(record=record, path=name)
+                number += piece.ends
 
     def read(self, path: Path) -> Iterator[Piece]:
         """The documents of one file."""
@@ -366,6 +375,10 @@ class Mixture(Corpus):
     @property
     def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return max(corpus.texts for corpus in self.corpora)
+
+    @property
+    def marked(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(corpus.marked for corpus in self.corpora)
 
     def documents(self) -> Iterator[str]:
         for corpus in self.corpora:

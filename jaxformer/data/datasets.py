@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from jaxformer.data.corpora import Corpus, Piece, joined
+from jaxformer.data.corpora import Corpus, Piece
 from jaxformer.data.files import cache_directory, file_sha256, write
 from jaxformer.data.locks import locked
 from jaxformer.data.sources import Source, check_ids
@@ -31,6 +31,7 @@ from jaxformer.spec import InputError, dumps
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # to be raised by a change that makes other ids of the same text
+FILES = "tokens.bin", "documents.bin", "answers.bin"  # ids; where documents begin; whether each id is to be predicted
 SAVE_EVERY = 1 << 26  # characters after which a killed preparation need not start anew
 
 
@@ -145,29 +146,40 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str
     """The ids of a corpus in memory; with classes, as examples."""
     if told := corpus.summary():
         log.info("%s", told)
-    ready = corpus.ids()
-    tokens, starts = _in_memory(corpus, tokenizer) if ready is None else (ready, _starts(ready, tokenizer))
-    source = Source(tokens, np.concatenate([np.empty(0, np.int64), *starts]), tokenizer.padding, _shared(tokenizer))
+    ready, answers = corpus.ids(), None
+    if ready is None:
+        tokens, starts, answers = _in_memory(corpus, tokenizer)
+    else:
+        tokens, starts = ready, np.concatenate([np.empty(0, np.int64), *_starts(ready, tokenizer)])
+    source = Source(tokens, starts, tokenizer.padding, _shared(corpus, tokenizer), answers=answers)
     return _as_examples(source, corpus, tokenizer, classes, "corpus")
 
 
-def _in_memory(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Ids, list[NDArray[np.int64]]]:
-    ids, starts, count = [np.empty(0, np.uint32)], list[int](), 0
-    encoded = _known(_encoded(_pieces(corpus, tokenizer), tokenizer), corpus, tokenizer)
-    for found, begins, _ in _framed(encoded, tokenizer, False, corpus.aligned):
+def _in_memory(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Ids, NDArray[np.int64], NDArray[np.uint8] | None]:
+    ids, marks, starts, count = [np.empty(0, np.uint32)], [np.empty(0, np.uint8)], list[int](), 0
+    encoded = _known(_encoded(corpus.pieces_for(tokenizer), tokenizer), corpus, tokenizer)
+    for found, answer, begins, _ in _framed(encoded, corpus, tokenizer, False):
         if begins:
             starts.append(count)
         ids.append(found)
+        marks.append(np.full(len(found), answer, np.uint8))
         count += len(found)
-    ids.append(_last(tokenizer, len(starts)))
-    return np.concatenate(ids), [np.array(starts, np.int64)]
+    ids.append(_last(corpus, tokenizer, len(starts)))
+    return np.concatenate(ids), np.array(starts, np.int64), np.concatenate(marks) if corpus.marked else None
+
+
+def ids_of(piece: Piece, tokenizer: Tokenizer) -> Ids:
+    """Those of its text, or that of the special token which it names."""
+    return (
+        np.array([tokenizer.special_tokens[piece.text]], np.uint32) if piece.special else tokenizer.encode(piece.text)
+    )
 
 
 def check_known(pieces: Iterable[Piece], tokenizer: Tokenizer) -> None:
     """Raises Unknown for characters that the tokenizer does not know, with the place of each."""
     places: dict[str, str] = {}
     for piece in pieces:
-        for character, at in tokenizer.unknown(piece.text).items():
+        for character, at in ({} if piece.special else tokenizer.unknown(piece.text)).items():
             if character not in places:
                 places[character] = piece.place(at)
     if places:
@@ -220,7 +232,7 @@ def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str)
             raise InputError(f"{field}={corpus}: {error}") from None
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(error.filename or part)) from error
-        files = [path for path in (part / "tokens.bin", part / "documents.bin") if path.exists()]
+        files = [part / name for name in FILES if (part / name).exists()]
         manifest = {"dtype": dtype.name, "sha256": {path.name: file_sha256(path) for path in files}}
         write(part / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         os.rename(part, directory)
@@ -258,7 +270,8 @@ def _open(directory: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenize
         digest = manifest["sha256"]["tokens.bin"]
         tokens = _mapped(directory / "tokens.bin", np.dtype(manifest["dtype"]))
     starts = _mapped(directory / "documents.bin", np.dtype(np.int64))
-    return Source(tokens, starts, tokenizer.padding, _shared(tokenizer), digest)
+    answers = _mapped(directory / "answers.bin", np.dtype(np.uint8)) if corpus.marked else None
+    return Source(tokens, starts, tokenizer.padding, _shared(corpus, tokenizer), digest, answers=answers)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> NDArray[Any]:
@@ -279,34 +292,43 @@ def _starts(ids: NDArray[Any], tokenizer: Tokenizer) -> Iterator[NDArray[np.int6
         block = np.asarray(ids[at : at + (1 << 24)])
         check_ids(block, tokenizer.vocab_size)
         if tokenizer.end is not None:
-            starts = np.flatnonzero(block == tokenizer.end) + at + 1 - _shared(tokenizer)
-            yield starts[(starts > 0) & (starts < len(ids) - _shared(tokenizer))].astype(np.int64)
+            shared = int(tokenizer.end == tokenizer.start)
+            starts = np.flatnonzero(block == tokenizer.end) + at + 1 - shared
+            yield starts[(starts > 0) & (starts < len(ids) - shared)].astype(np.int64)
 
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
-    """Encodes the corpus into tokens.bin and documents.bin, from where progress.json says."""
+    """Encodes the corpus into tokens.bin, documents.bin and, of a marked one, answers.bin, from where progress.json
+    says."""
     assert tokenizer.vocab_size is not None
     dtype, done = np.min_scalar_type(tokenizer.vocab_size - 1), _progress(part)
     if done["pieces"]:
         log.info("resuming the preparation of the corpus after %s tokens", f"{done['tokens']:,}")
     bar = tqdm(desc="tokenizing", unit="char", unit_scale=True, disable=None)
-    with open(part / "tokens.bin", "ab") as tokens, open(part / "documents.bin", "ab") as documents, bar:
-        tokens.truncate(done["tokens"] * dtype.itemsize)
-        documents.truncate(done["documents"] * 8)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        names = FILES if corpus.marked else FILES[:2]
+        tokens, documents, *answers = files = [stack.enter_context(open(part / name, "ab")) for name in names]
+        for file, size in zip(
+            files, (done["tokens"] * dtype.itemsize, done["documents"] * 8, done["tokens"]), strict=False
+        ):
+            file.truncate(size)
         unsaved = 0
 
         def counted() -> Iterator[Piece]:
             nonlocal unsaved
-            for piece in itertools.islice(_pieces(corpus, tokenizer), done["pieces"], None):
+            for piece in itertools.islice(corpus.pieces_for(tokenizer), done["pieces"], None):
                 unsaved += len(piece.text)
                 yield piece
 
         encoded = _known(_encoded(counted(), tokenizer), corpus, tokenizer)
-        for ids, begins, inside in _framed(encoded, tokenizer, done["inside"], corpus.aligned):
+        for ids, answer, begins, inside in _framed(encoded, corpus, tokenizer, done["inside"]):
             check_ids(ids, tokenizer.vocab_size)
             if begins:
                 documents.write(np.int64(done["tokens"]).tobytes())
             tokens.write(ids.astype(dtype).tobytes())
+            for file in answers:
+                file.write(bytes([answer]) * len(ids))
             done = {
                 "pieces": done["pieces"] + 1,
                 "tokens": done["tokens"] + len(ids),
@@ -316,11 +338,11 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
             if unsaved >= SAVE_EVERY:
                 bar.update(unsaved)
                 unsaved = 0
-                for file in (tokens, documents):
+                for file in files:
                     file.flush()
                     os.fsync(file.fileno())
                 write(part / "progress.json", json.dumps(done | {"itemsize": dtype.itemsize}))
-        tokens.write(_last(tokenizer, done["documents"]).astype(dtype).tobytes())
+        tokens.write(_last(corpus, tokenizer, done["documents"]).astype(dtype).tobytes())
     (part / "progress.json").unlink(missing_ok=True)
     return dtype
 
@@ -329,14 +351,11 @@ def _progress(part: Path) -> dict[str, Any]:
     """What a killed process says that it had done, or nothing if the files do not hold it."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         done = json.loads((part / "progress.json").read_text())
-        sizes = {"tokens.bin": done["tokens"] * done["itemsize"], "documents.bin": done["documents"] * 8}
-        if all((part / name).stat().st_size >= size for name, size in sizes.items()):
+        sizes = done["tokens"] * done["itemsize"], done["documents"] * 8, done["tokens"]
+        there = [(part / name, size) for name, size in zip(FILES, sizes, strict=True) if (part / name).exists()]
+        if len(there) > 1 and all(path.stat().st_size >= size for path, size in there):
             return {name: done[name] for name in ("pieces", "tokens", "documents", "inside")}
     return {"pieces": 0, "tokens": 0, "documents": 0, "inside": False}
-
-
-def _pieces(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Piece]:
-    return corpus.pieces() if tokenizer.piecewise else joined(corpus.pieces())
 
 
 def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, Ids]]:
@@ -345,7 +364,7 @@ def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Pi
     with ThreadPoolExecutor(cores) as pool:
         ahead: collections.deque[tuple[Piece, Future[Ids]]] = collections.deque()
         for piece in pieces:
-            ahead.append((piece, pool.submit(tokenizer.encode, piece.text)))
+            ahead.append((piece, pool.submit(ids_of, piece, tokenizer)))
             if len(ahead) > 8 * cores:
                 first, future = ahead.popleft()
                 yield first, future.result()
@@ -363,25 +382,27 @@ def _known(encoded: Iterable[tuple[Piece, Ids]], corpus: Corpus, tokenizer: Toke
 
 
 def _framed(
-    encoded: Iterable[tuple[Piece, Ids]], tokenizer: Tokenizer, inside: bool, empty: bool
-) -> Iterator[tuple[Ids, bool, bool]]:
-    """Ids between those that stand before and after a document; whether one begins with them; whether it continues.
+    encoded: Iterable[tuple[Piece, Ids]], corpus: Corpus, tokenizer: Tokenizer, inside: bool
+) -> Iterator[tuple[Ids, bool, bool, bool]]:
+    """Ids between those that stand before and after a document; whether they are to be predicted; whether one begins
+    with them; whether it continues.
 
-    A document without an id is none, unless `empty` says so.
+    A document without an id is none, unless the corpus is aligned.
     """
-    before, after = np.array(tokenizer.prefix, np.uint32), np.array(tokenizer.suffix, np.uint32)
+    before, after = (np.array(ids if corpus.framed else (), np.uint32) for ids in (tokenizer.prefix, tokenizer.suffix))
     for piece, ids in encoded:
-        begins = not inside and (empty or len(ids) > 0)
+        begins = not inside and (corpus.aligned or len(ids) > 0)
         inside = inside or begins
         ends = inside and piece.ends
         inside = inside and not piece.ends
-        yield np.concatenate([before if begins else before[:0], ids, after if ends else after[:0]]), begins, inside
+        whole = np.concatenate([before if begins else before[:0], ids, after if ends else after[:0]])
+        yield whole, piece.answer, begins, inside
 
 
-def _shared(tokenizer: Tokenizer) -> int:
-    return int(tokenizer.end is not None and tokenizer.end == tokenizer.start)
+def _shared(corpus: Corpus, tokenizer: Tokenizer) -> int:
+    return int(corpus.framed and tokenizer.end is not None and tokenizer.end == tokenizer.start)
 
 
-def _last(tokenizer: Tokenizer, documents: int) -> Ids:
+def _last(corpus: Corpus, tokenizer: Tokenizer, documents: int) -> Ids:
     """The end of the last document, where ends are shared."""
-    return np.array(tokenizer.prefix if _shared(tokenizer) and documents else (), np.uint32)
+    return np.array(tokenizer.prefix if _shared(corpus, tokenizer) and documents else (), np.uint32)

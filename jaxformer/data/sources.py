@@ -28,6 +28,7 @@ class Source:
     examples: bool = False  # rows are made of these, not of the text as a whole
     labels: Mapping[str, NDArray[np.int32]] = dataclasses.field(default_factory=dict)  # column -> [examples, ...]
     picked: NDArray[np.int64] | None = None  # where documents end, if not all of them are there
+    answers: NDArray[np.uint8] | None = None  # [N]: 1 of tokens that are to be predicted, else 0; None: all are
 
     @property
     def ends(self) -> NDArray[np.int64]:
@@ -81,8 +82,9 @@ class Source:
         rest = self.starts[last:] - at
         if at < len(self.tokens):
             rest = np.concatenate([np.zeros(1, np.int64), rest])  # the document that is cut continues
-        one = dataclasses.replace(self, tokens=self.tokens[:at], starts=self.starts[:first])
-        return one, dataclasses.replace(self, tokens=self.tokens[at:], starts=rest)
+        here, there = (None, None) if self.answers is None else (self.answers[:at], self.answers[at:])
+        one = dataclasses.replace(self, tokens=self.tokens[:at], starts=self.starts[:first], answers=here)
+        return one, dataclasses.replace(self, tokens=self.tokens[at:], starts=rest, answers=there)
 
     def _split_examples(self, valid_fraction: float, seed: int | None) -> "tuple[Source, Source]":
         numbers = np.arange(self.n_examples)

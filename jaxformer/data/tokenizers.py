@@ -73,6 +73,16 @@ class Tokenizer(Spec):
         return {"start": end and (self.start,), "end": end, "padding": (), "mask": (), "sentinels": ()}
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """Special ids by the names under which chat templates know them."""
+        return {} if self.end is None else {END_OF_TEXT: self.end}
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja2 that writes dialogues, as a published model has one; None: it has none."""
+        return None
+
+    @property
     def prefix(self) -> tuple[int, ...]:
         """The ids that stand before each document, and before a prompt: the start, if documents have an end."""
         return () if self.end is None else (self.start,)
@@ -347,6 +357,7 @@ class Subwords(Tokenizer):
     padding_token: str | None = None
     mask_token: str | None = None
     sentinel_tokens: tuple[str, ...] = ()
+    chat_template: str | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def check(self, at: str = "") -> None:
         try:
@@ -402,6 +413,11 @@ class Subwords(Tokenizer):
         found = {name: tuple(library.token_to_id(token) for token in tokens) for name, tokens in names.items()}
         rest = _special(library) - {i for ids in found.values() for i in ids}
         return found | {"others": tuple(sorted(rest))}
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        library = _library(self.definition)
+        return {library.id_to_token(i): i for i in sorted(_special(library))}
 
     def encode(self, text: str) -> Ids:
         try:

@@ -23,12 +23,15 @@ class Writing:
     """One text as it is written. `text` only ever grows: by whole characters, and by nothing that may belong to a stop
     text. `finish_reason` is None until it has ended."""
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Sequence[str] = (), ends: Sequence[int] = ()
+    ) -> None:
+        """`before` are the ids that it continues; `ends` those that end it besides the tokenizer's end."""
         self.text = ""
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
         self.finish_reason: str | None = None
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._stop, self._ends = tokenizer, stop, {tokenizer.end, *ends}
         self._shown, self._new = list(before), list[int]()  # the last ids whose text is out, and those behind them
         self._held = ""  # text that may belong to a stop text
 
@@ -37,7 +40,7 @@ class Writing:
         self.ids.append(token)
         if log_probability is not None:
             self.log_probabilities.append(log_probability)
-        if token == self._tokenizer.end:
+        if token in self._ends:
             return self.finish("end")
         self._new.append(token)
         text = self._text_of_new()

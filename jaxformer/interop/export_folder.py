@@ -175,6 +175,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
     named = {name: token for name, token in tokens.items() if token is not None}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
     about |= {"clean_up_tokenization_spaces": False, **named}
+    about |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
     write(folder / "tokenizer_config.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 

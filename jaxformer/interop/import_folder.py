@@ -18,7 +18,7 @@ from jaxformer.data.batches import Examples, Sampling, ShuffledWindows
 from jaxformer.data.corpora import NoCorpus
 from jaxformer.data.files import located, write
 from jaxformer.data.locks import locked
-from jaxformer.data.tokenizers import NoTokenizer, Tokenizer, TokenizerFile, read_tokenizer
+from jaxformer.data.tokenizers import NoTokenizer, Subwords, Tokenizer, TokenizerFile, read_tokenizer
 from jaxformer.declarations import by_path
 from jaxformer.interop.architecture import Architecture, Options, Place
 from jaxformer.interop.families import ARCHITECTURES
@@ -258,11 +258,24 @@ def _tokenizer(folder: Path, options: Options, model: Decoder) -> Tokenizer:
     assert found.vocab_size is not None
     if found.vocab_size > size:
         raise InputError(f"{folder / 'tokenizer.json'} has {found.vocab_size} ids, and the model {size}; copy it again")
-    if hasattr(found, "size"):
-        found = dataclasses.replace(found, size=size)  # pyright: ignore[reportCallIssue]
+    if isinstance(found, Subwords):
+        found = dataclasses.replace(found, size=size, chat_template=_chat_template(folder, about))
     elif found.vocab_size < size:
         raise InputError(f"{folder / 'tokenizer.json'} has {found.vocab_size} ids, and the model {size}; copy it again")
     return found
+
+
+def _chat_template(folder: Path, about: Mapping[str, Any]) -> str | None:
+    """Of a file of its own or of tokenizer_config.json, where it may be the one called "default" of several."""
+    if (file := folder / "chat_template.jinja").is_file():
+        if file.stat().st_size > JSON:
+            raise InputError(f"{file} is larger than {JSON:,} bytes; remove it")
+        return file.read_text(encoding="utf-8", errors="replace")
+    found = about.get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _content(token: Any) -> str | None:

@@ -220,8 +220,7 @@ def load(name: str) -> Experiment:
                 f"seeds, {row.seeds}"
             )
         before[row.name] = row.seeds
-        last = dict.fromkeys(("train.seed", *row.also), row.seeds - 1)
-        config = config_lib.resolve(row.config, {**row.overrides, **last})
+        config = _resolved(row, Path(), row.seeds - 1)
         if not row.also and not row.begins_with:
             check_together(config, row.seeds)
     return found
@@ -232,19 +231,21 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path("experiments").glob("*.py"))
 
 
+def _resolved(row: Row, directory: Path, seed: int | None = None) -> Config:
+    """The config of a row or, given a seed, of one of its runs; `directory` is that of the experiment."""
+    own: dict[str, Any] = {} if seed is None else dict.fromkeys(("train.seed", *row.also), seed)
+    if row.begins_with:
+        own["init_from"] = str(directory / _slug(row.begins_with) / f"seed-{seed or 0}")
+    return config_lib.resolve(row.config, {**row.overrides, **own})
+
+
 def run_row(row: Row, directory: Path) -> Result:
     """Trains the runs of a row, or resumes them, and reads what they have left."""
-    config = config_lib.resolve(row.config, row.overrides)
-    home = directory / row.slug
+    config, home = _resolved(row, directory), directory / row.slug
     if row.platform not in (None, jax.default_backend()) and not home.exists():
         runs = []
     elif row.also or row.begins_with:
-        runs = []
-        for seed in range(row.seeds):
-            own: dict[str, Any] = dict.fromkeys(("train.seed", *row.also), seed)
-            if row.begins_with:
-                own["init_from"] = str(directory / _slug(row.begins_with) / f"seed-{seed}")
-            runs.append(train(config, own, home / f"seed-{seed}"))
+        runs = [train(_resolved(row, directory, seed), directory=home / f"seed-{seed}") for seed in range(row.seeds)]
     else:
         runs = train_seeds(config, range(row.seeds), directory=home)
     return Result(dataclasses.replace(row, config=config), runs, [read_metrics(run) for run in runs])

@@ -72,7 +72,7 @@ def small(config: Config) -> Config:
         own = {n: value for n, value in chosen.items() if n in names}
         smaller = _changed(dataclasses.replace(model, **own, vocab_size=None), short)
         found = dataclasses.replace(
-            config, model=smaller, data=data, train=train, init_from=None, writers=(), directory="check"
+            config, model=smaller, data=data, train=train, init_from=None, adapter=None, writers=(), directory="check"
         )
         try:
             smaller.check("model.")

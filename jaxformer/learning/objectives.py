@@ -79,6 +79,7 @@ class Objective(Spec):
 
     lookahead = 1  # how many tokens more a row has than the model sees
     needs = ("tokens",)  # of a batch
+    weighs = False  # it reads the `weights` of a batch, which say what is to be predicted
     one_document = False  # the model sees each row of a batch without `segments` as one document, without padding
 
     def check_model(self, model: Model) -> None:
@@ -229,10 +230,12 @@ class NextToken(TokenObjective):
     """Predict each token from those before it.
 
     A batch holds `tokens` int32[B, T + 1] and, where rows have padding or several documents, `segments` of that shape:
-    0 is padding, and nothing is predicted across a change of segment.
+    0 is padding, and nothing is predicted across a change of segment. Where it has `weights` of that shape, as of
+    dialogues, each token counts so often: 0 of what is not learned, such as a question.
     """
 
     one_document = True
+    weighs = True
 
     def check_model(self, model: Model) -> None:
         model.head_of(LanguageHead)
@@ -248,11 +251,13 @@ def next_tokens(batch: Batch) -> Example:
     tokens = batch["tokens"]
     if "segments" not in batch:
         length = tokens.shape[1] - 1
-        return Example(tokens[:, :-1], one_document(length), tokens[:, 1:], jnp.ones((1, length)))
+        weights = batch["weights"][:, 1:].astype(jnp.float32) if "weights" in batch else jnp.ones((1, length))
+        return Example(tokens[:, :-1], one_document(length), tokens[:, 1:], weights)
     segments, parts = batch["segments"], batch.get("parts")
-    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    inside = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(jnp.float32)
+    weights = inside * batch["weights"][:, 1:] if "weights" in batch else inside
     at = places(segments[:, :-1], None if parts is None else parts[:, :-1])
-    return Example(tokens[:, :-1], at, tokens[:, 1:], inside.astype(jnp.float32))
+    return Example(tokens[:, :-1], at, tokens[:, 1:], weights)
 
 
 class PrefixLM(TokenObjective):

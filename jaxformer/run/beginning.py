@@ -34,7 +34,7 @@ def origin_of(config: Config, prepared: Prepared) -> Origin:
     if config.init_from is None:
         return None
     run, recipe = open_source(config.init_from), recipe_of(config, prepared.tokenizer, prepared.classes)
-    return run, compare(recipe.model, run, run.tokenizer == prepared.tokenizer)
+    return run, compare(recipe, run, run.tokenizer == prepared.tokenizer)
 
 
 def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
@@ -43,7 +43,8 @@ def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
     state = first_state(recipe, hyper)
     if origin is None:
         return state
-    return init_state(recipe, hyper, laid_out(take(state.params, *origin), recipe.model.declared()))
+    params = take(recipe.whole(state.params, state.base), *origin)
+    return init_state(recipe, hyper, laid_out(params, recipe.model.declared()))
 
 
 def groups(configs: Sequence[Config]) -> list[list[int]]:

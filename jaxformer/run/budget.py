@@ -74,17 +74,19 @@ def needs(config: Config, recipe: Recipe, devices: int) -> dict[str, Any]:
 
 
 def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Works") -> dict[str, Any]:
-    declared, itemsize = recipe.model.declared(), jnp.dtype(recipe.compute_dtype).itemsize
+    declared, itemsize = recipe.every_declared(), jnp.dtype(recipe.compute_dtype).itemsize
     state, knobs = abstract_state(config, recipe), config.train
+    moved = trained(state.params, config.optimizer.frozen(recipe.declared()))
+    whole = jax.eval_shape(recipe.whole, state.params, state.base)
     split = lambda tree: _bytes(tree, declared, sizes)
     batches = abstract_batches(config, recipe, min(knobs.steps_per_call, knobs.steps))
     kinds = {
-        "params_bytes": split(state.params),
+        "params_bytes": split(state.params) + split(state.base),
         "optimizer_bytes": split(state.opt_state),
         "ema_bytes": split(state.ema),
         "batches_bytes": sum(_size(a) for a in batches.values()) // math.prod(sizes[axis] for axis in ROWS),
-        "gradients_bytes": split(trained(state.params, config.optimizer.frozen(declared))) * min(knobs.accumulation, 2),
-        "cast_bytes": 0 if itemsize == 4 else split(trained(state.params, declared)) * itemsize // 4,
+        "gradients_bytes": split(moved) * min(knobs.accumulation, 2),
+        "cast_bytes": 0 if itemsize == 4 else split(trained(whole, recipe.model.declared())) * itemsize // 4,
         "gathered_bytes": _gathered(declared, sizes, itemsize),
     }
     kinds["activations_bytes"], kinds["logits_bytes"] = works.of(works.rows, getattr(recipe.model, "remat", None))
@@ -94,7 +96,8 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
         "devices": math.prod(sizes.values()),
         "mesh": ", ".join(f"{axis} {size}" for axis, size in sizes.items()),
         "attention": implemented(config, config.model)[1],
-        "n_params": sum(a.size for a in jax.tree.leaves(state.params)),
+        "n_params": sum(a.size for a in jax.tree.leaves((state.params, state.base))),
+        "n_trained": sum(a.size for a in jax.tree.leaves(moved)),
         "vocab_size": recipe.model.vocab_size,
         "tokens_per_step": n_tokens,
         "tokens_in_all": n_tokens * knobs.steps,
@@ -102,7 +105,7 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
         **kinds,
         "estimated_bytes": sum(kinds.values()),
         **{f"sent_{axis}_bytes": count for axis, count in sent.items()},
-        "flops_per_step": model_flops(recipe, state.params, _slice(config, recipe, config.data.batch_size)),
+        "flops_per_step": model_flops(recipe, _slice(config, recipe, config.data.batch_size)),
     }
 
 
@@ -162,19 +165,23 @@ class _Works:
 def saved(config: Config, recipe: Recipe, rows: int) -> list[Any]:
     """What the forward pass of a slice of so many rows keeps for its backward pass, besides parameters and batch: the
     abstract arrays that `jax.ad_checkpoint.print_saved_residuals` would list."""
-    declared, dtype = recipe.model.declared(), recipe.compute_dtype
+    declared, adapter = recipe.declared(), recipe.adapter
+    dtype = recipe.compute_dtype if adapter is None else "float32"  # with an adapter the model's are cast, not these
     abstract = lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype if box.trained else jnp.float32)
-    params = map_declared(abstract, declared)
+    params, of_model = map_declared(abstract, declared), recipe.model.declared()
+    base = () if adapter is None else map_declared(abstract, adapter.base(of_model, of_model))
 
-    def kept(moved: Any, params: Any, example: Any) -> Any:
+    def kept(moved: Any, params: Any, base: Any, example: Any) -> Any:
         def loss(moved: Any) -> jax.Array:
             whole = updated(params, moved)
+            if adapter is not None:
+                whole = recipe.cast(recipe.whole(whole, base))
             return recipe.objective.loss(recipe.model, whole, example, jax.random.key(0)).minimised
 
         return jax.tree.leaves(jax.vjp(loss, moved)[1])
 
     moved = trained(params, config.optimizer.frozen(declared))
-    jaxpr = jax.make_jaxpr(kept)(moved, params, _example(config, recipe, rows)).jaxpr
+    jaxpr = jax.make_jaxpr(kept)(moved, params, base, _example(config, recipe, rows)).jaxpr
     given = set(jaxpr.invars)
     own = {id(v): v for v in jaxpr.outvars if not isinstance(v, Literal) and v not in given}
     return [v.aval for v in own.values()]

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from jaxformer.data.locks import is_read, reading
 from jaxformer.platform import host
-from jaxformer.run.manifest import Manifest, gathered, has_manifest, read_manifest, withdraw
+from jaxformer.run.manifest import BASE, Manifest, gathered, has_manifest, read_manifest, withdraw
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ _alone = threading.Lock()  # of saves by Orbax: those of several runs at a time 
 
 class Mismatch(InputError):
     """A sound checkpoint of another model."""
+
+
+class Baseless(Mismatch):
+    """A checkpoint of a run whose base cannot be restored: no other one can, either."""
 
 
 class Gone(Exception):
@@ -61,12 +65,31 @@ class Checkpoints:
         return None if math.isinf(rank) else (step, rank)
 
     def restore(self, abstract: Any, step: int) -> Any:
-        """The state of a step, shaped and sharded as `abstract`.
+        """The state of a step, shaped and sharded as `abstract`, with the base that the run keeps beside its
+        checkpoints.
 
         Raises InputError if it is not what was saved, and Gone if it was deleted meanwhile: as long as it is read, it
         is not.
         """
-        path = self.directory / str(step)
+        base, path = getattr(abstract, "base", ()), self.directory / str(step)
+        state = self._restored(abstract.replace(base=()) if base else abstract, path)
+        return state.replace(base=self._base(base, path)) if base else state
+
+    def _base(self, abstract: Any, of: Path) -> Any:
+        path = self.directory.parent / BASE
+        try:
+            own, manifest = read_manifest(path), read_manifest(of)
+            if own is not None and manifest is not None and manifest.base != own.digest:
+                raise InputError(f"it is another one than that of {of}")
+            return self._restored(abstract, path)
+        except (Gone, ValueError) as error:
+            why = "it is not there" if isinstance(error, Gone) else error
+            raise Baseless(
+                f"{path}, the parameters that the run leaves as they are, cannot be restored: {why}; copy it from "
+                "where it is whole, or train anew in another directory"
+            ) from None
+
+    def _restored(self, abstract: Any, path: Path) -> Any:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(reading(path))
@@ -170,6 +193,12 @@ class CheckpointWriter(Checkpoints):
         self._pending: tuple[int, Future[None]] | None = None  # the step that is being saved
         self._lock = threading.Lock()  # of manifests and what follows
         self._ranks = {step: self.rank(step) for step in self.steps()}
+        self._has_base = False  # as this process has saved or restored it
+
+    def restore(self, abstract: Any, step: int) -> Any:
+        state = super().restore(abstract, step)
+        self._has_base = True
+        return state
 
     def best_rank(self) -> float:
         """Infinite if no checkpoint was evaluated."""
@@ -183,17 +212,24 @@ class CheckpointWriter(Checkpoints):
         """Begins to save, of a copy: the state may be donated at once. Raises OSError if there is no room, or if an
         earlier save has failed.
 
-        One that comes before the last is on disk waits for it, so that never more than one copy is alive.
+        One that comes before the last is on disk waits for it, so that never more than one copy is alive. The base is
+        saved before the first of them, once.
         """
         if self.has(step):
             return
         self.wait()
+        if base := getattr(state, "base", ()):
+            if not self._has_base:
+                save_once(self.directory.parent, jax.tree.map(gathered, base), BASE)
+                self._has_base = True
+            state = state.replace(base=())
         path = self.directory / str(step)
         self.directory.mkdir(exist_ok=True)  # in a run's folder, which may have been deleted
         _remove(path)  # what an interrupted process left
         _reserve(self.directory, sum(a.nbytes for a in jax.tree.leaves(state)))
         self._ranks[step] = math.inf
-        self._pending = step, self._background.submit(self._write, _copied(state), step)
+        own = read_manifest(self.directory.parent / BASE) if base else None
+        self._pending = step, self._background.submit(self._write, _copied(state), step, own and own.digest)
 
     def add_rank(self, step: int, rank: float) -> None:
         """Says how good a step that was saved, or is being saved, has been found to be."""
@@ -234,12 +270,12 @@ class CheckpointWriter(Checkpoints):
             self._background.shutdown()
             self._saver.close()
 
-    def _write(self, state: Any, step: int) -> None:
+    def _write(self, state: Any, step: int, base: str | None) -> None:
         """Uses a copy up: writes arrays, then the manifest, without which they do not count; deletes what need not
         stay."""
         path = self.directory / str(step)
         try:
-            manifest = Manifest.of(state)
+            manifest = Manifest.of(state, base)
             with _alone:
                 self._saver.save(path.absolute(), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
         finally:  # Orbax leaves cycles that hold on to it
@@ -258,7 +294,7 @@ class CheckpointWriter(Checkpoints):
                 self._ranks.pop(step, None)
 
 
-def save_once(directory: Path, state: Any, step: int) -> None:
+def save_once(directory: Path, state: Any, step: int | str) -> None:
     """Saves NumPy's arrays that nothing changes meanwhile, without a copy of any. Raises OSError if there is no room.
 
     They are not compressed: that takes room for another form of each, and of weights gains little.

@@ -77,7 +77,7 @@ def checked_data(config: Config) -> Prepared:
 def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
     """Several documents, and no id that ends one: says so once, or raises InputError where rows cannot be read."""
     sampling, documents = config.data.sampling, max(len(source.starts) for source in prepared.train + prepared.valid)
-    if prepared.tokenizer.end is not None:
+    if prepared.tokenizer.end is not None or not config.data.corpus.framed:  # documents with ends of their own
         return
     remedy = "set data.tokenizer.end_token=true, or take data.tokenizer=BPE"
     tokenizer = f"data.tokenizer={type(config.data.tokenizer).__name__} has no id that ends a text"

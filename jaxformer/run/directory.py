@@ -12,7 +12,7 @@ from jaxformer.data.datasets import Prepared
 from jaxformer.data.files import write
 from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import read_tokenizer
-from jaxformer.run.manifest import has_manifest
+from jaxformer.run.manifest import BASE, has_manifest
 from jaxformer.spec import InputError, dumps
 
 FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  # field -> its name in data.json
@@ -67,7 +67,7 @@ def check_begun(config: Config) -> bool:
             f"directory={str(directory.absolute())!r} has {' '.join(wild)} in it, with which Orbax does not find again "
             "what it has saved; give a path without"
         )
-    ours = {"lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints"}
+    ours = {"lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints", BASE}
     names = {path.name for path in directory.iterdir() if path.suffix != ".part"} if directory.exists() else set()
     if names - ours:
         raise InputError(

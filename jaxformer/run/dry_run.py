@@ -44,7 +44,7 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
         tell_beginning(config)
         if config.init_from is not None:
             source = open_source(config.init_from)
-            compare(recipe.model, source, source.tokenizer == tokenizer)
+            compare(recipe, source, source.tokenizer == tokenizer)
     found = needs(config, recipe, jax.device_count())
     with config.mesh.entered():
         state = abstract_state(config, recipe)

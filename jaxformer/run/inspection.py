@@ -108,15 +108,16 @@ def flops(function: Callable[..., Any], *args: Any) -> dict[Names, int]:
     return dict(_products(jax.make_jaxpr(function)(*args).jaxpr, ()))
 
 
-def model_flops(recipe: Recipe, params: Any, batch: Batch) -> int:
+def model_flops(recipe: Recipe, batch: Batch) -> int:
     """Floating-point operations of the matrix products of a step: thrice those of the loss, since a product has two
     more in its gradient. What is recomputed counts once (arXiv:2204.02311, appendix B: model FLOPs).
 
     Of a decoder that is 6·N + 12·L·H·K·T for each token: N counts the parameters of matrices and of the head, tied or
     not, but no table that is looked up in. Attention counts as it is computed, with what a causal mask hides.
-    Parameters and batch are arrays, or their shapes and dtypes.
+    A batch is arrays, or their shapes and dtypes.
     """
     objective, model = recipe.objective, recipe.model
+    params = _abstract_params(model, "float32")
     example = jax.eval_shape(lambda batch: objective.prepare(batch, jax.random.key(0)), batch)
     forward = lambda params, example: objective.loss(model, params, example, None).minimised
     return 3 * sum(flops(forward, params, example).values())

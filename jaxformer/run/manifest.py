@@ -18,6 +18,8 @@ from jaxformer.data.files import write
 from jaxformer.declarations import path_name
 from jaxformer.platform import host
 
+BASE = "base"  # a folder of the run, stored as a checkpoint is: the parameters that an adapter leaves as they are
+
 
 def sha256(tree: Any) -> str:
     """SHA-256 over path, dtype, shape and bytes of every array, in the order of the paths, however they are sharded."""
@@ -51,10 +53,22 @@ class Manifest:
     arrays: Mapping[str, Mapping[str, Any]]  # name -> {"dtype", "shape", "sha256"}
     rank: float | None = None  # the least is best; None: not evaluated, or not finite
     before: Mapping[str, Any] | None = None
+    base: str | None = None  # `digest` of that of the base, which an adapter leaves as it is
 
     @classmethod
-    def of(cls, state: Any) -> "Manifest":
-        return cls({name: _layout(leaf) | {"sha256": _sha256(leaf)} for name, leaf in _leaves(state)})
+    def of(cls, state: Any, base: str | None = None) -> "Manifest":
+        arrays = {name: _layout(leaf) | {"sha256": _sha256(leaf)} for name, leaf in _leaves(state)}
+        return cls(arrays, base=base)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that it says."""
+        return _digest(self._body)
+
+    @property
+    def _body(self) -> dict[str, Any]:
+        base = {} if self.base is None else {"base": self.base}
+        return {"rank": self.rank, "arrays": dict(self.arrays)} | base
 
     def ranked(self, rank: float) -> "Manifest":
         return dataclasses.replace(self, rank=rank if math.isfinite(rank) else None)
@@ -90,8 +104,7 @@ class Manifest:
         if self.before is not None:
             write(_record_before(directory), json.dumps(dict(self.before) | {"rank": self.rank}))
         else:
-            body = {"rank": self.rank, "arrays": dict(self.arrays)}
-            write(directory / "manifest.json", json.dumps({"sha256": _digest(body)} | body, indent=1) + "\n")
+            write(directory / "manifest.json", json.dumps({"sha256": self.digest} | self._body, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -111,9 +124,11 @@ def read_manifest(directory: Path) -> Manifest | None:
     rank = rank if isinstance(rank, float) and math.isfinite(rank) else None
     if before:
         return Manifest({}, rank, found)
-    if found.get("sha256") != _digest({"rank": rank, "arrays": found.get("arrays")}):
+    arrays, base = found.get("arrays"), found.get("base")
+    manifest = Manifest(arrays if isinstance(arrays, dict) else {}, rank, base=base if isinstance(base, str) else None)
+    if found.get("sha256") != manifest.digest:
         raise ValueError("it is not what was written")
-    return Manifest(found["arrays"], rank)
+    return manifest
 
 
 def has_manifest(directory: Path) -> bool:

@@ -45,7 +45,7 @@ class Members:
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
         for array in jax.tree.leaves(states):
             array.delete()
-        return laid_out(stacked, self.recipe.model.declared())
+        return laid_out(stacked, self.recipe.every_declared())
 
     def apart(self, state: TrainState) -> Iterator[TrainState]:
         """The state of each, one after another."""
@@ -89,9 +89,8 @@ class Members:
             self._compiled[shapes] = lowered.compile()
             log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
             lead = 2 if self._several else 1
-            params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[lead - 1 :], a.dtype), state.params)
             batch = {name: jax.ShapeDtypeStruct(a.shape[lead:], a.dtype) for name, a in buffer.items()}
-            self._flops[shapes] = len(self.configs) * model_flops(self.recipe, params, batch)
+            self._flops[shapes] = len(self.configs) * model_flops(self.recipe, batch)
         return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
 
     def diverged(self, state: TrainState, step: int, member: int) -> Diverged:
@@ -116,7 +115,8 @@ class Members:
     def evaluate(self, state: TrainState, tokens: int | None, between: Callable[[], None]) -> list[dict[str, Any]]:
         """What a full pass of the validation split finds, or one of about so many tokens, of each (`evaluate`)."""
         of = self.configs[0].optimizer
-        params = jax.vmap(lambda own: own.eval_params(of))(state) if self._several else state.eval_params(of)
+        whole = lambda own: own.eval_params(self.recipe, of)
+        params = jax.vmap(whole)(state) if self._several else whole(state)
         more = params, Judged.of(self.prepared), self.configs[0], self.prepared.tokenizer, tokens, between
         return evaluate(self.recipe, *more, len(self.configs) if self._several else None)
 

@@ -52,7 +52,7 @@ class Run:
 
     def __repr__(self) -> str:
         step, steps = int(self.state.step), self.config.train.steps
-        count = sum(array.size for array in jax.tree.leaves(self.state.params))
+        count = sum(array.size for array in jax.tree.leaves((self.state.params, self.state.base)))
         rows = [row for row in read_rows(rows_of(self.config), step)[0] if row["step"] == step]
         losses = [row["loss"] for row in rows if row.get("split") in ("valid", "valid_full") and row.get("loss")]
         loss = f", validation loss {losses[-1]:.4f}" if losses else ""
@@ -69,8 +69,9 @@ class Run:
 
     @property
     def eval_params(self) -> Any:
-        """What it is evaluated and sampled with: an average, or what its optimizer makes of its parameters."""
-        return self.state.eval_params(self.config.optimizer)
+        """What it is evaluated and sampled with: an average, or what its optimizer and its adapter make of its
+        parameters."""
+        return self.state.eval_params(self.recipe, self.config.optimizer)
 
     @property
     def sampler(self) -> Sampler:
@@ -184,16 +185,17 @@ class Run:
             start = self.tokenizer.document(prompt or "")
         self._tell_cut([source or start])
         sources = None if source is None else [source] * TOGETHER
-        return self._request([start] * TOGETHER, tokens, seed, processors, sources), ids, stop
+        return self.request([start] * TOGETHER, tokens, seed, processors, sources), ids, stop
 
-    def _request(
+    def request(
         self,
         starts: Sequence[Sequence[int]],
         tokens: int,
         seed: int,
         processors: Processors,
-        sources: Sequence[Sequence[int]] | None,
+        sources: Sequence[Sequence[int]] | None = None,
     ) -> Request:
+        """What is asked of the sampler: texts that continue these ids."""
         model = self.recipe.objective, self.model, self.eval_params
         keys = row_keys(seed, 0, len(starts))
         context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
@@ -225,7 +227,7 @@ class Run:
             sources = [tokenizer.document(text) for text in some]
             starts = [[tokenizer.start]] * len(some)
             writings = [Writing(tokenizer) for _ in some]
-            for _ in write(self.sampler, self._request(starts, tokens, 0, greedy, sources), writings):
+            for _ in write(self.sampler, self.request(starts, tokens, 0, greedy, sources), writings):
                 between()
             found += [writing.text for writing in writings]
         return found

@@ -73,7 +73,8 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
     except ValueError as error:
         raise InputError(str(error)) from None
     train = config.train
-    return Recipe(model, objective, train.compute_dtype, train.accumulation, train.grad_norms, train.guard)
+    how = train.compute_dtype, train.accumulation, train.grad_norms, train.guard
+    return Recipe(model, objective, *how, config.adapter)
 
 
 def implemented(config: Config, model: Model) -> tuple[Model, str]:
@@ -85,9 +86,11 @@ def implemented(config: Config, model: Model) -> tuple[Model, str]:
 
 
 def check_optimizer(config: Config, recipe: Recipe) -> None:
-    """Raises InputError if the optimizer cannot be used for the model's parameters."""
-    declared = recipe.model.declared()
+    """Raises InputError if the adapter or the optimizer cannot be used for the model's parameters."""
     try:
+        if recipe.adapter is not None:
+            recipe.adapter.check_declared(recipe.model.declared())
+        declared = recipe.declared()
         config.optimizer.check_declared(trained(declared, declared))
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -113,7 +116,7 @@ def check_mesh(config: Config, recipe: Recipe, devices: int) -> dict[str, int]:
             f"data.batch_size={size}{slices} must be a multiple of mesh.data={sizes['data']} · "
             f"mesh.fsdp={sizes['fsdp']}; {remedy} would do"
         )
-    for path, box in by_path(recipe.model.declared()).items():
+    for path, box in by_path(recipe.every_declared()).items():
         partition(box.letters.all, box.value.shape, sizes, path)
     if sizes["tensor"] > 1 and (reason := recipe.model.refuses_split_heads()):
         raise InputError(f"mesh.tensor={sizes['tensor']}: {reason}")
@@ -139,7 +142,7 @@ def abstract_state(config: Config, recipe: Recipe) -> Any:
     """Shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
     shapes = jax.eval_shape(lambda: init_state(recipe, hyper_of(config)))
     abstract = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    return jax.tree.map(abstract, shapes, shardings(shapes, recipe.model.declared()))
+    return jax.tree.map(abstract, shapes, shardings(shapes, recipe.every_declared()))
 
 
 def check_batch(recipe: Recipe, batch: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from flax import struct
 
 from jaxformer.declarations import Declared, by_path, is_declared, trained, updated
 from jaxformer.keys import key_for
+from jaxformer.learning.adapters import Adapter
 from jaxformer.learning.guards import Guard, chosen
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
 from jaxformer.learning.optimizers import Optimizer
@@ -27,6 +28,25 @@ class Recipe(Spec):
     slices: int = 1  # of a batch, whose gradients are accumulated
     grad_norms: bool = False  # among the metrics: the gradient's norm for every parameter and layer
     guard: Guard | None = Guard()  # skips updates that a loss or gradient spoils
+    adapter: Adapter | None = None  # makes the model's parameters of a base and of what is trained; None: all are
+
+    def declared(self) -> Any:
+        """The declarations of a state's `params`."""
+        of_model = self.model.declared()
+        return of_model if self.adapter is None else self.adapter.declared(of_model)
+
+    def every_declared(self) -> Any:
+        """The declarations of all arrays of a state, those of its base, too."""
+        return {**self.model.declared(), **self.declared()} if self.adapter else self.model.declared()
+
+    def whole(self, params: Any, base: Any) -> Any:
+        """The model's parameters, of those of a state, or of an average of them, and its base."""
+        return params if self.adapter is None else self.adapter.whole(self.model.declared(), params, base)
+
+    def cast(self, params: Any) -> Any:
+        """The model's parameters: what its declarations say is trained, in the dtype of the computation."""
+        cast = lambda a: a.astype(self.compute_dtype)
+        return updated(params, jax.tree.map(cast, trained(params, self.model.declared())))
 
 
 class Hyper(NamedTuple):
@@ -46,23 +66,27 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
     ema: Any = ()  # an exponential moving average of params; empty if none is kept
     skips: Any = ()  # `guards.Skips`: of updates; empty without a guard
+    base: Any = ()  # with an adapter: the parameters that stay as they are
 
-    def eval_params(self, optimizer: Optimizer) -> Any:
-        """What evaluation and sampling use."""
-        return self.ema or optimizer.eval_params(self.opt_state, self.params)
+    def eval_params(self, recipe: Recipe, optimizer: Optimizer) -> Any:
+        """The model's parameters for evaluation and sampling."""
+        return recipe.whole(self.ema or optimizer.eval_params(self.opt_state, self.params), self.base)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe, hyper: Hyper, params: Any = None) -> TrainState:
-    """The state before the first step, of freshly drawn parameters or of copies of those given."""
+    """The state before the first step, of freshly drawn parameters of the model or of copies of those given."""
     drawn = lambda: recipe.model.init(key_for(hyper.seed, 0, "init"))
-    params = drawn() if params is None else jax.tree.map(jnp.copy, params)
-    declared = hyper.optimizer.frozen(recipe.model.declared())
+    params, base = drawn() if params is None else jax.tree.map(jnp.copy, params), ()
+    if recipe.adapter is not None:
+        of_model, key = recipe.model.declared(), key_for(hyper.seed, 0, "adapter")
+        params, base = recipe.adapter.begin(of_model, params, key), recipe.adapter.base(of_model, params)
+    declared = hyper.optimizer.frozen(recipe.declared())
     transform = hyper.optimizer.transform(trained(declared, declared), jnp.int32(0), hyper.steps)
     ema = () if hyper.ema_decay is None else params
     skips = () if recipe.guard is None else recipe.guard.begin()
-    state = TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema, skips)
-    return split(state, recipe.model.declared())
+    state = TrainState(jnp.int32(0), params, transform.init(trained(params, declared)), ema, skips, base)
+    return split(state, recipe.every_declared())
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
@@ -74,17 +98,17 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it forgets the first parameters.
     """
     example = recipe.objective.prepare(batch, key_for(hyper.seed, state.step, "objective"), state.step)
-    key, of_model = key_for(hyper.seed, state.step, "dropout"), recipe.model.declared()
-    declared = hyper.optimizer.frozen(of_model)
-    sums, grads = _gradients(recipe, state.params, of_model, declared, example, key)
+    key, own = key_for(hyper.seed, state.step, "dropout"), recipe.declared()
+    declared = hyper.optimizer.frozen(own)
+    sums, grads = _gradients(recipe, state, declared, example, key)
     count = jnp.maximum(sums.weight, 1)  # a batch of padding alone changes nothing but the decay
-    grads = split(jax.tree.map(lambda g: g / count, grads), of_model)
+    grads = split(jax.tree.map(lambda g: g / count, grads), own)
     rate = hyper.optimizer.rate(state.step, hyper.steps)
     moved = trained(state.params, declared)
     transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
     updates, opt_state = transform.update(grads, state.opt_state, moved)
     params = updated(state.params, optax.apply_updates(moved, updates))
-    params = updated(params, _advanced(of_model, state.params, sums.state, sums.weight > 0))
+    params = updated(params, _advanced(own, state.params, sums.state, sums.weight > 0))
     ema = state.ema
     if hyper.ema_decay is not None:
         decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
@@ -106,7 +130,8 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
         skips = recipe.guard.counted(skips, passes, loss, sums.weight)
         metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
     params, opt_state, ema = new
-    return split(TrainState(state.step + 1, params, opt_state, ema, skips), of_model), metrics
+    new = TrainState(state.step + 1, params, opt_state, ema, skips, state.base)
+    return split(new, recipe.every_declared()), metrics
 
 
 def _advanced(declared: Any, params: Any, sums: Any, real: jax.Array, path: str = "") -> Any:
@@ -128,19 +153,21 @@ def norms(declared: Any, grads: Any) -> dict[str, jax.Array]:
     return by_path(jax.tree.map(norm, declared, grads, is_leaf=is_declared))
 
 
-def _gradients(
-    recipe: Recipe, params: Any, of_model: Any, declared: Any, example: Example, key: jax.Array
-) -> tuple[Sums, Any]:
+def _gradients(recipe: Recipe, state: TrainState, declared: Any, example: Example, key: jax.Array) -> tuple[Sums, Any]:
     """Sums over the slices of a batch, and their gradients by what is trained; what an optimizer leaves frozen is cast
     as the model declares it."""
-    params = updated(params, _cast(recipe, trained(params, of_model)))  # once, whatever the number of slices
-    n, moved = recipe.slices, trained(params, declared)
+    n, params = recipe.slices, state.params
+    if recipe.adapter is None:
+        params = recipe.cast(params)  # once, whatever the number of slices
+    moved = trained(params, declared)
     scale = _loss_scale(recipe.compute_dtype, example.ids.size // n)
 
     def one(example: Example, index: int | jax.Array) -> Any:
         def loss(moved: Any) -> Any:
-            key_of_slice = jax.random.fold_in(key, index)
-            sums = recipe.objective.loss(recipe.model, updated(params, moved), example, key_of_slice)
+            key_of_slice, own = jax.random.fold_in(key, index), updated(params, moved)
+            if recipe.adapter is not None:  # a small change beside a large number is lost before the cast, not after
+                own = recipe.cast(recipe.whole(own, state.base))
+            sums = recipe.objective.loss(recipe.model, own, example, key_of_slice)
             return sums.minimised * scale, sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(moved)
@@ -168,11 +195,6 @@ def _loss_scale(dtype: str, tokens: int) -> float:
     return 1.0 if dtype != "float16" else 2.0 ** min(0, 14 - (tokens - 1).bit_length())
 
 
-def _cast(recipe: Recipe, params: Any) -> Any:
-    """What is trained, in the dtype of the computation."""
-    return jax.tree.map(lambda a: a.astype(recipe.compute_dtype), params)
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train_steps(
     recipe: Recipe, state: TrainState, batches: Batch, count: jax.Array, hyper: Hyper
@@ -188,7 +210,7 @@ def train_steps(
     row = jax.eval_shape(lambda: train_step(recipe, state, first, hyper)[1])
     metrics = jax.tree.map(lambda a: jnp.full((size, *a.shape), jnp.nan), row)
     state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
-    return split(state, recipe.model.declared()), metrics
+    return split(state, recipe.every_declared()), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -202,20 +224,20 @@ def train_members(
         return train_steps(recipe, state, batches, count, hyper._replace(seed=seed))
 
     states, metrics = jax.vmap(alone)(states, batches, hyper.seed)
-    return split(states, recipe.model.declared()), metrics
+    return split(states, recipe.every_declared()), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate_batch(
     recipe: Recipe, params: Any, batch: Batch, number: jax.Array, byte_lengths: jax.Array
 ) -> dict[str, jax.Array]:
-    """The objective's sums over a batch, without dropout. Batch `number` has the same draws at every evaluation.
+    """The objective's sums over a batch, of the model's parameters, without dropout. Batch `number` has the same draws
+    at every evaluation.
 
     `byte_lengths` is that of the tokenizer, [V].
     """
     example = recipe.objective.prepare(batch, jax.random.fold_in(jax.random.key(0), number))
-    params = updated(params, _cast(recipe, trained(params, recipe.model.declared())))
-    return recipe.objective.sums(recipe.model, params, example, byte_lengths)
+    return recipe.objective.sums(recipe.model, recipe.cast(params), example, byte_lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,10 +10,9 @@ import jax
 
 from jaxformer.data.files import write
 from jaxformer.declarations import by_path, path_name
-from jaxformer.model.models import Model
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, finite, open_run
-from jaxformer.run.step import TrainState
+from jaxformer.run.step import Recipe, TrainState
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -32,12 +31,13 @@ def open_source(init_from: str) -> Run:
     return dataclasses.replace(run, state=TrainState(run.state.step, run.eval_params, opt_state=()))
 
 
-def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
+def compare(recipe: Recipe, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     """A report of which parameters of the model can be taken from the run, and which not.
 
     Taken is what has the same path and shape; an axis of the vocabulary only if the tokenizers are the same, of classes
-    only if these are. Raises InputError if nothing is.
+    only if these are. Raises InputError if nothing is, or not all that an adapter leaves as it is.
     """
+    model = recipe.model
     old, new = by_path(run.state.params), by_path(model.declared())
     left: dict[str, str] = {}
     classes = {head.name: head.classes for head in run.model.heads}
@@ -54,6 +54,14 @@ def compare(model: Model, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     taken = [path for path in new if path not in left]
     if not taken:
         raise InputError(f"init_from={run.config.directory!r} has no parameter of this model; is it the right run?")
+    if recipe.adapter is not None:
+        base = by_path(recipe.adapter.base(model.declared(), model.declared()))
+        if random := [path for path in left if path in base]:
+            raise InputError(
+                f"init_from={run.config.directory!r} gives no {random[0]} ({left[random[0]]}), which adapter="
+                f"{type(recipe.adapter).__name__} would leave at random; have it trained, as --adapter.trained=Path, "
+                f"--adapter.trained.0.pattern='{random[0].partition('/')[0]}*'"
+            )
     return {
         "run": run.config.directory,
         "step": int(run.state.step),

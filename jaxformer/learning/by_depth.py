@@ -1,0 +1,100 @@
+"""Learning rates by depth: lower layers of a trained model change less, or not at all."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.declarations import Declared, by_path, path_name
+from jaxformer.learning.optimizers import AdamW, Optimizer
+from jaxformer.learning.schedules import Constant, Schedule
+
+if TYPE_CHECKING:
+    import optax
+
+BELOW = "embedding", "position"  # what stands below the first layer, by the beginning of its path
+
+
+class ByDepth(Optimizer):
+    """Another optimizer whose rate is that of the last layer, and of each layer below `decay` times that of the one
+    above it (discriminative fine-tuning, arXiv:1801.06146, section 3.1).
+
+    What is below the first layer, as the embedding, counts as a layer there; what is above the last, as a head, as the
+    last. Of an encoder–decoder each stack has depths of its own.
+    """
+
+    learning_rate: Schedule = Constant(1.0)  # multiplies the learning rates of the optimizer
+    optimizer: Optimizer = AdamW()  # how arrays change
+    decay: float = 0.8  # of a layer's rate to that of the layer above it; 1: all alike
+    still: int = 0  # how many of the lowest layers stay as they are, and with them what is below the first
+
+    keeps_fields = False  # its learning rate is a factor
+
+    def check(self, at: str = "") -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"{at}decay={self.decay} must be more than 0 and at most 1; 0.8 is usual")
+        if self.still < 0:
+            raise ValueError(f"{at}still={self.still} must be at least 0")
+
+    def check_declared(self, declared: Any) -> None:
+        self.optimizer.check_declared(declared)
+        deepest = max(self._depths(declared).values(), default=0)
+        if self.still > deepest:
+            raise ValueError(f"optimizer.still={self.still} must be at most {deepest}, the layers of the model")
+
+    def frozen(self, declared: Any) -> Any:
+        return self.optimizer.frozen(declared)
+
+    def rate(self, step: jax.Array, steps: jax.Array) -> jax.Array:
+        """That of the last layer."""
+        return self.optimizer.scaled(self.learning_rate).rate(step, steps)
+
+    def transform(self, declared: Any, step: jax.Array, steps: jax.Array) -> "optax.GradientTransformation":
+        import optax
+
+        inner = self.optimizer.scaled(self.learning_rate).transform(declared, step, steps)
+        boxes, depths = by_path(declared), self._depths(declared)
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            changes, state = inner.update(updates, state, params)
+
+            def scaled(path: Any, change: jax.Array) -> jax.Array:
+                name = path_name(path)
+                factor = self._factors(name, boxes[name], depths[_stack(name)])
+                return change * factor.reshape(*factor.shape, *[1] * (change.ndim - factor.ndim))
+
+            return jax.tree_util.tree_map_with_path(scaled, changes), state
+
+        return optax.GradientTransformation(inner.init, update)
+
+    def eval_params(self, opt_state: Any, params: Any) -> Any:
+        return self.optimizer.eval_params(opt_state, params)
+
+    @property
+    def averages(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.optimizer.averages
+
+    def _factors(self, path: str, box: Declared, n_layers: int) -> jax.Array:
+        """Of an array's updates: [L] where layers lie stacked, else []."""
+        if box.letters.batch.startswith("L"):
+            first, between = box.layers
+            layer = first + between * jnp.arange(box.value.shape[0])
+        else:
+            layer = jnp.int32(-1 if _stack(path).startswith(BELOW) else n_layers - 1)
+        still = (layer < self.still) & (self.still > 0)
+        return jnp.where(still, 0.0, self.decay ** (n_layers - 1 - layer).astype(jnp.float32))
+
+    def _depths(self, declared: Any) -> dict[str, int]:
+        """Stack → how many layers it has."""
+        found: dict[str, int] = {}
+        for path, box in by_path(declared).items():
+            stack = _stack(path)
+            first, between = box.layers
+            last = first + between * (box.value.shape[0] - 1) if box.letters.batch.startswith("L") else -1
+            found[stack] = max(found.get(stack, 0), last + 1)
+        return {stack: n or max(found.values()) for stack, n in found.items()}
+
+
+def _stack(path: str) -> str:
+    """Which layers an array belongs to: "encoder", "decoder", or what else its path begins with."""
+    return path.removeprefix("adapters/").split("/")[0]

@@ -1,0 +1,322 @@
+"""Dialogues: templates of strangers, what of a text is an answer, and that nothing else is learned."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import decoder, loud
+
+import jaxformer
+from jaxformer import Config, Data, Train
+from jaxformer.data import templates
+from jaxformer.data.batches import Batches, Examples, PackedDocuments, RandomWindows, RowSize, ShuffledWindows
+from jaxformer.data.corpora import Mixture, TextFiles
+from jaxformer.data.datasets import encode, ids_of, prepare
+from jaxformer.data.dialogues import Dialogues, Instructions, PythonQuestions
+from jaxformer.data.templates import ANSWERS, Ends, Template
+from jaxformer.data.tokenizers import BPE, Bytes, Characters
+from jaxformer.learning.objectives import Masked, NextToken
+from jaxformer.run.chat import Chat
+from jaxformer.run.opened import Run
+from jaxformer.run.step import TrainState
+from jaxformer.spec import InputError
+
+CHATML = (
+    "{%- for message in messages %}"
+    "<|endoftext|>{{ message['role'] }}\n{{ message['content'] | trim }}<|endoftext|>\n"
+    "{%- endfor %}{% if add_generation_prompt %}<|endoftext|>assistant\n{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "I."},
+    {"role": "user", "content": "Why you?"},
+    {"role": "assistant", "content": "Because I was asked."},
+]
+TOKENIZERS = {"bytes": Bytes(end_token=True), "endless": Bytes(), "bpe": BPE(270).fit(["abc abd"])}
+
+
+def told(messages):
+    return json.dumps({"messages": messages}) + "\n"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    words = [f"{'ab' * (i % 5)}{i}" for i in range(23)]
+    path.write_text(
+        told(TALK) + "\n" + "".join(told([TALK[0] | {"content": w}, TALK[1] | {"content": w[::-1]}]) for w in words)
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("source", [None, CHATML], ids=["plain", "chatml"])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_answers_are_marked_with_what_ends_them(source, tokenizer):
+    template = Template.of(tokenizer, source)
+    pieces = template.dialogue(TALK)
+    whole = "".join(piece.text for piece in pieces)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    answers = [
+        "".join(piece.text for piece in run)
+        for answer, run in itertools.groupby(pieces, lambda piece: piece.answer)
+        if answer
+    ]
+    assert [text.split("<|")[0].strip() for text in answers] == ["I.", "Because I was asked."]
+    for text in answers:
+        assert whole.count(text) == 1
+    if tokenizer.end is not None:
+        assert all("<|endoftext|>" in text for text in answers) and template.ends == Ends((tokenizer.end,), ())
+    ids = np.concatenate([ids_of(piece, tokenizer) for piece in pieces])
+    assert (ids == tokenizer.end).sum() == whole.count("<|endoftext|>") * (tokenizer.end is not None)
+    prompt = "".join(piece.text for piece in template.prompt(TALK[:3]))
+    assert whole.startswith(prompt) and whole[len(prompt) :] == answers[1]
+
+
+def test_as_transformers_writes_it():
+    """What `apply_chat_template` gives for these messages, by hand."""
+    pieces = Template.of(TOKENIZERS["bpe"], CHATML).dialogue(TALK[:2])
+    e = "<|endoftext|>"
+    assert "".join(p.text for p in pieces) == f"{e}user\nWho?{e}\n{e}assistant\nI.{e}\n".replace(
+        f"{e}\n{e}", f"{e}{e}"
+    ).rstrip("\n")
+
+
+WRONG = {
+    "endless": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "more than 1 second",
+    ),
+    "large": ("{{ 'a' * 10**10 }}", "takes more than 1,073,741,824 bytes"),
+    "curious": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "is unsafe"),
+    "writing": ("{{ messages.append(1) }}", "is unsafe"),
+    "refusing": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    "broken": ("{% if %}", "Expected an expression"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_template_is_told_and_bounded(wrong, monkeypatch):
+    source, why = WRONG[wrong]
+    if wrong == "endless":
+        Template.of(Bytes()).prompt(TALK[:1])  # so that the process has begun
+        monkeypatch.setattr(templates, "SECONDS", 1.0)
+    with pytest.raises(InputError, match=f"the chat template cannot be rendered .*{why}"):
+        Template.of(Bytes(), source).prompt(TALK[:1])
+    monkeypatch.undo()
+    assert Template.of(Bytes()).prompt(TALK[:1])  # another is rendered all the same
+
+
+def test_marks_of_answers_in_a_template_change_nothing():
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}"
+    assert "".join(p.text for p in Template.of(Bytes(), source).prompt(TALK[:2])) == "Who?!I.!"
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused():
+    source = "{% for m in messages %}{{ m.content if loop.last else '' }}{% endfor %}"
+    with pytest.raises(InputError, match="message 2 in another way once it has been answered"):
+        Template.of(Bytes(), source).dialogue(TALK)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (
+            told([TALK[0], {"role": "assistant", "content": "a<|endoftext|>b"}]),
+            "message 2 holds '<|endoftext|>', which",
+        ),
+        (told([{"role": "<|endoftext|>", "content": "a"}]), "message 1 holds '<|endoftext|>', which"),
+        (told(TALK[:1]), "no message is of the role 'assistant'"),
+        (told([]), "'messages' must be a list of messages"),
+        (told([TALK[0], {"role": "assistant"}]), "message 2 must have a 'content' that is a text"),
+        (told(["a"]), "message 1 must have a 'role' that is a text"),
+        ("{}\n", "no object with 'messages'"),
+        ("{\n", "Expecting property name"),
+    ],
+)
+def test_a_wrong_dialogue_is_told_with_its_line(tmp_path, line, why):
+    (tmp_path / "talks.jsonl").write_text(told(TALK) + line)
+    with pytest.raises(InputError, match=r"talks\.jsonl, line 2: ") as error:
+        encode(Dialogues(str(tmp_path / "talks.jsonl")), Bytes(end_token=True))
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_what_is_prepared_is_what_is_encoded(file, tokenizer, monkeypatch):
+    corpus = Dialogues(file, system="Be brief.")
+    source = encode(corpus, tokenizer)
+    monkeypatch.setattr("jaxformer.data.datasets.SAVE_EVERY", 300)  # as if it had been killed, again and again
+    (train,), (valid,) = (lambda found: (found.train, found.valid))(prepare(corpus, tokenizer, corpus))
+    for kept in (train, valid):
+        for name in ("tokens", "starts", "answers"):
+            np.testing.assert_array_equal(getattr(kept, name), getattr(source, name))
+    text = tokenizer.decode(source.tokens[: source.starts[1]])
+    assert "Be brief." in text and "Because I was asked." in text and len(source.starts) == 24
+    learned = tokenizer.decode(source.tokens[: source.starts[1]][source.answers[: source.starts[1]] > 0])
+    assert learned.split() == ["I.", "Because", "I", "was", "asked."]
+
+
+def test_a_table_of_questions_is_dialogues_of_two(tmp_path):
+    (tmp_path / "table.csv").write_text('prompt,answer\n"Who, there?",I\nWhy,So\n')
+    (tmp_path / "talks.jsonl").write_text(
+        told([TALK[0] | {"content": "Who, there?"}, TALK[1] | {"content": "I"}])
+        + told([TALK[0] | {"content": "Why"}, TALK[1] | {"content": "So"}])
+    )
+    one, other = (
+        encode(c, Bytes(end_token=True))
+        for c in (Instructions(str(tmp_path / "table.csv")), Dialogues(str(tmp_path / "talks.jsonl")))
+    )
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_array_equal(one.answers, other.answers)
+
+
+SAMPLINGS = [RandomWindows(), ShuffledWindows(), Examples(), PackedDocuments()]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: type(s).__name__)
+def test_weights_go_with_their_tokens(file, sampling):
+    """Wherever a token stands in a batch, its weight is that of its place in the source."""
+    tokenizer, size = Bytes(end_token=True), RowSize(97)
+    source = encode(Dialogues(file), tokenizer)
+    pairs = set(zip(source.tokens.tolist(), source.answers.tolist(), strict=True))
+    batches = [
+        *sampling.full_pass(source, size, 3),
+        *(Batches((source,), (1.0,), sampling, size, 3, 0).at(i) for i in range(3)),
+    ]
+    total = 0
+    for batch in batches:
+        real = batch.get("segments", np.ones_like(batch["tokens"])) > 0
+        assert batch["weights"].shape == batch["tokens"].shape and not batch["weights"][~real].any()
+        assert set(zip(batch["tokens"][real].tolist(), batch["weights"][real].tolist(), strict=True)) <= pairs
+    for batch in sampling.full_pass(source, size, 3):
+        total += int(batch["weights"].sum())
+    assert total >= int(source.answers.sum()) and total - source.answers.sum() < 0.02 * total
+    text = lambda batch: [
+        tokenizer.decode(row[weight > 0]) for row, weight in zip(batch["tokens"], batch["weights"], strict=True)
+    ]
+    assert any("Because I was asked." in row for batch in sampling.full_pass(source, size, 3) for row in text(batch))
+    shapes = sampling.shapes(Dialogues(file), size)
+    assert shapes["weights"] == (98,)
+
+
+def test_of_a_mixture_other_text_is_learned_whole(file, tmp_path):
+    (tmp_path / "text.txt").write_text("some text\n" * 99)
+    corpus = Mixture((Dialogues(file), TextFiles(str(tmp_path / "text.txt"))), (0.5, 0.5))
+    prepared = prepare(corpus, Bytes(end_token=True))
+    batch = Batches(prepared.train, prepared.weights, RandomWindows(), RowSize(19), 4, 0).at(0)
+    assert corpus.marked and batch["weights"][1::2].all() and not batch["weights"][::2].all()
+
+
+def test_only_answers_have_a_gradient():
+    """Of the logits before a token that is no answer it is exactly zero."""
+    model, objective, rng = decoder(n_layers=1), NextToken(), np.random.default_rng(0)
+    params = loud(model)
+    batch = {name: rng.integers(0, high, (3, 14), np.int32) for name, high in (("tokens", 29), ("weights", 2))}
+    batch["segments"] = np.repeat([[1] * 8 + [2] * 4 + [0] * 2], 3, 0).astype(np.int32)
+    example = objective.prepare({n: jnp.asarray(a) for n, a in batch.items()}, jax.random.key(0))
+    h = jnp.asarray(rng.normal(size=(3, 13, 84)), jnp.float32)
+
+    def loss(h):
+        nats = objective.nats(model, params, h, example, None)
+        return (nats.plain * example.weights).sum()
+
+    moved = np.abs(jax.grad(loss)(h)).max(-1) > 0
+    learned = (
+        batch["weights"][:, 1:]
+        * (batch["segments"][:, 1:] == batch["segments"][:, :-1])
+        * (batch["segments"][:, 1:] > 0)
+    )
+    np.testing.assert_array_equal(moved, learned > 0)
+    assert 0 < learned.sum() < learned.size
+
+
+def test_two_dialogues_packed_have_the_loss_of_each_apart(file):
+    model, objective, tokenizer = (
+        decoder(n_layers=2, vocab_size=257, context_length=160),
+        NextToken(),
+        Bytes(end_token=True),
+    )
+    params, source = loud(model), encode(Dialogues(file), tokenizer)
+
+    def sums(sampling):
+        found = np.zeros(2)
+        for batch in sampling.full_pass(source.pick(np.array([0, 5])), RowSize(160), 1):
+            example = objective.prepare({n: jnp.asarray(a) for n, a in batch.items()}, jax.random.key(0))
+            each = objective.loss(model, params, example, None)
+            found += np.array([float(each.nats), float(each.weight)])
+        return found
+
+    (packed, n), (apart, same) = sums(PackedDocuments()), sums(Examples())
+    assert n == same > 0 and packed / n == pytest.approx(apart / n, abs=1e-6)
+
+
+def test_an_objective_that_reads_no_weights_is_refused(file):
+    config = Config("x", decoder(vocab_size=None), Data(Dialogues(file), tokenizer=Bytes()))
+    with pytest.raises(InputError, match="objective=PrefixLM does not read it; take NextToken"):
+        jaxformer.config.resolve(config, {"objective": "PrefixLM"})
+    assert not Masked().weighs
+
+
+def test_questions_of_python_are_known_to_the_quickstart():
+    topics = Characters().fit(jaxformer.data.corpora.PythonTopics()).alphabet
+    found = [messages for messages, _ in PythonQuestions().dialogues()]
+    assert len(found) > 80 and all(len(messages) == 4 for messages in found[:-1])
+    assert {c for talk in found for message in talk for c in message["content"]} <= set(topics)
+
+
+# --- chat
+
+
+@pytest.fixture(scope="module")
+def run(file):
+    tokenizer = Bytes(end_token=True)
+    model = decoder(n_layers=1, n_heads=2, vocab_size=None, context_length=96)
+    config = Config("run", model, Data(Dialogues(file), tokenizer=tokenizer, sampling=PackedDocuments()))
+    return Run(config, tokenizer, TrainState(jnp.int32(5), loud(dataclasses.replace(model, vocab_size=257)), ()))
+
+
+def test_a_chat_goes_on_and_leaves_out_the_oldest(run, caplog):
+    caplog.set_level("INFO")
+    chat, seen = Chat(run, "Be.", tokens=11, temperature=0.0), []
+    own = run.request
+    request = lambda starts, *args: seen.append(run.tokenizer.decode(starts[0])) or own(starts, *args)
+    object.__setattr__(run, "request", request)
+    try:
+        answers = ["".join(chat.ask(f"Q{i}{'x' * 30 * (i == 0)}?")) for i in range(4)]  # the first is what is too long
+    finally:
+        object.__delattr__(run, "request")
+    assert [m["content"] for m in chat.messages if m["role"] == ANSWERS][-1] == answers[-1].strip()
+    assert all(
+        text.startswith("System: Be.\nUser: Q") and text.endswith("?\nAssistant:") and f"Q{i}" in text
+        for i, text in enumerate(seen)
+    )
+    assert "Q0" not in seen[1] and "Q1" in seen[2] and "left out: the context is full" in caplog.text
+    assert all(len(run.tokenizer.encode(text)) <= 96 - 11 for text in seen)
+    with pytest.raises(InputError, match=r"the question takes .* ask in fewer words"):
+        [*chat.ask("too long " * 11)]
+    assert "too long" not in str(chat.messages)
+
+
+def test_an_answer_ends_with_the_turn(run, monkeypatch):
+    """The end token of a turn is none of the text, and nothing follows it."""
+    from jaxformer.generation.decode import Drawn, LeftToRight
+
+    def say(self, request):
+        assert request.end == 256
+        row = [*b" Hi.", 256, *b"no"]
+        for token in row:
+            yield Drawn(np.full((len(request.prompts), 1), token, np.int32))
+
+    monkeypatch.setattr(LeftToRight, "__call__", say)
+    chat = Chat(run)
+    assert [*filter(None, chat.ask("Who?"))] == ["H", "i", "."] and chat.messages[-1]["content"] == "Hi."
+
+
+def test_a_chat_of_what_does_not_write_on_is_refused(run):
+    model = jaxformer.EncoderDecoder(n_layers=1, n_heads=2, d_model=14, context_length=23)
+    other = dataclasses.replace(run, config=Config("other", model, Data(tokenizer=run.tokenizer), train=Train(steps=1)))
+    with pytest.raises(InputError, match="its model is no decoder"):
+        Chat(other)
