@@ -179,7 +179,7 @@ def test_runs_are_told_beside_the_first():
     assert text[-1] == "broken failed: no such module"
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_recipes_run(tmp_path):
     """On both sides; without PyTorch on one."""
     command = [sys.executable, BENCHMARKS / "recipe.py", "same", "--seeds=1", "--steps=2"]

@@ -211,7 +211,7 @@ def test_rotary_angles_are_not_of_half_precision(dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.012)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.rare), "float16"])
 def test_a_source_of_padding_alone_gives_no_nan(dtype):
     """A softmax over nothing but −inf is NaN, and so is its gradient, which spreads to every parameter (burn #4697,
     pytorch #131060): here cross-attention to such a source gives 0, and its neighbours learn as if they were alone."""

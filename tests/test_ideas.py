@@ -68,13 +68,13 @@ TOGETHER = {
     "an encoder–decoder of latent attention": EncoderDecoder(**SIZES, mixer=Latent(), position=Rotary()),
 }
 DEFAULT = ("layers share, connections, experts",)
-SOME = "latent attention", "masked diffusion", "several tokens"
+SOME = "masked diffusion", "experts"
 MODELS = pytest.mark.parametrize(
     "model",
     [
         *(pytest.param(model, id=name, marks=pytest.mark.slow) for name, model in ONE_AT_A_TIME.items()),
         *(
-            pytest.param(model, id=name, marks=() if name in DEFAULT else pytest.mark.slow)
+            pytest.param(model, id=name, marks=() if name in DEFAULT else pytest.mark.rare)
             for name, model in TOGETHER.items()
         ),
     ],

@@ -95,7 +95,9 @@ def rows(run, clock=False):
     return [{name: value for name, value in row.items() if clock or name not in CLOCK} for row in found]
 
 
-@pytest.mark.parametrize("of", [text, *(pytest.param(of, marks=pytest.mark.slow) for of in (classes, pairs))])
+@pytest.mark.parametrize(
+    "of", [text, pytest.param(classes, marks=pytest.mark.slow), pytest.param(pairs, marks=pytest.mark.rare)]
+)
 def test_a_member_is_its_run_alone(home, tmp_path, of):
     """State and evaluations but for rounding, with dropout or a moving average; the same rows; and it is opened."""
     often = {"train.eval_every": 11}
