@@ -202,7 +202,7 @@ def test_a_mesh_of_one_that_is_forced_gives_the_same_numbers():
 
 # --- all of it
 
-SOME = "encoder-decoder", "groups and muon", "accumulation"
+SOME = "groups and muon", "accumulation"
 COARSE = {"bfloat16", "contrastive"}
 
 

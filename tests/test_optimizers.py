@@ -32,7 +32,6 @@ from jaxformer.run.manifest import sha256
 from jaxformer.run.step import Hyper, Recipe, init_state, train_members, train_steps
 from jaxformer.spec import InputError, checked
 
-pytestmark = pytest.mark.exact
 SIZES = {"L": 2, "E": 3, "D": 10, "H": 2, "G": 1, "K": 3, "F": 26, "V": 7}
 STEP, STEPS = jnp.int32(0), jnp.int32(9)
 
