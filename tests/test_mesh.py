@@ -242,13 +242,8 @@ QUICKLY = (
 )
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param("reverse", marks=pytest.mark.slow),
-        *(pytest.param(preset, marks=pytest.mark.rare) for preset in ("quickstart", "help_topics")),
-    ],
-)
+@pytest.mark.rare
+@pytest.mark.parametrize("preset", ["reverse", "quickstart", "help_topics"])
 def test_runs_on_eight_devices_resume_on_others(preset, tmp_path):
     """Training, evaluation and generation under a mesh; what is saved on 8 devices goes on on 8, on 4 and on 1, from
     the same parameters and with the same batches; inspecting, evaluating, sampling and predicting need no mesh."""
