@@ -139,7 +139,7 @@ def home(tmp_path_factory):
 
 def knobs(**more):
     steps = {"steps": 6, "steps_per_call": 3, "eval_every": 6, "save_every": 3, "sample_tokens": 0}
-    return Train(**steps | {"ema_decay": 0.9} | more)
+    return Train(**steps | {"ema_decay": 0.9, "best_by": "bits_per_byte"} | more)
 
 
 def tuned(home, name, **more):

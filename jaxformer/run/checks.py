@@ -19,12 +19,11 @@ from jaxformer.run.plan import (
     check_batch,
     check_mesh,
     check_optimizer,
-    hyper_of,
     prepare_data,
     recipe_of,
     summary,
 )
-from jaxformer.run.step import Recipe, evaluate_batch, init_state
+from jaxformer.run.step import Recipe, evaluate_batch
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ def _check_best_by(
     config: Config, recipe: Recipe, prepared: Prepared, firsts: Sequence[Batch | None], batch: Batch
 ) -> None:
     """Raises InputError if no evaluation tells what the best checkpoint is; `firsts` are batches of each source."""
-    params = jax.eval_shape(lambda: init_state(recipe, hyper_of(config))).params
+    params = jax.eval_shape(recipe.model.init, jax.random.key(0))
     lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
     sums = jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
     known = dict.fromkeys(sums, 1.0)
