@@ -25,7 +25,7 @@ TUNED, MASKED = (load(CONFIGS / f"disaster_tweets{end}.py") for end in ("", "_ma
 SPLITS = ("data.corpus.fold", "data.split_seed")
 SEEDS, STEPS = 3, 172  # two epochs
 HEAD = Named("head_*")
-REST = Named("embedding*"), Named("*bias"), Named("*gain"), HEAD  # what is no matrix of a layer
+REST = Named("embedding*"), Named("*bias"), Named("*scale"), HEAD  # what is no matrix of a layer
 FAST = AdamW(WarmupLinear(peak=5e-3, final=0.0, warmup_steps=50), weight_decay=0.0)
 
 
