@@ -1,6 +1,5 @@
 """Full fine-tuning, LoRA, and a new head over what is frozen: of the encoder of tweets, pretrained by masking."""
 
-import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -81,7 +80,7 @@ def step_times(results: list[Result], rounds: int = 5) -> list[float]:
     calls, found = [], [list[float]() for _ in results]
     for result in results:
         run = result.runs[0]
-        recipe, hyper = dataclasses.replace(run.recipe), hyper_of(run.config)
+        recipe, hyper = run.recipe, hyper_of(run.config)
         batch = batches_of(run.config, prepare_data(run.config, run.tokenizer, run.classes)).at(0)
         stacked = {name: np.repeat(array[None], 10, 0) for name, array in batch.items()}
         calls.append((recipe, init_state(recipe, hyper, run.eval_params), stacked, hyper))

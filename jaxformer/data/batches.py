@@ -98,12 +98,13 @@ class RandomWindows(Sampling):
 
     def _windows(self, source: Source, size: RowSize, first: NDArray[np.int64], padded: bool = False) -> Batch:
         index = first[:, None] + np.arange(size.tokens)
+        marks = lambda index: {} if source.answers is None else {"weights": source.answers[index].astype(np.int32)}
+        if not padded:
+            return {"tokens": source.tokens[index].astype(np.int32)} | marks(index)
         real = index < len(source.tokens)
         index = np.minimum(index, len(source.tokens) - 1)
-        marks = {} if source.answers is None else {"weights": (source.answers[index] * real).astype(np.int32)}
-        if not padded:
-            return {"tokens": source.tokens[index].astype(np.int32)} | marks
-        return _batch(np.where(real, source.tokens[index], source.padding), real) | marks
+        found = _batch(np.where(real, source.tokens[index], source.padding), real)
+        return found | {name: array * real for name, array in marks(index).items()}
 
 
 class ShuffledWindows(RandomWindows):
@@ -283,7 +284,7 @@ class _Plan(NamedTuple):
                 if source.answers is not None:
                     weights[i, at : at + count] = source.answers[first : first + count]
                 at += count
-        return _batch(ids, segments) | ({} if source.answers is None else {"weights": weights.astype(np.int32)})
+        return _batch(ids, segments) | ({} if source.answers is None else {"weights": weights})
 
 
 @functools.lru_cache(maxsize=16)

@@ -416,8 +416,7 @@ class Subwords(Tokenizer):
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        library = _library(self.definition)
-        return {library.id_to_token(i): i for i in sorted(_special(library))}
+        return _special_tokens(self.definition)
 
     def encode(self, text: str) -> Ids:
         try:
@@ -636,6 +635,12 @@ def _library(definition: str) -> Any:
     library = tokenizers.Tokenizer.from_str(definition)
     library.encode_special_tokens = True  # the text "<|endoftext|>" is text
     return library
+
+
+@functools.lru_cache(maxsize=4)
+def _special_tokens(definition: str) -> dict[str, int]:
+    library = _library(definition)
+    return {library.id_to_token(i): i for i in sorted(_special(library))}
 
 
 @functools.lru_cache(maxsize=4)

@@ -42,34 +42,29 @@ class Adapter(Spec):
             if not self._itself(path, box) and (arrays := self.beside(path, box)):
                 *parents, name = path.split("/")
                 functools.reduce(lambda tree, parent: tree.setdefault(parent, {}), parents, beside)[name] = arrays
-        own = selected(of_model, of_model, lambda path: self._itself(path, boxes[path]))
-        return own | ({BESIDE: beside} if beside else {})
+        return self._apart(of_model, of_model, True) | ({BESIDE: beside} if beside else {})
 
     def base(self, of_model: Any, params: Any) -> dict[str, Any]:
         """Of a model's parameters those that stay as they are."""
-        boxes = by_path(of_model)
-        return selected(params, of_model, lambda path: not self._itself(path, boxes[path]))
+        return self._apart(of_model, params, False)
 
     def begin(self, of_model: Any, params: Any, key: jax.Array) -> dict[str, Any]:
         """Of a model's parameters those that are trained, and the first values of the arrays beside the others."""
-        declared = self.declared(of_model)
-        drawn = draw(declared.get(BESIDE, {}), key, _no_init)
-        boxes = by_path(of_model)
-        own = selected(params, of_model, lambda path: self._itself(path, boxes[path]))
-        return own | ({BESIDE: drawn} if drawn else {})
+        drawn = draw(self.declared(of_model).get(BESIDE, {}), key, _no_init)
+        return self._apart(of_model, params, True) | ({BESIDE: drawn} if drawn else {})
 
     def whole(self, of_model: Any, params: Any, base: Any) -> Any:
-        """The model's parameters."""
-        beside = params.get(BESIDE, {})
+        """The model's parameters, in the order of its declarations."""
 
-        def one(declared: Any, old: Any, own: Any) -> Any:
-            if is_declared(declared):
-                return self.made(declared, old, own) if own else old
-            return {n: one(declared[n], inner, own.get(n, {})) for n, inner in old.items()}
+        def one(declared: Any, old: Any, own: Any, beside: Any) -> Any:
+            if not is_declared(declared):
+                parts = old or {}, own or {}, beside or {}
+                return {n: one(inner, *(part.get(n) for part in parts)) for n, inner in declared.items()}
+            if own is not None:
+                return own
+            return self.made(declared, old, beside) if beside else old
 
-        made = one(of_model, base, beside)
-        rest = {n: inner for n, inner in params.items() if n != BESIDE}
-        return _joined(of_model, made, rest)
+        return one(of_model, base, params, params.get(BESIDE))
 
     def check_declared(self, of_model: Any) -> None:
         """Raises ValueError if it trains nothing of a model, or nothing of what it names."""
@@ -79,6 +74,11 @@ class Adapter(Spec):
                 raise ValueError(f"adapter.trained: the model has no array for {which}; leave it out")
         if BESIDE not in self.declared(of_model):
             raise ValueError(f"adapter={self}: the model has no array for it; `jaxformer inspect` lists those it has")
+
+    def _apart(self, of_model: Any, tree: Any, itself: bool) -> dict[str, Any]:
+        """Of a tree of the model's arrays those that are in the base, or those that are `itself` trained."""
+        boxes = by_path(of_model)
+        return selected(tree, of_model, lambda path: self._itself(path, boxes[path]) == itself)
 
     def _itself(self, path: str, box: Declared) -> bool:
         """Whether a run with this adapter has the array among what it trains, or what advances by itself."""
@@ -132,11 +132,3 @@ RANK = "r"  # the letter of its axis
 
 def _no_init(box: Declared) -> Any:
     raise ValueError(f"an array of an adapter, with letters {box.letters}, must be declared with its init")
-
-
-def _joined(declared: Any, one: Any, other: Any) -> Any:
-    """A tree of arrays of which each is in one of two, in the order of the declarations."""
-    if is_declared(declared):
-        return one if other is None else other
-    get = lambda tree, n: None if tree is None else tree.get(n)
-    return {n: _joined(inner, get(one, n), get(other, n)) for n, inner in declared.items()}
