@@ -10,6 +10,15 @@ import jax.numpy as jnp
 
 from jaxformer.spec import InputError
 
+MAPS = 20_000  # of compiled programs, from which on they are forgotten; Linux gives a process 65,530
+
+
+def prepare() -> None:
+    """What comes before a run: flags, a check of this build's sums, room for more compiled programs."""
+    set_flags()
+    check_numerics()
+    spare_memory_maps()
+
 
 def set_flags() -> None:
     """Asks XLA for GPU kernels that give the same bits in every process. XLA reads it at the first computation.
@@ -49,6 +58,20 @@ def check_numerics() -> None:
         "install a release that does not (pip install 'jax!=0.10.2,!=0.11.*'), or start a new process with "
         "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
     )
+
+
+def spare_memory_maps() -> None:
+    """Forgets compiled programs if they hold more than MAPS memory maps; those in use compile again.
+
+    The programs of a run hold about a thousand; past Linux's limit XLA dies of a segmentation fault.
+    """
+    try:
+        with open("/proc/self/maps") as file:
+            many = sum(1 for _ in file) > MAPS
+    except OSError:  # not Linux
+        return
+    if many:
+        jax.clear_caches()
 
 
 def host() -> Any:

@@ -77,17 +77,10 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("JAXFORMER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_memory_maps():
-    """Every compiled program holds dozens of memory maps, of which Linux gives a process 65,530: a worker that has run
-    nine tenths of the suite would pass them, and XLA dies of a segmentation fault."""
-    yield
-    maps = "/proc/self/maps"
-    if os.path.exists(maps):
-        with open(maps) as file:
-            many = sum(1 for _ in file) > 20_000
-        if many:
-            jax.clear_caches()
+@pytest.fixture(autouse=True)
+def _spared_memory_maps():
+    """One worker runs nine tenths of the suite: more programs than a process may hold."""
+    platform.spare_memory_maps()
 
 
 @pytest.fixture

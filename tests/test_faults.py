@@ -27,8 +27,7 @@ faults = script()
 @pytest.fixture(autouse=True)
 def _numerics_are_sound(monkeypatch):
     """Each opening tries them anew."""
-    monkeypatch.setattr("jaxformer.run.opened.check_numerics", lambda: None)
-    monkeypatch.setattr("jaxformer.run.loop.check_numerics", lambda: None)
+    monkeypatch.setattr("jaxformer.platform.check_numerics", lambda: None)
 
 
 @pytest.fixture(scope="module")

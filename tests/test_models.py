@@ -15,7 +15,7 @@ from jaxformer.model import blocks, cache
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
 from jaxformer.model.masks import Causal, Window, one_document
-from jaxformer.model.models import Encoder
+from jaxformer.model.models import Decoder, Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
 from jaxformer.model.residuals import PostNorm, PreNorm
 
@@ -204,6 +204,18 @@ def test_parameters_of_gpt2(fields):
 def test_the_model_needs_a_vocabulary():
     with pytest.raises(ValueError, match="vocab_size=None must be set"):
         decoder(vocab_size=None).declared()
+
+
+def test_declarations_are_traced_once_and_each_caller_has_a_tree_of_its_own(monkeypatch):
+    asked = []
+    network = Decoder.network
+    monkeypatch.setattr(Decoder, "network", lambda model: asked.append(model) or network(model))
+    first, second = (decoder(d_ff=37).declared() for _ in range(2))
+    assert len(asked) == 1
+    chex.assert_trees_all_equal_structs(first, second)
+    first["embedding"].clear()
+    assert decoder(d_ff=37).declared()["embedding"] == second["embedding"] != {}
+    assert decoder(d_ff=41).declared() != second and len(asked) == 2
 
 
 def test_new_numbers_of_the_same_structure_compile_nothing():

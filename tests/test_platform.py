@@ -1,5 +1,6 @@
 import os
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -35,3 +36,13 @@ def test_flags_are_appended_to_those_that_are_set(monkeypatch):
         platform.set_flags()
         platform.set_flags()
         assert os.environ["XLA_FLAGS"] == after
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(0, 0), (10**9, 1)])
+def test_programs_are_forgotten_where_memory_maps_run_out(monkeypatch, limit, kept):
+    program = jax.jit(lambda x: x + 1)
+    assert program(1) == 2 and program._cache_size() == 1
+    monkeypatch.setattr(platform, "MAPS", limit)
+    platform.prepare()
+    assert program._cache_size() == kept
+    assert program(1) == 2

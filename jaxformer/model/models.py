@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
@@ -12,7 +13,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
-from jaxformer.declarations import Arrays, Declarations, Param, declare, draw, path_name, whole
+from jaxformer.declarations import Arrays, Declarations, Param, declare, draw, map_declared, path_name, whole
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.blocks import BlockSpec, Stack
@@ -117,9 +118,7 @@ class Model(Spec):
 
     def declared(self) -> Any:
         """The tree of declarations: each parameter's letters, decay and abstract value."""
-        ids, at = jnp.zeros((1, 1), jnp.int32), one_document(1)
-        init = lambda: self.network().init(jax.random.key(0), ids, at, method="everything")["params"]
-        return jax.eval_shape(init)
+        return map_declared(lambda box: box, _declared(self))  # a tree of the caller's own
 
     def init(self, key: jax.Array) -> Params:
         """Parameters in float32."""
@@ -210,6 +209,13 @@ class Model(Spec):
     def apart(self, stacked: Any) -> Any:
         """A cache or a memory for parameters `for_decoding`."""
         return stacked
+
+
+@functools.lru_cache(maxsize=64)  # a run asks for it a dozen times, and each is a trace of the model
+def _declared(model: Model) -> Any:
+    ids, at = jnp.zeros((1, 1), jnp.int32), one_document(1)
+    init = lambda: model.network().init(jax.random.key(0), ids, at, method="everything")["params"]
+    return jax.eval_shape(init)
 
 
 def _as_tuple(parts: T | tuple[T, ...]) -> tuple[T, ...]:

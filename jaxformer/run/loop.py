@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from jaxformer import config as config_lib
+from jaxformer import platform
 from jaxformer.config import Config
 from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
 from jaxformer.mesh import placed
-from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run.beginning import Origin, begun, checkpoints_of, groups, origin_of, record, restored
 from jaxformer.run.checks import checked_data
 from jaxformer.run.directory import as_begun, check_directory, claimed, has_checkpoint
@@ -97,8 +97,7 @@ def build(
     step i. Nothing is written but the prepared corpus in the cache.
     """
     config = config_lib.resolve(config, overrides)
-    set_flags()
-    check_numerics()
+    platform.prepare()
     prepared = checked_data(config)
     recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
 
@@ -121,8 +120,7 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
     configs = as_begun(configs)
     for writer in configs[0].writers:
         writer.require()
-    set_flags()
-    check_numerics()
+    platform.prepare()
     with shown(), contextlib.ExitStack() as claims:
         prepared = checked_data(configs[0])
         for config in configs:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxformer import config as config_lib
+from jaxformer import platform
 from jaxformer.config import Config
 from jaxformer.data.corpora import Corpus, Piece, TextFiles
 from jaxformer.data.datasets import check_known, encode, fingerprints
@@ -26,7 +27,6 @@ from jaxformer.generation.texts import Generated, Writing, write
 from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
 from jaxformer.pictures import loss_curve
-from jaxformer.platform import check_numerics, set_flags
 from jaxformer.run import inspection
 from jaxformer.run.attention import Attention, attention, cross_attention
 from jaxformer.run.checkpoint import Checkpoints
@@ -438,8 +438,7 @@ def read_prompt(path: str) -> str:
 def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     """The run of a directory, at its newest checkpoint of finite numbers, at a step, or at its "best"
     (`train.best_by`)."""
-    set_flags()
-    check_numerics()
+    platform.prepare()
     directory = located(str(directory))
     if not (directory / "config.json").is_file():
         runs = sorted(

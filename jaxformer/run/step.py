@@ -201,13 +201,14 @@ def train_steps(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The first `count` batches of a buffer [K, B, ...], a run-time number; metrics are [K], NaN where not reached."""
     size, first = jax.tree.leaves(batches)[0].shape[0], jax.tree.map(lambda a: a[0], batches)
+    step = jax.jit(train_step, static_argnums=0, inline=True)  # traced once, for the shapes and for the loop
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, metrics = carry
-        state, row = train_step(recipe, state, jax.tree.map(lambda a: a[i], batches), hyper)
+        state, row = step(recipe, state, jax.tree.map(lambda a: a[i], batches), hyper)
         return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, row)
 
-    row = jax.eval_shape(lambda: train_step(recipe, state, first, hyper)[1])
+    row = jax.eval_shape(lambda: step(recipe, state, first, hyper)[1])
     metrics = jax.tree.map(lambda a: jnp.full((size, *a.shape), jnp.nan), row)
     state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
     return split(state, recipe.every_declared()), metrics
