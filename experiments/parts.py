@@ -46,7 +46,7 @@ from jaxformer.model.layers import (
 )
 from jaxformer.model.models import Embedding
 from jaxformer.model.positions import ALiBi, NoPosition, RelativeBias, Rotary, Sinusoidal
-from jaxformer.model.residuals import Parallel, PostNorm, SandwichNorm
+from jaxformer.model.residuals import FeedForwardFirst, Parallel, PostNorm, SandwichNorm
 from jaxformer.pictures import panels
 
 SEEDS = 5
@@ -113,6 +113,7 @@ OF_DECODER: Mapping[str, Mapping[str, Changes]] = {
     },
     "order in the block": {
         "attention, then feed-forward": {},
+        "feed-forward, then attention": {"model.residual": FeedForwardFirst()},
         "both at once (parallel)": {"model.residual": Parallel()},
     },
     "initial values": {"GPT-2's": {}}

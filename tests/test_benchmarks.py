@@ -141,17 +141,22 @@ def test_names_select():
         compare.selected(["medium"])
 
 
-@pytest.mark.slow
-def test_a_measurement_runs(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param("step small", marks=pytest.mark.slow),
+        *(pytest.param(names, marks=pytest.mark.rare) for names in ("decode small ragged", "checkpoint")),
+    ],
+)
+def test_a_measurement_runs(names, tmp_path):
     """Of what needs no PyTorch: without it the others are told to have failed."""
-    for names in (["step", "small"], ["decode", "small", "ragged"], ["checkpoint"]):
-        command = [sys.executable, BENCHMARKS / "compare.py", *names, "--quick", "--json", tmp_path / "found.json"]
-        subprocess.run([*command, "--markdown", tmp_path / "page.md"], check=True)
-        found = json.loads((tmp_path / "found.json").read_text())
-        rows = {row["name"]: row for row in found["measurements"][0]["rows"]}
-        jax_rows = [row for name, row in rows.items() if name.startswith(("jaxformer", "bare JAX", "Flax", "Orbax"))]
-        assert len(jax_rows) >= 2 and all(row["seconds"][0] > 0 and row["memory"] > 1e6 for row in jax_rows)
-        assert f"## {found['limits']['device']}" in (tmp_path / "page.md").read_text()
+    command = [sys.executable, BENCHMARKS / "compare.py", *names.split(), "--quick", "--json", tmp_path / "found.json"]
+    subprocess.run([*command, "--markdown", tmp_path / "page.md"], check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["name"]: row for row in found["measurements"][0]["rows"]}
+    jax_rows = [row for name, row in rows.items() if name.startswith(("jaxformer", "bare JAX", "Flax", "Orbax"))]
+    assert len(jax_rows) >= 2 and all(row["seconds"][0] > 0 and row["memory"] > 1e6 for row in jax_rows)
+    assert f"## {found['limits']['device']}" in (tmp_path / "page.md").read_text()
 
 
 def test_a_peer_trains_what_the_config_says():

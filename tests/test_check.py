@@ -129,8 +129,8 @@ def test_batches_of_a_sampling_that_depends_on_the_call_are_found():
 @pytest.mark.parametrize(
     "what",
     [
-        *(pytest.param(what, marks=pytest.mark.rare) for what in ("quickstart", "reverse")),
-        *(pytest.param(what, marks=pytest.mark.slow) for what in ("help_topics", "outside:SinkWithStatistic")),
+        *(pytest.param(what, marks=pytest.mark.rare) for what in ("quickstart", "reverse", "help_topics")),
+        pytest.param("outside:SinkWithStatistic", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_sound_raises_no_alarm(what):

@@ -112,7 +112,11 @@ def test_a_run_says_what_it_does(home, whole):
 
 @pytest.mark.parametrize(
     "signum",
-    [*(pytest.param(signum, marks=pytest.mark.slow) for signum in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.rare),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
 )
 def test_an_interrupted_run_ends_as_if_nothing_had_been(home, whole, signum):
     """Twice interrupted, dropout on: the same bits in the whole state, the same rows, none twice and none missing."""

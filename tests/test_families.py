@@ -87,12 +87,13 @@ NAMES = lambda part: getattr(part, "__name__", type(part).__name__)
 
 
 def cases(chosen, slow=()):
-    """What runs by default, and what besides where slow tests do: a fifth of the rest, all of which are rare."""
+    """What runs by default, and what besides where slow tests do: one in 15 of the rest, the others being rare."""
     name = lambda c: "-".join(map(NAMES, c))
     found = [pytest.param(*c, id=name(c)) for c in chosen]
     rest = [c for c in slow if c not in chosen]
     found += [
-        pytest.param(*c, id=name(c), marks=[pytest.mark.rare, pytest.mark.slow][i % 5 == 0]) for i, c in enumerate(rest)
+        pytest.param(*c, id=name(c), marks=[pytest.mark.rare, pytest.mark.slow][i % 15 == 0])
+        for i, c in enumerate(rest)
     ]
     return pytest.mark.parametrize(("family", *(("objective",) if len(found[0].values) == 5 else ()), *PARTS), found)
 

@@ -202,7 +202,7 @@ def test_a_mesh_of_one_that_is_forced_gives_the_same_numbers():
 
 # --- all of it
 
-SOME = "groups and muon", "accumulation"
+SOME = ("groups and muon",)
 COARSE = {"bfloat16", "contrastive"}
 
 

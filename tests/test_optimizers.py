@@ -327,7 +327,9 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("name", [n if n == "Muon" else pytest.param(n, marks=pytest.mark.slow) for n in LEARNERS])
+@pytest.mark.parametrize(
+    "name", ["Muon", *(pytest.param(name, marks=pytest.mark.rare) for name in ("Lion", "Adafactor", "schedule-free"))]
+)
 def test_one_batch_is_memorised(name):
     recipe, how = Recipe(decoder(n_layers=2)), hyper(LEARNERS[name], 150)
     buffer = jax.tree.map(lambda a: np.broadcast_to(a, (150, *a.shape[1:])), batches(1))
@@ -339,7 +341,7 @@ def test_one_batch_is_memorised(name):
 FREEZES = Groups(groups=(Group(Path("decoder/layers/*"), Frozen()), Group(Everything(), AdamW(Constant(1e-2)))))
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.rare)])
 def test_frozen_arrays_stay_to_the_bit_and_cost_nothing(dtype):
     model = decoder(n_layers=2)
     recipe = Recipe(model, compute_dtype=dtype, grad_norms=True)

@@ -47,7 +47,16 @@ from jaxformer.model.masks import (
 from jaxformer.model.mixers import ValueEmbeddings
 from jaxformer.model.models import Decoder, Embedding, Encoder, EncoderDecoder
 from jaxformer.model.positions import ALiBi, Learned, NoPosition, RelativeBias, Rotary, Sinusoidal
-from jaxformer.model.residuals import InputInjection, Parallel, PostNorm, PreNorm, ReZero, SandwichNorm, UNet
+from jaxformer.model.residuals import (
+    FeedForwardFirst,
+    InputInjection,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    ReZero,
+    SandwichNorm,
+    UNet,
+)
 from jaxformer.spec import checked
 
 rng = np.random.default_rng(0)
@@ -489,6 +498,26 @@ def test_branches_in_parallel_by_hand():
         seen = mixed(kind, p["attention"], rms(p["norm_attention"], x), at)
         x = x + seen + model.feed_forward(p["feed_forward"], rms(p["norm_feed_forward"], x), at, None).h
     close(rms(params["decoder"]["norm"], x), hidden(model, params, text, at)[0], 1e-3)
+
+
+@pytest.mark.parametrize("family", [Decoder, EncoderDecoder], ids=lambda f: f.__name__)
+def test_the_feed_forward_may_come_first_by_hand(family):
+    """Then attention, then, where there is one, attention to the other text."""
+    sizes = SIZES | {"norm": RMSNorm(), "position": NoPosition(), "n_layers": 1}
+    model = family(**sizes, residual=FeedForwardFirst())
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    memory = model.encode(params, text, at).h if model.encodes else None
+    p, kind, x = own_layer(params), model.kinds("decoder")[0], params["embedding"]["table"][text]
+    x = x + model.feed_forward(p["feed_forward"], rms(p["norm_feed_forward"], x), at, None).h
+    x = x + mixed(kind, p["attention"], rms(p["norm_attention"], x), at)
+    out = model.hidden(params, text, at, memory=memory, recorded=True)
+    given = {name: a for name, a in out.activations.items() if "/after_" in name}
+    close(x, next(a for name, a in given.items() if name.endswith("after_attention"))[0], 1e-3)
+    last = x
+    if memory is not None:
+        last = next(a for name, a in given.items() if name.endswith("after_cross_attention"))[0]
+        assert float(jnp.abs(last - x).max()) > 1e-2
+    close(rms(params["decoder"]["norm"], last), out.h, 1e-3)
 
 
 def layer_by_layer(model, params, ids):

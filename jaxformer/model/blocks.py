@@ -59,7 +59,7 @@ class BlockSpec(Spec):
 
 
 class Block(nn.Module):
-    """A mixer, attention to another text if there is one, then feed-forward, each a branch of the residual stream."""
+    """A mixer, attention to another text if there is one, and feed-forward, each a branch of the residual stream."""
 
     spec: BlockSpec
     n_layers: int
@@ -71,7 +71,7 @@ class Block(nn.Module):
         s, key, outs = self.spec, context.key, dict[str, Out]()
         own = self._declare("residual_enter", s.residual.params("enter", self.n_layers))
         stream = s.residual.enter(own, stream, context.layer, self.n_layers)
-        for name in s.branches:
+        for name in s.residual.order(s.branches):
             branch = fold(key, SITES[name])
             site = self._site(name, context.layer, fold(branch, INSIDE))
             h = constrained(s.residual.before(stream, site), "BTD")

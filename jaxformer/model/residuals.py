@@ -45,6 +45,10 @@ class Residual(Spec):
         """What the stream is read as, behind the last layer."""
         return stream
 
+    def order(self, branches: tuple[str, ...]) -> tuple[str, ...]:
+        """The branches of a layer, as they follow each other."""
+        return branches
+
     @abc.abstractmethod
     def before(self, stream: Any, site: Site) -> Float[Array, "B T D"]:
         """What the branch is given."""
@@ -87,6 +91,13 @@ class SandwichNorm(PreNorm):
 
     def after(self, stream: Float[Array, "B T D"], h: Float[Array, "B T D"], site: Site) -> Float[Array, "B T D"]:
         return super().after(stream, site.norms[1](h), site)
+
+
+class FeedForwardFirst(PreNorm):
+    """PreNorm whose layers begin with the feed-forward; of other orders: arXiv:1911.03864."""
+
+    def order(self, branches: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(branches, key=lambda name: name != "feed_forward"))
 
 
 class Parallel(PreNorm):
