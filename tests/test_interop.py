@@ -217,6 +217,37 @@ def test_tokenizers_are_exported_with_their_ids(tokenizer, tmp_path):
     assert read_folder(tmp_path / "folder").tokenizer == tokenizer
 
 
+def test_tokenizers_of_before_tokenizer_json(tmp_path, caplog):
+    """GPT-2's in two files, BERT's in one: the ids of the tokenizer that they are of, for any text."""
+    texts = ["The quick brown Fox, jumps! über 北京 the lazy dog’s tail.", " two  spaces\n", "the quick the lazy ²"]
+    bpe = BPE(300).fit(texts * 3)
+    words = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    words.normalizer = tokenizers.normalizers.BertNormalizer()
+    words.pre_tokenizer, words.decoder = tokenizers.pre_tokenizers.BertPreTokenizer(), tokenizers.decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words.train_from_iterator(texts * 3, tokenizers.trainers.WordPieceTrainer(vocab_size=90, special_tokens=special))
+    for kind, library in (("gpt2", tokenizers.Tokenizer.from_str(bpe.definition)), ("bert", words)):
+
+        def larger(config, tensors, library=library):
+            size = library.get_vocab_size()
+            rows = [name for name, a in tensors.items() if a.shape[0] == config["vocab_size"]]
+            tensors |= {name: np.resize(tensors[name], (size, *tensors[name].shape[1:])) for name in rows}
+            config["vocab_size"] = size
+
+        folder = changed(tmp_path / kind, kind, larger)
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        library.model.save(str(folder))
+        found = read_folder(folder).tokenizer
+        for text in texts:
+            ids = library.encode(text, add_special_tokens=False).ids
+            assert found.encode(text).tolist() == ids and found.decode(ids) == library.decode(ids)
+        assert library.id_to_token(found.start) == {"gpt2": "<|endoftext|>", "bert": "[CLS]"}[kind]
+        assert not caplog.records
+        (folder / "added_tokens.json").write_text("{}")
+        with pytest.raises(InputError, match=r"added_tokens\.json is not read; save the tokenizer as tokenizer\.json"):
+            read_folder(folder)
+
+
 def test_biases_that_a_model_lacks_are_written_as_zeros(tmp_path):
     gpt2 = {"n_kv_heads": None, "norm": LayerNorm(bias=False), "feed_forward": MLP(), "n_layers": 1}
     run = made(tmp_path / "run", **gpt2)

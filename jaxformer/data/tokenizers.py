@@ -562,27 +562,33 @@ class TokenizerFile(Unfitted):
                 if token is not None:
                     raise InputError(f"data.tokenizer.{name}={token!r} must be None: {path} is a run's, with its own")
             return read_tokenizer(path)
-        try:
-            import tokenizers
+        return defined(json.dumps(value), path, **given)
 
-            library = tokenizers.Tokenizer.from_str(_canonical(json.dumps(value)))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"{path}: holds no tokenizer ({error}); give another file") from None
-        for name, token in given.items():
-            if token is not None and library.token_to_id(token) is None:
-                raise InputError(f"data.tokenizer.{name}={token!r} must be a token of {path}; None if it has none")
-        library.add_special_tokens([token for token in given.values() if token is not None])  # they keep their ids
-        special = {library.id_to_token(i) for i in _special(library)}
-        usual = lambda names: next((name for name in names if name in special), None)
-        end = self.end_token or usual(ENDS)
-        start = self.start_token or usual(STARTS) or end
-        if start is None:
-            names = ", ".join(sorted(map(str, special))) or "none"
-            raise InputError(f"{path}: no usual start token is among {names}; give data.tokenizer.start_token")
-        size = max(library.get_vocab(with_added_tokens=True).values()) + 1
-        others = self.padding_token or usual(PADDINGS), self.mask_token or usual(MASKS)
-        sentinels = tuple(itertools.takewhile(special.__contains__, (f"<extra_id_{i}>" for i in itertools.count())))
-        return Subwords(_canonical(library.to_str()), size, start, end, *others, sentinels)
+
+def defined(definition: str, path: Path, **given: str | None) -> Subwords:
+    """Of a definition of the library's, read from `path`; special tokens that are not given are found by their usual
+    names."""
+    try:
+        import tokenizers
+
+        library = tokenizers.Tokenizer.from_str(_canonical(definition))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: holds no tokenizer ({error}); give another file") from None
+    for name, token in given.items():
+        if token is not None and library.token_to_id(token) is None:
+            raise InputError(f"data.tokenizer.{name}={token!r} must be a token of {path}; None if it has none")
+    library.add_special_tokens([token for token in given.values() if token is not None])  # they keep their ids
+    special = {library.id_to_token(i) for i in _special(library)}
+    usual = lambda name, names: given[name] or next((token for token in names if token in special), None)
+    end = usual("end_token", ENDS)
+    start = usual("start_token", STARTS) or end
+    if start is None:
+        names = ", ".join(sorted(map(str, special))) or "none"
+        raise InputError(f"{path}: no usual start token is among {names}; give data.tokenizer.start_token")
+    size = max(library.get_vocab(with_added_tokens=True).values()) + 1
+    others = usual("padding_token", PADDINGS), usual("mask_token", MASKS)
+    sentinels = tuple(itertools.takewhile(special.__contains__, (f"<extra_id_{i}>" for i in itertools.count())))
+    return Subwords(_canonical(library.to_str()), size, start, end, *others, sentinels)
 
 
 SPECIAL = ("start_token", "end_token", "padding_token", "mask_token")

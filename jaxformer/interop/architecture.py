@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from jaxformer.declarations import Declared, by_path
@@ -162,6 +163,10 @@ class Architecture(abc.ABC):
     def objective(self, model: Decoder) -> Objective:
         """What it was trained for."""
         return NextToken()
+
+    def older_tokenizer(self, folder: Path, about: Mapping[str, Any]) -> Any:
+        """The tokenizer, of the library `tokenizers`, of a folder that has it in the files of before tokenizer.json;
+        None if it has none. `about` is tokenizer_config.json."""
 
     def bare(self, model: Decoder) -> bool:
         """Whether its files have names without the prefix."""

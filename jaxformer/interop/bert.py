@@ -1,6 +1,7 @@
 """BERT (arXiv:1810.04805)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxformer.interop.architecture import ACTIVATIONS, Architecture, Options, Row, activation_name
@@ -109,6 +110,25 @@ class Bert(Architecture):
         else:
             name = "BertModel"
         return found | {"architectures": [name]}
+
+    def older_tokenizer(self, folder: Path, about: Mapping[str, Any]) -> Any:
+        if not (folder / "vocab.txt").is_file():
+            return None
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+        library: Any = Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+        library.normalizer = normalizers.BertNormalizer(
+            lowercase=about.get("do_lower_case", True) is True,
+            strip_accents=about.get("strip_accents"),
+            handle_chinese_chars=about.get("tokenize_chinese_chars", True) is True,
+        )
+        library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        library.decoder = decoders.WordPiece()
+        known = library.get_vocab()
+        library.add_special_tokens(
+            [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]") if token in known]
+        )
+        return library
 
     def rows(self, model: Decoder) -> list[Row]:
         rows = [Row(path, self.prefix + name) for path, name in TRUNK.items()]

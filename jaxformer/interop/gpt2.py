@@ -1,8 +1,10 @@
 """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from jaxformer.data.tokenizers import END_OF_TEXT
 from jaxformer.interop.architecture import ACTIVATIONS, Architecture, Options, Row, activation_name
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.kernels import Softmax
@@ -86,6 +88,18 @@ class GPT2(Architecture):
             "tie_word_embeddings": getattr(model.head, "tied", True),
             **dict.fromkeys(DROPOUTS, model.dropout),
         }
+
+    def older_tokenizer(self, folder: Path, about: Mapping[str, Any]) -> Any:
+        vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+        if not (vocabulary.is_file() and merges.is_file()):
+            return None
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        library: Any = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=about.get("add_prefix_space") is True)
+        library.decoder = decoders.ByteLevel()
+        library.add_special_tokens([END_OF_TEXT] if library.token_to_id(END_OF_TEXT) is not None else [])
+        return library
 
     def rows(self, model: Decoder) -> list[Row]:
         rows = [Row(path, self.prefix + name) for path, name in TRUNK.items()]

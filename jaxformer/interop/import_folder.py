@@ -18,7 +18,7 @@ from jaxformer.data.batches import Examples, Sampling, ShuffledWindows
 from jaxformer.data.corpora import NoCorpus
 from jaxformer.data.files import located, write
 from jaxformer.data.locks import locked
-from jaxformer.data.tokenizers import NoTokenizer, Subwords, Tokenizer, TokenizerFile, read_tokenizer
+from jaxformer.data.tokenizers import SPECIAL, NoTokenizer, Subwords, Tokenizer, TokenizerFile, defined, read_tokenizer
 from jaxformer.declarations import by_path
 from jaxformer.interop.architecture import Architecture, Options, Place
 from jaxformer.interop.families import ARCHITECTURES
@@ -75,7 +75,7 @@ def read_folder(folder: Path) -> Found:
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'}: no such model can be made ({error})") from None
     sources = _matched(folder, architecture, model, tensors)
-    return Found(architecture, kind, model, _tokenizer(folder, options, model), sources)
+    return Found(architecture, kind, model, _tokenizer(folder, options, architecture, model), sources)
 
 
 def import_run(folder: str | Path, directory: str | Path, window: int | None = None) -> dict[str, Any]:
@@ -238,31 +238,44 @@ def _put(place: Place, array: np.ndarray, first: int, rows: np.ndarray) -> None:
 # --- the tokenizer
 
 
-def _tokenizer(folder: Path, options: Options, model: Decoder) -> Tokenizer:
-    """Of tokenizer.json, with the special tokens that the folder names; without one, of ids alone."""
+def _tokenizer(folder: Path, options: Options, architecture: Architecture, model: Decoder) -> Tokenizer:
+    """Of tokenizer.json, or of the files before it, with the special tokens that the folder names; without, of ids."""
     size = model.dims["V"]
     if (folder / OWN_TOKENIZER).is_file():
         found = read_tokenizer(folder / OWN_TOKENIZER)
         if found.vocab_size != size:
             raise InputError(f"{folder / OWN_TOKENIZER} has {found.vocab_size} ids, and the model {size}; remove it")
         return found
-    if not (folder / "tokenizer.json").is_file():
-        end = options.get("eos_token_id")
-        log.warning("%s has no tokenizer.json: the run reads and writes numbers of ids", folder)
-        return checked(NoTokenizer(size, end if type(end) is int and 0 <= end < size else None))
     about = _object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     token = lambda name: _content(about.get(name))
     start, end = token("bos_token") or token("cls_token"), token("eos_token") or token("sep_token")
-    file = TokenizerFile(str(folder / "tokenizer.json"), start, end, token("pad_token"), token("mask_token"))
-    found = checked(file.fit(()))
+    special = dict(zip(SPECIAL, (start, end, token("pad_token"), token("mask_token")), strict=True))
+    if (file := folder / "tokenizer.json").is_file():
+        found = TokenizerFile(str(file), **special).fit(())
+    elif (definition := _older(folder, architecture, about)) is not None:
+        found = defined(definition, folder, **special)
+    else:
+        last = options.get("eos_token_id")
+        log.warning("%s has no tokenizer.json: the run reads and writes numbers of ids", folder)
+        return checked(NoTokenizer(size, last if type(last) is int and 0 <= last < size else None))
+    found = checked(found)
     assert found.vocab_size is not None
-    if found.vocab_size > size:
-        raise InputError(f"{folder / 'tokenizer.json'} has {found.vocab_size} ids, and the model {size}; copy it again")
+    if found.vocab_size > size or (found.vocab_size < size and not isinstance(found, Subwords)):
+        raise InputError(f"{folder}: its tokenizer has {found.vocab_size} ids, and the model {size}; copy it again")
     if isinstance(found, Subwords):
         found = dataclasses.replace(found, size=size, chat_template=_chat_template(folder, about))
-    elif found.vocab_size < size:
-        raise InputError(f"{folder / 'tokenizer.json'} has {found.vocab_size} ids, and the model {size}; copy it again")
     return found
+
+
+def _older(folder: Path, architecture: Architecture, about: Mapping[str, Any]) -> str | None:
+    """The definition of a tokenizer in files of before tokenizer.json; None if there is none."""
+    try:
+        library = architecture.older_tokenizer(folder, about)
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{folder}: the files of its tokenizer cannot be read ({error}); copy them again") from None
+    if library is not None and (added := folder / "added_tokens.json").is_file():
+        raise InputError(f"{added} is not read; save the tokenizer as tokenizer.json, as transformers does")
+    return None if library is None else library.to_str()
 
 
 def _chat_template(folder: Path, about: Mapping[str, Any]) -> str | None:
