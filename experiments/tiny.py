@@ -1,6 +1,6 @@
 """One layer, norms behind the residual sums: what the sums are for, in one layer and in sixteen."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,6 @@ PUBLISHED_AT = 45_000
 Changes = Mapping[str, Any]
 NOTHING: Changes = {}
 DEPTHS = 1, 2, 4, 8, 16
-DEEP = 16  # layers of the pictures
 WAYS = "with sums", "without"
 WHEN = "before training", "after 2,000 steps"
 SHORT = {"train.steps": 5000, "train.eval_every": 5000, "train.save_every": 2500}
@@ -152,7 +151,20 @@ def tell(report: Report) -> None:
             for name in norms[0]
         ]
     )
-    why(report)
+    gradient, apart = why(report, DEPTHS)
+    before, after = ((WAYS[1], when) for when in WHEN)
+    head_of = lambda name: gradient_curves(report.results[name])["head_language/kernel"][1][-1]
+    both, unused = (f"{head_of(row.name):.2f}" for row in PUBLISHED[:2])
+    report.text(
+        f"### Is it vanishing gradients?\n\nIn one layer, no: the norm of the head's gradient is {unused} "
+        f"without attention, {both} with it. What is missing is information: a token sees itself alone, and the "
+        f"loss is that of pairs of characters. In {DEPTHS[-1]} layers without sums, not at first: "
+        f"before training the first layer's gradient is {gradient[before][0]:.1e}, the last one's "
+        f"{gradient[before][-1]:.1e}. But tokens have become alike ({apart[before]:.1%} of the last layer's "
+        "stream tells them apart), so that the head can learn nothing but how frequent each character is, and once it "
+        f"has, the first layer's gradient is {gradient[after][0]:.1e} beside {gradient[WAYS[0], WHEN[1]][0]:.1e} with "
+        "sums: gradients vanish as a consequence of the collapse, and keep it from being undone."
+    )
 
 
 def late(rows: Metrics) -> np.ndarray:
@@ -176,15 +188,16 @@ def gradient_curves(result: Result) -> dict[str, tuple[list[int], np.ndarray]]:
     return {short(name): (steps, values(name)) for name in rows[0]["grad_norms"]}
 
 
-def why(report: Report) -> None:
-    """Why x = x + f(x): the same layers stacked, with and without."""
+def why(report: Report, depths: Sequence[int]) -> tuple[dict[Any, np.ndarray], dict[Any, float]]:
+    """Why x = x + f(x): the same layers stacked, with and without. Of the deepest, by way and time: the gradient of
+    each layer, and the share of the last one's stream that tells tokens apart."""
     report.text("### Why x = x + f(x)")
-    pairs = {depth: [report.results[deep(depth, residual).name] for residual in (BOTH, NEITHER)] for depth in DEPTHS}
+    pairs = {depth: [report.results[deep(depth, residual).name] for residual in (BOTH, NEITHER)] for depth in depths}
     figure, axes = panels(2, 3, 13, 7)
-    losses = {way: (DEPTHS, [pairs[depth][i].mean for depth in DEPTHS]) for i, way in enumerate(WAYS)}
+    losses = {way: (depths, [pairs[depth][i].mean for depth in depths]) for i, way in enumerate(WAYS)}
     lines(axes[0], losses, "layers", "training loss", "loss of the last 200 steps", log="x")
-    deepest = [result.runs[0] for result in pairs[DEEP]]
-    layer, rows, gradient, apart_at_end = np.arange(1, DEEP + 1), [], {}, {}
+    deepest = [result.runs[0] for result in pairs[depths[-1]]]
+    layer, rows, gradient, apart_at_end = np.arange(1, depths[-1] + 1), [], {}, {}
     for when, runs, (gradients, apart) in (
         (WHEN[0], list(map(before_training, deepest)), axes[1:3]),
         (WHEN[1], deepest, axes[4:6]),
@@ -198,7 +211,7 @@ def why(report: Report) -> None:
         for way, slope, share in zip(WAYS, slopes, kept, strict=True):
             gradient[way, when], apart_at_end[way, when] = slope, share[-1]
             first, last = f"{slope[0]:.1e}", f"{slope[-1]:.1e}"
-            row = {f"{DEEP} layers": f"{way}, {when}", "gradient, first layer": first, "last layer": last}
+            row = {f"{depths[-1]} layers": f"{way}, {when}", "gradient, first layer": first, "last layer": last}
             rows.append(row | {"tokens apart, first layer": f"{share[0]:.1%}", "after the last": f"{share[-1]:.1%}"})
     sizes = {
         f"{branch}, {way}": (layer, norms_by_layer(activations(run, name)))
@@ -209,28 +222,16 @@ def why(report: Report) -> None:
     report.picture(
         "depth",
         figure,
-        "Sixteen layers with and without sums. Without, a layer passes on only what its branch makes of its input: the "
-        "gradient has to come back through every branch above, and each attention averages tokens that were averaged "
-        "before, until those of a text are alike.",
+        f"{depths[-1]} layers with and without sums. Without, a layer passes on only what its branch makes of its "
+        "input: the gradient has to come back through every branch above, and each attention averages tokens that were "
+        "averaged before, until those of a text are alike.",
     )
     report.text(
         "The gradient is that of the matrix of attention's values in the layer; tokens are apart by the part of the "
         "stream's root mean square that is no mean over the text."
     )
     report.table(rows)
-    before, after = ((WAYS[1], when) for when in WHEN)
-    both, unused = (gradient_curves(report.results[row.name])["head_language/kernel"] for row in PUBLISHED[:2])
-    head = lambda curve: f"{curve[1][-1]:.2f}"
-    report.text(
-        f"### Is it vanishing gradients?\n\nIn one layer, no: the norm of the head's gradient is {head(unused)} "
-        f"without attention, {head(both)} with it. What is missing is information: a token sees itself alone, and the "
-        f"loss is that of pairs of characters. In {DEEP} layers without sums, not at first: "
-        f"before training the first layer's gradient is {gradient[before][0]:.1e}, the last one's "
-        f"{gradient[before][-1]:.1e}. But tokens have become alike ({apart_at_end[before]:.1%} of the last layer's "
-        "stream tells them apart), so that the head can learn nothing but how frequent each character is, and once it "
-        f"has, the first layer's gradient is {gradient[after][0]:.1e} beside {gradient[WAYS[0], WHEN[1]][0]:.1e} with "
-        "sums: gradients vanish as a consequence of the collapse, and keep it from being undone."
-    )
+    return gradient, apart_at_end
 
 
 experiment = Experiment(

@@ -5,7 +5,8 @@ def reproduce(name: str, json: bool = False, directory: str = "runs", results: s
     """Trains the systems of an experiment, or resumes them, and prints their numbers beside the published ones.
 
     Args:
-        name: A file of the folder experiments, without its .py; a Python file of your own; or all.
+        name: A file of the folder experiments, without its .py; a Python file of your own; or all, but those that take
+            hours.
         json: Print one JSON list.
         directory: Where the runs are kept, in NAME/ROW/seed-SEED.
         results: The report, a section of a Markdown file: by default RESULTS.md; of your own file beside its runs.
@@ -14,8 +15,8 @@ def reproduce(name: str, json: bool = False, directory: str = "runs", results: s
     from jaxformer.lab import experiments
 
     found, known = [], experiments.names() if name == "all" else []
-    for each in known:
-        experiments.load(each)  # a fault in the last is told before the first has trained for hours
+    # A fault in the last is told before the first has trained for hours.
+    known = [each for each in known if not experiments.load(each).long]
     for each in known or [name]:
         found += experiments.reproduce(each, located(directory), located(results) if results else None)
     print(experiments.as_json(found) if json else experiments.as_table(found))

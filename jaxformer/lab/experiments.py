@@ -194,6 +194,7 @@ class Experiment:
     about: str
     rows: tuple[Row, ...]
     tell: Callable[[Report], None] = lambda report: None
+    long: bool = False  # left out of `reproduce all`
 
 
 def load(name: str) -> Experiment:

@@ -202,6 +202,7 @@ class Stack(nn.Module):
             length=turns,
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "L", "kinds": len(self.kinds)},
+            check_constancy_invariants=False,  # nothing is broadcast out of it; the check traces each layer once more
         )(self.kinds, self.n_layers, name="layers")
         return layers(stream, (jnp.arange(0, self.n_layers, len(self.kinds)), cache, memory), *more)
 
