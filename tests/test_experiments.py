@@ -328,6 +328,22 @@ def test_all_of_no_experiments_is_a_mistake(tmp_path, monkeypatch, capfd):
     assert "there are none in experiments/" in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_all_leaves_out_what_takes_hours(tmp_path, monkeypatch, capfd):
+    run = []
+    monkeypatch.setattr("jaxformer.lab.experiments.reproduce", lambda name, *where: run.append(name) or [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    for name, how in {"one": "", "two": ", long=True", "three": ", long=False"}.items():
+        text = (
+            "from jaxformer.config import load\nfrom jaxformer.lab.experiments import Experiment, Row\n"
+            f"experiment = Experiment('{name}', '', (Row('a', load('quickstart')),){how})\n"
+        )
+        (tmp_path / "experiments" / f"{name}.py").write_text(text)
+    assert main.run("reproduce", ["all"]) == 0 and run == ["one", "three"]
+    assert main.run("reproduce", ["two"]) == 0 and run[2:] == ["two"]
+    capfd.readouterr()
+
+
 # --- numbers
 
 
