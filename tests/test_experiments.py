@@ -339,8 +339,8 @@ def test_all_leaves_out_what_takes_hours(tmp_path, monkeypatch, capfd):
             f"experiment = Experiment('{name}', '', (Row('a', load('quickstart')),){how})\n"
         )
         (tmp_path / "experiments" / f"{name}.py").write_text(text)
-    assert main.run("reproduce", ["all"]) == 0 and run == ["one", "three"]
-    assert main.run("reproduce", ["two"]) == 0 and run[2:] == ["two"]
+    assert main.run("reproduce", ["all", "--json"]) == 0 and run == ["one", "three"]
+    assert main.run("reproduce", ["two", "--json"]) == 0 and run[2:] == ["two"]
     capfd.readouterr()
 
 
