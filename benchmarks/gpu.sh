@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is to be measured on one GPU, in at most ten minutes, on a machine that reaches no network:
 #
-#     bash benchmarks/gpu.sh OUT [PART...]        parts: check speed shakespeare ladder; without any, all of them
+#     bash benchmarks/gpu.sh OUT [PART...]        parts: check speed shakespeare ladder mesh adapters; without any, all
 #
 # Nothing is installed but the wheels of a folder, if one is named; the package is this checkout. OUT gets a log of each
 # part, speed.json, BENCHMARKS.md with the block of this GPU, and the runs. A run that was cut short goes on where it
@@ -17,7 +17,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?which folder gets what is found?}" && cd "$1" && pwd)
 parts=("${@:2}")
-[ ${#parts[@]} -gt 0 ] || parts=(check speed shakespeare ladder)
+[ ${#parts[@]} -gt 0 ] || parts=(check speed shakespeare ladder mesh adapters)
 python=${PYTHON:-python3}
 
 if [ -n "${WHEELS:-}" ]; then
@@ -73,9 +73,27 @@ trained() {
 shakespeare() { trained 100 shakespeare_gpu; }
 ladder() { trained 90 ladder_scaled; }
 
+state_of() { within 30 "$python" -m jaxformer inspect "$1" --json | grep -o '"state_sha256": "[0-9a-f]*"'; }
+
+mesh() { # a mesh of one device gives the bits of the plain path
+    local steps=(--train.steps=40 --train.eval_every=40 --train.save_every=40 --train.sample_tokens=0)
+    within 60 "$python" -m jaxformer train shakespeare_gpu "${few[@]}" "${steps[@]}" --directory="$out/plain" || return 1
+    within 60 "$python" -m jaxformer train shakespeare_gpu "${few[@]}" "${steps[@]}" --directory="$out/forced" \
+        --mesh.forced=true || return 1
+    local plain forced
+    plain=$(state_of "$out/plain") && forced=$(state_of "$out/forced") && echo "plain $plain, forced $forced"
+    [ -n "$plain" ] && [ "$plain" = "$forced" ]
+}
+
+adapters() {
+    local sizes=(--rows=8 --tokens=1024 --dtype=bfloat16)
+    [ -z "${SMALL:-}" ] || sizes=(--rows=2 --tokens=32 --small)
+    within 120 "$python" benchmarks/adapters.py "${sizes[@]}"
+}
+
 failed=0
 for part in "${parts[@]}"; do
-    [[ $part =~ ^(check|speed|shakespeare|ladder)$ ]] || { echo "$part: there is no such part" >&2; exit 2; }
+    [[ $part =~ ^(check|speed|shakespeare|ladder|mesh|adapters)$ ]] || { echo "$part: there is no such part" >&2; exit 2; }
     began=$SECONDS
     echo "== $part"
     "$part" > "$out/$part.log" 2>&1

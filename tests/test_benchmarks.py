@@ -184,6 +184,15 @@ def test_runs_are_told_beside_the_first():
     assert text[-1] == "broken failed: no such module"
 
 
+@pytest.mark.slow
+def test_adapters_train_less_than_all():
+    command = [sys.executable, BENCHMARKS / "adapters.py", "--small", "--tokens=32", "--rounds=1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[4:]]
+    trained = [int(cells[1].partition(" ")[0].replace(",", "")) for cells in rows]
+    assert trained[0] > 100 * trained[1] and trained[3] == 4 * trained[2] == 16 * trained[1] > 0
+
+
 @pytest.mark.rare
 def test_recipes_run(tmp_path):
     """On both sides; without PyTorch on one."""
