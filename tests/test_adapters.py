@@ -166,6 +166,7 @@ def test_a_run_keeps_its_base_once_and_opens_with_all_of_it(home):
     assert {path for path in new if not np.array_equal(old[path], new[path])} == adapted
     assert opened.evaluate()["loss"] == pytest.approx(json_rows(home / "run")[-1]["loss"], abs=1e-6)
     chex.assert_trees_all_equal(open_source(str(home / "run")).state.params, opened.eval_params)
+    assert opened.eval_params is opened.eval_params  # made once
 
 
 def test_a_run_resumes_to_the_same_bits(home):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ class Run:
         what = f"{type(self.model).__name__}, {count:,} parameters"
         return f"<Run {self.config.directory}: {what}, step {step:,} of {steps:,}{loss}>"
 
-    @property
+    @functools.cached_property
     def recipe(self) -> Recipe:
         return recipe_of(self.config, self.tokenizer, self.classes)
 
@@ -67,7 +68,7 @@ class Run:
     def model(self) -> Model:
         return self.recipe.model
 
-    @property
+    @functools.cached_property
     def eval_params(self) -> Any:
         """What it is evaluated and sampled with: an average, or what its optimizer and its adapter make of its
         parameters."""
