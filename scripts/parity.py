@@ -13,6 +13,7 @@ Needs the extra `peers`.
 # pyright: reportMissingImports=false
 
 import argparse
+import copy
 import dataclasses
 import json
 import logging
@@ -47,7 +48,8 @@ BETAS = 0.875, 0.9921875  # without rounding in float32, in which 1 − 0.999 is
 EPS = 1e-5  # of AdamW: with 1e-8, what rounding leaves of a gradient that is zero moves its number by a full step
 NEAR_TIE = 1e-4  # between the two largest logits: whatever comes behind it may differ
 # What differs by at most so much: logits and hidden states absolutely, gradients relative to the largest number of
-# each array and losses to themselves.
+# each array and losses to themselves, or by twice as much as PyTorch's losses in float32 do from those in float64
+# ("rounding"): some models, as with scores that are not scaled, make more of it at each step.
 LIMITS = {"logits": 1e-4, "hidden": 1e-4, "gradients": 1e-4, "losses": 1e-5, "greedy": 0, "exported": 0}
 Numbers = dict[str, Any]
 
@@ -353,6 +355,7 @@ def one(kind: str, seed: int, keep: Path | None = None) -> dict[str, float]:
         for other in set(dict(model.named_parameters())) - set(decays):  # of a pooler that no head reads
             raise SystemExit(f"{kind}: {other} has no place")
         tokens = 0 if kind == "bert" else 24 if tiny else TOKENS
+        exact = copy.deepcopy(model).double()
         original = theirs(model, batch, decays, tokens)
         if prefix:
             original = {(f"grad {prefix}{n[5:]}" if n.startswith("grad ") else n): a for n, a in original.items()}
@@ -361,6 +364,9 @@ def one(kind: str, seed: int, keep: Path | None = None) -> dict[str, float]:
             for more in ("generation_config.json", "tokenizer_config.json"):
                 (keep / more).unlink(missing_ok=True)
         found = differences(ours(run, batch, tokens), original, batch["real"])
+        if found["losses"] > LIMITS["losses"]:
+            exactly = theirs(exact, batch, decays, tokens=0)["losses"]
+            found["rounding"] = float(np.abs(original["losses"] / exactly - 1).max())
         export_run(run, Path(name) / "back")
         back = json.loads((Path(name) / "back" / "config.json").read_text())
         cls = getattr(transformers, back["architectures"][0])
@@ -460,11 +466,12 @@ def main() -> None:
         largest = dict[str, float]()
         for seed in range(args.seed, args.seed + (1 if args.fixtures else args.count)):
             found = one(kind, seed, args.fixtures and args.fixtures / kind)
-            wrong = {name: value for name, value in found.items() if not value <= LIMITS[name]}
+            limits = LIMITS | {"losses": max(LIMITS["losses"], 2 * found.get("rounding", 0.0))}
+            wrong = {name: found[name] for name in LIMITS.keys() & found.keys() if not found[name] <= limits[name]}
             if wrong:
                 print(f"{kind} --seed {seed}: too different: {wrong}", file=sys.stderr)
             failed |= bool(wrong)
-            largest = {name: max(value, largest.get(name, 0.0)) for name, value in found.items()}
+            largest |= {name: max(value, largest.get(name, 0.0)) for name, value in found.items()}
             jax.clear_caches()
         print(json.dumps({"architecture": kind, "count": 1 if args.fixtures else args.count} | largest), flush=True)
     sys.exit(failed)
