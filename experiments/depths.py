@@ -1,14 +1,17 @@
 """What residual sums are for in 32 and 50 layers: `tiny`, deeper."""
 
-from tiny import BOTH, NEITHER, deep, why
+from pathlib import Path
 
+from jaxformer.config import execute
 from jaxformer.lab.experiments import Experiment, Report
 
 DEPTHS = 32, 50
+TINY = execute(Path(__file__).parent / "tiny.py")
+ROWS = tuple(TINY["deep"](depth, residual) for depth in DEPTHS for residual in (TINY["BOTH"], TINY["NEITHER"]))
 
 
 def tell(report: Report) -> None:
-    why(report, DEPTHS)
+    TINY["why"](report, DEPTHS)
 
 
 experiment = Experiment(
@@ -17,7 +20,7 @@ experiment = Experiment(
 The models of "One layer, norms behind the sums", deeper: with and without residual sums, 2,000 steps each, the training
 loss of the last tenth of them.
 """,
-    tuple(deep(depth, residual) for depth in DEPTHS for residual in (BOTH, NEITHER)),
+    ROWS,
     tell,
     long=True,
 )
