@@ -62,7 +62,7 @@ def main() -> None:
         for row in rows:
             started = time.perf_counter()
             row["state"], _ = jax.block_until_ready(row["step"](row["state"], *row["more"]))
-            if turn:  # the first reads what the others find in the processor's caches
+            if turn:  # the first warms up
                 row["seconds"].append(time.perf_counter() - started)
     columns: list[compare.Column] = [
         ("", lambda row: row["name"]),

@@ -46,15 +46,14 @@ from importlib import metadata
 import jax
 from packaging.requirements import Requirement
 
-from jaxformer.platform import check_numerics, set_flags
+from jaxformer.platform import prepare
 
 needs = map(Requirement, tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])
 wanted = next(each.specifier for each in needs if each.name == "jax")
 print(f"jax {jax.__version__}, torch {metadata.version('torch')}, {jax.devices()[0].device_kind}")
 if jax.__version__ not in wanted and not os.environ["ANY_JAX"]:
     raise SystemExit(f"jax must be {wanted}; ANY_JAX=1 leaves it to the canary")
-set_flags()
-check_numerics()
+prepare()
 print("the canary's sums are right")
 PYTHON
 }

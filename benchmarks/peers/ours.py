@@ -17,7 +17,7 @@ from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import NoTokenizer
 from jaxformer.generation.decode import LeftToRight, Request, row_keys
 from jaxformer.generation.logits_processors import usual_processors
-from jaxformer.platform import check_numerics, set_flags
+from jaxformer.platform import prepare
 from jaxformer.run.checkpoint import CheckpointWriter
 from jaxformer.run.plan import hyper_of, planned_recipe
 from jaxformer.run.step import Recipe, init_state, train_steps
@@ -25,8 +25,7 @@ from jaxformer.run.step import Recipe, init_state, train_steps
 
 def planned(size: Size, overrides: Mapping[str, Any]) -> tuple[Config, Recipe]:
     """A config at its own settings but for the sizes, and what it trains."""
-    set_flags()
-    check_numerics()
+    prepare()
     sizes = {
         "model.n_layers": size.layers,
         "model.n_heads": size.heads,
