@@ -249,18 +249,23 @@ def test_what_was_stopped_in_the_middle_goes_on_to_the_same_numbers(home, whole)
 
 
 def test_rows_that_begin_with_others_or_need_another_device(home, whole):
-    """Seed by seed; of several published numbers one is enough; what is not run is told, and is no defeat."""
+    """Seed by seed, or all with one run, and with its tokenizer. Of several published numbers one is enough; what is
+    not run is told, and is no defeat."""
     more = """        Row("Begun with others", config, (0.5, 99.0), 2, begins_with="Together"),
+        Row("Begun with one", config, None, 2, begins_with="unpublished!"),
         Row("Elsewhere", config, 99.0, platform="abacus"),
     ),
     tell,"""
     (home / "more.py").write_text(TINY.replace("STEPS", str(STEPS)).replace("    ),\n    tell,", more))
     shutil.copytree(home / "kept" / "tiny", home / "kept" / "more")
-    begun, elsewhere = reproduce(home, "more.py", "--directory=kept", "--results=More.md")[3:]
+    begun, alike, elsewhere = reproduce(home, "more.py", "--directory=kept", "--results=More.md")[3:]
+    assert alike["seeds"] == 2
     assert begun["published"] == [0.5, 99.0] and begun["reached"] is True and begun["seeds"] == 2
     for seed in range(2):
-        config = json.loads((home / "kept/more/begun-with-others" / f"seed-{seed}" / "config.json").read_text())
-        assert config["init_from"] == f"kept/more/together/seed-{seed}"
+        for row, lender in (("begun-with-others", f"together/seed-{seed}"), ("begun-with-one", "unpublished/seed-0")):
+            config = json.loads((home / "kept/more" / row / f"seed-{seed}" / "config.json").read_text())
+            assert config["init_from"] == f"kept/more/{lender}"
+            assert config["data"]["tokenizer"]["path"] == f"kept/more/{lender}/tokenizer.json"
     said = {name: elsewhere[name] for name in ("measured", "reached", "seeds", "seconds")}
     assert said == {"measured": None, "reached": None, "seeds": 0, "seconds": 0}
     cells = {row["row"]: row for row in read_table((home / "More.md").read_text())}
@@ -284,7 +289,7 @@ def test_rows_that_begin_with_others_or_need_another_device(home, whole):
         ("none.py", "none.py: row 'unpublished!': seeds=0 must be at least 1"),
         (
             "after.py",
-            "after.py: row 'unpublished!': begins_with='One by one' must be an earlier row of at least as",
+            "after.py: row 'unpublished!': begins_with='One by one' must be an earlier row of one",
         ),
         ("also.py", "data.splt_seed: Data has no such field; did you mean split_seed?"),
         ("bare.py", "bare.py: the experiment has no rows; give it one"),

@@ -17,6 +17,7 @@ from jaxformer import config as config_lib
 from jaxformer import pictures
 from jaxformer.config import Config
 from jaxformer.data.files import write
+from jaxformer.data.tokenizers import TokenizerFile
 from jaxformer.lab.intervals import estimate
 from jaxformer.lab.tables import markdown_table
 from jaxformer.run.loop import check_together, train, train_seeds
@@ -48,6 +49,11 @@ def final_accuracy(rows: Metrics) -> float:
 def final_exact(rows: Metrics) -> float:
     """The share of validation examples whose answer was exact at the end."""
     return [row["exact"] for row in rows if row["split"].startswith("valid")][-1]
+
+
+def best_exact(rows: Metrics) -> float:
+    """The highest of all evaluations."""
+    return max(row["exact"] for row in rows if row["split"] == "valid")
 
 
 def late_training_loss(rows: Metrics) -> float:
@@ -85,7 +91,7 @@ class Row:
     higher: bool = False  # whether more is better
     reached: Callable[[Sequence[float], float, bool], bool] = within_or_better
     also: tuple[str, ...] = ()  # fields that take the seed as well, as "data.split_seed"; then runs are trained apart
-    begins_with: str | None = None  # an earlier row, whose runs lend their parameters, seed by seed
+    begins_with: str | None = None  # an earlier row that lends parameters and tokenizer: seed by seed, or its one run
     platform: str | None = None  # "gpu": trained on one of these alone; elsewhere the table says "not run"
     remark: str = ""
 
@@ -215,10 +221,11 @@ def load(name: str) -> Experiment:
     for row in found.rows:
         if row.seeds < 1:
             raise InputError(f"{path}: row {row.name!r}: seeds={row.seeds} must be at least 1")
-        if row.begins_with and before.get(row.begins_with, 0) < row.seeds:
+        lent = before.get(row.begins_with, 0) if row.begins_with else 1
+        if lent != 1 and lent < row.seeds:
             raise InputError(
-                f"{path}: row {row.name!r}: begins_with={row.begins_with!r} must be an earlier row of at least as many "
-                f"seeds, {row.seeds}"
+                f"{path}: row {row.name!r}: begins_with={row.begins_with!r} must be an earlier row of one seed, or of "
+                f"at least as many, {row.seeds}"
             )
         before[row.name] = row.seeds
         config = _resolved(row, Path(), row.seeds - 1)
@@ -236,7 +243,10 @@ def _resolved(row: Row, directory: Path, seed: int | None = None) -> Config:
     """The config of a row or, given a seed, of one of its runs; `directory` is that of the experiment."""
     own: dict[str, Any] = {} if seed is None else dict.fromkeys(("train.seed", *row.also), seed)
     if row.begins_with:
-        own["init_from"] = str(directory / _slug(row.begins_with) / f"seed-{seed or 0}")
+        lender = directory / _slug(row.begins_with)
+        alone = len(list(lender.glob("seed-*"))) == 1
+        run = lender / f"seed-{0 if alone else seed or 0}"
+        own |= {"init_from": str(run), "data.tokenizer": TokenizerFile(str(run / "tokenizer.json"))}
     return config_lib.resolve(row.config, {**row.overrides, **own})
 
 
