@@ -83,7 +83,6 @@ MODERN = NANOGPT | {
     "feed_forward.activation": "SquaredReLU",
     "initializer": "ZeroOutputs",
     "initializer.base": "LeCunNormal",
-    "embedding.normed": True,
 }
 MUON = {
     "groups.0.which": "Hidden",
@@ -138,7 +137,7 @@ def _modern(model: Any) -> Modern | None:
     if model.head.tied:
         return None
     first, scale = model.initializer.base, model.kernel.scale or (model.d_model // model.n_heads) ** -0.5
-    return Modern(model.position.base, scale, model.head.cap, first.std, first.scale)
+    return Modern(model.position.base, scale, model.embedding.normed, model.head.cap, first.std, first.scale)
 
 
 def _check(spec: Any, known: Mapping[str, Any], at: str) -> None:

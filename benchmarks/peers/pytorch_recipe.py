@@ -58,7 +58,7 @@ class ModernTransformer(nn.Module):
 
     def __init__(self, recipe: Recipe, modern: Modern, vocabulary: int):
         super().__init__()
-        self.cap = modern.cap
+        self.normed, self.cap = modern.normed, modern.cap
         self.tokens, self.head = nn.Embedding(vocabulary, recipe.width), nn.Linear(recipe.width, vocabulary, False)
         self.blocks = nn.ModuleList(ModernBlock(recipe, modern) for _ in range(recipe.layers))
         nn.init.normal_(self.tokens.weight, std=modern.embedding)
@@ -70,10 +70,12 @@ class ModernTransformer(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         count = rows.shape[1] - 1
-        x = normed(self.tokens(rows[:, :-1]))
+        x = self.tokens(rows[:, :-1])
+        x = normed(x) if self.normed else x
         for block in self.blocks:
             x = block(x, self.cos[:count], self.sin[:count])
-        logits = self.cap * torch.tanh(self.head(normed(x)) / self.cap)
+        logits = self.head(normed(x))
+        logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 

@@ -28,11 +28,12 @@ class Muon:
 @dataclasses.dataclass(frozen=True)
 class Modern:
     """How the decoder differs from nanoGPT's: rotary positions, norms without gains, queries and keys normed, ReLU²,
-    matrices that write to the stream and an untied head that begin at zero, logits capped."""
+    matrices that write to the stream and an untied head that begin at zero."""
 
     base: float  # the base of rotary wavelengths
     scale: float  # of scores, in place of 1/√K
-    cap: float  # logits are cap · tanh(logits / cap)
+    normed: bool  # whether the embedding is
+    cap: float | None  # logits are cap · tanh(logits / cap)
     embedding: float  # standard deviation of the embedding at first
     matrix: float  # of other matrices, times the root of the numbers that go into one
 
