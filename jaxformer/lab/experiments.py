@@ -51,11 +51,6 @@ def final_exact(rows: Metrics) -> float:
     return [row["exact"] for row in rows if row["split"].startswith("valid")][-1]
 
 
-def best_exact(rows: Metrics) -> float:
-    """The highest of all evaluations."""
-    return max(row["exact"] for row in rows if row["split"] == "valid")
-
-
 def late_training_loss(rows: Metrics) -> float:
     """The mean of the logged training losses of the last tenth of the run."""
     losses = [row["loss"] for row in rows if row["split"] == "train"]
