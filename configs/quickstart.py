@@ -18,7 +18,6 @@ from jaxformer.learning.schedules import WSD, Constant
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import MLP, LeCunNormal, RMSNorm, SquaredReLU, ZeroOutputs
-from jaxformer.model.models import Embedding
 from jaxformer.model.positions import Rotary
 
 config = Config(
@@ -29,13 +28,12 @@ config = Config(
         n_heads=4,
         d_model=128,
         context_length=64,
-        embedding=Embedding(normed=True),
         position=Rotary(base=1000.0),
         norm=RMSNorm(gain=False),
         qk_norm=RMSNorm(gain=False),
         kernel=Softmax(scale=0.34),
         feed_forward=MLP(SquaredReLU()),
-        head=LanguageHead(tied=False, cap=15.0),
+        head=LanguageHead(tied=False),
         initializer=ZeroOutputs(LeCunNormal(std=1.0, scale=0.8)),
     ),
     optimizer=Groups(
