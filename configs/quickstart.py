@@ -3,7 +3,8 @@
     jaxformer train quickstart
     jaxformer sample runs/quickstart --prompt "The " --temperature 0.8
 
-812,800 parameters with the 103 characters of Python 3.11. The recipe of `shakespeare_cpu_fast`.
+812,800 parameters with the 103 characters of Python 3.11. The recipe of `shakespeare_cpu_fast`, with weight decay and
+clipping.
 Validation loss 1.277 after 500 steps; 43 seconds from command to end on 2 cores (AMD EPYC, jax 0.10.1), compilation,
 evaluations and samples included, with nothing in the cache.
 """

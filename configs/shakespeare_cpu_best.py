@@ -4,8 +4,8 @@
 
 803,072 parameters on tinyshakespeare.txt. The recipe of `shakespeare_cpu_fast` with twice the context, for more steps;
 these want a longer memory of Muon's and lower rates. Loss over the full validation split after 1,600 steps, seeds 0 to
-4: 1.5598, 1.5601, 1.5571, 1.5769, 1.5524. On 2 cores (AMD EPYC, jax 0.10.1, a slow hour) 171.6 seconds from the start
-of the process to its end, where PyTorch takes 178.8 to 1.898 by the recipe of `shakespeare_cpu`, and 187.6 to 1.561 by
+4: 1.5646, 1.5563, 1.5571, 1.5671, 1.5526. On 2 cores (AMD EPYC, jax 0.10.1, a slow hour) 177.2 seconds from the start
+of the process to its end, where PyTorch takes 175.5 to 1.898 by the recipe of `shakespeare_cpu`, and 202.1 to 1.563 by
 this one (medians):
 
     python benchmarks/recipe.py best

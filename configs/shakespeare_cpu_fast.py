@@ -4,9 +4,9 @@
 
 803,072 parameters on tinyshakespeare.txt: Muon for the matrices of layers, AdamW for the embedding and a head of its
 own, norms without gains, normed queries and keys, rotary positions, ReLU², outputs that begin at zero. Loss over the
-full validation split after 210 steps, seeds 0 to 4: 1.8881, 1.8796, 1.8865, 1.8850, 1.8704. On 2 cores (AMD EPYC, jax
-0.10.1, a slow hour) 30.4 seconds from the start of the process to its end, with programs in the cache 23.8, where
-PyTorch takes 178.8 to 1.898 by the recipe of `shakespeare_cpu`, compilation included (medians):
+full validation split after 210 steps, seeds 0 to 4: 1.8909, 1.8851, 1.8835, 1.8891, 1.8733. On 2 cores (AMD EPYC, jax
+0.10.1, a slow hour) 35.1 seconds from the start of the process to its end, with programs in the cache 26.3, where
+PyTorch takes 175.5 to 1.898 by the recipe of `shakespeare_cpu`, compilation included (medians):
 
     python benchmarks/recipe.py fast
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import runpy
 import sys
 import traceback
@@ -111,7 +112,7 @@ NOTICE = MOVED | {
     "train.steps",
     "train.steps_per_call",
     "train.grad_norms",
-    "train.guard",
+    *(f"train.guard{more}" for more in ("", ".spike", ".window", ".most")),
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "forced")),
     "model.unroll",
     "model.remat",
@@ -298,11 +299,23 @@ def differences(old: Spec, new: Spec, at: str = "") -> dict[str, tuple[Any, Any]
     found: dict[str, tuple[Any, Any]] = {}
     for name in (field.name for field in dataclasses.fields(old)):
         a, b = getattr(old, name), getattr(new, name)
-        if isinstance(a, Spec) and type(a) is type(b):
-            found |= differences(a, b, f"{at}{name}.")
-        elif a != b:
-            found[at + name] = (a, b)
+        found |= _differences(a, b, at + name)
     return found
+
+
+def _differences(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
+    if isinstance(a, Spec) and type(a) is type(b):
+        return differences(a, b, f"{path}.")
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and any(isinstance(part, Spec) for part in a):
+        parts = (_differences(*pair, f"{path}.{i}") for i, pair in enumerate(zip(a, b, strict=True)))
+        return {name: change for part in parts for name, change in part.items()}
+    return {path: (a, b)} if a != b else {}
+
+
+def may_change(path: str) -> bool | None:
+    """Whether a run may resume with another value of the field; None: with a notice."""
+    names = {path, path.partition(".")[0], re.sub(r"\.corpora\.\d+", "", path)}  # a mixture's files may move, too
+    return None if names & NOTICE else bool(names & FREE)
 
 
 def told(path: str, old: Any, new: Any) -> str:
@@ -362,6 +375,9 @@ def _check_config(config: Config, at: str) -> None:
             f"{at}data.corpus={type(config.data.corpus).__name__} says which tokens are answers, and "
             f"{at}objective={type(config.objective).__name__} does not read it; take NextToken"
         )
+    names = [type(writer).__name__ for writer in config.writers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{at}writers=({', '.join(names)}) must differ: each keeps one record of the run")
     if config.sampler is not None:
         config.sampler.check_model(config.objective, config.model)
     config.objective.check_rows(at, config.data.batch_size, config.train.accumulation)

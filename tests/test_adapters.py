@@ -17,16 +17,18 @@ from jaxformer.commands.main import main
 from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.tables import Table
-from jaxformer.data.tokenizers import TokenizerFile
+from jaxformer.data.tokenizers import BPE, TokenizerFile
 from jaxformer.declarations import Declared, Letters, by_path
 from jaxformer.learning.adapters import BESIDE, LoRA
 from jaxformer.learning.groups import Everything, Hidden, Lettered, Path
 from jaxformer.learning.objectives import Classification
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.learning.schedules import Constant
+from jaxformer.mesh import partitions
 from jaxformer.model.baselines import LSTM
 from jaxformer.model.heads import ClassificationHead
 from jaxformer.run.checkpoint import save_once
+from jaxformer.run.dry_run import dry_run
 from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import planned_recipe
 from jaxformer.run.step import Hyper, Recipe, init_state, train_steps
@@ -235,6 +237,23 @@ def test_what_the_other_run_lacks_must_be_trained(home):
     assert compare(recipe, source, True)["taken"]
     names = {path.split("/")[0] for path in by_path(recipe.declared())}
     assert names == {"adapters", "head_classes_of_kind", "embedding"}
+
+
+def test_a_base_lies_over_a_mesh_as_its_model_does():
+    """Also where an array beside it is trained itself."""
+    recipe = Recipe(decoder(n_layers=2, n_heads=2), adapter=LoRA(2, trained=(Path("*norm*"), Path("*bias"))))
+    state = jax.eval_shape(lambda: init_state(recipe, Hyper(np.uint32(0), np.int32(3), AdamW())))
+    found = by_path(partitions(state, recipe.every_declared(), {"data": 1, "fsdp": 2, "tensor": 1}))
+    assert "fsdp" in found["base/decoder/layers/block0/attention/project/q"]
+
+
+def test_a_dry_run_compares_tokenizers_as_training_does(home, monkeypatch):
+    """A learned one is fitted first: its embedding fits that of the other run."""
+    monkeypatch.chdir(home)
+    data = Data(TextFiles(str(home / "text.txt")), tokenizer=BPE(300), batch_size=2)
+    config = Config("bpe", decoder(vocab_size=None, n_layers=1), data, optimizer=AdamW(), train=Train(steps=1))
+    jaxformer.train(config)
+    dry_run(config, {"directory": "new", "init_from": "bpe", "adapter": "LoRA"})
 
 
 def test_a_dry_run_tells_how_many_are_trained(home, capsys, monkeypatch):

@@ -128,6 +128,12 @@ def test_a_plan_says_what_would_fit():
         slack = of(row["rows"])["batches_bytes"] - found["batches_bytes"]  # which grow a little with rows
         assert of(row["rows"])["estimated_bytes"] - slack <= room < of(row["rows"] + 1)["estimated_bytes"]
     assert found["advice"] == "it does not fit; it would with --model.remat=dots_saveable"
+    changed = {"train.accumulation": 1, "data.batch_size": 12, "model.remat": "nothing_saveable"}
+    config, recipe = made("gpt2_124m", changed)
+    room = budget(config, recipe, 1)["estimated_bytes"] - 1
+    slices = re.search(r"accumulation=(\d+)", budget(config, recipe, 1, room)["advice"])
+    assert slices  # and so it does: gradients of slices, and their sum
+    assert "it fits" in budget(*made("gpt2_124m", changed | {"train.accumulation": int(slices[1])}), 1, room)["advice"]
     few = found["estimated_bytes"] - found["activations_bytes"] - found["logits_bytes"]
     assert "not even slices of one row" in budget(config, recipe, 1, few)["advice"]
     text = render(found)

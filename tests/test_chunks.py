@@ -99,7 +99,7 @@ def parameters(head, seed=0):
 
 
 def losses(name, vmapped=False):
-    """Sums and gradients of a case, under a factor, as `_loss_scale` is; and the sums of an evaluation."""
+    """Sums and gradients of a case, under a factor, as `loss_scale` is; and the sums of an evaluation."""
     objective, head, given = CASES[name]
     model, example = Layer(D, T, V, head), objective.prepare(given, jax.random.key(1), jnp.int32(0))
 
@@ -124,6 +124,18 @@ def test_sums_and_gradients_are_those_of_the_loss_at_once(monkeypatch, name):
     whole = losses(name)
     at_once(monkeypatch, 6)
     alike(losses(name), whole)
+
+
+def test_the_gradient_of_a_chunk_fits_float16():
+    """Of a row that 70,000 places of each chunk ask for; the sum of chunks is under the factor of the step."""
+    h, table = jnp.ones((1, 140_000, 1), jnp.float16), jnp.ones((1, 1), jnp.float16)
+    scale = chunks.loss_scale("float16", 140_000)
+
+    def loss(table):
+        of_chunk = lambda h, beside, key: ((h @ table).astype(jnp.float32).sum(), {}, {})
+        return scale * chunks.in_chunks(of_chunk, 70_000, h, {}, None)[0]
+
+    assert jax.grad(loss)(table).item() / scale == pytest.approx(140_000, rel=1e-3)  # to the digits of float16
 
 
 def test_members_have_their_own(monkeypatch):

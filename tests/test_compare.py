@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -15,7 +17,7 @@ from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.config import resolve
 from jaxformer.data.batches import PackedDocuments, ShuffledWindows
-from jaxformer.data.corpora import TextFiles
+from jaxformer.data.corpora import Mixture, TextFiles, TextLines
 from jaxformer.lab.compare import judge
 from jaxformer.lab.groups import told
 from jaxformer.lab.intervals import estimate, paired_difference, welch_difference
@@ -337,6 +339,10 @@ def test_runs_without_a_final_number_are_told_and_do_not_count(tmp_path):
     put(tmp_path / "b" / "seed-5", 5, [2.0, 1.5, None], ROTARY)
     put(tmp_path / "b" / "seed-6", 6, [2.0, None], ROTARY)
     put(tmp_path / "c" / "seed-0", 0, [2.0, 1.5], {"model.dropout": 0.5})
+    put(tmp_path / "d" / "seed-0", 0, [2.0, 1.5, 1.4], {"model.dropout": 0.25}, more={"accuracy": 0.5})
+    found = jaxformer.compare(tmp_path, by="accuracy")
+    assert f"left out: {tmp_path}/a/seed-0: seed 0 has no accuracy" in found.notes
+    shutil.rmtree(tmp_path / "d")
     found = jaxformer.compare(tmp_path)
     assert f"left out: {tmp_path}/b/seed-5: seed 5 diverged: no finite number at step 60" in found.notes
     assert f"left out: {tmp_path}/b/seed-6: seed 6 diverged: no finite number at step 40" in found.notes
@@ -345,6 +351,51 @@ def test_runs_without_a_final_number_are_told_and_do_not_count(tmp_path):
         "no verdict: no run with a final number",
     ]
     assert found.rows[2]["final_loss"] is None and "nan" not in str(found) + found.json()
+
+
+def test_a_run_that_the_guard_has_ended_is_no_unfinished_one(tmp_path):
+    """Its losses may all be finite."""
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, ROTARY)
+    put(tmp_path / "b" / "seed-3", 3, [2.0, 1.5], ROTARY, more={"split": "diverged"})
+    found = jaxformer.compare(tmp_path)
+    assert (
+        f"left out: {tmp_path}/b/seed-3: seed 3 diverged: too many updates skipped in a row at step 40" in found.notes
+    )
+    assert found.verdicts[0].said.startswith("no verdict: a run diverged")
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (2.0, 6.0)])
+def test_mixtures_are_compared_if_their_texts_count_alike(tmp_path, weights):
+    parts = TextLines("a.txt"), TextLines("b.txt")
+    loss = {"loss_a": 1.0}
+    put(tmp_path / "a" / "0", 0, [2.0, 1.9, 1.8], {"data.corpus": Mixture(parts, (0.25, 0.75))}, more=loss)
+    put(tmp_path / "b" / "0", 0, [2.0, 1.9, 1.7], {"data.corpus": Mixture(parts, weights), **ROTARY}, more=loss)
+    said = lambda by: jaxformer.compare(tmp_path, by=by).verdicts[0].said
+    assert "one seed" in said("loss_a") and ("shares" in said("loss")) == (weights == (0.5, 0.5))
+
+
+def test_a_mixture_whose_files_were_moved_is_of_its_group(tmp_path):
+    for seed, folder in enumerate(("x", "y")):
+        corpus = Mixture((TextLines(f"{folder}/a.txt"), TextLines(f"{folder}/b.txt")), (0.5, 0.5))
+        put(tmp_path / str(seed), seed, [2.0, 1.9, 1.8], {"data.corpus": corpus})
+    assert jaxformer.compare(tmp_path).rows[0]["seeds"] == [0, 1]
+
+
+def test_losses_of_other_tokenizers_are_not_compared_where_no_bytes_are_counted(tmp_path):
+    for name, tokenizer, changes in (("a", "{}", None), ("b", '{"x": 1}', ROTARY)):
+        put_seeds(tmp_path / name, NEAR, changes, tokenizer=tokenizer)
+        for path in (tmp_path / name).rglob("metrics.jsonl"):
+            path.write_text(re.sub(r'"bits_per_byte": [^,]*, ', "", path.read_text()))
+    (verdict,) = jaxformer.compare(tmp_path).verdicts
+    assert verdict.said == "no verdict: the tokenizers differ, and so do their tokens"
+
+
+def test_a_spread_that_is_but_rounding_is_none():
+    alike = lambda *values: dict(enumerate(values))
+    for first, second in ((alike(*[0.2] * 3), alike(*[0.9] * 3)), (alike(0.1, 0.2, 0.3), alike(0.2, 0.3, 0.4))):
+        assert judge(first, second).said == "no verdict: the seeds are all alike"
+    assert judge(alike(*[0.7] * 3), alike(*[0.1] * 4)).said == "no verdict: the seeds are all alike"
 
 
 # --- forms

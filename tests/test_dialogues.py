@@ -1,6 +1,7 @@
 """Dialogues: templates of strangers, what of a text is an answer, and that nothing else is learned."""
 
 import dataclasses
+import io
 import itertools
 import json
 
@@ -210,6 +211,17 @@ def test_of_a_mixture_other_text_is_learned_whole(file, tmp_path):
     assert corpus.marked and batch["weights"][1::2].all() and not batch["weights"][::2].all()
 
 
+def test_a_batch_that_has_no_dialogue_by_chance_has_weights_too(file, tmp_path):
+    """The batches of a call are stacked, and all have the same names."""
+    (tmp_path / "text.txt").write_text("some text\n" * 99)
+    corpus = Mixture((Dialogues(file), TextFiles(str(tmp_path / "text.txt"))), (0.2, 0.8))
+    prepared = prepare(corpus, Bytes(end_token=True))
+    batches = Batches(prepared.train, prepared.weights, RandomWindows(), RowSize(19), 4, 0)
+    found = [batches.at(step) for step in range(5)]
+    assert {tuple(batch) for batch in found} == {("weights", "tokens")}
+    assert [bool(batch["weights"].all()) for batch in found].count(True) == 1
+
+
 def test_only_answers_have_a_gradient():
     """Of the logits before a token that is no answer it is exactly zero."""
     model, objective, rng = decoder(n_layers=1), NextToken(), np.random.default_rng(0)
@@ -320,3 +332,32 @@ def test_a_chat_of_what_does_not_write_on_is_refused(run):
     other = dataclasses.replace(run, config=Config("other", model, Data(tokenizer=run.tokenizer), train=Train(steps=1)))
     with pytest.raises(InputError, match="its model is no decoder"):
         Chat(other)
+
+
+def test_a_chat_is_asked_as_a_sample_is(run):
+    for how, wrong in (({"seed": -1}, "seed=-1 must be at least 0"), ({"stop": ("",)}, "stop='' must not be empty")):
+        with pytest.raises(InputError, match=wrong):
+            Chat(run, **how)
+    assert Chat(run, stop="User:")._stop == ("User:",)
+
+
+def test_instructions_are_asked_without_their_answers(tmp_path):
+    (tmp_path / "q.csv").write_text("prompt\nWho?\nWhy?\n")
+    asked = Instructions(str(tmp_path / "q.csv")).asked(False)
+    assert [texts[0].text for texts in asked.questions()] == ["Who?", "Why?"]
+
+
+def test_half_of_a_surrogate_pair_is_refused(tmp_path):
+    (tmp_path / "talk.jsonl").write_text(told([{"role": "user", "content": "a \ud83d"}, TALK[1]]))
+    with pytest.raises(InputError, match=r"talk.jsonl, line 1: half of a surrogate pair"):
+        list(Dialogues(str(tmp_path / "talk.jsonl")).dialogues())
+
+
+def test_questions_from_a_pipe_are_utf_8(monkeypatch):
+    from jaxformer.commands.sample import _line
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9?\n"), "utf-8"))
+    assert (_line(None), _line(None)) == ("café?", "")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), "utf-8"))
+    with pytest.raises(InputError, match="a question is not UTF-8"):
+        _line(None)

@@ -21,9 +21,11 @@ from jaxformer.generation.logits_processors import (
     TopK,
     TopP,
 )
-from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.objectives import NextToken, PrefixLM
+from jaxformer.model.baselines import GRU, LSTM, Bigram
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
+from jaxformer.model.models import Decoder, Embedding
 from jaxformer.model.positions import Rotary
 
 MODELS = [
@@ -88,6 +90,31 @@ def test_the_cache_grows_with_the_text():
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
     assert len({*new[0].tolist()}) > 5
     assert np.array_equal(generate(model, params, prompts, 70, (), 3, stretch=3), new[:, :70])
+
+
+@pytest.mark.parametrize("model", [Bigram, GRU, LSTM, Decoder], ids=lambda model: model.__name__)
+def test_what_a_cache_holds_besides_places_stays(model):
+    """A state of each layer, or nothing: texts that are longer than the first size of the cache."""
+    sizes = {"context_length": 90, "vocab_size": 29} | ({} if model is Bigram else {"d_model": 14, "n_layers": 1})
+    model = model(**sizes, kernel=None, n_heads=2) if model is Decoder else model(**sizes)
+    params, prompts = loud(model), [ids(7).tolist(), ids(3).tolist()]
+    request = Request(NextToken(), model, params, prompts, 80, row_keys(3, 0, 2))
+    new, found = (np.concatenate(arrays, 1) for arrays in zip(*LeftToRight()(request), strict=True))
+    h, _ = hidden(model, params, jnp.array([[*prompts[0], *new[0]]], jnp.int32), one_document(87))
+    expected = log_softmax(model.logits(params, h)[0, 6:-1])[np.arange(80), new[0]]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", [NextToken(), PrefixLM()], ids=["one text", "a second"])
+def test_what_is_drawn_has_the_token_type_of_training(objective):
+    """That of the one text or, behind a prefix, of the second."""
+    model = decoder(n_layers=1, embedding=Embedding(token_types=2))
+    params, second = loud(model), isinstance(objective, PrefixLM)
+    parts = params["embedding"]["parts"]
+    other = {**params, "embedding": {**params["embedding"], "parts": parts.at[1].set(parts[1][::-1])}}
+    drawn = [generate(model, own, [[1, 2, 3]], 12, objective=objective).tolist() for own in (params, other)]
+    assert (drawn[0] != drawn[1]) == second
+    assert drawn[0] != generate(model, params, [[1, 2, 3]], 12, objective=NextToken(), second=not second).tolist()
 
 
 def test_a_repetition_penalty_is_of_the_whole_text():
@@ -173,7 +200,7 @@ def test_more_samples_and_more_tokens_leave_the_first_ones_as_they_were():
 def test_other_lengths_and_temperatures_compile_nothing(monkeypatch):
     model = MODELS[0]
     params = loud(model)
-    for name, static in (("_prefill", (0, 1)), ("_decode", 0)):
+    for name, static in (("_prefill", (0, 1)), ("_decode", (0, 1))):
         once = chex.assert_max_traces(getattr(decode, name).__wrapped__, n=1)
         monkeypatch.setattr(decode, name, jax.jit(once, static_argnums=static))
     generate(model, params, [ids(5).tolist()], 5, (Temperature(0.5),))

@@ -140,6 +140,20 @@ def test_a_run_tells_what_it_skips_between_rows_too(tmp_path, caplog):
     assert [row["skipped"] for row in rows_of(tmp_path / "a") if row["split"] == "train"] == [0, 2, 3, 3]
 
 
+def test_what_was_skipped_before_a_start_is_not_told_again(tmp_path, caplog):
+    jaxformer.train(config(tmp_path / "a", (3,)), {"train.steps": 10})
+    caplog.clear()
+    jaxformer.train(config(tmp_path / "a", (3,)), {"train.steps": 20})
+    assert "skipped" not in caplog.text
+
+
+def test_a_run_that_diverges_at_its_end_is_not_finished(tmp_path):
+    for _ in range(2):
+        with pytest.raises(Diverged, match="4 updates in a row skipped, the last at step 40"):
+            jaxformer.train(config(tmp_path / "a", tuple(range(36, 40)), guard=Guard(most=4)))
+        assert (rows_of(tmp_path / "a")[-1]["step"], rows_of(tmp_path / "a")[-1]["split"]) == (40, "diverged")
+
+
 def test_too_many_in_a_row_end_the_run_and_what_is_saved_is_good(tmp_path):
     with pytest.raises(
         Diverged, match="4 updates in a row skipped, the last at step 26: the loss is nan, and the grad"

@@ -12,7 +12,7 @@ from tiny import decoder, loud
 from jaxformer.generation.predict import predict
 from jaxformer.model import heads
 from jaxformer.model.layers import GELU, Identity, LayerNorm, ReLU, Tanh
-from jaxformer.model.masks import places
+from jaxformer.model.masks import Bidirectional, places
 
 rng = np.random.default_rng(0)
 B, T, D, V, M, N = 3, 13, 7, 29, 11, 5
@@ -278,6 +278,14 @@ def test_heads_and_poolings_without_their_methods_are_refused():
     for cls, missing in ((heads.Head, "__call__, name"), (heads.Pooling, "__call__")):
         with pytest.raises(ValueError, match=f"{cls.__name__} is abstract until it defines {missing};"):
             cls()
+
+
+def test_each_token_of_a_text_is_answered_whatever_the_others():
+    model = decoder(head=heads.TokenClassificationHead("tag", ("x", "y")), n_layers=1, mask=Bidirectional())
+    params = loud(model)
+    short, long = predict(model, params, [[1, 2, 3, 4, 5], list(range(1, 19))], None, 17)
+    assert [len(answer["tag"]) for answer in (short, long)] == [5, 17]
+    assert predict(model, params, [[1, 2, 3, 4, 5]], None, 17) == [short]
 
 
 def test_a_strangers_head_answers_for_itself():

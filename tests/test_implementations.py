@@ -21,7 +21,7 @@ from jaxformer.learning.schedules import Constant
 from jaxformer.model import implementations
 from jaxformer.model.blocks import Stack
 from jaxformer.model.implementations import Asked, Auto, Blocked, CuDNN, Plain
-from jaxformer.model.kernels import SoftCapped, Softmax, Uniform
+from jaxformer.model.kernels import SoftCapped, Softmax, Uniform, ValueResidual
 from jaxformer.model.layers import RMSNorm
 from jaxformer.model.masks import Bidirectional, Both, Causal, Either, Local, Prefix, Window, one_document, places
 from jaxformer.model.positions import ALiBi, RelativeBias, Rotary
@@ -92,12 +92,13 @@ def test_blocked_equals_plain_in_bfloat16():
         assert jnp.linalg.norm(a - b) <= 2e-2 * jnp.linalg.norm(a) + 1e-6
 
 
-def test_blocked_crosses_texts_of_other_lengths():
-    """A decoder of 23 tokens that looks at 11 of another text, and one with a cache."""
+@pytest.mark.parametrize("length", [11, 3])
+def test_blocked_crosses_texts_of_other_lengths(length):
+    """A decoder of 23 tokens that looks at another text, longer or shorter than a block, and one with a cache."""
     sizes = {"n_layers": 1, "n_heads": 2, "d_model": 14, "context_length": T, "vocab_size": 29}
     model = EncoderDecoder(**sizes)
     blocked = dataclasses.replace(as_blocked(model, 5), cross_kernel=Softmax(implementation=Blocked(5)))
-    params, source = loud(model), (ids(2, 11, seed=5), one_document(11))
+    params, source = loud(model), (ids(2, length, seed=5), one_document(length))
 
     def h(model):
         memory = model.encode(params, *source).h
@@ -125,9 +126,10 @@ def test_memory_grows_with_the_length_not_with_its_square():
     assert temporary(window, 8192) < temporary(blocked, 8192)
 
 
-def test_keys_that_no_query_sees_are_not_read():
+@pytest.mark.parametrize("kernel", [Softmax(), ValueResidual()], ids=["softmax", "values of the first layer, too"])
+def test_keys_that_no_query_sees_are_not_read(kernel):
     """NaN in what a mask hides reaches nothing: it is cut off before the product. Plain multiplies it by 0."""
-    model = as_blocked(decoder(n_layers=1, mask=Window(4), feed_forward=None), 6)
+    model = as_blocked(decoder(n_layers=1, mask=Window(4), feed_forward=None, kernel=kernel), 6)
     x = loud(model)
     text = ids(1, T).at[0, 0].set(28)
     spoiled = x["embedding"] | {"table": x["embedding"]["table"].at[28].set(jnp.nan)}

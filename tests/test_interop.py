@@ -23,13 +23,16 @@ from jaxformer import Config, Data, Train
 from jaxformer.commands.main import run as command
 from jaxformer.data.corpora import PythonTopics, TextFiles
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, TokenizerFile
-from jaxformer.interop.architecture import Options
+from jaxformer.interop.architecture import Options, explicit
+from jaxformer.interop.bert import Bert
 from jaxformer.interop.export_folder import export_run
 from jaxformer.interop.families import ARCHITECTURES
 from jaxformer.interop.import_folder import import_run, parameters, read_folder
+from jaxformer.interop.llama import _masks, _position
 from jaxformer.interop.tensors import Written, read_header, write_file
+from jaxformer.model.heads import ClassificationHead, MultiLabelHead
 from jaxformer.model.layers import MLP, LayerNorm, RMSNorm
-from jaxformer.model.masks import one_document
+from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import ALiBi
 from jaxformer.run.manifest import sha256
@@ -185,6 +188,45 @@ def test_names_of_a_trunk_alone_and_of_the_first_years_are_known(tmp_path):
         assert sha256(found) == sha256(right)
 
 
+def test_what_a_classifier_of_bert_says_is_read_from_its_problem_type(tmp_path):
+    classes = {"id2label": {"0": "rude", "1": "kind"}}
+    names = ["classifier.weight", "bert.pooler.dense.weight"]
+    for kind, more in (
+        (ClassificationHead, {}),
+        (ClassificationHead, {"problem_type": "single_label_classification"}),
+        (MultiLabelHead, {"problem_type": "multi_label_classification"}),
+    ):
+        options = Options(classes | more)
+        model = explicit(Bert().model(options, names))
+        assert type(model.head) is kind and model.head.classes == ("rude", "kind") and not options.problems
+        written = Bert().options(model)
+        assert Bert().model(Options(json.loads(json.dumps(written))), names).head == model.head
+    for wrong in ({"problem_type": "regression"}, {"id2label": {"0": "LABEL_0"}}):
+        options = Options(classes | wrong)
+        Bert().model(options, names)
+        assert len(options.problems) == 1
+
+
+def test_what_a_config_leaves_out_is_as_in_transformers():
+    """Defaults of Qwen2Config, MistralConfig and of Llama 3's rotary frequencies."""
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    assert _masks(Options(window), "qwen2", 4) == Causal()
+    assert _masks(Options({"use_sliding_window": True}), "qwen2", 56) == (*[Causal()] * 28, *[Window(4096)] * 28)
+    assert _masks(Options(window | {"max_window_layers": 0}), "qwen2", 4) == Window(8)
+    assert _masks(Options({}), "mistral", 4) == Window(4096)
+    assert _masks(Options({"sliding_window": None}), "mistral", 4) == Causal()
+    rope = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "max_position_embeddings": 64}
+    assert _position(Options(rope)).trained == 64
+
+
+@pytest.mark.parametrize("part", ["feed_forward", "kernel"])
+def test_a_model_without_a_branch_is_of_no_architecture(part, tmp_path):
+    run = made(tmp_path / "run", **{part: None, "n_layers": 1})
+    with pytest.raises(InputError, match=f"no architecture has all parts of its model.*{part}"):
+        export_run(run, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_an_output_matrix_that_is_not_the_embedding_is_refused(tmp_path):
     def change(config, tensors):
         config["tie_word_embeddings"] = True
@@ -203,7 +245,13 @@ def test_a_part_that_no_architecture_has_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "tokenizer",
-    [Characters("\n abé€"), Characters("\n ab", end_token=True, mask_token=True), Bytes(end_token=True), "BPE"],
+    [
+        Characters("\n abé€"),
+        Characters("\n ab", end_token=True, mask_token=True),
+        Characters("\n ab", end_token=True, unknown_token=True),
+        Bytes(end_token=True),
+        "BPE",
+    ],
 )
 def test_tokenizers_are_exported_with_their_ids(tokenizer, tmp_path):
     tokenizer = BPE(300).fit(["a bé a b"]) if tokenizer == "BPE" else tokenizer

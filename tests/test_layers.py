@@ -114,6 +114,9 @@ def test_a_gain_of_one_plus_what_is_learned(norm):
     begin = {name: p.init(jax.random.key(0), (7,), jnp.float32) for name, p in plus.params().items()}
     assert not begin["scale"].any()
     close(plus(*j(begin | {"scale": gain}, x)), one(*j(begin | {"scale": 1 + gain}, x)))
+    small = {name: jnp.full_like(a, 0.003, jnp.bfloat16) for name, a in begin.items()}  # 1.003 is none in bfloat16
+    exact = {name: a.astype(jnp.float32) for name, a in small.items()}
+    assert jnp.array_equal(plus(small, jnp.asarray(x)), plus(exact, jnp.asarray(x)))
 
 
 def test_linear():

@@ -16,6 +16,7 @@ from jaxformer.data.corpora import TextFiles
 from jaxformer.data.datasets import Source
 from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Characters
+from jaxformer.declarations import is_declared
 from jaxformer.lab.measures import (
     activations,
     before_training,
@@ -33,6 +34,7 @@ from jaxformer.model.baselines import GRU
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Causal, Prefix, Window, one_document
+from jaxformer.model.mixers import ValueEmbeddings
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import prepare_data
 from jaxformer.run.step import TrainState
@@ -106,6 +108,7 @@ def test_a_split_without_a_whole_window_is_refused(run_of):
 REACH = {
     "tied": (decoder(n_layers=1, mask=Window(5), **NARROW), 5),
     "untied": (decoder(n_layers=2, mask=Window(4), head=UNTIED, **NARROW), 7),
+    "value embeddings": (decoder(n_layers=1, mixer=ValueEmbeddings(), mask=Window(5), **NARROW), 5),
     "recurrent": (GRU(d_model=11, context_length=23, vocab_size=29), T),
 }
 
@@ -124,8 +127,17 @@ def test_gradients_reach_as_far_as_the_model_sees_and_are_those_of_finite_differ
         moved = table[row[place]][None] + step * jnp.concatenate([jnp.eye(size), -jnp.eye(size)])
         ids = np.repeat(row[None, :-1], 2 * size, 0)
         ids[:, place] = len(table) + np.arange(2 * size)
-        own = {**params, "embedding": {**params["embedding"], "table": jnp.concatenate([table, moved])}}
         body = dataclasses.replace(run.model, vocab_size=len(table) + 2 * size, head=())
+
+        def more(box, a):
+            """The token's own row for each that is moved, in what else the ids are looked up."""
+            if "V" not in box.letters.all:
+                return a
+            axis = box.letters.all.index("V")
+            return jnp.concatenate([a, jnp.repeat(a.take(row[place : place + 1], axis), 2 * size, axis)], axis)  # noqa: B023
+
+        own = jax.tree.map(more, body.declared(), {n: params[n] for n in body.declared()}, is_leaf=is_declared)
+        own["embedding"] = {**own["embedding"], "table": jnp.concatenate([table, moved])}
         h, _ = hidden(body, own, jnp.asarray(ids), one_document(T))
         up, down = -log_softmax(run.model.logits(params, h[:, -1]))[:, row[-1]].reshape(2, size)
         expected = np.linalg.norm((up - down) / (2 * step))

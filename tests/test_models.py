@@ -11,13 +11,16 @@ from tiny import SIZES, B, T, block, decoder, hidden, ids, loud, mixed
 
 from jaxformer.declarations import Slot
 from jaxformer.keys import fold
+from jaxformer.learning.objectives import Classification
 from jaxformer.model import blocks, cache
-from jaxformer.model.heads import LanguageHead
-from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, ReLU, RMSNorm, dropout
-from jaxformer.model.masks import Causal, Window, one_document
+from jaxformer.model.heads import ClassificationHead, FirstToken, LanguageHead
+from jaxformer.model.kernels import Uniform, ValueResidual
+from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, OneLayer, ReLU, RMSNorm, ZeroOutputs, dropout
+from jaxformer.model.masks import Bidirectional, Causal, Window, one_document
 from jaxformer.model.models import Decoder, Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
-from jaxformer.model.residuals import PostNorm, PreNorm
+from jaxformer.model.residuals import PostNorm, PreNorm, ReZero
+from jaxformer.spec import InputError, checked
 
 
 def close(a, b, atol=1e-5):
@@ -238,3 +241,25 @@ def test_a_rolling_cache_keeps_the_newest_whatever_the_order_of_the_row():
     }
     _, written = cache.update(empty, new, slots)
     assert written["position"].tolist() == [[6, 4, 5]] and written["v"].ravel().tolist() == [6, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"initializer": ZeroOutputs(), "residual": ReZero()}, "both begin at zero, and no layer would ever learn"),
+        ({"initializer": ZeroOutputs(), "feed_forward": OneLayer()}, "feed_forward=OneLayer has an activation behind"),
+        ({"kernel": ValueResidual(), "remat": "nothing_saveable"}, "all 5 of the decoder are one"),
+        ({"kernel": Uniform(), "position": Rotary()}, "position=Rotary tells places by scores, and kernel=Uniform has"),
+        ({"kernel": Uniform(), "qk_norm": RMSNorm()}, "qk_norm=RMSNorm is not read by kernel=Uniform"),
+    ],
+)
+def test_parts_that_would_have_no_effect_together_are_refused(fields, sentence):
+    with pytest.raises(InputError, match=sentence):
+        checked(decoder(**fields))
+
+
+def test_a_first_token_that_sees_no_other_is_no_text():
+    causal = decoder(head=ClassificationHead("kind", ("a", "b"), pooling=FirstToken()))
+    with pytest.raises(ValueError, match="pooling=FirstToken has seen no other token"):
+        Classification().check_model(causal)
+    Classification().check_model(dataclasses.replace(causal, mask=Bidirectional()))

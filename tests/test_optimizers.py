@@ -18,7 +18,7 @@ from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Bytes, Characters
-from jaxformer.declarations import Declared, Letters, by_path, trained
+from jaxformer.declarations import Declared, Letters, by_path, selected, trained
 from jaxformer.learning.adafactor import Adafactor
 from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.groups import Everything, Group, Groups, Hidden, Lettered, Path
@@ -28,6 +28,8 @@ from jaxformer.learning.optimizers import SGD, AdamW, Frozen, Lion
 from jaxformer.learning.schedule_free import ScheduleFree
 from jaxformer.learning.schedules import Constant, Product, WarmupCosine
 from jaxformer.model.baselines import LSTM
+from jaxformer.model.masks import Causal, Window
+from jaxformer.model.models import Embedding
 from jaxformer.run.manifest import sha256
 from jaxformer.run.step import Hyper, Recipe, init_state, train_members, train_steps
 from jaxformer.spec import InputError, checked
@@ -274,8 +276,39 @@ def test_rates_by_depth():
     assert not np.any(change["embedding"]["table"]) and not np.any(change["decoder"]["layers"]["up"][0])
     assert not np.any(change["encoder"]["layers"]["up"]) and np.all(change["decoder"]["layers"]["up"][1])
     assert float(optimizer.rate(STEP, STEPS)) == 1.0
+    assert not by_path(dataclasses.replace(optimizer, still=2).frozen(boxes))["embedding/table"].trained
+    assert by_path(dataclasses.replace(optimizer, still=2).frozen(boxes))["decoder/layers/up"].trained
     with pytest.raises(ValueError, match="still=5 must be at most 4, the layers of the model"):
         dataclasses.replace(optimizer, still=5).check_declared(boxes)
+
+
+def test_depths_are_those_of_the_model():
+    """Tables of positions and the norm of the embedding lie in the stack and are below its first layer; layers that are
+    left out, as frozen ones are, count."""
+    model = decoder(n_layers=4, mask=(Window(4), Causal()), embedding=Embedding(normed=True))
+    boxes = trained(model.declared(), model.declared())
+    rates = lambda optimizer, boxes: {
+        path: np.unique(-np.asarray(a).reshape(len(a), -1), axis=1)[:, 0] for path, a in changes(optimizer, boxes)
+    }
+    optimizer = ByDepth(optimizer=SGD(Constant(1.0)), decay=0.5)
+    found = rates(optimizer, boxes)
+    for path in ("embedding/table", "decoder/position/table", "decoder/norm_embedding/scale"):
+        np.testing.assert_allclose(found[path], 1 / 16, err_msg=path)
+    np.testing.assert_allclose(found["decoder/layers/block0/attention/project/q"], [1 / 8, 1 / 2])
+    np.testing.assert_allclose(found["decoder/norm/scale"], 1)
+    some = selected(boxes, boxes, lambda path: "block1" not in path)
+    again = rates(optimizer, some)
+    assert all((again[path] == found[path]).all() for path in again)
+    frozen = by_path(dataclasses.replace(optimizer, still=1).frozen(boxes))
+    assert {path for path, box in frozen.items() if not box.trained} == {
+        path for path in frozen if path.startswith(("embedding/", "decoder/position/", "decoder/norm_embedding/"))
+    }
+
+
+def changes(optimizer, boxes):
+    ones = jax.tree.map(lambda box: jnp.ones(box.value.shape), boxes, is_leaf=lambda x: isinstance(x, Declared))
+    transform = optimizer.transform(boxes, STEP, STEPS)
+    return by_path(transform.update(ones, transform.init(ones), ones)[0]).items()
 
 
 def test_refusals():
@@ -466,6 +499,8 @@ def test_what_is_evaluated_is_what_the_optimizer_says(tmp_path):
 
 def test_one_average_is_enough(tmp_path):
     own = config(tmp_path, "decoder", PARTLY)
+    with pytest.raises(InputError, match=r"averages by itself; put ByDepth inside: ScheduleFree.optimizer=ByDepth"):
+        checked(ByDepth(optimizer=ScheduleFree()))
     with pytest.raises(InputError, match="must be None: optimizer=Groups averages by itself"):
         resolve(own, {"train.ema_decay": 0.9})
     assert resolve(dataclasses.replace(own, optimizer=FREEZES), {"train.ema_decay": 0.9}).train.ema_decay == 0.9

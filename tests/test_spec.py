@@ -10,9 +10,10 @@ import outside
 import pytest
 import tiny
 
-from jaxformer.config import Config, read, resolve
-from jaxformer.data.corpora import Mixture, PythonTopics, TinyShakespeare
+from jaxformer.config import Config, Data, Train, differences, may_change, read, resolve
+from jaxformer.data.corpora import Mixture, PythonTopics, TextLines, TinyShakespeare
 from jaxformer.declarations import Declared, is_declared, map_declared
+from jaxformer.learning.guards import Guard
 from jaxformer.learning.optimizers import SGD, AdamW, Optimizer, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.kernels import Softmax
@@ -463,3 +464,24 @@ def test_subclasses_are_frozen_dataclasses():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Part().size = 4
     assert Part(4) != Part() and issubclass(Declared, object)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "may"),
+    [
+        ("train.log_every", 7, True),
+        ("train.guard", None, None),
+        ("train.guard.spike", 6.0, None),
+        ("train.guard.most", 3, None),
+        ("data.corpus.corpora.1.path", "moved", None),
+        ("data.corpus.weights", (0.5, 0.5), False),
+        ("model.mask.1.size", 5, False),
+    ],
+)
+def test_what_may_change_when_a_run_resumes(path, value, may):
+    """Freely, with a notice (None), or not at all; of what holds several parts, that of the part."""
+    corpus = Mixture((TextLines("a"), TextLines("b")), (0.3, 0.7))
+    model = Decoder(n_layers=2, n_heads=2, d_model=14, mask=(Causal(), Window(4)), context_length=8)
+    old = Config("run", model, Data(corpus), train=Train(guard=Guard()))
+    (found,) = differences(old, override(old, path, value))
+    assert (found, may_change(found)) == (path, may)

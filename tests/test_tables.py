@@ -1,6 +1,7 @@
 """Tables and synthetic tasks: rows as examples, what is wrong with a row, labels, splits."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import logging
@@ -346,6 +347,18 @@ def test_halves_are_the_text_and_teach_a_tokenizer_the_same(tmp_path):
 
 def source_lengths(corpus):
     return encode(corpus, Bytes(), {}).n_examples
+
+
+def test_another_file_has_all_its_rows(tmp_path):
+    """What is put aside is of one table: a file to be judged or answered is read whole."""
+    path = written(tmp_path / "h.csv", [(f"text {i}", "b", "1") for i in range(11)])
+    fold, halves = Fold("x.csv", labels=("class",), folds=5), Halves("x.csv", folds=5)
+    other = fold.at(str(path))
+    assert other == Table(str(path), labels=("class",)) and len(list(other.rows())) == 11
+    assert len(list(dataclasses.replace(fold, path=str(path)).asked(False).rows())) == 8
+    assert halves.at(str(path)).texts == 2 and len(list(checked(halves.at(str(path))).rows())) == 11
+    with pytest.raises(InputError, match="folds=1 must be at least 2"):
+        checked(Fold("x.csv", folds=1))
 
 
 def test_halves_have_no_labels_and_no_second_text():

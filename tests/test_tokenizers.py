@@ -147,11 +147,18 @@ def test_the_pieces_of_a_corpus_have_the_ids_of_the_whole(topics):
 
 
 def test_bpe_learns_from_an_even_sample():
-    """Of pieces a, b, c, d, … every fourth when a quarter of the characters is allowed."""
-    pieces = [chr(97 + i) * 2 + "!" for i in range(20)]
-    merged = lambda t: {token for token in json.loads(t.definition)["model"]["vocab"] if len(token) == 2}
-    assert merged(BPE(300, sample=15).fit(pieces)) >= {"aa", "ee", "ii"}
-    assert "bb" not in merged(BPE(300, sample=15).fit(pieces)) and "bb" in merged(BPE(300).fit(pieces))
+    """About a fourth of the pieces where a fourth of the characters is allowed; as many odd ones, such as the second
+    texts of pairs, as even ones."""
+    pieces = [chr(97 + i // 20) + chr(97 + i % 20) + "!" for i in range(400)]
+    vocabulary = json.loads(BPE(700, sample=300).fit(pieces).definition)["model"]["vocab"]
+    found = [i for i, piece in enumerate(pieces) if piece[:2] in vocabulary]
+    assert 96 <= len(found) <= 104 and 46 <= sum(i % 2 for i in found) <= 54 and 20 <= sum(i < 100 for i in found) <= 30
+    assert all(piece[:2] in json.loads(BPE(700).fit(pieces).definition)["model"]["vocab"] for piece in pieces)
+
+
+def test_what_is_dropped_is_told_in_the_librarys_language():
+    with pytest.raises(InputError, match=r"drop='.*' must be a regular expression of Oniguruma"):
+        checked(BPE(300, drop="(?P<name>x)"))
 
 
 def test_half_of_a_surrogate_pair_is_refused(topics):

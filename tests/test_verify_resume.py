@@ -13,7 +13,7 @@ import jaxformer
 from jaxformer import Config, Data, Decoder, Train
 from jaxformer.commands import main
 from jaxformer.data.corpora import TextFiles
-from jaxformer.lab.interruptions import Interruption
+from jaxformer.lab.interruptions import Interruption, Trial
 from jaxformer.lab.verify_resume import (
     batches_sha256,
     differing_arrays,
@@ -198,6 +198,17 @@ def test_mistakes_are_told_in_a_sentence(home, capsys, arguments, message):
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
     assert sorted(home.rglob("*")) == before
+
+
+def test_its_processes_import_what_it_imports(home, monkeypatch):
+    (home / "their_position.py").write_text(
+        "from jaxformer.model.positions import NoPosition\n\n\nclass TheirPosition(NoPosition):\n    pass\n"
+    )
+    seen = []
+    monkeypatch.setattr(Trial, "straight", lambda trial: seen.append(trial.command) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.run("verify_resume", ["config.py", "--import=their_position", "--model.position=TheirPosition"])
+    assert "--import=their_position" in seen[0]
 
 
 def test_a_config_in_python_is_refused():

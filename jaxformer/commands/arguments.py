@@ -112,11 +112,15 @@ def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
+IMPORTED: list[str] = []  # modules that --import=MODULE has named: processes of a command need them, too
+
+
 def imported(arguments: Sequence[str]) -> list[str]:
     """Imports the modules that --import=MODULE names, looked for in the working directory too; returns the rest."""
     from jaxformer.spec import InputError
 
     modules, rest = _taken(arguments, "--import")
+    IMPORTED.extend(modules)
     for module in modules:
         find_modules_here()
         try:

@@ -20,7 +20,10 @@ def check(
     find_modules_here()
     if devices is not None:
         from jaxformer.platform import simulate_devices
+        from jaxformer.spec import InputError
 
+        if not 2 <= devices <= 1024:
+            raise InputError(f"devices={devices} must be at least 2 and at most 1024, such as 8")
         simulate_devices(devices)
     found = check(config, overrides, devices=devices)
     if json:

@@ -86,7 +86,7 @@ def _talk(opened: "Run", system: str | None, tokens: int, seed: int, how: dict[s
 
     asks = sys.stdin.isatty()
     dialogue = Chat(opened, system, tokens, seed, **how)
-    while question := (_line("> ") if asks else sys.stdin.readline().strip()):
+    while question := _line("> " if asks else None):
         try:
             for piece in dialogue.ask(question):
                 print(piece, end="", flush=True)
@@ -97,9 +97,14 @@ def _talk(opened: "Run", system: str | None, tokens: int, seed: int, how: dict[s
         print(flush=True)
 
 
-def _line(prompt: str) -> str:
+def _line(prompt: str | None) -> str:
+    """The next one, asked for by a prompt or, without one, read from a pipe; "" at the end."""
+    from jaxformer.spec import InputError
+
     try:
-        return input(prompt).strip()
+        return (sys.stdin.readline() if prompt is None else input(prompt)).strip()
     except EOFError:
         print()
         return ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"a question is not UTF-8 ({error.reason}); convert what is read") from None

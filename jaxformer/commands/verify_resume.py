@@ -25,9 +25,10 @@ def verify_resume(
         json: Prints one JSON object.
         overrides: Sets a field of the config, as in train.
     """
+    from jaxformer.commands.arguments import IMPORTED
     from jaxformer.lab.verify_resume import verify_resume
 
-    found = verify_resume(config, overrides, kills, signals, seed, seeds, directory)
+    found = verify_resume(config, overrides, kills, signals, seed, seeds, directory, IMPORTED)
     print(found.json() if json else found)
     if not found.identical:
         raise SystemExit(1)

@@ -369,7 +369,7 @@ class Batches:
                 own = numbers[here] // np.uint64(len(whose)) * counts[i, -1] + counts[i, turn[here]]
                 key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
                 parts.append((here, self.sampling.rows(source, self.size, key, own)))
-        if any("weights" in part for _, part in parts):  # of a mixture with dialogues: all of any other text is learned
+        if any(source.answers is not None for source in self.sources):  # all of text that is no dialogue is learned
             parts = [(here, {"weights": np.ones_like(part["tokens"])} | part) for here, part in parts]
         batch = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in parts[0][1].items()}
         for here, part in parts:

@@ -81,6 +81,9 @@ class Dialogues(Conversations, TextFiles):
             value = json.loads(line)
             found = value[self.field]
             line.decode()
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{at.place()}: half of a surrogate pair; fix the line, or leave it out") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"no object with {self.field!r}" if isinstance(error, KeyError | TypeError) else error
             raise InputError(f"{at.place()}: {reason}; fix the line, or leave it out") from None
@@ -106,6 +109,9 @@ class Instructions(Conversations, Table):
         super().check(at)
         if self.labels:
             raise ValueError(f"{at}labels={self.labels} must be (): answers are what is learned")
+
+    def asked(self, pairs: bool) -> Table:
+        return self.plain().asked(pairs)
 
     def dialogues(self) -> Iterator[tuple[list[Message], Piece]]:
         for path in self.files():

@@ -68,6 +68,10 @@ class Table(TextFiles):
     def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 1 if self.target is None else 2
 
+    def plain(self) -> "Table":
+        """What a kind of table is but for its own fields."""
+        return Table(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Table)})
+
     def asked(self, pairs: bool) -> "Table":
         return dataclasses.replace(self, labels=(), several=(), target=self.target if pairs else None)
 
@@ -183,10 +187,14 @@ class Fold(Table):
 
     def check(self, at: str = "") -> None:
         super().check(at)
-        if self.folds < 2:
+        if self.folds < 2 - self.inside:
             raise ValueError(f"{at}folds={self.folds} must be at least 2; 5 is usual")
         if not 0 <= self.fold < self.folds:
             raise ValueError(f"{at}fold={self.fold} must be at least 0 and less than {at}folds={self.folds}")
+
+    def at(self, path: str) -> Table:
+        """All rows of another file: it has no part in the folds of this one."""
+        return dataclasses.replace(self.plain(), path=path)
 
     def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
         for number, row in enumerate(super()._rows_of(path, quiet)):
@@ -212,9 +220,12 @@ class Halves(Fold):
     def texts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 2
 
+    def at(self, path: str) -> Table:
+        return dataclasses.replace(self, path=path, fold=0, folds=1, inside=True)
+
     def asked(self, pairs: bool) -> Table:
         """Whole texts, as those are that a run answers."""
-        return Table(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Table)}).asked(pairs)
+        return self.plain().asked(pairs)
 
     def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
         for row in super()._rows_of(path, quiet):

@@ -470,7 +470,7 @@ class BPE(Unfitted):
     """
 
     vocab_size: int = 8192  # how many ids there are  # pyright: ignore
-    sample: int = 100_000_000  # how many characters it learns from, spread over the corpus; they bound the memory
+    sample: int = 100_000_000  # about how many characters it learns from, spread over the corpus; they bound the memory
     mask_token: bool = False  # adds an id that hides tokens (for Masked)
     sentinels: int = 0  # ids for missing spans (for SpanCorruption)
     lowercase: bool = False  # reads all text in lower case
@@ -479,10 +479,15 @@ class BPE(Unfitted):
     def check(self, at: str = "") -> None:
         if self.sentinels < 0:
             raise ValueError(f"{at}sentinels={self.sentinels} must be at least 0; 100 is usual")
-        try:
-            re.compile(self.drop or "")
-        except re.error as error:
-            raise ValueError(f"{at}drop={self.drop!r} must be a regular expression ({error})") from None
+        if self.drop is not None:
+            import tokenizers
+
+            try:
+                tokenizers.Regex(self.drop)
+            except Exception as error:  # the library raises no other
+                raise ValueError(
+                    f"{at}drop={self.drop!r} must be a regular expression of Oniguruma ({error})"
+                ) from None
         least = 257 + self.mask_token + self.sentinels
         if not least <= self.vocab_size <= 1 << 20:
             raise ValueError(
@@ -515,8 +520,8 @@ class BPE(Unfitted):
         total = sum(map(len, texts))
         if not total:
             raise InputError("data.tokenizer=BPE: the corpus is empty; give one with text in it")
-        every = -(-total // self.sample)
-        sample = (text for i, text in enumerate(texts) if i % every == 0)
+        share = (1 << 64) // -(-total // self.sample)
+        sample = (text for i, text in enumerate(texts) if i * GOLDEN % (1 << 64) < share)
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
         library.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
@@ -593,6 +598,7 @@ def defined(definition: str, path: Path, **given: str | None) -> Subwords:
 
 SPECIAL = ("start_token", "end_token", "padding_token", "mask_token")
 END_OF_TEXT = "<|endoftext|>"
+GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ over the golden ratio: multiples of it, mod 2⁶⁴, are spread evenly and have no period
 STARTS = ("<s>", "[CLS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>", END_OF_TEXT)
 ENDS = ("</s>", "[SEP]", "<eos>", "<|end_of_text|>", END_OF_TEXT)
 MASK = "<mask>"

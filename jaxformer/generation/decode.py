@@ -38,6 +38,7 @@ class Request(NamedTuple):
     end: int | None = None  # the id that ends a text
     sources: Sequence[Sequence[int]] | None = None  # what the encoder reads, of a model that has one
     stretch: int = STRETCH  # tokens between two words to the caller, at most STRETCH
+    second: bool = False  # whether what is drawn is a second text, told from the prompt by its token type
 
 
 class Drawn(NamedTuple):
@@ -90,6 +91,7 @@ class LeftToRight(Sampler):
         context = request.context or model.context_length
         memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
         own_params, own_memory = _laid_out(model, params, memory)
+        second = request.second or request.objective.second
         how = How(request.keys, request.processors, np.int32(-1 if request.end is None else request.end))
         texts = [list(prompt) for prompt in request.prompts]
         length, done, ended = context, 0, np.zeros(len(texts), bool)
@@ -113,10 +115,10 @@ class LeftToRight(Sampler):
                     break
                 if at.max() == size:
                     size = _size(size + 1, context)
-                    cache = _grown(model, size, cache, own_params)
+                    cache = _grown(model, len(texts), size, cache, own_params)
                 count = min(left, request.stretch, size - int(at.max()))
                 steps = at, np.int32(done), np.int32(count)
-                drawn, now, cache = _decode(model, own_params, now, cache, *steps, how, own_memory)
+                drawn, now, cache = _decode(model, second, own_params, now, cache, *steps, how, own_memory)
                 new, at = Drawn(*(np.asarray(a)[:, :count] for a in drawn)), at + count
             length = max(1, context // 2)
 
@@ -154,10 +156,10 @@ def _laid_out(model: Model, params: Any, memory: Any) -> tuple[Any, Any]:
     return model.for_decoding(params), model.apart(memory)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _grown(model: Model, size: int, cache: Any, params: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _grown(model: Model, rows: int, size: int, cache: Any, params: Any) -> Any:
     """The cache, with room for `size` tokens."""
-    rows, dtype = len(jax.tree.leaves(cache)[0]), jax.tree.leaves(params)[0].dtype
+    dtype = jax.tree.leaves(params)[0].dtype
     write = lambda new, old: new.at[tuple(slice(n) for n in old.shape)].set(old)
     return jax.tree.map(write, model.apart(model.cache(rows, size, dtype)), cache)
 
@@ -205,9 +207,10 @@ def _prefill(
     return _draw(model, params, last, number, how, ended, text), model.apart(cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode(
     model: Model,
+    second: bool,
     params: Any,
     now: Now,
     cache: Any,
@@ -229,7 +232,7 @@ def _decode(
         i, (ids, log_probabilities), now, cache = carry
         cache = whole(cache)
         one = jnp.ones((len(now.ids), 1), jnp.int32)
-        at = Places((lengths + i)[:, None], one, one)
+        at = Places((lengths + i)[:, None], one, one if second else None)
         h, cache, *_ = model.hidden(params, now.ids[:, None], at, cache=cache, memory=memory)
         now = _draw(model, params, h[:, 0], first + i, how, now.ended, now.text)
         drawn = ids.at[:, i].set(now.ids), log_probabilities.at[:, i].set(now.log_probabilities)

@@ -26,7 +26,8 @@ def predict(
         parts = (np.arange(ids.shape[1])[None] >= np.asarray(seconds)[:, None]).astype(np.int32)
     said = jax.device_get(_predict(model, params, ids, segments, parts))
     heads = [head for head in model.heads if head.name in said]
-    answers = ([head.answer(said[head.name][i]) for head in heads] for i in range(len(texts)))
+    of = lambda head, i: said[head.name][i, : len(texts[i])] if head.of_tokens else said[head.name][i]
+    answers = ([head.answer(of(head, i)) for head in heads] for i in range(len(texts)))
     return [dict(item for answer in each for item in answer.items()) for each in answers]
 
 

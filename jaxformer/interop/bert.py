@@ -6,7 +6,14 @@ from typing import Any
 
 from jaxformer.interop.architecture import ACTIVATIONS, Architecture, Options, Row, activation_name
 from jaxformer.learning.objectives import Classification, Contrastive, Masked, Objective
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead, FirstToken, Head, MaskedLanguageHead
+from jaxformer.model.heads import (
+    ClassificationHead,
+    EmbeddingHead,
+    FirstToken,
+    Head,
+    MaskedLanguageHead,
+    MultiLabelHead,
+)
 from jaxformer.model.layers import MLP, LayerNorm, Tanh, TruncatedNormal
 from jaxformer.model.models import Decoder, Embedding, Encoder
 from jaxformer.model.residuals import PostNorm
@@ -37,6 +44,10 @@ TRUNK = {
     "encoder/norm_embedding/bias": "embeddings.LayerNorm.bias",
 }
 POOLER = {"between": "bert.pooler.dense.weight", "between_bias": "bert.pooler.dense.bias"}
+PROBLEMS: dict[str, type[ClassificationHead]] = {  # the first is the default
+    "single_label_classification": ClassificationHead,
+    "multi_label_classification": MultiLabelHead,
+}
 HEADS: dict[type[Head], dict[str, str]] = {
     MaskedLanguageHead: {
         "between": "cls.predictions.transform.dense.weight",
@@ -46,7 +57,7 @@ HEADS: dict[type[Head], dict[str, str]] = {
         "bias": "cls.predictions.bias",
     },
     EmbeddingHead: {"kernel": POOLER["between"], "bias": POOLER["between_bias"]},
-    ClassificationHead: POOLER | {"kernel": "classifier.weight", "bias": "classifier.bias"},
+    **dict.fromkeys(PROBLEMS.values(), POOLER | {"kernel": "classifier.weight", "bias": "classifier.bias"}),
 }
 NEXT = "next_sentence"  # the column of whether the second text follows the first
 FOLLOWS = ("yes", "no")
@@ -101,12 +112,12 @@ class Bert(Architecture):
             "hidden_dropout_prob": model.dropout,
             "attention_probs_dropout_prob": model.dropout,
         }
-        kinds = {type(head): head for head in model.heads}
-        if MaskedLanguageHead in kinds:
-            name = "BertForPreTraining" if len(kinds) > 1 else "BertForMaskedLM"
-        elif isinstance(head := kinds.get(ClassificationHead), ClassificationHead):
+        if any(isinstance(head, MaskedLanguageHead) for head in model.heads):
+            name = "BertForPreTraining" if len(model.heads) > 1 else "BertForMaskedLM"
+        elif isinstance(head := model.heads[0], ClassificationHead):
             name, classes = "BertForSequenceClassification", head.classes or ()
             found |= {"id2label": dict(enumerate(classes)), "label2id": {each: i for i, each in enumerate(classes)}}
+            found["problem_type"] = dict(zip(PROBLEMS.values(), PROBLEMS, strict=True)).get(type(head))
         else:
             name = "BertModel"
         return found | {"architectures": [name]}
@@ -163,20 +174,21 @@ def _heads(options: Options, names: Sequence[str], activation: Any, norm: LayerN
     if has("cls.seq_relationship."):
         heads.append(ClassificationHead(NEXT, FOLLOWS, hidden=width, **how))
     if has("classifier."):
-        heads.append(ClassificationHead("label", _classes(options), hidden=width, **how))
+        kind = options.choice("problem_type", PROBLEMS, next(iter(PROBLEMS)))
+        heads.append(kind("label", _classes(options, 1 if kind is MultiLabelHead else 2), hidden=width, **how))
     if not heads:
         heads.append(EmbeddingHead(FirstToken(), width, Tanh(), unit=False))
     return heads[0] if len(heads) == 1 else tuple(heads)
 
 
-def _classes(options: Options) -> tuple[str, ...]:
-    """Of id2label, whose keys are numbers from 0 on; two by default."""
+def _classes(options: Options, least: int) -> tuple[str, ...]:
+    """Of id2label, whose keys are numbers from 0 on; two by default. One class alone is a score, no choice."""
     named = options.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     try:
         classes = tuple(named[str(i)] for i in range(len(named)))
-        if not all(isinstance(each, str) for each in classes) or len(set(classes)) != len(classes) or not classes:
+        if not all(isinstance(each, str) for each in classes) or not least <= len(classes) == len(set(classes)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        options.problems.append("id2label must name each class by its number, from 0 on")
+        options.problems.append(f"id2label must name each class, {least} or more, by its number, from 0 on")
         return ("LABEL_0", "LABEL_1")
     return classes

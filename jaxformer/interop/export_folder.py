@@ -43,9 +43,11 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
     options: dict[str, Any] = (
         architecture.options(model, origin.get("model_type")) | {"dtype": dtype} | _ids(run.tokenizer)
     )
+    texts = _tokenizer_files(run.tokenizer, model.context_length)
     place.mkdir(parents=True, exist_ok=True)
     sizes = _write_tensors(place, tensors, dtype, kind.itemsize, shard_size)
-    _write_tokenizer(place, run.tokenizer, model.context_length)
+    for name, text in texts.items():
+        write(place / name, text)
     count = sum(array.size for array in by_path(run.eval_params).values())
     write(place / "README.md", _card(run, options, count))
     write(place / "config.json", json.dumps(options, indent=2) + "\n")  # last: it makes the folder a model
@@ -156,11 +158,11 @@ def _ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": padding}
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
+def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, str]:
     """In both forms: the library's, which `transformers` reads, and that of a run, from which it is read back."""
-    write(folder / OWN_TOKENIZER, dumps(tokenizer))
+    own = {OWN_TOKENIZER: dumps(tokenizer)}
     if isinstance(tokenizer, NoTokenizer):
-        return
+        return own
     if isinstance(tokenizer, Subwords):
         definition = tokenizer.definition
         tokens = {
@@ -171,18 +173,21 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
         }
     else:
         definition, tokens = _definition(tokenizer)
-    write(folder / "tokenizer.json", definition)
     named = {name: token for name, token in tokens.items() if token is not None}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
     about |= {"clean_up_tokenization_spaces": False, **named}
     about |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
-    write(folder / "tokenizer_config.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    return own | {"tokenizer.json": definition, "tokenizer_config.json": config}
 
 
 def _definition(tokenizer: Tokenizer) -> tuple[str, dict[str, str | None]]:
     """Bytes or characters as the library `tokenizers` has them, with the same ids; and the names of special ones."""
     import tokenizers as lib
 
+    special = tokenizer.special
+    names = dict.fromkeys(special["end"], "<|endoftext|>") | dict.fromkeys(special["mask"], "<mask>")
+    names |= {i: f"<extra_id_{number}>" for number, i in enumerate(special["sentinels"])}
     parts: Any = lib  # whose stubs know less than it has
     if isinstance(tokenizer, Bytes):
         table = _byte_characters()
@@ -191,16 +196,13 @@ def _definition(tokenizer: Tokenizer) -> tuple[str, dict[str, str | None]]:
         found.decoder = parts.decoders.ByteLevel()
     elif isinstance(tokenizer, Characters):
         unknown = "<unk>" if tokenizer.unknown_token else None
-        ids = {c: i for i, c in enumerate(tokenizer.alphabet or "")}
-        ids |= {} if unknown is None else {unknown: tokenizer.special["others"][0]}
+        ids = {c: i for i, c in enumerate(tokenizer.alphabet or "")} | {token: i for i, token in names.items()}
+        ids |= {} if unknown is None else {unknown: special["others"][0]}
         found = lib.Tokenizer(parts.models.WordLevel(ids, **({} if unknown is None else {"unk_token": unknown})))
         found.pre_tokenizer = parts.pre_tokenizers.Split(lib.Regex(r"[\s\S]"), "isolated")
         found.decoder = parts.decoders.Fuse()
     else:
         raise InputError(f"the tokenizer {type(tokenizer).__name__} has no form that transformers reads")
-    special = tokenizer.special
-    names = dict.fromkeys(special["end"], "<|endoftext|>") | dict.fromkeys(special["mask"], "<mask>")
-    names |= {i: f"<extra_id_{number}>" for number, i in enumerate(special["sentinels"])}
     found.add_special_tokens([names[i] for i in sorted(names)])
     assert all(found.token_to_id(token) == i for i, token in names.items())
     end = "<|endoftext|>" if special["end"] else None

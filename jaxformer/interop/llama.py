@@ -120,13 +120,12 @@ class Llama(Architecture):
     def rows(self, model: Decoder) -> list[Row]:
         rows = [Row(path, self.prefix + name) for path, name in TRUNK.items()]
         (kind, *_) = model.kinds("decoder")
-        assert kind.mixer is not None and kind.feed_forward is not None
-        attention = kind.mixer.params(kind.parts)
+        attention = kind.mixer.params(kind.parts) if kind.mixer else {}
         has = {
-            "attention/project": set(attention["project"]),
-            "attention/norm_q": set(attention["norm_q"]),
-            "attention/norm_k": set(attention["norm_k"]),
-            "feed_forward": set(kind.feed_forward.params()),
+            "attention/project": set(attention.get("project", ())),
+            "attention/norm_q": set(attention.get("norm_q", ())),
+            "attention/norm_k": set(attention.get("norm_k", ())),
+            "feed_forward": set(kind.feed_forward.params() if kind.feed_forward else ()),
             "norm_attention": {"scale"},
             "norm_feed_forward": {"scale"},
         }
@@ -159,7 +158,7 @@ def _position(options: Options) -> Rotary:
             factor=rope.number("factor", 8.0),
             low=rope.number("low_freq_factor", 1.0),
             high=rope.number("high_freq_factor", 4.0),
-            trained=rope.count("original_max_position_embeddings", 8192),
+            trained=rope.count("original_max_position_embeddings", options.get("max_position_embeddings", 8192)),
         )
     elif kind != "default":
         rope.problems.append(f"rope_type={kind!r} is not supported, default, linear and llama3 are")
@@ -186,13 +185,14 @@ def _masks(options: Options, kind: str, n_layers: int) -> Mask | tuple[Mask, ...
     """Causal, or windows: of every layer in Mistral, of some in Qwen."""
     if kind == "llama":
         return Causal()
-    size = options.get("sliding_window")
-    types, first = options.get("layer_types"), options.get("max_window_layers", 0)
-    if kind == "mistral":
-        return Causal() if size is None else Window(options.count("sliding_window"))
-    if not options.flag("use_sliding_window", False) or size is None:
+    types, first = options.get("layer_types"), options.get("max_window_layers", 28)
+    options.read.add("sliding_window")
+    none = "sliding_window" in options.values and options.values["sliding_window"] is None  # else it is 4096
+    if none or (kind != "mistral" and not options.flag("use_sliding_window", False)):
         return Causal()
-    window = Window(options.count("sliding_window"))
+    window = Window(options.count("sliding_window", 4096))
+    if kind == "mistral":
+        return window
     if types is None:
         first = first if type(first) is int else 0
         types = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(0, n_layers - first)

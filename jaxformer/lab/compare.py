@@ -73,9 +73,12 @@ def _why_not(first: Group, other: Group, by: str) -> str:
         return "the validation texts differ"
     if any(a.objective != b.objective for a, b in pairs):
         return "the objectives differ, and so does what is measured"
-    of_tokens = any("bits_per_byte" in r.end for pair in pairs for r in pair) and not by.startswith("bits_per_byte")
+    if any(a.shares != b.shares and not a.of_part(by) for a, b in pairs):
+        return "the shares of the validation texts differ; compare with by=loss_NAME, of one of them"
+    of_tokens = any("tokens" in r.end for pair in pairs for r in pair) and not by.startswith("bits_per_byte")
     if of_tokens and any(a.texts["tokenizer_sha256"] != b.texts["tokenizer_sha256"] for a, b in pairs):
-        return "the tokenizers differ, and so do their tokens; compare with by=bits_per_byte"
+        there = all("bits_per_byte" in r.end for pair in pairs for r in pair)
+        return "the tokenizers differ, and so do their tokens" + "; compare with by=bits_per_byte" * there
     return ""
 
 

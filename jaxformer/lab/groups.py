@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxformer import config as config_lib
 from jaxformer.data.files import located
-from jaxformer.run.metrics import read_rows
+from jaxformer.run.metrics import DIVERGED, read_rows
 from jaxformer.spec import InputError, Spec, class_name, known_specs, to_json
 
 # What does not make another group; what texts hold is told by their fingerprints, not by where they stand.
@@ -54,8 +54,10 @@ class Record:
         if not self.rows:
             return "has no rows: not begun"
         step = self.rows[-1]["step"]
-        if self.rows[-1].get("loss", 0.0) is None or self.end.get(by, 0.0) is None:
+        if (self.end or self.rows[-1]).get("loss", 0.0) is None:
             return f"diverged: no finite number at step {step:,}"
+        if self.rows[-1].get("split") == DIVERGED:
+            return f"diverged: too many updates skipped in a row at step {step:,}"
         if not self.end:
             return f"unfinished: at step {step:,} of {self.steps:,}"
         return "" if _finite(self.end.get(by)) else f"has no {by}"
@@ -69,7 +71,21 @@ class Record:
         sampling = str((data.get("sampling") or {}).get("class"))
         documents = getattr(kinds.get(sampling), "whole_documents", sampling)  # which are drawn, not taken from the end
         seed = data.get("split_seed") if documents else None
-        return ("corpus", self.texts.get("corpus_sha256"), data.get("valid_fraction"), documents, seed)
+        examples = getattr(
+            kinds.get(sampling), "examples", sampling
+        )  # of which a share of documents is taken, or classes
+        return ("corpus", self.texts.get("corpus_sha256"), data.get("valid_fraction"), documents, examples, seed)
+
+    @property
+    def shares(self) -> list[float]:
+        """What each text of a mixture counts in a number of all of them."""
+        data = self.config["data"]
+        weights = (data.get("valid") or data.get("corpus") or {}).get("weights") or [1.0]
+        return [round(weight / sum(weights), 9) for weight in weights]
+
+    def of_part(self, by: str) -> bool:
+        """Whether a number of its evaluations is of one text of a mixture, as loss_NAME is."""
+        return any(by.startswith(f"{name}_") for name in self.end if name != by)
 
     @property
     def objective(self) -> Any:
@@ -208,6 +224,10 @@ def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
             del part[name]
         elif (sha256 := prints[way[-1]]) is not None:
             part[name] = paths.setdefault((field, sha256), part[name])
+    for which in ("corpus", "valid"):
+        for i, part in enumerate((config["data"].get(which) or {}).get("corpora") or []):  # of a mixture
+            if "path" in part and prints[which] is not None:
+                part["path"] = paths.setdefault((which, i, prints[which]), part["path"])
     config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}
     return config
 

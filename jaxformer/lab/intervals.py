@@ -26,12 +26,15 @@ def estimate(values: Sequence[float], error: float = ERROR) -> Estimate:
     if n < 2:
         return Estimate(mean, None, None, None)
     deviation = float(np.std(values, ddof=1))
-    return Estimate(mean, deviation, *_by_t(mean, deviation / math.sqrt(n), n - 1, error))
+    return Estimate(mean, deviation, *_by_t(mean, deviation / math.sqrt(n), n - 1, error, [values]))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], error: float = ERROR) -> Estimate:
     """Of second - first, pair by pair. What both have in common, as the order of the data, cancels."""
-    found = estimate([b - a for a, b in zip(first, second, strict=True)], error)
+    values = [b - a for a, b in zip(first, second, strict=True)]
+    found = estimate(values, error)
+    if found.deviation is not None and _alike(found.deviation, [first, second]):
+        found = dataclasses.replace(found, half_width=None, p_value=None)
     return dataclasses.replace(found, deviation=None)
 
 
@@ -43,12 +46,21 @@ def welch_difference(first: Sequence[float], second: Sequence[float], error: flo
     parts = [float(np.var(values, ddof=1)) / len(values) for values in (first, second)]
     total = sum(parts)
     within = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
-    return Estimate(mean, None, *_by_t(mean, math.sqrt(total), total**2 / within if within else 1.0, error))
+    return Estimate(
+        mean, None, *_by_t(mean, math.sqrt(total), total**2 / within if within else 1.0, error, [first, second])
+    )
 
 
-def _by_t(mean: float, standard_error: float, freedom: float, error: float) -> tuple[float | None, float | None]:
+def _by_t(
+    mean: float, standard_error: float, freedom: float, error: float, samples: Sequence[Sequence[float]]
+) -> tuple[float | None, float | None]:
     """Half-width and p-value. None if nothing spreads: a few equal numbers do not say that all are equal."""
-    if standard_error == 0:
+    if _alike(standard_error, samples):
         return None, None
     half_width = float(special.stdtrit(freedom, 1 - error / 2)) * standard_error
     return half_width, 2 * float(special.stdtr(freedom, -abs(mean) / standard_error))
+
+
+def _alike(spread: float, samples: Sequence[Sequence[float]]) -> bool:
+    """Whether a spread is none, but for the rounding of numbers as large as these."""
+    return spread <= 1e-14 * max(abs(value) for values in samples for value in values)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer.data.sources import Source, Tokens
+from jaxformer.declarations import Declared, is_declared
 from jaxformer.learning.objectives import cross_entropy
 from jaxformer.model.masks import one_document
 from jaxformer.model.models import Model
@@ -89,11 +90,19 @@ def gradient_by_distance(run: Run, count: int = 256) -> Float[np.ndarray, "T"]:
 @functools.partial(jax.jit, static_argnums=0)
 def _reach(model: Model, params: Any, rows: Int[Array, "B T1"]) -> Float[Array, "T"]:
     length = rows.shape[1] - 1
-    each = jnp.arange(length)[None]  # every place has a row of the table for itself: its gradient is the token's
-    body = dataclasses.replace(model, vocab_size=length, head=())  # whose table has so many rows
+    each = jnp.arange(length)[None]  # every place has a row of a table for itself: its gradient is the token's
+    body = dataclasses.replace(model, vocab_size=length, head=())  # whose tables have so many rows
+    declared = body.declared()
+
+    def of_places(row: Int[Array, "T1"]) -> Any:
+        def one(box: Declared, a: jax.Array) -> jax.Array:
+            return jnp.take(a, row[:-1], box.letters.all.index("V")) if "V" in box.letters.all else a
+
+        return jax.tree.map(one, declared, {name: params[name] for name in declared}, is_leaf=is_declared)
 
     def last(embedded: Float[Array, "T D"], row: Int[Array, "T1"]) -> Float[Array, ""]:
-        own = {**params, "embedding": {**params["embedding"], "table": embedded}}
+        own = of_places(row)
+        own = {**own, "embedding": {**own["embedding"], "table": embedded}}
         h = body.hidden(own, each, one_document(length)).h
         return cross_entropy(model.logits(params, h[:, -1:]), row[None, -1:])[0, 0]
 

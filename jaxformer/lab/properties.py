@@ -420,7 +420,9 @@ def sampler_is_the_loop(probe: Probe) -> str:
     prompts, tokens, keys = [[3, 5, 8], [1], [9, 4]], 5, row_keys(7, 0, 3)
     sources = [[2, 4, 6], [7], [1, 1]] if model.encodes else None
     cold = Temperature(0.3)  # chance matters, and so does what the model says
-    request = Request(probe.objective, model, probe.loud, prompts, tokens, keys, (cold,), sources=sources)
+    second = probe.objective.second or probe.config.data.sampling.joined
+    asked = {"sources": sources, "second": second}
+    request = Request(probe.objective, model, probe.loud, prompts, tokens, keys, (cold,), **asked)
     drawn = np.concatenate([part.ids for part in sampler(request)], 1)
     for i, prompt in enumerate(prompts):
         text = list(prompt)
@@ -430,7 +432,8 @@ def sampler_is_the_loop(probe: Probe) -> str:
         for t in range(tokens):
             ids = jnp.asarray([text + [0] * (8 - len(text))])
             segment = (jnp.arange(8) < len(text)).astype(jnp.int32)[None]
-            h = probe.hidden(ids, places(segment, jnp.where(jnp.arange(8) < len(prompt), 0, 1)[None]), memory)[0]
+            part = jnp.where(jnp.arange(8) < len(prompt), 0, int(second))[None]
+            h = probe.hidden(ids, places(segment, part), memory)[0]
             logits = model.logits(probe.loud, h[:, len(text) - 1])[0]
             expected = int(choose(jax.random.fold_in(keys[i], t)[None], logits[None] / cold.temperature)[0])
             if expected != drawn[i, t]:

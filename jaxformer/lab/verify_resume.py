@@ -72,6 +72,7 @@ def verify_resume(
     seed: int = 0,
     seeds: int | None = None,
     directory: str | Path | None = None,
+    imports: Sequence[str] = (),
 ) -> Verdict:
     """Trains a config straight through, and again with SIGKILLs and signals that end runs at random moments, resumed by
     the same command each time; then compares all that the two runs are.
@@ -79,7 +80,8 @@ def verify_resume(
     `config` is a preset's name or a file's path, `overrides` are texts as on the command line: processes of their own
     train. `seed` draws the moments. Two kills of five wait for a save and for an evaluation. The `signals` are SIGTERM,
     SIGINT and SIGHUP in turn. `seeds` is how many seeds train together. Both runs stay in `directory`, which must be
-    empty or new; without one, in a temporary folder that is deleted if all is identical.
+    empty or new; without one, in a temporary folder that is deleted if all is identical. `imports` are modules that the
+    processes import first, as by --import.
 
     Compared are the stored configs, all batches, rows but for what they say of time, and every array of every
     checkpoint left. A run does not record its batches: they are built anew, from what each run has stored, and losses
@@ -93,6 +95,7 @@ def verify_resume(
     folder = _folder(directory)
     names = [""] if seeds is None else [f"seed-{first.train.seed + i}" for i in range(seeds)]
     flags = [f"--{path}={value}" for path, value in (overrides or {}).items()]
+    flags += [f"--import={module}" for module in imports]
     command = ["train", str(config), *flags, *([f"--seeds={seeds}"] if seeds else [])]
     found, findings, difference = list[Interruption](), list[str](), None
     with collected("stopping, too") as received:

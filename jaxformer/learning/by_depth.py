@@ -4,15 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxformer.declarations import Declared, by_path, path_name
+from jaxformer.declarations import Declared, by_path, is_declared, path_name
 from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import Constant, Schedule
 
 if TYPE_CHECKING:
     import optax
 
-BELOW = "embedding", "position"  # what stands below the first layer, by the beginning of its path
+BELOW = "embedding", "position", "norm_embedding", "residual_begin"  # beginnings of the names of what is below layers
 
 
 class ByDepth(Optimizer):
@@ -35,6 +36,11 @@ class ByDepth(Optimizer):
             raise ValueError(f"{at}decay={self.decay} must be more than 0 and at most 1; 0.8 is usual")
         if self.still < 0:
             raise ValueError(f"{at}still={self.still} must be at least 0")
+        if self.optimizer.averages:  # it would average what layers have not moved by
+            kind = type(self.optimizer).__name__
+            raise ValueError(
+                f"{at}optimizer={kind} averages by itself; put ByDepth inside: {kind}(optimizer=ByDepth())"
+            )
 
     def check_declared(self, declared: Any) -> None:
         self.optimizer.check_declared(declared)
@@ -43,7 +49,13 @@ class ByDepth(Optimizer):
             raise ValueError(f"optimizer.still={self.still} must be at most {deepest}, the layers of the model")
 
     def frozen(self, declared: Any) -> Any:
-        return self.optimizer.frozen(declared)
+        def one(path: Any, box: Declared) -> Declared:
+            name = path_name(path)
+            layers = self._layers(name, box, depths[_stack(name)])
+            return box.replace(trained=box.trained and bool((layers >= self.still).any())) if self.still else box
+
+        declared, depths = self.optimizer.frozen(declared), self._depths(declared)
+        return jax.tree_util.tree_map_with_path(one, declared, is_leaf=is_declared)
 
     def rate(self, step: jax.Array, steps: jax.Array) -> jax.Array:
         """That of the last layer."""
@@ -67,34 +79,33 @@ class ByDepth(Optimizer):
 
         return optax.GradientTransformation(inner.init, update)
 
-    def eval_params(self, opt_state: Any, params: Any) -> Any:
-        return self.optimizer.eval_params(opt_state, params)
-
-    @property
-    def averages(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.optimizer.averages
-
     def _factors(self, path: str, box: Declared, n_layers: int) -> jax.Array:
         """Of an array's updates: [L] where layers lie stacked, else []."""
+        layers = self._layers(path, box, n_layers)
+        still = (layers < self.still) & (self.still > 0)
+        return jnp.where(still, 0.0, self.decay ** (n_layers - 1 - layers).astype(np.float32))
+
+    def _layers(self, path: str, box: Declared, n_layers: int) -> Any:
+        """The number of its layer, or of each that lies stacked; -1 of what is below the first."""
         if box.letters.batch.startswith("L"):
             first, between = box.layers
-            layer = first + between * jnp.arange(box.value.shape[0])
-        else:
-            layer = jnp.int32(-1 if _stack(path).startswith(BELOW) else n_layers - 1)
-        still = (layer < self.still) & (self.still > 0)
-        return jnp.where(still, 0.0, self.decay ** (n_layers - 1 - layer).astype(jnp.float32))
+            return first + between * np.arange(box.value.shape[0])
+        below = any(name.startswith(BELOW) for name in _names(path)[:2])  # "embedding/table", "decoder/position/table"
+        return np.int32(-1 if below else n_layers - 1)
 
     def _depths(self, declared: Any) -> dict[str, int]:
         """Stack → how many layers it has."""
         found: dict[str, int] = {}
         for path, box in by_path(declared).items():
-            stack = _stack(path)
-            first, between = box.layers
-            last = first + between * (box.value.shape[0] - 1) if box.letters.batch.startswith("L") else -1
-            found[stack] = max(found.get(stack, 0), last + 1)
+            n_layers = box.layers[1] * box.value.shape[0] if box.letters.batch.startswith("L") else 0
+            found[_stack(path)] = max(found.get(_stack(path), 0), n_layers)
         return {stack: n or max(found.values()) for stack, n in found.items()}
+
+
+def _names(path: str) -> list[str]:
+    return path.removeprefix("adapters/").split("/")
 
 
 def _stack(path: str) -> str:
     """Which layers an array belongs to: "encoder", "decoder", or what else its path begins with."""
-    return path.removeprefix("adapters/").split("/")[0]
+    return _names(path)[0]

@@ -34,6 +34,12 @@ def chunk_size(places: int, n_bytes: int) -> int:
     return -(-places // least)
 
 
+def loss_scale(dtype: str, tokens: int) -> float:
+    """What a sum over so many tokens is multiplied by, so that its gradient fits the dtype: float16 ends at 65,504,
+    which the gradient of a frequent token's row passes from some 40,000 tokens on. A power of 2: it rounds nothing."""
+    return 1.0 if dtype != "float16" else 2.0 ** min(0, 14 - (tokens - 1).bit_length())
+
+
 def in_chunks(loss: Loss, size: int, h: jax.Array, beside: Any, key: jax.Array | None) -> tuple[jax.Array, Any, Any]:
     """`loss` of a sum over places, computed for `size` of them after another; of its draws each has a key of its own.
 
@@ -80,19 +86,21 @@ def _scanned(loss: Loss, size: int, h: jax.Array, beside: Any, key: jax.Array | 
         return summed(*jax.lax.scan(body, None, pieces(h, beside))[1])
 
     def forward(read: Any, h: jax.Array, beside: Any, key: Any) -> Any:
+        scale = loss_scale(h.dtype.name, h.shape[0] * size)
+
         def body(grads: Any, piece: Any) -> Any:
             i, h, beside = piece
 
             def minimised(read: Any, h: jax.Array) -> Any:
                 total, *more = of_chunk(h, beside, fold(key, i), *read)
-                return total, (total, *more)
+                return total * scale, (total, *more)
 
             (by_read, by_h), found = jax.grad(minimised, (0, 1), has_aux=True)(read, h)
-            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, by_read), (by_h, found)
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype) / scale, grads, by_read), (by_h, found)
 
         zeros = [jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)) for a in read]
         grads, (by_h, found) = jax.lax.scan(body, zeros, pieces(h, beside))
-        return summed(*found), (grads, whole(by_h), [jnp.zeros((), a.dtype) for a in read])
+        return summed(*found), (grads, whole(by_h) / scale, [jnp.zeros((), a.dtype) for a in read])
 
     def backward(kept: Any, cotangents: Any) -> Any:
         grads, by_h, like = kept

@@ -16,7 +16,7 @@ from jaxformer.learning import chunks
 from jaxformer.learning.chunks import in_chunks
 from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
 from jaxformer.mesh import row_parts
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead, LanguageHead, cross_entropy
+from jaxformer.model.heads import ClassificationHead, EmbeddingHead, FirstToken, LanguageHead, cross_entropy
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.model.models import HEAD, Model
@@ -81,6 +81,7 @@ class Objective(Spec):
     needs = ("tokens",)  # of a batch
     weighs = False  # it reads the `weights` of a batch, which say what is to be predicted
     one_document = False  # the model sees each row of a batch without `segments` as one document, without padding
+    second = False  # whether what it teaches to write is the second text of a row, told by its token type
 
     def check_model(self, model: Model) -> None:
         """Raises ValueError if the model cannot learn this."""
@@ -265,6 +266,8 @@ class PrefixLM(TokenObjective):
 
     Where a batch has `parts`, they say which is which (0, 1); else each document is divided anywhere, by chance.
     """
+
+    second = True
 
     def check_model(self, model: Model) -> None:
         model.head_of(LanguageHead)
@@ -542,8 +545,7 @@ class Classification(Objective):
 
     def check_model(self, model: Model) -> None:
         model.head_of(ClassificationHead)
-        if model.encodes:
-            _refuse(self, model, "an Encoder or a Decoder")
+        _check_texts(self, model)
 
     def label_shapes(self, model: Model, tokens: int) -> dict[str, tuple[int, ...]]:
         shapes = [head.label_shapes(tokens) for head in model.heads]
@@ -612,8 +614,7 @@ class Contrastive(Objective):
 
     def check_model(self, model: Model) -> None:
         model.head_of(EmbeddingHead)
-        if model.encodes:
-            _refuse(self, model, "an Encoder or a Decoder")
+        _check_texts(self, model)
 
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         source = Text(batch["source"], places(batch["source_segments"]))
@@ -665,6 +666,17 @@ class Contrastive(Objective):
 
 def _refuse(objective: Objective, model: Model, what: str) -> None:
     raise ValueError(f"objective={type(objective).__name__} must have {what}; model={type(model).__name__} is none")
+
+
+def _check_texts(objective: Objective, model: Model) -> None:
+    if model.encodes:
+        _refuse(objective, model, "an Encoder or a Decoder")
+    for head in model.heads:
+        if not model.sees_ahead and isinstance(getattr(head, "pooling", None), FirstToken):
+            raise ValueError(
+                f"model.head.pooling=FirstToken has seen no other token of a text in a causal {type(model).__name__}; "
+                "LastToken has seen all, and in an Encoder so has the first"
+            )
 
 
 def _check_pairs(objective: Objective, model: Model) -> None:

@@ -20,7 +20,7 @@ from jaxformer.model.positions import Position
 from jaxformer.model.residuals import PreNorm, Residual, Site
 from jaxformer.spec import Spec
 
-EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE = range(7)  # sites of dropout, and of other draws
+EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE, RULE = range(8)  # of dropout, and of other draws
 SITES = {"attention": ATTENTION, "cross_attention": CROSS, "feed_forward": FEED}
 
 
@@ -73,7 +73,7 @@ class Block(nn.Module):
         stream = s.residual.enter(own, stream, context.layer, self.n_layers)
         for name in s.residual.order(s.branches):
             branch = fold(key, SITES[name])
-            site = self._site(name, context.layer, fold(branch, INSIDE))
+            site = self._site(name, context.layer, fold(branch, RULE))
             h = constrained(s.residual.before(stream, site), "BTD")
             outs[name] = self._branch(name, h, context)
             stream = s.residual.after(stream, dropout(branch, outs[name].h, s.dropout), site)

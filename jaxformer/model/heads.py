@@ -41,6 +41,7 @@ class Head(Spec):
     column: ClassVar[str | None] = None  # of a table, whose classes it tells; None: it tells none
     classes: ClassVar[tuple[str, ...] | None] = None  # their names; None: those that the table's column holds
     writes = False  # it gives logits over the vocabulary, from which text is drawn
+    of_tokens = False  # it answers of each token, and not of a text
     reads_logits = False  # hidden states are its logits already, as those of a Bigram
 
     @property
@@ -381,6 +382,8 @@ class MultiLabelHead(ClassificationHead):
 
 class TokenClassificationHead(ClassificationHead):
     """One class for each token, as for named entities. Labels are int32[B, T], −1 where a token has none."""
+
+    of_tokens = True
 
     def __call__(
         self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None

@@ -129,8 +129,8 @@ class SoftCapped(Softmax):
 
 
 class ValueResidual(Softmax):
-    """Softmax attention whose values are mixed with those of the first layer, by two learned numbers that begin at ½
-    (arXiv:2410.17897)."""
+    """Softmax attention whose values are mixed with those of the first layer that has this kernel, by two learned
+    numbers that begin at ½ (arXiv:2410.17897)."""
 
     shares = True
     whole_stack = True

@@ -318,7 +318,7 @@ class RMSNorm(Norm):
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + self.eps)
         if self.gain:
-            gain = along(params["scale"], h)
+            gain = along(params["scale"].astype(jnp.float32), h)
             h = h * (1 + gain if self.one_plus else gain)
         return h.astype(x.dtype)
 

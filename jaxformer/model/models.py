@@ -20,11 +20,23 @@ from jaxformer.model.blocks import BlockSpec, Stack
 from jaxformer.model.heads import Head, LanguageHead
 from jaxformer.model.implementations import Asked, Implementation
 from jaxformer.model.kernels import Kernel, Softmax
-from jaxformer.model.layers import MLP, FeedForward, GPT2Normal, Initializer, LayerNorm, NoNorm, Norm, Out, lookup
+from jaxformer.model.layers import (
+    MLP,
+    FeedForward,
+    GPT2Normal,
+    Initializer,
+    LayerNorm,
+    NoNorm,
+    Norm,
+    OneLayer,
+    Out,
+    ZeroOutputs,
+    lookup,
+)
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
 from jaxformer.model.mixers import FIELDS, HEADS, Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Learned, NoPosition, Position
-from jaxformer.model.residuals import PreNorm, Residual
+from jaxformer.model.residuals import PreNorm, Residual, ReZero
 from jaxformer.spec import Spec
 
 Params = Mapping[str, Any]
@@ -513,6 +525,8 @@ def check_transformer(model: Decoder, at: str) -> None:
         raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
     if model.feed_forward is None and model.kernel is None:
         raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
+    if isinstance(model.initializer, ZeroOutputs):
+        _check_zeros(model, at)
     for position in _as_tuple(model.position):
         if position.per_layer and type(position).embed is not Position.embed:
             name = type(position).__name__
@@ -520,6 +534,20 @@ def check_transformer(model: Decoder, at: str) -> None:
     for stack in model.stacks:
         _check_stack(model, at, stack)
     _check_read(model, at)
+
+
+def _check_zeros(model: Decoder, at: str) -> None:
+    """Where outputs begin at zero, something behind or before them must not: else no gradient reaches either."""
+    if isinstance(model.residual, ReZero) and model.residual.start == 0:
+        raise ValueError(
+            f"{at}residual=ReZero and {at}initializer=ZeroOutputs both begin at zero, and no layer would ever learn; "
+            f"take one of them, or {at}residual.start=1"
+        )
+    if any(isinstance(part, OneLayer) for part in _as_tuple(model.feed_forward)):
+        raise ValueError(
+            f"{at}feed_forward=OneLayer has an activation behind the matrix that {at}initializer=ZeroOutputs begins at "
+            "zero, and would never learn; take another of them"
+        )
 
 
 def _check_stack(model: Decoder, at: str, stack: str) -> None:
@@ -531,6 +559,11 @@ def _check_stack(model: Decoder, at: str, stack: str) -> None:
         )
     if model.remat and model.unroll and model.unroll >= n_layers // len(kinds) > 1:
         raise ValueError(f"{at}remat={model.remat!r} needs a scan: {at}unroll={model.unroll} must be less; 1 does")
+    if model.remat and n_layers == len(kinds) > 1:
+        raise ValueError(
+            f"{at}remat={model.remat!r} computes a group of layers anew, and all {n_layers} of the {stack} are one, as "
+            "none repeats or they hand on what they see: it would save nothing; leave it out"
+        )
     spans = {kind.parts.mask.span(model.context_length) for kind in kinds}
     for mask in (kind.parts.mask for kind in kinds):
         longest, half = mask.span(model.context_length), model.context_length // 2

@@ -36,6 +36,8 @@ def plan(
 ) -> dict[str, Any]:
     """`budget` of a config on so many devices (None: those of this machine); a mesh of one, of which more are asked
     for, is taken for fsdp=−1. Reads the corpus only if the vocabulary's size depends on it."""
+    if devices is not None and devices < 1:
+        raise InputError(f"devices={devices} must be at least 1, such as 8; left out, it is those of this machine")
     config, count = config_lib.resolve(config, overrides), devices or jax.device_count()
     if devices and all(getattr(config.mesh, axis) == 1 for axis in AXES):
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
@@ -63,7 +65,7 @@ def budget(
     fixed = total - found["activations_bytes"] - found["logits_bytes"]
     policies = [works.policy(name, fixed, device_memory) for name in works.policies]
     seconds = None if peak_flops is None else found["flops_per_step"] / math.prod(sizes.values()) / peak_flops
-    advice = None if device_memory is None else _advice(config, works.rows, total, device_memory, own, policies)
+    advice = None if device_memory is None else _advice(config, works, found, device_memory, own, policies)
     return found | {"policies": policies, "seconds_at_peak": seconds, "advice": advice}
 
 
@@ -136,7 +138,7 @@ class _Works:
         if isinstance(model, Decoder):  # layers alike, which need be traced but once
             model = dataclasses.replace(model, unroll=1)
         self._recipe, self.policies = dataclasses.replace(recipe, model=model), (None,)
-        if isinstance(model, Decoder):
+        if isinstance(model, Decoder) and not any(model.layers(s) == len(model.kinds(s)) > 1 for s in model.stacks):
             self.policies = POLICIES if model.remat in POLICIES else (*POLICIES, model.remat)
         self._known: dict[Any, tuple[int, int]] = {}
 
@@ -286,15 +288,22 @@ def _sent(config: Config, recipe: Recipe, sizes: Mapping[str, int], rows: int, i
 
 
 def _advice(
-    config: Config, rows: int, total: int, memory: float, remat: str | None, policies: list[dict[str, Any]]
+    config: Config,
+    works: _Works,
+    found: Mapping[str, Any],
+    memory: float,
+    remat: str | None,
+    policies: list[dict[str, Any]],
 ) -> str:
     """Whether it fits; and if not, how it would: with as few slices and as little computed anew as may be."""
+    total, rows, slices = found["estimated_bytes"], works.rows, config.train.accumulation
     if total <= memory:
         return f"it fits: {human(total, 'B')} of {human(int(memory), 'B')}"
-    slices = config.train.accumulation
+    fixed = total - found["activations_bytes"] - found["logits_bytes"]
     for n in (n for n in range(1, rows + 1) if rows % n == 0):
+        room = memory - fixed - (found["gradients_bytes"] if n > 1 and slices == 1 else 0)  # those of all slices
         for row in policies:
-            if row["rows"] >= rows // n:
+            if row["rows"] >= rows // n and sum(works.of(rows // n, row["remat"])) <= room:
                 fields = {"train.accumulation": slices * n} if n > 1 else {}
                 fields |= {"model.remat": row["remat"]} if row["remat"] != remat else {}
                 how = " ".join(f"--{path}={value}" for path, value in fields.items())

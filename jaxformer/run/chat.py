@@ -10,7 +10,7 @@ from jaxformer.data.templates import ANSWERS, Message, Template
 from jaxformer.generation.decode import TOGETHER, row_keys
 from jaxformer.generation.logits_processors import usual_processors
 from jaxformer.generation.texts import Writing, write
-from jaxformer.run.opened import Run
+from jaxformer.run.opened import Run, checked_ends
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class Chat:
         self._first = len(self.messages)  # of those that may be left out
         self._template = Template.of(run.tokenizer, corpus.template if own else None)
         self._run, self._seed, self._asked = run, seed, 0
-        self._processors = usual_processors(**{name: value for name, value in how.items() if name != "stop"})
-        self._stop = tuple(how.get("stop", ()))
+        self._stop = checked_ends(seed, how.pop("stop", ()))
+        self._processors = usual_processors(**how)
         self._tokens, self._room = tokens, min(tokens, run.config.window // 2)
 
     def ask(self, question: str) -> Iterator[str]:

@@ -97,8 +97,7 @@ def has_checkpoint(directory: Path) -> bool:
 def other_run(config: Config) -> str | None:
     """How the run in the directory is not one of this config, in a sentence; None if it is."""
     changed = config_lib.differences(config_lib.read(Path(config.directory) / "config.json"), config)
-    may = config_lib.FREE | config_lib.NOTICE
-    wrong = {path: change for path, change in changed.items() if not {path, path.partition(".")[0]} & may}
+    wrong = {path: change for path, change in changed.items() if config_lib.may_change(path) is False}
     fields = "; ".join(config_lib.told(path, *change) for path, change in wrong.items())
     return f"directory={config.directory!r} holds another run: {fields}" if wrong else None
 
@@ -106,7 +105,7 @@ def other_run(config: Config) -> str | None:
 def noticed(config: Config) -> dict[str, tuple[Any, Any]]:
     """Path → (old, new) of the fields that may change, but not without a word."""
     changed = config_lib.differences(config_lib.read(Path(config.directory) / "config.json"), config)
-    return {path: change for path, change in sorted(changed.items()) if path in config_lib.NOTICE}
+    return {path: change for path, change in sorted(changed.items()) if config_lib.may_change(path) is None}
 
 
 def read_classes(directory: Path) -> dict[str, tuple[str, ...]]:

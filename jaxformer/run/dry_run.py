@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
+from jaxformer.data.datasets import fitted
 from jaxformer.mesh import placed
 from jaxformer.platform import set_flags
 from jaxformer.run.budget import needs
@@ -27,9 +28,9 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
     """The resolved config as JSON values; what `budget.needs` says of it; and, in bytes of one device, what its step as
     it is compiled here works with besides what it is given, `working_bytes`, and with both, `total_bytes`.
 
-    The corpus is read only if the size of the vocabulary depends on it; nothing is allocated on the device. Raises
-    InputError as `train` would, but for what the corpus itself may bring; a directory that holds another run is a
-    warning.
+    The corpus is read only if the size of the vocabulary depends on it, or a tokenizer is to be compared with that of
+    `init_from`; nothing is allocated on the device. Raises InputError as `train` would, but for what the corpus itself
+    may bring; a directory that holds another run is a warning.
     """
     (config,) = as_begun([config_lib.resolve(config, overrides)])
     for writer in config.writers:
@@ -44,7 +45,7 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
         tell_beginning(config)
         if config.init_from is not None:
             source = open_source(config.init_from)
-            compare(recipe, source, source.tokenizer == tokenizer)
+            compare(recipe, source, source.tokenizer == fitted(tokenizer, config.data.corpus))
     found = needs(config, recipe, jax.device_count())
     with config.mesh.entered():
         state = abstract_state(config, recipe)

@@ -149,7 +149,8 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
             return runs
         record(runs, prepared, saved, origin)
         state = members.together([run.state for run in runs])
-        with contextlib.closing(Reports(configs, step, devices_of(state))) as reports, contextlib.closing(profile):
+        reports = Reports(configs, step, devices_of(state), members.skipped(state))
+        with contextlib.closing(reports), contextlib.closing(profile):
             pauses = Pauses(runs, members, saved, reports, received)
             buffer = members.buffer(step)
             pauses.before(step, state, buffer)
@@ -162,9 +163,12 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
                 buffer = members.buffer(step)  # while the device works
                 reports.add(step, count, tokens, flops, rows)
                 profile.reach(step, state)
-                pauses.after(step, state)
+                if step == steps:  # what diverged at the end is not kept as a finished run
+                    reports.pause("ending")
+                if not reports.failed:
+                    pauses.after(step, state)
                 if reports.failed:
-                    raise members.diverged(state, *reports.failed)
+                    raise members.diverged(state, *reports.diverged())
             if received:
                 pauses.save(step, state)
     received.interrupt(step)

@@ -93,6 +93,10 @@ class Members:
             self._flops[shapes] = len(self.configs) * model_flops(self.recipe, batch)
         return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
 
+    def skipped(self, state: TrainState) -> float:
+        """How many updates there were that the guard has skipped."""
+        return float(np.sum(state.skips.total)) if self.recipe.guard else 0.0
+
     def diverged(self, state: TrainState, step: int, member: int) -> Diverged:
         """What is wrong with the update of a step, 1 for the first: the skipped ones before it have left the parameters
         as they were, so that its gradient can be computed again."""

@@ -16,6 +16,7 @@ from jaxformer.writers import Sink
 
 log = logging.getLogger(__name__)
 
+DIVERGED = "diverged"  # the split of the row that ends a run of which too many updates in a row were skipped
 CLOCK = {"tokens_per_second", "seconds", "mfu", "host", "peak_memory"}  # of a row, what is of no run but of one start
 
 

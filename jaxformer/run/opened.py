@@ -164,11 +164,7 @@ class Run:
         texts."""
         if tokens < 0:
             raise InputError(f"tokens={tokens} must be at least 0")
-        if not 0 <= seed < 2**32:
-            raise InputError(f"seed={seed} must be at least 0 and less than 2**32")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stop:
-            raise InputError("stop='' must not be empty; give the text before which to end")
+        stop = checked_ends(seed, stop)
         processors = (*processors, *usual_processors(**how))
         try:
             ids = self.tokenizer.encode(prompt or "").tolist()
@@ -200,7 +196,7 @@ class Run:
         model = self.recipe.objective, self.model, self.eval_params
         keys = row_keys(seed, 0, len(starts))
         context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
-        return Request(*model, starts, tokens, keys, processors, context, end, sources)
+        return Request(*model, starts, tokens, keys, processors, context, end, sources, second=self.joins)
 
     def _tell_cut(self, texts: Sequence[Sequence[int]]) -> None:
         """Says how many texts are longer than what the model reads of them."""
@@ -358,8 +354,10 @@ class Run:
         """
         config, rest = self.config, dict(overrides)
         if "data.corpus" not in rest and "data.corpus.path" in rest:
-            corpus = config.data.corpus.at(str(rest.pop("data.corpus.path")))
-            config = override(config, "data.corpus", corpus)
+            there = config.data.corpus.at(str(rest["data.corpus.path"]))
+            names = {path.split(".")[2] for path in rest if path.startswith("data.corpus.")}
+            if names <= {field.name for field in dataclasses.fields(there)}:  # else they are of the run's own corpus
+                config = override(config, "data.corpus", there)
         for path, value in sorted(rest.items(), key=lambda item: item[0].count(".")):  # parts before their fields
             config = override(config, path, value)
             if not f"{path}.".startswith("data.corpus."):
@@ -423,6 +421,16 @@ def _place(piece: Piece, several: bool) -> dict[str, Any]:
     """Where an example begins: the line, and of several files which one."""
     unit, number = piece.record or ("line", piece.line)
     return ({"file": piece.path} if several and piece.path else {}) | {unit: number}
+
+
+def checked_ends(seed: int, stop: str | Sequence[str]) -> tuple[str, ...]:
+    """The texts before which what is written ends. Raises InputError for an empty one, and for a seed that is none."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed} must be at least 0 and less than 2**32")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise InputError("stop='' must not be empty; give the text before which to end")
+    return stop
 
 
 def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jaxformer.config import Config
 from jaxformer.platform import in_notebook
-from jaxformer.run.metrics import Rows
+from jaxformer.run.metrics import DIVERGED, Rows
 from jaxformer.run.peaks import peak_flops, peak_memory
 from jaxformer.spec import counted
 
@@ -82,7 +82,8 @@ class Reports:
     training alone, of all runs together; pauses (evaluation, sampling, saving) are left out.
     """
 
-    def __init__(self, configs: Sequence[Config], step: int, devices: Sequence[Any]):
+    def __init__(self, configs: Sequence[Config], step: int, devices: Sequence[Any], skipped: float = 0.0):
+        """`skipped` is how many updates of the steps before were."""
         knobs = configs[0].train
         self._devices, self._peak = devices, peak_flops(devices, knobs.compute_dtype)
         self._runs = [Rows(config, step) for config in configs]
@@ -96,7 +97,7 @@ class Reports:
         self._first, self._begun = step, self._seconds
         self._steps, self._step, self._loss, self._speed = knobs.steps, step, math.nan, 0.0
         self._told: set[str] = set()
-        self._most, self._skipped = math.inf if knobs.guard is None else knobs.guard.most, 0.0
+        self._most, self._skipped = math.inf if knobs.guard is None else knobs.guard.most, skipped
         self.failed: tuple[int, int] | None = None  # step and member of the first update too many skipped in a row
         self._doing = ""
         self._lines = Every(QUIET, self._say) if self._bar.disable else None
@@ -136,6 +137,13 @@ class Reports:
         for run, row in zip(self._runs, found, strict=True):
             if not run.has(step, split):
                 run.write(step=step, split=split, **row, seconds=round(self._seconds + self._elapsed, 3))
+
+    def diverged(self) -> tuple[int, int]:
+        """Step and member of the first update too many that was skipped in a row; writes it to the member's rows."""
+        assert self.failed is not None
+        step, member = self.failed
+        self._runs[member].write(step=step, split=DIVERGED, seconds=round(self._seconds + self._elapsed, 3))
+        return self.failed
 
     def close(self) -> None:
         if self._lines is not None:

@@ -11,6 +11,7 @@ from flax import struct
 from jaxformer.declarations import Declared, by_path, is_declared, trained, updated
 from jaxformer.keys import key_for
 from jaxformer.learning.adapters import Adapter
+from jaxformer.learning.chunks import loss_scale
 from jaxformer.learning.guards import Guard, chosen
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
 from jaxformer.learning.optimizers import Optimizer
@@ -37,7 +38,8 @@ class Recipe(Spec):
 
     def every_declared(self) -> Any:
         """The declarations of all arrays of a state, those of its base, too."""
-        return {**self.model.declared(), **self.declared()} if self.adapter else self.model.declared()
+        of_model, own = self.model.declared(), self.declared()
+        return {**own, **updated(of_model, own)} if self.adapter else of_model
 
     def whole(self, params: Any, base: Any) -> Any:
         """The model's parameters, of those of a state, or of an average of them, and its base."""
@@ -160,7 +162,7 @@ def _gradients(recipe: Recipe, state: TrainState, declared: Any, example: Exampl
     if recipe.adapter is None:
         params = recipe.cast(params)  # once, whatever the number of slices
     moved = trained(params, declared)
-    scale = _loss_scale(recipe.compute_dtype, example.ids.size // n)
+    scale = loss_scale(recipe.compute_dtype, example.ids.size // n)
 
     def one(example: Example, index: int | jax.Array) -> Any:
         def loss(moved: Any) -> Any:
@@ -187,12 +189,6 @@ def _gradients(recipe: Recipe, state: TrainState, declared: Any, example: Exampl
     cut = jax.tree.map(slices, example), jnp.arange(n)
     zero = jax.eval_shape(one, *jax.tree.map(lambda a: a[0], cut))
     return jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), zero), cut)[0]
-
-
-def _loss_scale(dtype: str, tokens: int) -> float:
-    """What a sum over so many tokens is multiplied by, so that its gradient fits the dtype: float16 ends at 65,504,
-    which the gradient of a frequent token's row passes from some 40,000 tokens on. A power of 2: it rounds nothing."""
-    return 1.0 if dtype != "float16" else 2.0 ** min(0, 14 - (tokens - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
