@@ -18,6 +18,7 @@ import zstandard
 from jaxformer.data import corpora, files
 from jaxformer.data.corpora import (
     PIECE,
+    Clozes,
     Corpus,
     JSONLines,
     Mixture,
@@ -464,3 +465,20 @@ def test_topics_have_rules(fields, message):
 def test_an_unknown_topic_is_told():
     with pytest.raises(InputError, match="topics: 'nothing' must be one of Python's topics, assert"):
         texts(TopicParagraphs(topics=("types", "nothing")))
+
+
+def test_names_are_asked_for_from_the_words_before_them(tmp_path):
+    """But those of the title, months, and first words of sentences; a line without a title is left out."""
+    line = "Ada K. Byron. Ada Byron was born in London, on 3 May 1815. Paris saw her with Mary Fairfax Greig ."
+    (tmp_path / "lives.txt").write_text(f"{line}\nno title here\n")
+    asked = Clozes(str(tmp_path / "lives.txt"), words=(2, 9))
+    assert [tuple(piece.text for piece in pair) for pair in asked.questions()] == [
+        (" Ada K. Byron: born in", "London"),
+        (" Ada K. Byron: Ada Byron was born in", "London"),
+        (" Ada K. Byron: her with", "Mary Fairfax Greig"),
+        (" Ada K. Byron: London, on 3 May 1815. Paris saw her with", "Mary Fairfax Greig"),
+    ]
+    assert all(piece.record == ("line", 1) for pair in asked.questions() for piece in pair)
+    assert list(asked.asked(False)) == [line, "no title here"]
+    with pytest.raises(InputError, match=r"words=\(0,\) must be numbers of at least 1"):
+        checked(Clozes("x.txt", words=(0,)))

@@ -278,7 +278,8 @@ class Clozes(TextLines):
 
     Of `Ada Byron. Ada was born in London.` the pair is ` Ada Byron: born in` and `London`. What is learned so, from
     several sides, can be asked for (spans of names, arXiv:2002.08909; arXiv:2309.14316). Names are at most three words
-    with a capital; those that begin a sentence, stand in the title, or are months, are left out.
+    with a capital (of longer ones each three); those that begin a sentence, stand in the title or are months are left
+    out.
     """
 
     words: tuple[int, ...] = (2, 6)  # how many words before a name are shown: a pair for each
