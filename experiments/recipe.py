@@ -237,7 +237,7 @@ def tell(report: Report) -> None:
         f"as it is now, has {left.mean:.4f}: {told(difference(recipe, left))} to the recipe with both."
     )
     report.text(
-        "### Where it carries\n\nPresets, made smaller, as they are and with the whole recipe at its own rates; "
+        "### Where it carries\n\nSmall models of other tasks, by AdamW and with the whole recipe at its own rates; "
         f"{TASK_SEEDS} seeds."
     )
     report.table([carried(name, report) for name in TASKS])

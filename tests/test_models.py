@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from tiny import SIZES, B, T, block, decoder, hidden, ids, loud, mixed
 
+from jaxformer import Config, Data, EncoderDecoder
 from jaxformer.declarations import Slot
 from jaxformer.keys import fold
+from jaxformer.lab.probe import small
 from jaxformer.learning.objectives import Classification
 from jaxformer.model import blocks, cache
 from jaxformer.model.heads import ClassificationHead, FirstToken, LanguageHead
-from jaxformer.model.kernels import Uniform, ValueResidual
-from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, OneLayer, ReLU, RMSNorm, ZeroOutputs, dropout
+from jaxformer.model.kernels import ValueResidual
+from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, OneLayer, ReLU, RMSNorm, Tanh, ZeroOutputs, dropout
 from jaxformer.model.masks import Bidirectional, Causal, Window, one_document
 from jaxformer.model.models import Decoder, Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
@@ -248,14 +250,27 @@ def test_a_rolling_cache_keeps_the_newest_whatever_the_order_of_the_row():
     [
         ({"initializer": ZeroOutputs(), "residual": ReZero()}, "both begin at zero, and no layer would ever learn"),
         ({"initializer": ZeroOutputs(), "feed_forward": OneLayer()}, "feed_forward=OneLayer has an activation behind"),
-        ({"kernel": ValueResidual(), "remat": "nothing_saveable"}, "all 5 of the decoder are one"),
-        ({"kernel": Uniform(), "position": Rotary()}, "position=Rotary tells places by scores, and kernel=Uniform has"),
-        ({"kernel": Uniform(), "qk_norm": RMSNorm()}, "qk_norm=RMSNorm is not read by kernel=Uniform"),
+        ({"kernel": ValueResidual(), "remat": "nothing_saveable"}, "all of them are one"),
     ],
 )
 def test_parts_that_would_have_no_effect_together_are_refused(fields, sentence):
     with pytest.raises(InputError, match=sentence):
         checked(decoder(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"feed_forward": OneLayer(Tanh())}, {"residual": ReZero(start=1.0)}, {"residual": PostNorm()}]
+)
+def test_what_learns_from_zeros_is_not_refused(fields):
+    checked(decoder(initializer=ZeroOutputs(), **fields))
+
+
+def test_remat_is_of_use_where_one_of_two_stacks_repeats():
+    """And a check of a model leaves it out where that makes one group of it."""
+    sizes = {"d_model": 14, "context_length": 8, "n_heads": 2, "remat": "nothing_saveable"}
+    checked(EncoderDecoder(**sizes, n_layers=2, n_encoder_layers=4, mask=(Window(4), Causal())))
+    deep = Decoder(**sizes, n_layers=8, mask=(Window(4), Window(4), Window(4), Causal()))
+    assert small(Config("run", checked(deep), Data())).model.remat is None
 
 
 def test_a_first_token_that_sees_no_other_is_no_text():

@@ -15,7 +15,7 @@ def plan(
 
     Args:
         config: A config file, or the name of a preset.
-        devices: How many there are to be; without mesh.* all under mesh.fsdp. Left out: as the mesh of the config says.
+        devices: How many there are to be; without mesh.* all under mesh.fsdp. Left out: those here, by mesh.*.
         device_memory: Bytes of each, such as 80GB: then it says how many rows fit, and what would make a batch fit.
         peak_flops: Operations of each in a second, such as 989e12: then it says how long a step takes at least.
         json: Prints one JSON object.

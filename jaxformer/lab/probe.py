@@ -71,6 +71,8 @@ def small(config: Config) -> Config:
     for chosen in (sizes | heads, sizes, {n: sizes[n] for n in ("n_layers", "context_length") if n in sizes}):
         own = {n: value for n, value in chosen.items() if n in names}
         smaller = _changed(dataclasses.replace(model, **own, vocab_size=None), short)
+        if isinstance(smaller, Decoder) and not smaller.repeats:
+            smaller = dataclasses.replace(smaller, remat=None)
         found = dataclasses.replace(
             config, model=smaller, data=data, train=train, init_from=None, adapter=None, writers=(), directory="check"
         )

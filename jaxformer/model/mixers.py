@@ -89,18 +89,6 @@ class MultiHead(Mixer):
 
     def check_parts(self, parts: Parts, at: str) -> None:
         parts.position.check_width(parts.dims["K"], at)
-        kernel, position = type(parts.kernel).__name__, type(parts.position)
-        if {"q", "k"} & {*parts.kernel.projections}:
-            return
-        if parts.qk_norm != NoNorm():
-            raise ValueError(
-                f"{at}qk_norm={type(parts.qk_norm).__name__} is not read by {at}kernel={kernel}; leave it out"
-            )
-        if position.rotate is not Position.rotate or position.bias is not Position.bias:
-            raise ValueError(
-                f"{at}position={position.__name__} tells places by scores, and {at}kernel={kernel} has none; take "
-                "Learned or Sinusoidal"
-            )
 
     def summary(self, parts: Parts) -> str:
         return type(parts.kernel).__name__

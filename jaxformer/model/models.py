@@ -30,6 +30,9 @@ from jaxformer.model.layers import (
     Norm,
     OneLayer,
     Out,
+    ReLU,
+    Square,
+    SquaredReLU,
     ZeroOutputs,
     lookup,
 )
@@ -368,6 +371,11 @@ class Decoder(Model):
         """How many a stack has."""
         return self.n_layers
 
+    @property
+    def repeats(self) -> bool:
+        """Whether some stack has several groups of layers."""
+        return any(self.layers(stack) > len(self.kinds(stack)) for stack in self.stacks)
+
     def kinds(self, stack: str) -> tuple[BlockSpec, ...]:
         """The blocks of a group, which repeats over the layers of a stack."""
         return self._kinds(stack, self.mask, self.mixer, None)
@@ -533,6 +541,11 @@ def check_transformer(model: Decoder, at: str) -> None:
             raise ValueError(f"{at}position={name} embeds above the layers; it cannot have per_layer = True")
     for stack in model.stacks:
         _check_stack(model, at, stack)
+    if model.remat and not model.repeats and model.n_layers > 1:
+        raise ValueError(
+            f"{at}remat={model.remat!r} computes a group of layers anew, and all of them are one, as none repeats or they "
+            "hand on what they see: it would save nothing; leave it out"
+        )
     _check_read(model, at)
 
 
@@ -543,7 +556,8 @@ def _check_zeros(model: Decoder, at: str) -> None:
             f"{at}residual=ReZero and {at}initializer=ZeroOutputs both begin at zero, and no layer would ever learn; "
             f"take one of them, or {at}residual.start=1"
         )
-    if any(isinstance(part, OneLayer) for part in _as_tuple(model.feed_forward)):
+    flat = ReLU, SquaredReLU, Square  # at zero
+    if any(isinstance(p, OneLayer) and isinstance(p.activation, flat) for p in _as_tuple(model.feed_forward)):
         raise ValueError(
             f"{at}feed_forward=OneLayer has an activation behind the matrix that {at}initializer=ZeroOutputs begins at "
             "zero, and would never learn; take another of them"
@@ -559,11 +573,6 @@ def _check_stack(model: Decoder, at: str, stack: str) -> None:
         )
     if model.remat and model.unroll and model.unroll >= n_layers // len(kinds) > 1:
         raise ValueError(f"{at}remat={model.remat!r} needs a scan: {at}unroll={model.unroll} must be less; 1 does")
-    if model.remat and n_layers == len(kinds) > 1:
-        raise ValueError(
-            f"{at}remat={model.remat!r} computes a group of layers anew, and all {n_layers} of the {stack} are one, as "
-            "none repeats or they hand on what they see: it would save nothing; leave it out"
-        )
     spans = {kind.parts.mask.span(model.context_length) for kind in kinds}
     for mask in (kind.parts.mask for kind in kinds):
         longest, half = mask.span(model.context_length), model.context_length // 2

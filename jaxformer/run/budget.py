@@ -34,8 +34,8 @@ def plan(
     device_memory: float | None = None,
     peak_flops: float | None = None,
 ) -> dict[str, Any]:
-    """`budget` of a config on so many devices (None: those of this machine); a mesh of one, of which more are asked
-    for, is taken for fsdp=−1. Reads the corpus only if the vocabulary's size depends on it."""
+    """`budget` of a config on so many devices (None: those of this machine, by its own mesh); a mesh of one, of which
+    more are asked for, is taken for fsdp=−1. Reads the corpus only if the vocabulary's size depends on it."""
     if devices is not None and devices < 1:
         raise InputError(f"devices={devices} must be at least 1, such as 8; left out, it is those of this machine")
     config, count = config_lib.resolve(config, overrides), devices or jax.device_count()
@@ -138,7 +138,7 @@ class _Works:
         if isinstance(model, Decoder):  # layers alike, which need be traced but once
             model = dataclasses.replace(model, unroll=1)
         self._recipe, self.policies = dataclasses.replace(recipe, model=model), (None,)
-        if isinstance(model, Decoder) and not any(model.layers(s) == len(model.kinds(s)) > 1 for s in model.stacks):
+        if isinstance(model, Decoder) and (model.repeats or model.n_layers == 1):
             self.policies = POLICIES if model.remat in POLICIES else (*POLICIES, model.remat)
         self._known: dict[Any, tuple[int, int]] = {}
 
