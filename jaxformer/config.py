@@ -238,9 +238,8 @@ def read(path: Path) -> Config:
     known = {class_name(c): c for c in known_specs()}
     if isinstance(value, dict) and isinstance(value.get("writers"), list):  # they do not make the run: unknown ones go
         value["writers"] = [w for w in value["writers"] if not isinstance(w, dict) or str(w.get("class")) in known]
-        value["writers"] = list(
-            {str(w.get("class") if isinstance(w, dict) else w): w for w in value["writers"]}.values()
-        )
+        of_class = {str(w["class"]) if isinstance(w, dict) else str(w): w for w in value["writers"]}
+        value["writers"] = list(of_class.values())
     return from_json(value, Config, str(path), lambda fields: _renewed(fields, since, known))
 
 

@@ -276,10 +276,10 @@ class TextLines(TextFiles):
 class Clozes(TextLines):
     """Lines of a title and a text, asked for their proper names: pairs of the title with some words, and what follows.
 
-    Of `Ada Byron. Ada was born in London.` with two words the pair is ` Ada Byron: born in` and `London`. What is learned
-    so, from several sides, can be asked for (spans of names, arXiv:2002.08909; arXiv:2309.14316). Names are up to three
-    words with a capital, of longer ones each three. Left out are months, the first word of a sentence (a dot and a space
-    end one, in `St. Louis`, too), and what has a word of the title.
+    Of `Ada Byron. Ada was born in London.` with two words the pair is ` Ada Byron: born in` and `London`. What is
+    learned so, from several sides, can be asked for (spans of names, arXiv:2002.08909; arXiv:2309.14316). Names are up
+    to three words with a capital, of longer ones each three. Left out are months, what has a word of the title, and the
+    first word of a sentence (a dot and a space end one, in `St. Louis`, too).
     """
 
     words: tuple[int, ...] = (2, 6)  # how many words before a name are shown: a pair for each

@@ -543,8 +543,8 @@ def check_transformer(model: Decoder, at: str) -> None:
         _check_stack(model, at, stack)
     if model.remat and not model.repeats and model.n_layers > 1:
         raise ValueError(
-            f"{at}remat={model.remat!r} computes a group of layers anew, and all of them are one, as none repeats or they "
-            "hand on what they see: it would save nothing; leave it out"
+            f"{at}remat={model.remat!r} computes a group of layers anew, and all of them are one, as none repeats or "
+            "they hand on what they see: it would save nothing; leave it out"
         )
     _check_read(model, at)
 
