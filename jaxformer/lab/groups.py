@@ -71,9 +71,7 @@ class Record:
         sampling = str((data.get("sampling") or {}).get("class"))
         documents = getattr(kinds.get(sampling), "whole_documents", sampling)  # which are drawn, not taken from the end
         seed = data.get("split_seed") if documents else None
-        examples = getattr(
-            kinds.get(sampling), "examples", sampling
-        )  # of which a share of documents is taken, or classes
+        examples = getattr(kinds.get(sampling), "examples", sampling)  # which are cut by their number, not by tokens
         return ("corpus", self.texts.get("corpus_sha256"), data.get("valid_fraction"), documents, examples, seed)
 
     @property

@@ -20,21 +20,19 @@ class Estimate:
     p_value: float | None  # of the hypothesis that the mean of all seeds is 0
 
 
-def estimate(values: Sequence[float], error: float = ERROR) -> Estimate:
-    """The mean of the values and its interval at a confidence of 1 - error."""
+def estimate(values: Sequence[float], error: float = ERROR, of: Sequence[Sequence[float]] | None = None) -> Estimate:
+    """The mean of the values and its interval at a confidence of 1 - error; `of` are the numbers that the values were
+    made of, whose rounding they have."""
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return Estimate(mean, None, None, None)
     deviation = float(np.std(values, ddof=1))
-    return Estimate(mean, deviation, *_by_t(mean, deviation / math.sqrt(n), n - 1, error, [values]))
+    return Estimate(mean, deviation, *_by_t(mean, deviation / math.sqrt(n), n - 1, error, of or [values]))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], error: float = ERROR) -> Estimate:
     """Of second - first, pair by pair. What both have in common, as the order of the data, cancels."""
-    values = [b - a for a, b in zip(first, second, strict=True)]
-    found = estimate(values, error)
-    if found.deviation is not None and _alike(found.deviation, [first, second]):
-        found = dataclasses.replace(found, half_width=None, p_value=None)
+    found = estimate([b - a for a, b in zip(first, second, strict=True)], error, [first, second])
     return dataclasses.replace(found, deviation=None)
 
 
@@ -55,12 +53,7 @@ def _by_t(
     mean: float, standard_error: float, freedom: float, error: float, samples: Sequence[Sequence[float]]
 ) -> tuple[float | None, float | None]:
     """Half-width and p-value. None if nothing spreads: a few equal numbers do not say that all are equal."""
-    if _alike(standard_error, samples):
+    if standard_error <= 1e-14 * max(abs(value) for values in samples for value in values):  # but for rounding
         return None, None
     half_width = float(special.stdtrit(freedom, 1 - error / 2)) * standard_error
     return half_width, 2 * float(special.stdtr(freedom, -abs(mean) / standard_error))
-
-
-def _alike(spread: float, samples: Sequence[Sequence[float]]) -> bool:
-    """Whether a spread is none, but for the rounding of numbers as large as these."""
-    return spread <= 1e-14 * max(abs(value) for values in samples for value in values)
