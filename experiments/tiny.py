@@ -1,5 +1,6 @@
 """One layer, norms behind the residual sums: what the sums are for, in one layer and in sixteen."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,32 +77,30 @@ config = Config(
 )
 
 
-def whole(name: str, loss: float | tuple[float, ...], residual: PostNorm = BOTH, more: Changes = NOTHING) -> Row:
-    """Of as many steps as were published."""
-    reached = near if loss == WITHOUT else within_or_better
-    return Row(name, config, loss, 2, {"model.residual": residual, **more}, late_training_loss, reached=reached)
+def trained(name: str, residual: PostNorm, more: Changes = NOTHING) -> Row:
+    changes = {"model.residual": residual, **more}
+    return Row(name, config, overrides=changes, measure=late_training_loss)
 
 
-def hypothesis(name: str, residual: PostNorm, more: Changes = NOTHING) -> Row:
-    """What else the line that was left out could have been."""
-    return Row(name, config, None, 2, {"model.residual": residual, **SHORT, **more}, late_training_loss)
+def published(loss: float | tuple[float, ...], row: Row) -> Row:
+    return dataclasses.replace(row, published=loss, reached=near if loss == WITHOUT else within_or_better)
 
 
 def deep(depth: int, residual: PostNorm) -> Row:
-    changes = DEPTH | {"model.residual": residual, "model.n_layers": depth, "model.unroll": depth if depth <= 4 else 1}
-    return Row(f"depth {depth}, {WAYS[residual != BOTH]}", config, None, 1, changes, late_training_loss)
+    changes = DEPTH | {"model.n_layers": depth, "model.unroll": depth if depth <= 4 else 1}
+    return trained(f"depth {depth}, {WAYS[residual != BOTH]}", residual, changes)
 
 
 PUBLISHED = (
-    whole("with both sums", (1.70, 1.5)),
-    whole("attention computed, its output unused", WITHOUT, AttentionUnused()),
-    whole("without norms", 1.8, BOTH, {"model.norm": NoNorm(), **SHORT}),
+    published((1.70, 1.5), trained("with both sums", BOTH)),
+    published(WITHOUT, trained("attention computed, its output unused", AttentionUnused())),
+    published(1.8, trained("without norms", BOTH, SHORT | {"model.norm": NoNorm()})),
 )
 HYPOTHESES = (
-    hypothesis("without attention's sum", NO_ATTENTION),
-    hypothesis("without the feed-forward's sum", NO_FEED),
-    hypothesis("without either sum", NEITHER),
-    hypothesis("without attention and its norm", BOTH, {"model.kernel": None}),
+    trained("without attention's sum", NO_ATTENTION, SHORT),
+    trained("without the feed-forward's sum", NO_FEED, SHORT),
+    trained("without either sum", NEITHER, SHORT),
+    trained("without attention and its norm", BOTH, SHORT | {"model.kernel": None}),
 )
 STREAM = "decoder/layers/block0/after_feed_forward"
 BRANCHES = {
