@@ -18,7 +18,7 @@ experiment = Experiment(
     "Residual sums in 32 and 50 layers",
     """
 The models of "One layer, norms behind the sums", deeper: with and without residual sums, 2,000 steps each, the training
-loss of the last tenth of them.
+loss of the last tenth of them, of which every tenth is logged.
 """,
     ROWS,
     tell,
