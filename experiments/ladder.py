@@ -1,5 +1,6 @@
 """From a bigram to three blocks with norms, each rung one thing more: by the published recipe, and by a better one."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -217,13 +218,14 @@ Control = list[dict[str, float]]  # for each seed, what experiments/controls/lad
 
 def controlled(result: Result) -> Control | None:
     """The rung in PyTorch; None where that is not installed, and was not when the runs were made."""
-    path = Path(result.runs[0].config.directory).parent.parent / "control" / f"{result.row.slug}.json"
+    script = Path(__file__).parent / "controls" / "ladder.py"
+    asked = hashlib.sha256(f"{SEEDS} {script.read_text()}".encode()).hexdigest()[:8]
+    path = Path(result.runs[0].config.directory).parent.parent / "control" / f"{result.row.slug}-{asked}.json"
     if not path.exists():
         if importlib.util.find_spec("torch") is None:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         text = fetch("tinyshakespeare.txt", TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256)
-        script = Path(__file__).parent / "controls" / "ladder.py"
         subprocess.run([sys.executable, script, result.row.name, str(SEEDS), text, path], check=True)
     return json.loads(path.read_text())
 

@@ -217,8 +217,7 @@ def tell(report: Report) -> None:
 
 def cells(question: str, part: str, result: Result, difference: Estimate | None) -> dict[str, str]:
     said = interval = ""
-    if difference is not None:
-        half = difference.half_width or 0.0
+    if difference is not None and (half := difference.half_width) is not None:
         interval = f"{difference.mean:+.4f} [{difference.mean - half:+.4f}, {difference.mean + half:+.4f}]"
         if abs(difference.mean) > half:
             said = "better" if (difference.mean > 0) == result.row.higher else "worse"
@@ -273,8 +272,9 @@ experiment = Experiment(
     "What each part is worth",
     """
 A decoder of 2 layers, 4 heads, d_model 64 and context 32 on tiny Shakespeare by characters, 500 steps of 16 windows;
-and an encoder of one layer, d_model 32, on 80 % of the disaster tweets, 400 steps of 32. One thing is changed at a
-time, with 5 seeds each. What is better here, in so few steps and so small, need not be better in a large model.
+and an encoder of one layer, d_model 32, on the disaster tweets, 400 steps of 32. One thing is changed at a time (with
+token vectors as large as the sinusoids their initial values, too), with 5 seeds each. What is better here, in so few
+steps and so small, need not be better in a large model.
 """,
     rows(),
     tell,
