@@ -30,14 +30,13 @@ def best_exact(rows: Metrics) -> float:
 
 
 def asks(name: str, **changes: Any) -> Row:
-    lender = None if name == "from scratch" else PRETRAINED.name
-    how = {"measure": best_exact, "higher": True, "begins_with": lender}
+    how = {"measure": best_exact, "higher": True, "begins_with": PRETRAINED.name}
     return Row(name, TUNED, PUBLISHED.get(name), SEEDS, changes, **how)
 
 
 PRETRAINED = Row("names", NAMES, measure=final_loss)
 TUNINGS = (
-    asks("from scratch", **{"data.tokenizer": NAMES.data.tokenizer}),
+    asks("from scratch", init_from=None),  # but with the same tokenizer
     asks("full"),
     *(asks(f"LoRA, rank {rank}", adapter=LoRA(rank, 2.0 * rank), optimizer=FAST) for rank in (1, 4, 16)),
     asks("frozen, head trained", optimizer=Groups(groups=(Group(HEAD, FAST), Group(Everything(), Frozen())))),

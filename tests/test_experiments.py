@@ -272,6 +272,64 @@ def test_rows_that_begin_with_others_or_need_another_device(home, whole):
     assert cells["Begun with others"]["published"] == "0.5, 99"
     assert (cells["Elsewhere"]["measured"], cells["Elsewhere"]["reached"]) == ("not run: no ABACUS here", "")
     assert not (home / "kept" / "more" / "elsewhere").exists()
+    shutil.copytree(home / "kept" / "more" / "unpublished", home / "kept" / "more" / "elsewhere")
+    shutil.rmtree(home / "kept" / "more" / "elsewhere" / "seed-0" / "checkpoints" / str(STEPS))
+    half = reproduce(home, "more.py", "--directory=kept", "--results=More.md")[5]
+    assert half["seeds"] == 0  # begun on the other device: it is not finished here
+
+
+CHANGES = {
+    "fewer steps": ("steps=22", "steps=11", "train.steps was 22 and is 11"),
+    "other rows": ("log_every=1,", "log_every=2,", "train.log_every was 1 and is 2"),
+    "other evaluations": ("eval_every=11", "eval_every=22", "train.eval_every was 11 and is 22"),
+    "another length of a schedule": ("steps=22", "steps=33", "train.steps was 22 and is 33"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_of_before_that_is_not_what_its_row_would_train_now_is_refused(home, tmp_path, capfd, change):
+    old, new, message = CHANGES[change]
+    falls = "Constant(0.01)", "WarmupCosine(peak=0.01, warmup_steps=1)"
+    text = TINY.replace("STEPS", "22").replace("Constant\n", "WarmupCosine\n").replace(*falls)
+    only = text[: text.index('        Row("Together')] + '        Row("unpublished!", config),\n    ),\n    tell,\n)\n'
+    shutil.copy(home / "lines.txt", tmp_path)
+    (tmp_path / "tiny.py").write_text(only)
+    reproduce(tmp_path)
+    before = times(tmp_path / "runs")
+    (tmp_path / "tiny.py").write_text(only.replace(old, new))
+    with contextlib.chdir(tmp_path):
+        assert main.run("reproduce", ["tiny.py"]) == 2
+    told = capfd.readouterr().err
+    assert f"runs/tiny/unpublished/seed-0: {message}; delete the folder to train it again" in told
+    assert times(tmp_path / "runs") == before
+
+
+def test_a_row_that_began_with_what_has_changed_since_is_refused(home, tmp_path, capfd):
+    """And one that takes a tokenizer alone has nothing of what its lender has learned."""
+    rows = """        Row("Lender", config, overrides={"train.steps": MORE}),
+        Row("Borrower", config, begins_with="Lender"),
+        Row("Of its tokens", config, overrides={"init_from": None}, begins_with="Lender"),
+    ),
+    tell,
+)
+"""
+    text = TINY.replace("STEPS", "11")
+    text = text[: text.index('        Row("Together')] + rows
+    shutil.copy(home / "lines.txt", tmp_path)
+    (tmp_path / "tiny.py").write_text(text.replace("MORE", "11"))
+    first, second, third = reproduce(tmp_path)
+    assert second["measured"] < first["measured"] == third["measured"]
+    config = json.loads((tmp_path / "runs/tiny/of-its-tokens/seed-0/config.json").read_text())
+    assert (
+        config["init_from"] is None and config["data"]["tokenizer"]["path"] == "runs/tiny/lender/seed-0/tokenizer.json"
+    )
+    (tmp_path / "tiny.py").write_text(text.replace("MORE", "22"))  # at a constant rate: it goes on
+    with contextlib.chdir(tmp_path):
+        assert main.run("reproduce", ["tiny.py"]) == 2
+    told = "runs/tiny/borrower/seed-0: it began with other parameters than runs/tiny/lender/seed-0 has now; delete the"
+    assert told in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "borrower")
+    assert reproduce(tmp_path)[1]["measured"] < second["measured"]
 
 
 # --- mistakes

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxformer import config as config_lib
@@ -20,11 +21,13 @@ from jaxformer.data.files import write
 from jaxformer.data.tokenizers import TokenizerFile
 from jaxformer.lab.intervals import estimate
 from jaxformer.lab.tables import markdown_table
+from jaxformer.learning.schedules import Schedule
+from jaxformer.run import warm_start
 from jaxformer.run.loop import check_together, train, train_seeds
 from jaxformer.run.metrics import finite, rows_of
 from jaxformer.run.opened import Run
 from jaxformer.run.starts import last_seeds, last_start, starts_of
-from jaxformer.spec import InputError
+from jaxformer.spec import InputError, fields
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,8 @@ class Row:
     higher: bool = False  # whether more is better
     reached: Callable[[Sequence[float], float, bool], bool] = within_or_better
     also: tuple[str, ...] = ()  # fields that take the seed as well, as "data.split_seed"; then runs are trained apart
-    begins_with: str | None = None  # an earlier row that lends parameters and tokenizer: seed by seed, or its one run
+    begins_with: str | None = None  # an earlier row that lends parameters and tokenizer: seed by seed, or its one run;
+    # with init_from=None among the overrides the tokenizer alone
     platform: str | None = None  # "gpu": trained on one of these alone; elsewhere the table says "not run"
     remark: str = ""
 
@@ -237,21 +241,54 @@ def names() -> list[str]:
 def _resolved(row: Row, directory: Path, seed: int | None = None) -> Config:
     """The config of a row or, given a seed, of one of its runs; `directory` is that of the experiment."""
     own: dict[str, Any] = {} if seed is None else dict.fromkeys(("train.seed", *row.also), seed)
+    lent: dict[str, Any] = {}
     if row.begins_with:
         lender = directory / _slug(row.begins_with)
         alone = len(list(lender.glob("seed-*"))) == 1
         run = lender / f"seed-{0 if alone else seed or 0}"
-        own |= {"init_from": str(run), "data.tokenizer": TokenizerFile(str(run / "tokenizer.json"))}
-    return config_lib.resolve(row.config, {**row.overrides, **own})
+        lent = {"init_from": str(run), "data.tokenizer": TokenizerFile(str(run / "tokenizer.json"))}
+    return config_lib.resolve(row.config, {**lent, **row.overrides, **own})
+
+
+def _check_kept(config: Config, home: Path, lent: bool) -> None:
+    """Raises InputError for a run of before that is not what this config would come to by itself."""
+    if not (home / "config.json").exists():
+        return
+    old, new = config_lib.read(home / "config.json").train, config.train
+    changed = {name: (getattr(old, name), getattr(new, name)) for name in ("steps", "log_every", "eval_every")}
+    if old.steps < new.steps and not _depends_on_steps(config, old.steps, new.steps):
+        del changed["steps"]
+    if told := [f"train.{name} was {was} and is {now}" for name, (was, now) in changed.items() if was != now]:
+        raise InputError(f"{home}: {', '.join(told)}; delete the folder to train it again")
+    report = home / "init_from.json"
+    if lent and config.init_from and report.exists():
+        taken = json.loads(report.read_text(encoding="utf-8"))
+        if not warm_start.still_has(warm_start.open_source(config.init_from), taken):
+            raise InputError(
+                f"{home}: it began with other parameters than {config.init_from} has now; delete the folder to train "
+                "it again"
+            )
+
+
+def _depends_on_steps(config: Config, before: int, after: int) -> bool:
+    """Whether a rate at the end of a run of `before` steps is another one if there are to be `after`."""
+    found = (getattr(owner, name) for _, owner, name in fields(config.optimizer, ""))
+    rates = [rate for rate in found if isinstance(rate, Schedule)]
+    at = lambda rate, steps: float(rate(jnp.int32(before - 1), jnp.int32(steps)))
+    return any(at(rate, before) != at(rate, after) for rate in rates)
 
 
 def run_row(row: Row, directory: Path) -> Result:
     """Trains the runs of a row, or resumes them, and reads what they have left."""
     config, home = _resolved(row, directory), directory / row.slug
-    if row.platform not in (None, jax.default_backend()) and not home.exists():
+    places = {seed: home / f"seed-{seed}" for seed in range(row.seeds)}
+    for seed, place in places.items():
+        _check_kept(_resolved(row, directory, seed), place, row.begins_with is not None)
+    finished = all((place / "checkpoints" / str(config.train.steps)).exists() for place in places.values())
+    if row.platform not in (None, jax.default_backend()) and not finished:
         runs = []
     elif row.also or row.begins_with:
-        runs = [train(_resolved(row, directory, seed), directory=home / f"seed-{seed}") for seed in range(row.seeds)]
+        runs = [train(_resolved(row, directory, seed), directory=place) for seed, place in places.items()]
     else:
         runs = train_seeds(config, range(row.seeds), directory=home)
     return Result(dataclasses.replace(row, config=config), runs, [read_metrics(run) for run in runs])

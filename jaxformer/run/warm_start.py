@@ -72,6 +72,13 @@ def compare(recipe: Recipe, run: Run, same_tokenizer: bool) -> dict[str, Any]:
     }
 
 
+def still_has(run: Run, report: dict[str, Any]) -> bool:
+    """Whether the run has the parameters that were taken from it."""
+    own = by_path(run.state.params)
+    taken = {path: own[path] for path in report["taken"] if path in own}
+    return sha256(taken) == report["taken_sha256"]
+
+
 def take(params: Any, run: Run, report: dict[str, Any]) -> Any:
     """The parameters, with those that the report lists as taken."""
     old = by_path(run.state.params)
