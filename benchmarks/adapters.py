@@ -16,13 +16,13 @@ from typing import Any
 import compare
 import jax
 import numpy as np
+from peers.limits import device
 
 from jaxformer import config as config_lib
 from jaxformer.data.tokenizers import NoTokenizer
 from jaxformer.learning.adapters import LoRA
 from jaxformer.platform import prepare
 from jaxformer.run.plan import abstract_batches, hyper_of, planned_recipe
-from jaxformer.run.starts import processor
 from jaxformer.run.step import init_state, train_steps
 
 RANKS = None, 1, 4, 16  # None: all parameters are trained
@@ -72,7 +72,7 @@ def main() -> None:
         ("temporary", lambda row: f"{row['memory'].temp_size_in_bytes / 1e6:,.0f} MB"),
         ("seconds", lambda row: compare.spread(row["seconds"], "{:.3f}".format)),
     ]
-    print(f"{given.rows} × {given.tokens} tokens, {given.dtype}; {processor()}\n\n{compare.grid(columns, rows)}")
+    print(f"{given.rows} × {given.tokens} tokens, {given.dtype}; {device()}\n\n{compare.grid(columns, rows)}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+from peers.limits import device
 
 from jaxformer.model.implementations import Blocked, Plain
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Causal, Look, View, one_document
-from jaxformer.run.starts import processor
 
 HEADS, WIDTH, TOKENS = 4, 32, 2048
 WAYS = {"Plain": Plain(), "Blocked": Blocked()}
@@ -34,7 +34,7 @@ def compiled(kernel: Softmax, length: int) -> tuple[jax.stages.Compiled, float]:
 
 
 def main() -> None:
-    print(f"{processor()}, jax {jax.__version__}")
+    print(f"{device()}, jax {jax.__version__}")
     for length in (64, 128, 256, 512, 1024, 2048):
         programs = {n: compiled(dataclasses.replace(Softmax(), implementation=way), length) for n, way in WAYS.items()}
         shape = TOKENS // length, HEADS, length, WIDTH

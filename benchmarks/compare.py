@@ -6,7 +6,8 @@ can do.
 Without a NAME it measures all that CPUs are measured by; `step small` whatever is called both, `--list` shows names
 and minutes. Each measurement is a process of its own; contestants take turns (A B C A B C), so that what else the
 machine does falls on all of them. The first round compiles, later ones find what it has compiled. --markdown writes
-the block of this processor or GPU into a file such as BENCHMARKS.md, in place of the one that it has.
+the block of this processor or GPU into a file such as BENCHMARKS.md, in place of the one that it has; given NAMEs, the
+tables of these, each with when and how it was measured.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.sizes import SIZES, Size, Texts, Work, tiny, work_of_step, work_of_token
+from peers.timing import held
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -171,7 +172,7 @@ def memory() -> int:
         return torch.cuda.max_memory_allocated()
     if jax is not None and jax.default_backend() != "cpu":
         return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return held()
 
 
 class Failed(Exception):
@@ -216,12 +217,12 @@ def measured(measurement: Measurement, rounds: int, clock: Clock, kept: Path | N
     """Each contestant in turn, round by round; what they compile is `kept` in a folder, if one is given."""
     rows = [Row(each.name, each.arguments.get("dtype", "float32")) for each in measurement.contestants]
     with contextlib.nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory() as compiled:
-        caches = {"JAX_COMPILATION_CACHE_DIR": compiled, "TORCHINDUCTOR_CACHE_DIR": f"{compiled}/inductor"}
-        caches |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        caches = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         given = {"size": measurement.size, "seconds": clock.seconds}
         given |= {"texts": measurement.texts} if measurement.texts else {}
         for turn in range(rounds):
-            for each, row in zip(measurement.contestants, rows, strict=True):
+            for i, (each, row) in enumerate(zip(measurement.contestants, rows, strict=True)):
+                caches["TORCHINDUCTOR_CACHE_DIR"] = f"{compiled}/inductor{i}"
                 if row.failed is None:
                     print(f"{measurement.name}, round {turn + 1}: {each.name}", file=sys.stderr)
                     arguments, environment = {**given, **each.arguments}, {**caches, **each.environment}
@@ -274,8 +275,8 @@ def _told(measurement: Measurement, row: Row, first: Row, limits: Mapping[str, A
         found["flops_per_second"] = work.flops / seconds
         if limits[row.dtype] and limits["bytes"]:
             found["of_limit"] = max(work.flops / limits[row.dtype], work.bytes / limits["bytes"]) / seconds
-        if limits.get("datasheet"):
-            found["mfu"] = work.flops / seconds / limits["datasheet"]
+        if measurement.what == "step" and (peak := limits.get("datasheet", {}).get(row.dtype)):
+            found["mfu"] = work.flops / seconds / peak
     return found
 
 
@@ -355,11 +356,31 @@ def block(limits: Mapping[str, Any], found: Sequence[Mapping[str, Any]], seconds
 
 def placed(page: str, block: str) -> str:
     """The page with the block in place of the one with the same heading, or at its end."""
+    found = _old(page, block)
+    if found is None:
+        return f"{page.rstrip()}\n\n{block}"
+    return (page[: found.start()] + block + "\n" + page[found.end() :]).rstrip("\n") + "\n"
+
+
+def added(page: str, block: str) -> str:
+    """The page with the block's tables in place of those of the same names, or behind the others; each tells how it was
+    measured."""
+    found = _old(page, block)
+    if found is None:
+        return placed(page, block)
+    cut = lambda text: re.split(r"^(?=\*\*)", text.rstrip("\n") + "\n\n", flags=re.MULTILINE)
+    name = lambda table: table[2:].partition(":")[0]
+    (head, *old), (how, *new) = cut(found[0]), cut(block)
+    how = how.partition("\n\n")[2]
+    tables = {name(table): table for table in old}
+    tables |= {name(table): table.replace("\n\n", f"\n\n{how}", 1) for table in new}
+    return placed(page, "".join([head, *tables.values()]).rstrip("\n") + "\n")
+
+
+def _old(page: str, block: str) -> re.Match[str] | None:
+    """The block of the page with the same heading."""
     head = block.partition("\n")[0]
-    old = re.compile(rf"^{re.escape(head)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if old.search(page):
-        return old.sub(lambda _: block + "\n", page, count=1).rstrip("\n") + "\n"
-    return f"{page.rstrip()}\n\n{block}"
+    return re.search(rf"^{re.escape(head)}\n.*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
 
 
 def selected(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Measurement]:
@@ -369,7 +390,10 @@ def selected(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Measur
     if unknown := set(names) - known:
         sys.exit(f"{' '.join(sorted(unknown))}: no measurement is called so; --list shows those that there are")
     within = of_gpu if "gpu" in names else MEASUREMENTS
-    return [each for each in within if set(names) <= set(each.name.split())]
+    found = [each for each in within if set(names) <= set(each.name.split())]
+    return found or sys.exit(
+        f"{' '.join(names)}: no measurement is called all of it; --list shows those that there are"
+    )
 
 
 def main() -> None:
@@ -387,6 +411,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="next to nothing, to see that it runs")
     parser.add_argument("--list", action="store_true", help="names, and about how many minutes each takes on 2 cores")
     given = parser.parse_args()
+    if wrong := [each for each in given.also if "=" not in each or "gpu" not in given.names]:
+        parser.error(f"--also={wrong[0]} must be FIELD=VALUE, beside the name gpu")
     chosen, started = selected(given.names, given.also), time.monotonic()
     if given.list:
         return print("\n".join(f"{each.name:20} {each.minutes:4g}" for each in chosen))
@@ -412,7 +438,8 @@ def main() -> None:
     print(f"\n{peaks.get('device')}; {heading(peaks, time.monotonic() - started)}")
     if given.markdown:
         page = given.markdown.read_text() if given.markdown.exists() else "# Benchmarks\n"
-        given.markdown.write_text(placed(page, block(peaks, found, time.monotonic() - started)))
+        put = added if set(given.names) - {"gpu"} else placed
+        given.markdown.write_text(put(page, block(peaks, found, time.monotonic() - started)))
 
 
 if __name__ == "__main__":

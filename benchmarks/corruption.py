@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import pickle
-import resource
 import shutil
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers.timing import held
 
 from jaxformer.interop.import_folder import parameters, read_folder
 from jaxformer.spec import InputError
@@ -190,7 +190,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for kind in KINDS:  # what whole ones take
             parameters(read_folder(WHOLE / kind))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = held()
         for seed in range(args.seed, args.seed + args.count):
             how, why = met(seed, Path(name))
             found[how] += 1
@@ -198,7 +198,7 @@ def main() -> None:
             if how == "raised":
                 print(f"--seed {seed}: {why}", file=sys.stderr)
         ran = (Path(name) / "mark").exists()
-    rose = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    rose = (held() - before) / 2**20
     print(json.dumps({**found, "taken_by_damage": +taken, "code_run": ran, "memory_rose_mb": round(rose)}))
     sys.exit(bool(found["raised"] or ran or rose > MEGABYTES))
 

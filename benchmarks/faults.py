@@ -133,7 +133,7 @@ def files(folder: Path, count: int | None = None, seed: int = 0) -> Found:
             for other in (found.relative_to(run) for found in others):
                 how = lambda copy, path=path, other=other: swap(copy / path, copy / other)
                 each.append((f"{path} swapped with {other}", how, True))
-        return each if count is None else random.Random(seed).sample(each, count)
+        return each if count is None else random.Random(seed).sample(each, min(count, len(each)))
 
     return damaged(folder, cases, "damaged files")
 

@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from compare import Clock, Contestant, Failed, Measurement, measured, run
 from peers.sizes import SIZES, Texts
@@ -57,6 +56,21 @@ def fallen(before: Ratios, now: Ratios) -> list[str]:
     return lines
 
 
+def baseline(path: Path, machine: str) -> Ratios:
+    """The ratios that --write has stored; none, and a sentence why, if they are not to be compared with."""
+    names = [each.name for each in MEASUREMENTS]
+    try:
+        stored = json.loads(path.read_text())
+        of, found = stored["machine"], {name: stored["ratios"][name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path}: no baseline can be read ({error!r}); --write measures one", file=sys.stderr)
+        return {}
+    if of != machine:
+        print(f"{path} is of another machine: {of}; this is {machine}", file=sys.stderr)
+        return {}
+    return found
+
+
 def line(name: str, values: Sequence[float]) -> str:
     spread = f"{min(values):.3f} to {max(values):.3f}"
     noisy = max(values) / min(values) - 1 > FALL
@@ -70,15 +84,11 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="measures the baseline")
     parser.add_argument("--rounds", type=int, default=4)
     given = parser.parse_args()
-    before: dict[str, Any] = {}
-    if not given.write:
-        try:
-            before = json.loads(given.baseline.read_text())
-        except (OSError, ValueError) as error:
-            print(f"{given.baseline}: no baseline can be read ({error}); --write measures one", file=sys.stderr)
-            return 2
     try:
-        machine, now = run("limits", "machine", {}, {}, Clock().left)["device"], ratios(given.rounds)
+        machine, before = run("limits", "machine", {}, {}, Clock().left)["device"], {}
+        if not given.write and not (before := baseline(given.baseline, machine)):
+            return 2
+        now = ratios(given.rounds)
     except Failed as error:
         print(error, file=sys.stderr)
         return 2
@@ -86,10 +96,7 @@ def main() -> int:
     if given.write:
         given.baseline.write_text(json.dumps({"machine": machine, "ratios": now}, indent=1) + "\n")
         return 0
-    if before["machine"] != machine:
-        print(f"{given.baseline} is of another machine: {before['machine']}; this is {machine}", file=sys.stderr)
-        return 2
-    lines = fallen(before["ratios"], now)
+    lines = fallen(before, now)
     print("\n".join(lines) or f"no ratio fell by more than {FALL:.0%}")
     return 1 if lines else 0
 

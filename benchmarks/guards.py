@@ -2,7 +2,7 @@
 
     python benchmarks/guards.py [ROUNDS]
 
-Prints the medians of milliseconds per step, and the median of the ratios of neighbouring calls with their range.
+Prints the medians of milliseconds per step, and the median of the ratios of neighbouring calls with their quartiles.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import time
 
 import jax
 import numpy as np
+from peers.limits import device
 
 from jaxformer import config as config_lib
 from jaxformer.run.plan import hyper_of, planned_recipe
-from jaxformer.run.starts import processor
 from jaxformer.run.step import init_state, train_steps
 
 STEPS = 10
@@ -42,7 +42,7 @@ def main(rounds: int) -> None:
         print(f"{name:15} {1000 * statistics.median(found):.2f} ms a step")
     ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
     quarters = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
-    print(f"ratio {statistics.median(ratios):.3f} (quartiles {quarters[0]:.3f} to {quarters[1]:.3f}); {processor()}")
+    print(f"ratio {statistics.median(ratios):.3f} (quartiles {quarters[0]:.3f} to {quarters[1]:.3f}); {device()}")
 
 
 if __name__ == "__main__":

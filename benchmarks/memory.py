@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from peers.limits import device
 
 from jaxformer import Decoder
 from jaxformer.learning import chunks
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
-from jaxformer.run.starts import processor
 from jaxformer.run.step import Hyper, Recipe, init_state, train_steps
 
 
@@ -44,7 +44,7 @@ def main(rounds: int = 5, rows: int = 16) -> None:
     for name, found in seconds.items():
         print(f"{name:10} {sizes[name]:7,.0f} MiB of temporary memory, {statistics.median(found):.3f} s a step")
     time_ratio = statistics.median(a / b for a, b in zip(seconds["in chunks"], seconds["at once"], strict=True))
-    print(f"ratio      {sizes['in chunks'] / sizes['at once']:.2f}, {time_ratio:.3f}; {processor()}")
+    print(f"ratio      {sizes['in chunks'] / sizes['at once']:.2f}, {time_ratio:.3f}; {device()}")
 
 
 if __name__ == "__main__":

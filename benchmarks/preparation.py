@@ -9,13 +9,14 @@ learning the vocabulary and for encoding, MB/s per core, the peak of resident me
 import hashlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from peers.timing import held
 
 
 def prepare(path: str, vocabulary: str) -> None:
@@ -33,13 +34,13 @@ def prepare(path: str, vocabulary: str) -> None:
     row = {
         "learning_seconds": learned - started,
         "encoding_seconds": time.perf_counter() - learned,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": held(),
     }
     print(json.dumps(row))
 
 
-def run(cache: str, arguments: list[str], seconds: float | None = None) -> str:
-    """What a preparation prints; killed after some seconds it prints nothing."""
+def run(cache: str, arguments: list[str], seconds: float | None = None) -> str | None:
+    """What a preparation prints; None if it was killed after so many seconds."""
     command = [sys.executable, __file__, "--child", *arguments]
     process = subprocess.Popen(command, env=os.environ | {"JAXFORMER_CACHE": cache}, stdout=subprocess.PIPE, text=True)
     try:
@@ -47,7 +48,7 @@ def run(cache: str, arguments: list[str], seconds: float | None = None) -> str:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        return ""
+        return None
 
 
 def hashes(cache: str) -> dict[str, str]:
@@ -57,18 +58,18 @@ def hashes(cache: str) -> dict[str, str]:
 
 def main(path: str, vocabulary: str = "50257") -> None:
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as killed:
-        row = json.loads(run(whole, [path, vocabulary]))
+        row = json.loads(run(whole, [path, vocabulary]) or "")
         size, cores = os.path.getsize(path), os.cpu_count() or 1
         speed = size / 1e6 / row["encoding_seconds"]
         print(f"{size:,} bytes, {cores} cores, BPE({vocabulary}): learned in {row['learning_seconds']:.0f} s")
         print(f"encoded in {row['encoding_seconds']:.0f} s: {speed:.1f} MB/s, {speed / cores:.1f} MB/s per core")
         print(f"peak of resident memory {row['peak_bytes'] / 1e9:.2f} GB")
-        for part in (0.3, 0.6, 0.5):
-            run(killed, [path, vocabulary], row["learning_seconds"] + part * row["encoding_seconds"])
+        encoding = row["encoding_seconds"]  # the vocabulary is kept after the first time
+        windows = row["learning_seconds"] + 0.3 * encoding, 0.25 * encoding, 0.2 * encoding
+        kills = sum(run(killed, [path, vocabulary], seconds) is None for seconds in windows)
         run(killed, [path, vocabulary])
-        print(
-            "killed three times, it ends with", "the same files" if hashes(whole) == hashes(killed) else "OTHER FILES"
-        )
+        same = "the same files" if hashes(whole) == hashes(killed) else "OTHER FILES"
+        print(f"killed {kills} times, it ends with {same}")
         for name, digest in hashes(whole).items():
             print(f"{name} {digest}")
 

@@ -168,6 +168,7 @@ def run(contestant: Contestant, config: Config, corpus: Path, folder: Path, cach
     environment |= {"OMP_NUM_THREADS": str(compare.CORES), "PYTHONPATH": os.pathsep.join(paths)}
     environment |= {"JAXFORMER_CACHE": str(cache), "JAXFORMER_DATA": str(corpus.parent)}
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # recipes for CPUs, on both sides
     command, given, knobs, directory = [sys.executable, "-m"], "", config.train, folder / "run"
     if contestant.side == "PyTorch":
         command += ["peers.pytorch_recipe", str(corpus), str(folder)]
@@ -203,8 +204,9 @@ def measured(chosen: Sequence[Contestant], seeds: int, steps: int | None) -> lis
                 load = os.getloadavg()[0]
                 print(f"seed {seed}: {each.name}; load {load:.1f}", end="", file=sys.stderr, flush=True)
                 try:
-                    row["runs"].append(run(each, config, corpus, own, Path(folder, each.config)) | {"load": load})
-                    print(", {seconds:.1f} s, {loss:.4f} nats".format(**row["runs"][-1]), file=sys.stderr)
+                    found = run(each, config, corpus, own, Path(folder, each.config))
+                    row["runs"].append({"seed": seed, **found, "load": load})
+                    print(", {seconds:.1f} s, {loss:.4f} nats".format(**found), file=sys.stderr)
                 except compare.Failed as error:
                     row["failed"] = str(error)
                     print(f", failed: {error}", file=sys.stderr)
@@ -218,9 +220,10 @@ def measured(chosen: Sequence[Contestant], seeds: int, steps: int | None) -> lis
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Medians, in brackets the least and the most; ratios and differences are of the same seed."""
-    some, first = [row for row in rows if row["runs"]], rows[0]["runs"]
+    some = [row for row in rows if row["runs"]]
+    first = {found["seed"]: found for found in rows[0]["runs"]}
     of = lambda row, name: [found[name] for found in row["runs"]]
-    pairs = lambda row, name: zip(of(row, name), [found[name] for found in first], strict=False)
+    pairs = lambda row, name: [(own[name], first[own["seed"]][name]) for own in row["runs"] if own["seed"] in first]
     columns: list[compare.Column] = [
         ("", lambda row: row["name"]),
         ("steps", lambda row: f"{row['steps']:,}"),

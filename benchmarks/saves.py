@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from peers.limits import device
 
 from jaxformer import config as config_lib
 from jaxformer.run.checkpoint import CheckpointWriter
 from jaxformer.run.plan import hyper_of, planned_recipe
-from jaxformer.run.starts import processor
 from jaxformer.run.step import init_state
 
 
@@ -48,7 +48,7 @@ def main(rounds: int) -> None:
             writer.close()
         said = ", ".join(f"{name} {statistics.median(s):.3f} s ({max(s):.3f})" for name, s in found.items())
         print(f"{params / 1e6:.1f}M parameters, a state of {sum(arrays) / 1e6:,.0f} MB: {said}")
-    print(processor())
+    print(device())
 
 
 def timed(step: Any, state: Any) -> tuple[Any, float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import compare  # noqa: E402
 import gate  # noqa: E402
 import recipe  # noqa: E402
-from peers import bare_jax, ours, sizes  # noqa: E402
+from peers import bare_jax, flax_linen, ours, sizes  # noqa: E402
 from peers.recipes import Recipe  # noqa: E402
 
 SIZE = sizes.Size(layers=2, heads=3, width=15, context=11, vocabulary=29, batch=2, tokens=7)
@@ -131,14 +132,71 @@ def test_a_block_takes_the_place_of_its_own():
     assert page == "# Benchmarks\n\nWords.\n\n## A, 2 cores\n\nnew\n\n## B\n\nother\n"
 
 
+def test_tables_take_the_places_of_their_own():
+    """Given names, the others of the block stay, and its words."""
+    page = "# B\n\n## A\n\nhow, when\n\nWords.\n\n**x: a**\n\n| 1 |\n\n**y: b**\n\n| 2 |\n\n## C\n\nother\n"
+    new = "## A\n\nnow\n\n**y: c**\n\n| 3 |\n\n**z: d**\n\n| 4 |\n"
+    tables = "**x: a**\n\n| 1 |\n\n**y: c**\n\nnow\n\n| 3 |\n\n**z: d**\n\nnow\n\n| 4 |\n"
+    page = compare.added(page, new)
+    assert page == f"# B\n\n## A\n\nhow, when\n\nWords.\n\n{tables}\n## C\n\nother\n"
+    assert compare.added(page, new) == page and compare.added("# B\n", new) == "# B\n\n" + new
+
+
+@pytest.mark.parametrize("name", sizes.SIZES)
+def test_a_size_is_put_on_a_config_at_its_own_settings(name):
+    """Everything else is as a user has it."""
+    size = sizes.SIZES[name]
+    config = ours.planned(size, {})[0]
+    changed = set(config_lib.differences(config_lib.resolve(size.config), config))
+    assert changed <= {
+        *(f"model.{field}" for field in ("n_layers", "n_heads", "d_model", "context_length", "head.classes")),
+        *(f"data.{field}" for field in ("batch_size", "window")),
+    }
+
+
+def test_a_share_of_the_data_sheet_is_told_of_steps_in_their_dtype():
+    contestants = (compare.Contestant("ours", "ours"),)
+    limits = {"float32": 0.0, "bytes": 0.0, "datasheet": {"float32": sizes.work_of_step(SIZE).flops, "bfloat16": 1.0}}
+    row = [compare.Row("ours", "float32", [{"seconds": 2.0, "compile": 1.0, "memory": 1.0}])]
+    told = lambda what, texts: compare.told(
+        compare.Measurement("x", what, SIZE, contestants, 1, texts=texts), row, limits
+    )["rows"][0]
+    assert told("step", None)["mfu"] == 0.5
+    assert "mfu" not in told("decode", sizes.Texts(1, 2, 3))
+
+
+def test_a_peer_draws_what_attention_drops_for_every_weight():
+    size = dataclasses.replace(SIZE, causal=False, dropout=0.3)
+    block, x = flax_linen.Block(size), jnp.ones((2, 7, 15))
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    program = str(jax.make_jaxpr(lambda: block.init(keys, x, jnp.ones((2, 1, 7, 7))))())
+    assert re.search(r"u32\[2,3,7,7\] = random_bits", program)
+
+
+def test_a_baseline_of_another_machine_is_seen_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "run", lambda *_: {"device": "this"})
+    monkeypatch.setattr(gate, "ratios", lambda _: pytest.fail("it measures"))
+    path = tmp_path / "baseline.json"
+    ratios = {each.name: [1.0] for each in gate.MEASUREMENTS}
+    for stored, told in (
+        ({"machine": "that", "ratios": ratios}, "is of another machine: that; this is this"),
+        ({}, "no baseline can be read"),
+        ({"machine": "this", "ratios": {"renamed": [1.0]}}, "no baseline can be read"),
+    ):
+        path.write_text(json.dumps(stored))
+        monkeypatch.setattr(sys, "argv", ["gate.py", str(path)])
+        assert gate.main() == 2 and told in capsys.readouterr().err
+
+
 def test_names_select():
     assert [each.name for each in compare.selected(["small", "step"])] == ["step small"]
     assert [each.name for each in compare.selected(["ragged", "124M"])] == ["decode 124M 32 ragged"]
     assert not any("gpu" in each.name for each in compare.selected([]))
     also = compare.selected(["gpu", "step"], ["model.remat=all"])[0].contestants[-1]
     assert also.arguments["overrides"] == {"model.remat": "all"}
-    with pytest.raises(SystemExit, match="medium"):
-        compare.selected(["medium"])
+    for names in (["medium"], ["small", "encoder"], ["gpu", "small"]):
+        with pytest.raises(SystemExit, match=" ".join(names)):
+            compare.selected(names)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +229,10 @@ def test_a_peer_trains_what_the_config_says():
 
 
 def test_runs_are_told_beside_the_first():
-    runs = lambda *pairs: [{"seconds": seconds, "loss": loss} for seconds, loss in pairs]
+    runs = lambda *pairs: [{"seed": seed, "seconds": each[0], "loss": each[1]} for seed, each in enumerate(pairs)]
+    failed = {"seed": -1, "seconds": 5.0, "loss": 9.0}  # of a seed that the others lack
     rows = [
-        {"name": "theirs", "steps": 2000, "runs": runs((100.0, 1.9), (200.0, 1.8)), "failed": None},
+        {"name": "theirs", "steps": 2000, "runs": [failed, *runs((100.0, 1.9), (200.0, 1.8))], "failed": None},
         {"name": "ours", "steps": 500, "runs": runs((30.0, 1.7), (20.0, 1.7)), "failed": None},
         {"name": "broken", "steps": 500, "runs": [], "failed": "no such module"},
     ]

@@ -14,7 +14,8 @@ from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.lab import check as check_lib
 from jaxformer.lab.check import check
-from jaxformer.lab.probe import Inapplicable, Probe, Wrong, small, with_part
+from jaxformer.lab.devices import batches
+from jaxformer.lab.probe import ROWS, Inapplicable, Probe, Wrong, small, with_part
 from jaxformer.lab.properties import CHECKS
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
@@ -177,6 +178,12 @@ def test_a_run_that_moves_to_another_machine_says_so(tmp_path):
     starts_of(config).write_text(json.dumps(row) + "\n")
     told = moved(config, jax.devices()[:1])
     assert told.startswith("processor Another, 64 cores then, ") and "devices" in told and "versions" in told
+
+
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_every_device_has_as_many_rows(devices):
+    """Else the rows of a batch are not split, and one device is compared with itself."""
+    assert batches(devices) * ROWS % devices == 0
 
 
 def test_a_field_that_no_check_could_be_made_of_is_refused():

@@ -2,7 +2,7 @@
 jaxformer against."""
 
 import functools
-import itertools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,11 @@ def checkpoint(size: Size, seconds: float) -> Found:
     """Of a save by Orbax alone, for the thread that trains; the disk is waited for between saves."""
     params = jax.jit(init, static_argnums=0)(size, jax.random.key(0))
     state = jax.block_until_ready((params, optax.adamw(1e-3).init(params)))
-    steps = itertools.count()
     with tempfile.TemporaryDirectory() as folder, ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()) as saver:
-        save = lambda: saver.save(Path(folder, str(next(steps))), args=ocp.args.StandardSave(state))
-        return timed(save, seconds, after=saver.wait_until_finished)
+        path = Path(folder, "saved")
+
+        def clear() -> None:
+            saver.wait_until_finished()
+            shutil.rmtree(path)
+
+        return timed(lambda: saver.save(path, args=ocp.args.StandardSave(state)), seconds, after=clear)

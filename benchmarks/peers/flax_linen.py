@@ -21,7 +21,11 @@ class Block(nn.Module):
         size, biased, deterministic = self.size, not self.size.causal, self.size.dropout == 0
         h = nn.LayerNorm(use_bias=biased)(x)
         h = nn.MultiHeadDotProductAttention(
-            num_heads=size.heads, use_bias=biased, dropout_rate=size.dropout, deterministic=deterministic
+            num_heads=size.heads,
+            use_bias=biased,
+            dropout_rate=size.dropout,
+            broadcast_dropout=False,
+            deterministic=deterministic,
         )(h, mask=mask)
         x = x + nn.Dropout(size.dropout, deterministic=deterministic)(h)
         h = nn.LayerNorm(use_bias=biased)(x)

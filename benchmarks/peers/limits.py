@@ -8,25 +8,32 @@ import jax
 import jax.numpy as jnp
 from peers.timing import SIDES, Found, best
 
+from jaxformer.run.peaks import peak_flops
 from jaxformer.run.starts import processor
 
-DATASHEET = {"H100": 989e12, "H200": 989e12}  # operations a second in bfloat16, by the name of the device
+DTYPES = "float32", "bfloat16"
+
+
+def device() -> str:
+    """The model of what JAX computes on."""
+    first = jax.devices()[0]
+    return processor() if first.platform == "cpu" else first.device_kind
 
 
 def machine() -> Found:
-    """What it is, and what its datasheet says, if that is known here."""
-    device = jax.devices()[0]
-    name = processor() if device.platform == "cpu" else device.device_kind
-    return {"device": name, "datasheet": next((peak for card, peak in DATASHEET.items() if card in name), None)}
+    """What it is and, of other devices than a CPU, what their data sheet says of products in each dtype."""
+    first = jax.devices()[:1]
+    known = {} if first[0].platform == "cpu" else {dtype: peak_flops(first, dtype) for dtype in DTYPES}
+    return {"device": device(), "datasheet": known}
 
 
 def limits(seconds: float, sides: int, room: int) -> Found:
     """Operations a second in products of each dtype with the first so many `sides`, and bytes a second, by arrays of
     `room` numbers."""
-    found: Found = {"float32": 0.0, "bfloat16": 0.0}
+    found: Found = dict.fromkeys(DTYPES, 0.0)
     product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1)
     for side in SIDES[:sides]:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in DTYPES:
             a = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
             taken = best(lambda a=a: product(a).block_until_ready(), seconds)
             found[dtype] = max(found[dtype], 2 * side**3 / taken)

@@ -1,4 +1,5 @@
-"""jaxformer, as its trainer and sampler run it."""
+"""jaxformer, as its trainer and sampler run it; in bfloat16 the sampler gets parameters of that type, which a command
+leaves in float32."""
 
 import itertools
 import tempfile
@@ -31,7 +32,6 @@ def planned(size: Size, overrides: Mapping[str, Any]) -> tuple[Config, Recipe]:
         "model.n_heads": size.heads,
         "model.d_model": size.width,
         "model.context_length": size.context,
-        "model.unroll": size.unroll,
         "data.batch_size": size.batch,
         "data.window": max(size.tokens, 2),
     }
@@ -65,11 +65,9 @@ def step(
     return timed(call, seconds, steps_per_call)
 
 
-def decode(
-    size: Size, seconds: float, texts: Texts, dtype: str = "float32", overrides: Mapping[str, Any] = {}
-) -> Found:
+def decode(size: Size, seconds: float, texts: Texts, dtype: str = "float32") -> Found:
     """Of one more token for each text, the prompts' share included."""
-    config, recipe = planned(size, overrides)
+    config, recipe = planned(size, {})
     params = jax.tree.map(lambda a: a.astype(dtype), init_state(recipe, hyper_of(config)).params)
     keys = row_keys(0, 0, texts.batch)
     how = usual_processors(top_k=TOP_K)

@@ -9,7 +9,8 @@ class Size:
     """A transformer, and the batch that it is trained on.
 
     Every contestant builds it alike: norms before the branches, tables of positions, GELU (tanh), no biases, the head
-    tied to the embedding. What `transformers` cannot leave out (biases) it keeps.
+    tied to the embedding. What `transformers` cannot leave out it keeps: biases and, of BERT, norms behind the sums,
+    token types and a pooler.
     """
 
     layers: int
@@ -22,7 +23,6 @@ class Size:
     causal: bool = True  # False: an encoder that classifies texts of 5 to `tokens` tokens, with ReLU and biases
     dropout: float = 0.0  # of the embedding, of attention's weights, and of each branch
     config: str = "shakespeare_cpu"  # of jaxformer, on which the sizes are put
-    unroll: int = 1  # jaxformer's `model.unroll`: the config's own, or the default
 
     @property
     def params(self) -> int:
@@ -38,18 +38,18 @@ class Size:
 
 
 SIZES = {
-    "small": Size(4, 4, 128, 64, 65, batch=12, tokens=64, unroll=4),
+    "small": Size(4, 4, 128, 64, 65, batch=12, tokens=64),
     "10.7M": Size(6, 6, 384, 256, 65, batch=8, tokens=256),
     "124M": Size(12, 12, 768, 1024, 50257, batch=2, tokens=256),
     "encoder": Size(2, 8, 128, 100, 4096, batch=64, tokens=100, causal=False, dropout=0.3, config="disaster_tweets"),
-    "small, 256": Size(4, 4, 128, 256, 65, unroll=4),
+    "small, 256": Size(4, 4, 128, 256, 65),
     "124M, 1024": Size(12, 12, 768, 1024, 50257, batch=16, tokens=1024),
 }
 
 
 def tiny(size: Size) -> Size:
     """The size with next to nothing in it, to see that a measurement runs."""
-    small = {"layers": 1, "heads": 2, "width": 16, "context": 64, "vocabulary": 65, "unroll": 1}
+    small = {"layers": 1, "heads": 2, "width": 16, "context": 64, "vocabulary": 65}
     return dataclasses.replace(size, **small, batch=min(size.batch, 2), tokens=min(size.tokens, 16))
 
 

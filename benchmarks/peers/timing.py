@@ -1,6 +1,8 @@
 """How every contestant takes the time, and what it says of it."""
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,3 +37,8 @@ def best(call: Callable[[], Any], seconds: float) -> float:
         call()
         found.append(time.perf_counter() - started)
     return min(found)
+
+
+def held() -> int:
+    """The most bytes that the process has held at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -35,8 +35,13 @@ def agrees(probe: Probe, mesh: Mesh) -> str:
             partition(box.letters.all, box.value.shape, sizes, path)
     except InputError as error:
         raise Inapplicable(f"refused: {error}") from None
-    parts = -(-math.prod(sizes.values()) // ROWS)  # as many rows as devices, however they are used
+    parts = batches(math.prod(sizes.values()))
     return close(_steps(probe, mesh, parts), _steps(probe, Mesh(), parts), "losses and norms of gradients")
+
+
+def batches(devices: int) -> int:
+    """How many of ROWS rows make one of which every device has as many rows."""
+    return math.lcm(devices, ROWS) // ROWS
 
 
 @functools.lru_cache(2)  # of one device, with which each mesh is compared
