@@ -18,6 +18,8 @@ from jaxformer.commands import main
 from jaxformer.config import resolve
 from jaxformer.data.batches import PackedDocuments, ShuffledWindows
 from jaxformer.data.corpora import Mixture, TextFiles, TextLines
+from jaxformer.data.tables import Fold
+from jaxformer.data.tokenizers import TokenizerFile
 from jaxformer.lab.compare import judge
 from jaxformer.lab.groups import told
 from jaxformer.lab.intervals import estimate, paired_difference, welch_difference
@@ -207,6 +209,20 @@ def test_a_split_that_follows_the_seed_is_no_other_config(tmp_path):
     put(tmp_path / "c" / "seed-7", 7, [1.0, 1.0, 1.0], documents | {"data.split_seed": 7, "model.d_ff": 11})
     put(tmp_path / "c" / "seed-8", 8, [1.0, 1.0, 1.1], documents | {"data.split_seed": 8, "model.d_ff": 11})
     assert jaxformer.compare(tmp_path).verdicts[1].said == "no verdict: the validation texts differ"
+
+
+def test_seeds_of_their_own_part_of_a_table_begun_with_runs_of_their_own_are_a_group(tmp_path):
+    """As the experiments' rows are: the fold follows the seed, and so do the tokenizer and where a run begins."""
+    for name, changes in (("a", {}), ("b", ROTARY)):
+        for seed in range(3):
+            lender = f"runs/lender/seed-{seed}"
+            own = {"data.corpus": Fold("t.csv", "text", fold=seed), "data.split_seed": seed, "init_from": lender}
+            own |= changes | {"data.tokenizer": TokenizerFile(f"{lender}/tokenizer.json")}
+            losses, texts = [1.0, 1.0, 1 + seed / 9 + len(changes) + seed**2 / 99], {"corpus_sha256": f"{seed}c" * 32}
+            put(tmp_path / name / f"seed-{seed}", seed, losses, own, texts, f'{{"of": {seed}}}')
+    found = jaxformer.compare(tmp_path)
+    assert [row["seeds"] for row in found.rows] == [[0, 1, 2]] * 2 and found.verdicts[0].paired
+    assert found.differences.keys() == {"model.position"}
 
 
 def test_what_differs_is_told_by_path_as_deep_as_the_classes_are_the_same(tmp_path):

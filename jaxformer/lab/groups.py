@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +191,31 @@ def grouped(records: Sequence[Record], by: str) -> list[Group]:
     configs = [_config(record, paths) for record in records]
     alike: dict[str, list[int]] = {}
     for i, config in enumerate(configs):
-        alike.setdefault(_key(config | {"data": config["data"] | {"split_seed": None}}), []).append(i)
+        alike.setdefault(_key(_of_seed(config, None, SEEDED)), []).append(i)
     for each in alike.values():
         seeds = [records[i].seed for i in each]
-        if len(set(seeds)) > 1 and [configs[i]["data"].get("split_seed") for i in each] == seeds:
+        given = {name: [part(configs[i]["data"]).get(name) for i in each] for name, part in SEEDED.items()}
+        if len(set(seeds)) > 1 and (names := [name for name in SEEDED if given[name] == seeds]):
             for i in each:
-                configs[i]["data"]["split_seed"] = "train.seed"  # a split for each seed, as `Row.also` makes them
+                configs[i] = _of_seed(configs[i], "train.seed", names)
     found: dict[str, list[int]] = {}
     for i, config in enumerate(configs):
         found.setdefault(_key(config), []).append(i)
     return [_group([records[i] for i in each], configs[each[0]], by) for each in found.values()]
+
+
+# Fields that may follow the seed, as `Row.also` makes them: a split for each, or a part of the table.
+SEEDED = {"split_seed": lambda data: data, "fold": lambda data: data["corpus"] or {}}
+
+
+def _of_seed(config: Mapping[str, Any], value: Any, names: Collection[str]) -> dict[str, Any]:
+    """The config with these fields, and what follows from them, at the same value for every seed."""
+    data, corpus = config["data"], config["data"]["corpus"]
+    if "split_seed" in names:
+        data = data | {"split_seed": value}
+    if "fold" in names and "fold" in (corpus or {}):
+        data = data | {"corpus": corpus | {"fold": value}, "corpus_sha256": value, "tokenizer_sha256": value}
+    return {**config, "data": data}
 
 
 def _key(config: Mapping[str, Any]) -> str:
@@ -226,6 +241,9 @@ def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
         for i, part in enumerate((config["data"].get(which) or {}).get("corpora") or []):  # of a mixture
             if "path" in part and prints[which] is not None:
                 part["path"] = paths.setdefault((which, i, prints[which]), part["path"])
+    for part, name in ((config, "init_from"), (config["data"].get("tokenizer") or {}, "path")):
+        if part.get(name):  # begun with the run of the same seed
+            part[name] = re.sub(rf"(?<=/seed-){record.seed}(?=/|$)", "SEED", part[name])
     config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}
     return config
 
