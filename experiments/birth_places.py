@@ -70,9 +70,9 @@ experiment = Experiment(
 Short biographies of 2,936 people; 2,000 questions such as "Where was Ada Byron born?" to learn from and 500 to answer,
 of other people among them. Pretraining asks for each proper name of a biography, given the title and the two or six
 words before it (`configs/birth_places_pretrain.py`; in its row "measured" is its loss). "measured" of the others is the
-share of exact answers, the best of ten evaluations; the published text has 2 % from scratch, and we ask for 10 % after
-pretraining. LoRA adapts the matrices of all layers; its optimizer, and that of the head over frozen layers, has five
-times the rate of full fine-tuning.
+share of exact answers, the best of ten evaluations of these questions; the published text has 2 % from scratch and well
+over 10 % after span corruption, which gave us 4 to 6 % (LOG.md). LoRA adapts the matrices of all layers; its optimizer,
+and that of the head over frozen layers, has five times the rate of full fine-tuning.
 """,
     (PRETRAINED, *TUNINGS),
     tell,
