@@ -17,7 +17,7 @@ def tell(report: Report) -> None:
 experiment = Experiment(
     "Residual sums in 32 and 50 layers",
     """
-The models of "One layer, norms behind the sums", deeper: with and without residual sums, 2,000 steps each, the training
+The models of "One layer, norms behind the sums", deeper: with and without residual sums, 1,000 steps each, the training
 loss of the last tenth of them, of which every tenth is logged.
 """,
     ROWS,
