@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as library
+from test_tokenizers import metaspace
 from tiny import decoder, loud
 
 import jaxformer
@@ -19,7 +21,7 @@ from jaxformer.data.corpora import Mixture, TextFiles
 from jaxformer.data.datasets import encode, ids_of, prepare
 from jaxformer.data.dialogues import Dialogues, Instructions, PythonQuestions
 from jaxformer.data.templates import ANSWERS, Ends, Template
-from jaxformer.data.tokenizers import BPE, Bytes, Characters
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, Subwords
 from jaxformer.learning.objectives import Masked, NextToken
 from jaxformer.run.chat import Chat
 from jaxformer.run.opened import Run
@@ -84,6 +86,57 @@ def test_as_transformers_writes_it():
     assert "".join(p.text for p in pieces) == f"{e}user\nWho?{e}\n{e}assistant\nI.{e}\n".replace(
         f"{e}\n{e}", f"{e}{e}"
     ).rstrip("\n")
+
+
+INSTRUCT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+SPACES = {
+    "always": {},
+    "first": {"pre_tokenizer": library.pre_tokenizers.Metaspace(prepend_scheme="first")},
+    "prepend": {
+        "pre_tokenizer": None,
+        "normalizer": library.normalizers.Sequence(
+            [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES)
+def test_ids_of_a_dialogue_are_those_of_its_text(spaces, tmp_path):
+    """Of tokenizers that put a space before a text, it is put before no answer, nor before what follows one."""
+    own = metaspace()
+    for name, value in spaces.items():
+        setattr(own, name, value)
+    tokenizer = Subwords(own.to_str(), own.get_vocab_size(), "<s>", "</s>")
+    template = Template.of(tokenizer, INSTRUCT)
+    talk = [*TALK[:2], {"role": "user", "content": "hi"}, {"role": ANSWERS, "content": "hi hi"}]
+    (tmp_path / "talks.jsonl").write_text(told(talk))
+    source = encode(Dialogues(str(tmp_path / "talks.jsonl"), template=INSTRUCT), tokenizer)
+    text = "<s>[INST] Who? [/INST] I.</s><s>[INST] hi [/INST] hi hi</s>"
+    assert source.tokens.tolist() == own.encode(text, add_special_tokens=False).ids
+    learned = [int(i) for i, answer in zip(source.tokens, source.answers, strict=True) if answer]
+    assert [own.id_to_token(i) for i in learned[-5:]] == ["▁h", "i", "▁h", "i", "</s>"]
+    assert learned[:-5] == [259, 3 + ord("I"), 3 + ord("."), 1]
+    prompt = [int(i) for piece in template.prompt(talk[:3]) for i in ids_of(piece, tokenizer)]
+    assert prompt == own.encode(text[: text.rindex(" hi hi")], add_special_tokens=False).ids
+    assert source.tokens.tolist()[: len(prompt)] == prompt
+
+
+def test_what_becomes_a_special_token_in_another_form_is_refused():
+    own = metaspace()
+    own.normalizer = library.normalizers.Lowercase()
+    own.add_special_tokens([library.AddedToken("<end>", normalized=True)])
+    tokenizer = Subwords(own.to_str(), own.get_vocab_size(), "<s>", "<end>")
+    for content, right in (("hi", True), ("<END>", False)):
+        pieces = Template.of(tokenizer, INSTRUCT).dialogue([TALK[0], {"role": ANSWERS, "content": content}])
+        if right:
+            assert ids_of(pieces[-1], tokenizer).tolist() == [263]
+        else:
+            with pytest.raises(InputError, match="holds '<end>', which the tokenizer takes for its special token"):
+                ids_of(pieces[-1], tokenizer)
 
 
 WRONG = {

@@ -29,6 +29,8 @@ class Piece(NamedTuple):
     path: str = ""  # of the file
     answer: bool = True  # its tokens are to be predicted, in a corpus that is `marked`
     special: bool = False  # the text is the name of a special token
+    whole: str = ""  # the text that it is a stretch of and is encoded within; "": it is encoded by itself
+    at: int = 0  # where in `whole` it begins
 
     def place(self, at: int = 0) -> str:
         """Where a character of the text stands, as "notes.txt, line 7"; in a record that is a line, that line."""

@@ -74,14 +74,15 @@ class Template:
         pieces = [
             piece
             for i, (first, last) in enumerate(itertools.pairwise(cuts))
-            for piece in self._pieces(text[first:last], i % 2 == 1)
+            for piece in self._pieces(text, first, last, i % 2 == 1)
         ]
         return [*pieces[:-1], pieces[-1]._replace(ends=True)] if pieces else []
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         """What stands before the next answer."""
         self.check(messages)
-        return self._pieces(self._rendered(messages, True), False)
+        text = self._rendered(messages, True)
+        return self._pieces(text, 0, len(text), False)
 
     def check(self, messages: Sequence[Message]) -> None:
         """Raises InputError for what is no message, or has in it the text of a special token, which it would become."""
@@ -110,13 +111,16 @@ class Template:
         names = sorted((name for name, _ in self.tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)))
 
-    def _pieces(self, text: str, answer: bool) -> list[Piece]:
-        """Special tokens and the text between them."""
-        if not self.tokens:
-            return [Piece(text, False, answer=answer)] if text else []
+    def _pieces(self, text: str, first: int, last: int, answer: bool) -> list[Piece]:
+        """Of a stretch of the text: special tokens and what stands between them."""
         names = {name for name, _ in self.tokens}
-        parts = re.split(f"({self._special.pattern})", text)
-        return [Piece(part, False, answer=answer, special=part in names) for part in parts if part]
+        parts = re.split(f"({self._special.pattern})", text[first:last]) if names else [text[first:last]]
+        starts = itertools.accumulate(map(len, parts), initial=first)
+        return [
+            Piece(part, False, answer=answer, special=part in names, whole=text, at=at)
+            for part, at in zip(parts, starts, strict=False)
+            if part
+        ]
 
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         more = {"add_generation_prompt": add_generation_prompt, "bos_token": self.start, "eos_token": self.end}

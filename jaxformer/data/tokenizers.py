@@ -104,6 +104,11 @@ class Tokenizer(Spec):
     def encode(self, text: str) -> Ids:
         """Ids of the text, special ones never. Raises InputError for text that the tokenizer cannot encode."""
 
+    def encode_within(self, text: str, first: int, last: int, special: bool) -> Ids:
+        """Ids of a stretch of a text in which special tokens stand by their names; `special`: it is one of them."""
+        stretch = text[first:last]
+        return np.array([self.special_tokens[stretch]], np.uint32) if special else self.encode(stretch)
+
     def unknown(self, text: str) -> dict[str, int]:
         """The characters for which `encode` raises Unknown, in the text's order, and where each first stands."""
         return {}
@@ -419,25 +424,18 @@ class Subwords(Tokenizer):
         return _special_tokens(self.definition)
 
     def encode(self, text: str) -> Ids:
-        try:
-            (found,) = _library(self.definition).encode_batch_fast([text], add_special_tokens=False)
-        except TypeError:
-            raise InputError("the text holds half of a surrogate pair, which is no character; remove it") from None
-        except Exception as error:  # as for an unknown word where no token stands for those
-            raise InputError(f"the tokenizer cannot encode the text ({error}); give another one") from None
+        found = _encoded(_library(self.definition), text)
         ids = np.array(found.ids, np.uint32)
         if (wrong := _never(self.definition)[ids]).any():
-            token = _library(self.definition).id_to_token(int(ids[wrong.argmax()]))
-            raise InputError(
-                f"the text holds {token!r}, which the tokenizer takes for its special token; remove it, or give "
-                "another tokenizer"
-            )
-        if lost := _lost(self.definition, text):
-            raise InputError(
-                f"the tokenizer has no token for {', '.join(map(repr, sorted(lost)[:NAMED]))}, nor one for unknown "
-                "characters, and would leave them out; remove them, or give another tokenizer"
-            )
+            _refuse_special(_library(self.definition).id_to_token(int(ids[wrong.argmax()])))
+        _check_lost(self.definition, text)
         return ids
+
+    def encode_within(self, text: str, first: int, last: int, special: bool) -> Ids:
+        """The library's own of the whole text, as what stands before a stretch may decide about its ids. A token across
+        the ends of two stretches is of the second."""
+        ids, places = _whole(self.definition, text)
+        return ids[(first <= places) & (places < last)]
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
         return _library(self.definition).decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
@@ -635,8 +633,9 @@ def _special(library: Any) -> set[int]:
     return {i for i, token in library.get_added_tokens_decoder().items() if token.special}
 
 
-@functools.lru_cache(maxsize=4)
-def _library(definition: str) -> Any:
+@functools.lru_cache(maxsize=8)
+def _library(definition: str, special: bool = False) -> Any:
+    """`special`: the text "<|endoftext|>" is the token of this name, and no text."""
     try:
         import tokenizers
     except ImportError:
@@ -645,8 +644,52 @@ def _library(definition: str) -> Any:
     if parts["model"].get("dropout"):  # of merges (arXiv:1910.13267): other ids of the same text every time
         definition = json.dumps(parts | {"model": parts["model"] | {"dropout": None}})
     library = tokenizers.Tokenizer.from_str(definition)
-    library.encode_special_tokens = True  # the text "<|endoftext|>" is text
+    library.encode_special_tokens = not special
     return library
+
+
+def _encoded(library: Any, text: str, offsets: bool = False) -> Any:
+    """What the library makes of a text; with the offsets of its tokens it takes longer."""
+    encode = library.encode_batch if offsets else library.encode_batch_fast
+    try:
+        (found,) = encode([text], add_special_tokens=False)
+    except TypeError:
+        raise InputError("the text holds half of a surrogate pair, which is no character; remove it") from None
+    except Exception as error:  # as for an unknown word where no token stands for those
+        raise InputError(f"the tokenizer cannot encode the text ({error}); give another one") from None
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _whole(definition: str, text: str) -> tuple[Ids, NDArray[np.int64]]:
+    """Ids of a text in which special tokens stand by their names, and the place of the last character of each."""
+    found = _encoded(_library(definition, True), text, True)
+    ids, never, named = np.array(found.ids, np.uint32), _never(definition), _special_tokens(definition)
+    names = "|".join(map(re.escape, sorted(named, key=len, reverse=True)))
+    parts = re.split(f"({names})", text) if named else [text]
+    written = [name for name in parts[1::2] if never[named[name]]]
+    special = [_library(definition).id_to_token(int(i)) for i in ids[never[ids]]]
+    if special != written:
+        _refuse_special(next(a or b for a, b in itertools.zip_longest(special, written, fillvalue="") if a != b))
+    for part in parts[::2]:
+        _check_lost(definition, part)
+    places = np.array([max(start, end - 1) for start, end in found.offsets], np.int64)
+    return ids, np.minimum(np.maximum.accumulate(places), len(text) - 1)
+
+
+def _refuse_special(token: str) -> NoReturn:
+    raise InputError(
+        f"the text holds {token!r}, which the tokenizer takes for its special token; remove it, or give another "
+        "tokenizer"
+    )
+
+
+def _check_lost(definition: str, text: str) -> None:
+    if lost := _lost(definition, text):
+        raise InputError(
+            f"the tokenizer has no token for {', '.join(map(repr, sorted(lost)[:NAMED]))}, nor one for unknown "
+            "characters, and would leave them out; remove them, or give another tokenizer"
+        )
 
 
 @functools.lru_cache(maxsize=4)
