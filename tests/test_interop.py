@@ -23,18 +23,19 @@ from jaxformer import Config, Data, Train
 from jaxformer.commands.main import run as command
 from jaxformer.data.corpora import PythonTopics, TextFiles
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, TokenizerFile
+from jaxformer.declarations import by_path
 from jaxformer.interop.architecture import Options, explicit
 from jaxformer.interop.bert import Bert
-from jaxformer.interop.export_folder import export_run
+from jaxformer.interop.export_folder import QWEN, export_run
 from jaxformer.interop.families import ARCHITECTURES
-from jaxformer.interop.import_folder import import_run, parameters, read_folder
-from jaxformer.interop.llama import _masks, _position
+from jaxformer.interop.import_folder import _chat_template, import_run, parameters, read_folder
+from jaxformer.interop.llama import Llama, _masks, _position
 from jaxformer.interop.tensors import Written, read_header, write_file
-from jaxformer.model.heads import ClassificationHead, MultiLabelHead
-from jaxformer.model.layers import MLP, LayerNorm, RMSNorm
+from jaxformer.model.heads import ClassificationHead, LanguageHead, MultiLabelHead
+from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, RMSNorm, SiLU
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.models import Decoder
-from jaxformer.model.positions import ALiBi
+from jaxformer.model.positions import ALiBi, Rotary
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, open_run
 from jaxformer.run.step import TrainState
@@ -217,6 +218,61 @@ def test_what_a_config_leaves_out_is_as_in_transformers():
     assert _masks(Options({"sliding_window": None}), "mistral", 4) == Causal()
     rope = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "max_position_embeddings": 64}
     assert _position(Options(rope)).trained == 64
+    assert _position(Options(rope | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}})).trained == 64
+    small = {"vocab_size": 29, "hidden_size": 256, "intermediate_size": 7, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 64, "max_position_embeddings": 11}
+    for kind, n_kv_heads, head_width in (("llama", 64, 4), ("mistral", 8, 4), ("qwen2", 32, 4), ("qwen3", 32, 128)):
+        read = Llama().model(Options(small | {"model_type": kind}), [])
+        assert (read.n_kv_heads, read.head_width) == (n_kv_heads, head_width)
+        assert Llama().model(Options(small | {"model_type": kind, "num_key_value_heads": None}), []).n_kv_heads == 64
+
+
+def test_lists_in_place_of_names_are_refused_in_a_sentence(tmp_path):
+    options = Options({"use_sliding_window": True, "sliding_window": 8, "layer_types": [[], []]})
+    assert _masks(options, "qwen3", 2) == Causal() and "layer_types must be 2 of" in options.problems[0]
+    assert _chat_template(tmp_path, {"chat_template": [{"name": []}, {"name": "default", "template": "x"}]}) == "x"
+
+
+LLAMA = {"norm": RMSNorm(), "feed_forward": GatedFeedForward(SiLU()), "position": Rotary(), "n_layers": 1}
+
+
+def test_biases_of_queries_alone_are_written_as_a_llama_with_zeros(tmp_path, caplog):
+    """transformers reads every tokenizer beside a qwen2 as Qwen's, which splits text in another way."""
+    tokenizer = BPE(300).fit(["a b"])
+    parts = json.loads(tokenizer.definition)
+    parts["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False},
+            parts["pre_tokenizer"] | {"use_regex": False},
+        ],
+    }
+    qwens = dataclasses.replace(tokenizer, definition=json.dumps(parts))
+    one = LLAMA | {"qkv_bias": True, "head": LanguageHead(tied=False)}
+    for kind, splits, more in (
+        ("llama", tokenizer, {}),
+        ("qwen2", qwens, {}),
+        ("qwen2", tokenizer, {"mask": Window(5)}),
+    ):
+        caplog.clear()
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        export_run(run := made(tmp_path / "run", tokenizer=splits, **one, **more), folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == kind and config.get("attention_bias") == (True if kind == "llama" else None)
+        assert ("read this one by transformers.PreTrainedTokenizerFast" in caplog.text) == bool(more)
+        arrays, own = (by_path(each) for each in (parameters(read_folder(folder)), run.state.params))
+        assert all(np.array_equal(arrays[path], own[path]) for path in own)
+        more = {path for path in arrays if path not in own}
+        assert len(more) == (kind == "llama") and not any(arrays[path].any() for path in more)
+
+
+def test_a_width_that_heads_do_not_divide_is_no_llama(tmp_path):
+    """LlamaConfig takes none, MistralConfig does."""
+    uneven = LLAMA | {"d_model": 14, "n_heads": 4, "n_kv_heads": 2, "head_width": 6, "context_length": 11}
+    export_run(made(tmp_path / "run", **uneven), tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["model_type"] == "mistral"
+    with pytest.raises(InputError, match=r"model\.n_heads=4, which must divide model\.d_model=14"):
+        export_run(made(tmp_path / "run", **uneven, bias=True), tmp_path / "other")
 
 
 @pytest.mark.parametrize("part", ["feed_forward", "kernel"])

@@ -160,6 +160,10 @@ class Architecture(abc.ABC):
     def rows(self, model: Decoder) -> list[Row]:
         """The table of names."""
 
+    def lacks(self, model: Decoder) -> list[str]:
+        """What of a model has no place here, though each of its parts has."""
+        return []
+
     def objective(self, model: Decoder) -> Objective:
         """What it was trained for."""
         return NextToken()

@@ -1,6 +1,7 @@
 """A run to a folder in Hugging Face's layout."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ from jaxformer.model.models import Decoder
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError, dumps
 
+log = logging.getLogger(__name__)
+
+# How Qwen splits words, which `transformers` does with every tokenizer beside a qwen2.
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Fields that change no number of a trained model.
 FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "position.decay")
 
@@ -40,10 +45,14 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
     architecture, model = architecture_of(run)
     tensors = _tensors(architecture, model, by_path(run.eval_params))
     kind = DTYPES[NAMES[dtype]]
-    options: dict[str, Any] = (
-        architecture.options(model, origin.get("model_type")) | {"dtype": dtype} | _ids(run.tokenizer)
-    )
-    texts = _tokenizer_files(run.tokenizer, model.context_length)
+    options: dict[str, Any] = architecture.options(model, _like(run)) | {"dtype": dtype} | _ids(run.tokenizer)
+    texts = _tokenizer_files(run.tokenizer, model)
+    if options["model_type"] == "qwen2" and "tokenizer.json" in texts and not _is_qwens(run.tokenizer):
+        log.warning(
+            "%s: transformers.AutoTokenizer splits the text of every qwen2 as Qwen does; read this one by "
+            "transformers.PreTrainedTokenizerFast",
+            folder,
+        )
     place.mkdir(parents=True, exist_ok=True)
     sizes = _write_tensors(place, tensors, dtype, kind.itemsize, shard_size)
     for name, text in texts.items():
@@ -60,12 +69,12 @@ def architecture_of(run: Run) -> tuple[Architecture, Decoder]:
 
     Raises InputError that names the parts that the nearest one has not.
     """
-    found = list[tuple[int, str]]()
+    found, like = list[tuple[int, str]](), _like(run)
     if not isinstance(run.model, Decoder) or run.model.encodes:
         raise InputError(f"{run.config.directory}: no architecture is a {type(run.model).__name__}")
     for architecture in ARCHITECTURES:
         try:
-            again = _read_back(architecture, run.model)
+            again = _read_back(architecture, run.model, like)
         except (ValueError, KeyError):  # it is far from this one
             continue
         wrong = _missing(architecture, run.model, again)
@@ -86,14 +95,24 @@ def _missing(architecture: Architecture, model: Decoder, again: Decoder) -> list
         zeros = path in architecture.optional and ours is False
         if not (free or zeros):
             wrong.append(f"model.{path}={ours!r}, but {theirs!r}")
-    return wrong
+    return wrong + architecture.lacks(again)
 
 
-def _read_back(architecture: Architecture, model: Decoder) -> Decoder:
+def _like(run: Run) -> str | None:
+    """The kind as which it is written, where several have its parts: that of its import, or of its tokenizer."""
+    return origin_of(run.config).get("model_type") or ("qwen2" if _is_qwens(run.tokenizer) else None)
+
+
+def _is_qwens(tokenizer: Tokenizer) -> bool:
+    """Whether text is split as Qwen's tokenizers do it."""
+    return isinstance(tokenizer, Subwords) and json.dumps(QWEN)[1:-1] in tokenizer.definition
+
+
+def _read_back(architecture: Architecture, model: Decoder, like: str | None) -> Decoder:
     """As the architecture would read what it would write. Raises ValueError or KeyError if it can write nothing."""
     model = explicit(model)
     names = [row.name for row in architecture.rows(model)]
-    options = Options(json.loads(json.dumps(architecture.options(model))))
+    options = Options(json.loads(json.dumps(architecture.options(model, like))))
     again = architecture.model(options, names)
     if options.problems:
         raise ValueError("; ".join(options.problems))
@@ -158,7 +177,7 @@ def _ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": padding}
 
 
-def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, str]:
+def _tokenizer_files(tokenizer: Tokenizer, model: Decoder) -> dict[str, str]:
     """In both forms: the library's, which `transformers` reads, and that of a run, from which it is read back."""
     own = {OWN_TOKENIZER: dumps(tokenizer)}
     if isinstance(tokenizer, NoTokenizer):
@@ -174,7 +193,9 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, str]:
     else:
         definition, tokens = _definition(tokenizer)
     named = {name: token for name, token in tokens.items() if token is not None}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+    parts = ["token_type_ids"] * bool(model.embedding.token_types)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length}
+    about |= {"model_input_names": ["input_ids", *parts, "attention_mask"]}
     about |= {"clean_up_tokenization_spaces": False, **named}
     about |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
     config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"

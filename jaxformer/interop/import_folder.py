@@ -286,7 +286,7 @@ def _chat_template(folder: Path, about: Mapping[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8", errors="replace")
     found = about.get("chat_template")
     if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        named = {str(each.get("name")): each.get("template") for each in found if isinstance(each, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
 

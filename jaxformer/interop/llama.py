@@ -39,6 +39,7 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # of a file that does not say
 
 
 class Llama(Architecture):
@@ -48,6 +49,7 @@ class Llama(Architecture):
     prefix = "model."
     ignored = ("*.rotary_emb.inv_freq",)
     tied = "lm_head.weight"
+    optional = ("bias",)
 
     def model(self, options: Options, names: Sequence[str]) -> Decoder:
         kind, n_layers = options.get("model_type"), options.layers("num_hidden_layers")
@@ -62,8 +64,8 @@ class Llama(Architecture):
             vocab_size=options.count("vocab_size"),
             n_layers=n_layers,
             n_heads=n_heads,
-            n_kv_heads=options.count("num_key_value_heads", n_heads),
-            head_width=options.count("head_dim", max(1, width // n_heads)),
+            n_kv_heads=options.count("num_key_value_heads", _n_kv_heads(options, kind, n_heads)),
+            head_width=options.count("head_dim", 128 if kind == "qwen3" else max(1, width // n_heads)),
             d_ff=options.count("intermediate_size"),
             position=_position(options),
             mask=_masks(options, kind, n_layers),
@@ -79,14 +81,15 @@ class Llama(Architecture):
         masks = model.mask if isinstance(model.mask, tuple) else (model.mask,)
         windows = {mask.size for mask in masks if isinstance(mask, Window)}
         window = min(windows, default=None)
-        bias, gated = model.bias, model.feed_forward
-        if isinstance(model.qk_norm, RMSNorm):
-            kind = "qwen3"
-        elif model.qkv_bias and not bias:
+        bias, gated, uneven = model.bias, model.feed_forward, model.d_model % model.n_heads != 0
+        normed = isinstance(model.qk_norm, RMSNorm)
+        if model.qkv_bias and not bias and not normed and (window or uneven or like == "qwen2"):
             kind = "qwen2"
         else:
+            bias = bias or bool(model.qkv_bias)  # that of the output is zeros
             plain = not bias and not getattr(gated, "bias", False)
-            kind = "mistral" if window or (plain and like == "mistral") else "llama"
+            kind = "mistral" if window or (plain and (uneven or like == "mistral")) else "llama"
+            kind = "qwen3" if normed else kind
         activation = getattr(gated, "activation", None)
         found: dict[str, Any] = {
             "model_type": kind,
@@ -117,6 +120,10 @@ class Llama(Architecture):
             found |= {"use_sliding_window": bool(window), "sliding_window": window, "layer_types": layers}
         return found
 
+    def lacks(self, model: Decoder) -> list[str]:
+        uneven = model.d_model % model.n_heads != 0 and self.options(model)["model_type"] == "llama"
+        return [f"model.n_heads={model.n_heads}, which must divide model.d_model={model.d_model}"] * uneven
+
     def rows(self, model: Decoder) -> list[Row]:
         rows = [Row(path, self.prefix + name) for path, name in TRUNK.items()]
         (kind, *_) = model.kinds("decoder")
@@ -137,11 +144,16 @@ class Llama(Architecture):
         return rows if head.tied else [*rows, Row("head_language/kernel", "lm_head.weight")]
 
 
+def _n_kv_heads(options: Options, kind: str, n_heads: int) -> int:
+    """Where the file says nothing; null is as many as there are heads."""
+    return n_heads if "num_key_value_heads" in options.values else KV_HEADS.get(kind, n_heads)
+
+
 def _position(options: Options) -> Rotary:
-    """Of `rope_parameters`, or as they were called before: `rope_theta` and `rope_scaling`."""
+    """Of `rope_parameters`, or as they were called before, which goes first: `rope_theta` and `rope_scaling`."""
     base = options.get("rope_theta", 10_000.0)
-    given = options.get("rope_parameters", options.get("rope_scaling", {}))
-    options.read.add("rope_scaling")
+    given = options.get("rope_scaling") or options.get("rope_parameters", {})
+    options.read.add("rope_parameters")
     if not isinstance(given, dict):
         options.problems.append("rope_parameters must be an object")
         given = {}
@@ -197,7 +209,7 @@ def _masks(options: Options, kind: str, n_layers: int) -> Mask | tuple[Mask, ...
         first = first if type(first) is int else 0
         types = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(0, n_layers - first)
     known = {"full_attention": Causal(), "sliding_attention": window}
-    if not isinstance(types, list) or len(types) != n_layers or any(each not in known for each in types):
+    if not isinstance(types, list) or len(types) != n_layers or any(str(each) not in known for each in types):
         options.problems.append(f"layer_types must be {n_layers} of {', '.join(known)}")
         return Causal()
     masks = tuple(known[each] for each in types)
