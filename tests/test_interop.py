@@ -21,6 +21,7 @@ from tiny import decoder, loud
 
 from jaxformer import Config, Data, Train
 from jaxformer.commands.main import run as command
+from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import PythonTopics, TextFiles
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, TokenizerFile
 from jaxformer.declarations import by_path
@@ -31,8 +32,17 @@ from jaxformer.interop.families import ARCHITECTURES
 from jaxformer.interop.import_folder import _chat_template, import_run, parameters, read_folder
 from jaxformer.interop.llama import Llama, _masks, _position
 from jaxformer.interop.tensors import Written, read_header, write_file
-from jaxformer.model.heads import ClassificationHead, LanguageHead, MultiLabelHead
-from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, RMSNorm, SiLU
+from jaxformer.learning.objectives import Masked
+from jaxformer.model.heads import (
+    ClassificationHead,
+    EmbeddingHead,
+    FirstToken,
+    LanguageHead,
+    MaskedLanguageHead,
+    MultiLabelHead,
+    TokenClassificationHead,
+)
+from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, RMSNorm, SiLU, Tanh
 from jaxformer.model.masks import Causal, Window, one_document
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import ALiBi, Rotary
@@ -206,6 +216,93 @@ def test_what_a_classifier_of_bert_says_is_read_from_its_problem_type(tmp_path):
         options = Options(classes | wrong)
         Bert().model(options, names)
         assert len(options.problems) == 1
+
+
+POOLED = {"pooling": FirstToken(), "hidden": 12, "activation": Tanh()}
+FOLLOWS = ClassificationHead("next_sentence", ("yes", "no"), **POOLED)
+TOPIC = ClassificationHead("topic", ("a", "b", "c"), dropout=0.3, **POOLED)
+MASKED = MaskedLanguageHead(norm=LayerNorm(eps=1e-6))
+POOLER = EmbeddingHead(FirstToken(), 12, Tanh(), unit=False)
+HEADS = {
+    "BertForMaskedLM": MASKED,
+    "BertForPreTraining": (MASKED, FOLLOWS),
+    "BertForNextSentencePrediction": FOLLOWS,
+    "BertForSequenceClassification": TOPIC,
+    "BertForTokenClassification": TokenClassificationHead("tag", ("a", "b", "c")),
+    "BertModel": POOLER,
+}
+
+
+def encoder(directory, head, tokenizer=NoTokenizer(29)):  # noqa: B008
+    """A run in memory of the stored BERT with other heads."""
+    model = dataclasses.replace(read_folder(STORED / "bert").model, head=head, vocab_size=None)
+    data = Data(PythonTopics(), tokenizer=tokenizer, sampling=Examples())
+    objective = Bert().objective(model)
+    objective = Masked(mask=1) if objective == Masked() else objective
+    config = Config(str(directory), model, data, objective, train=Train(steps=1))
+    whole = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    return Run(config, tokenizer, TrainState(np.zeros((), np.int32), loud(whole), ()))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_bert_are_written_under_the_class_that_has_them(name, tmp_path):
+    run = encoder(tmp_path / "run", HEADS[name])
+    export_run(run, tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["architectures"] == [name]
+    found = read_folder(tmp_path / "folder")
+    head = run.model.head
+    assert found.model.head == (dataclasses.replace(head, column="label") if name.endswith("Classification") else head)
+    one, other = (by_path(each) for each in (parameters(found), run.state.params))
+    plain = lambda path: path.replace("_topic", "_label").replace("_tag", "_label")
+    assert {plain(path) for path in other} == set(one)
+    assert all(np.array_equal(one[plain(path)], array) for path, array in other.items())
+
+
+@pytest.mark.parametrize("head", [(MASKED, TOPIC), (FOLLOWS, POOLER), (FOLLOWS, TOPIC)])
+def test_heads_that_no_class_of_bert_has_together_are_refused(head, tmp_path):
+    with pytest.raises(InputError, match=r"bert has not .*model\.head=\("):
+        export_run(encoder(tmp_path / "run", head), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_pooler_that_no_head_reads_is_left_out(tmp_path):
+    """As transformers does: of a classifier of tokens, and of a masked model alone."""
+
+    def tags(config, tensors):
+        for name in [name for name in tensors if name.startswith("cls.")]:
+            del tensors[name]
+        tensors |= {"classifier.weight": np.ones((3, 12), np.float32), "classifier.bias": np.zeros(3, np.float32)}
+        config |= {"architectures": ["BertForTokenClassification"], "id2label": {"0": "O", "1": "PER", "2": "LOC"}}
+
+    def masked(config, tensors):
+        del tensors["cls.seq_relationship.weight"], tensors["cls.seq_relationship.bias"]
+
+    run = imported(changed(tmp_path / "tags", "bert", tags), tmp_path / "run")
+    assert run.model.head == TokenClassificationHead("label", ("O", "PER", "LOC"), dropout=0.1)
+    assert [len(row["label"]) for row in run.predict("5 6 7")] == [5]  # with what frames a text
+    assert read_folder(changed(tmp_path / "masked", "bert", masked)).model.head == MASKED
+
+
+def test_an_encoder_is_exported_with_the_frame_of_its_texts(tmp_path):
+    """What transformers reads puts [CLS] and [SEP] where the run does, and tells a second text from a first."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", *(f"x{i}" for i in range(22))]
+    folder = changed(tmp_path / "bert", "bert")
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    bert = imported(folder, tmp_path / "run")
+    for number, run in enumerate((bert, encoder("run", MASKED, BPE(300, mask_token=True).fit(["the fox"])))):
+        out = tmp_path / str(number)
+        export_run(run, out)
+        library, about = (out / name for name in ("tokenizer.json", "tokenizer_config.json"))
+        library, about = tokenizers.Tokenizer.from_file(str(library)), json.loads(about.read_text())
+        assert library.encode("the").ids == run.tokenizer.document("the")
+        both, (ids, second) = library.encode("the", "fox"), run._pair("the", "fox")
+        assert both.ids == ids and both.type_ids == [0] * second + [1] * (len(ids) - second)
+        assert about["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
+        end = "<|endoftext|>"
+        tokens = [end, end, None, end, "<mask>"] if number else ["[CLS]", "[SEP]", "[UNK]", "[PAD]", "[MASK]"]
+        assert [about.get(f"{name}_token") for name in ("cls", "sep", "unk", "pad", "mask")] == tokens
+        assert read_folder(out).tokenizer == run.tokenizer
 
 
 def test_what_a_config_leaves_out_is_as_in_transformers():

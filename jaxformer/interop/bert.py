@@ -13,6 +13,7 @@ from jaxformer.model.heads import (
     Head,
     MaskedLanguageHead,
     MultiLabelHead,
+    TokenClassificationHead,
 )
 from jaxformer.model.layers import MLP, LayerNorm, Tanh, TruncatedNormal
 from jaxformer.model.models import Decoder, Embedding, Encoder
@@ -58,9 +59,18 @@ HEADS: dict[type[Head], dict[str, str]] = {
     },
     EmbeddingHead: {"kernel": POOLER["between"], "bias": POOLER["between_bias"]},
     **dict.fromkeys(PROBLEMS.values(), POOLER | {"kernel": "classifier.weight", "bias": "classifier.bias"}),
+    TokenClassificationHead: {"kernel": "classifier.weight", "bias": "classifier.bias"},
 }
 NEXT = "next_sentence"  # the column of whether the second text follows the first
 FOLLOWS = ("yes", "no")
+CLASSES: dict[frozenset[Any], str] = {  # by the heads that each has
+    frozenset({MaskedLanguageHead}): "BertForMaskedLM",
+    frozenset({MaskedLanguageHead, NEXT}): "BertForPreTraining",
+    frozenset({NEXT}): "BertForNextSentencePrediction",
+    **{frozenset({kind}): "BertForSequenceClassification" for kind in PROBLEMS.values()},
+    frozenset({TokenClassificationHead}): "BertForTokenClassification",
+    frozenset({EmbeddingHead}): "BertModel",
+}
 
 
 class Bert(Architecture):
@@ -68,7 +78,8 @@ class Bert(Architecture):
 
     kinds = ("bert",)
     prefix = "bert."
-    ignored = ("*.position_ids", "cls.predictions.decoder.bias")  # the latter is cls.predictions.bias
+    # The bias is cls.predictions.bias; a pooler may be left over that no head reads.
+    ignored = ("*.position_ids", "cls.predictions.decoder.bias", "*pooler.dense.*")
     tied = "cls.predictions.decoder.weight"
 
     def model(self, options: Options, names: Sequence[str]) -> Encoder:
@@ -78,7 +89,6 @@ class Bert(Architecture):
         options.must("tie_word_embeddings", True)
         eps = options.number("layer_norm_eps", 1e-12)
         activation = options.choice("hidden_act", ACTIVATIONS, "gelu")
-        options.get("classifier_dropout")
         return Encoder(
             d_model=options.count("hidden_size", 768),
             context_length=options.count("max_position_embeddings", 512),
@@ -112,15 +122,15 @@ class Bert(Architecture):
             "hidden_dropout_prob": model.dropout,
             "attention_probs_dropout_prob": model.dropout,
         }
-        if any(isinstance(head, MaskedLanguageHead) for head in model.heads):
-            name = "BertForPreTraining" if len(model.heads) > 1 else "BertForMaskedLM"
-        elif isinstance(head := model.heads[0], ClassificationHead):
-            name, classes = "BertForSequenceClassification", head.classes or ()
+        if isinstance(head := model.heads[0], ClassificationHead) and head.column != NEXT:
+            classes = head.classes or ()
             found |= {"id2label": dict(enumerate(classes)), "label2id": {each: i for i, each in enumerate(classes)}}
             found["problem_type"] = dict(zip(PROBLEMS.values(), PROBLEMS, strict=True)).get(type(head))
-        else:
-            name = "BertModel"
-        return found | {"architectures": [name]}
+            found["classifier_dropout"] = head.dropout
+        return found | {"architectures": [_class_of(model.heads)]}
+
+    def lacks(self, model: Decoder) -> list[str]:
+        return [] if _class_of(model.heads) else [f"model.head={model.head!r} together"]
 
     def older_tokenizer(self, folder: Path, about: Mapping[str, Any]) -> Any:
         if not (folder / "vocab.txt").is_file():
@@ -164,6 +174,12 @@ class Bert(Architecture):
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
+def _class_of(heads: Sequence[Head]) -> str | None:
+    """The class that has these heads and no other; None if there is none."""
+    kinds = frozenset(NEXT if head.column == NEXT else type(head) for head in heads)
+    return CLASSES.get(kinds) if len(kinds) == len(heads) else None
+
+
 def _heads(options: Options, names: Sequence[str], activation: Any, norm: LayerNorm) -> Head | tuple[Head, ...]:
     """Those whose tensors the file has."""
     has = lambda start: any(name.startswith(start) for name in names)
@@ -173,9 +189,14 @@ def _heads(options: Options, names: Sequence[str], activation: Any, norm: LayerN
         heads.append(MaskedLanguageHead(activation=activation, norm=norm))
     if has("cls.seq_relationship."):
         heads.append(ClassificationHead(NEXT, FOLLOWS, hidden=width, **how))
-    if has("classifier."):
+    own = options.get("classifier_dropout") is not None
+    rate = options.dropout("classifier_dropout" if own else "hidden_dropout_prob")
+    if has("classifier.") and "ForTokenClassification" in str(options.get("architectures")):
+        heads.append(TokenClassificationHead("label", _classes(options, 2), dropout=rate))
+    elif has("classifier."):
         kind = options.choice("problem_type", PROBLEMS, next(iter(PROBLEMS)))
-        heads.append(kind("label", _classes(options, 1 if kind is MultiLabelHead else 2), hidden=width, **how))
+        classes = _classes(options, 1 if kind is MultiLabelHead else 2)
+        heads.append(kind("label", classes, hidden=width, dropout=rate, **how))
     if not heads:
         heads.append(EmbeddingHead(FirstToken(), width, Tanh(), unit=False))
     return heads[0] if len(heads) == 1 else tuple(heads)

@@ -1,5 +1,6 @@
 """A run to a folder in Hugging Face's layout."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -17,7 +18,8 @@ from jaxformer.interop.architecture import Architecture, Options, Place, explici
 from jaxformer.interop.families import ARCHITECTURES
 from jaxformer.interop.import_folder import ONE, OWN_TOKENIZER, SHARDS, origin_of
 from jaxformer.interop.tensors import DTYPES, NAMES, Written, write_file
-from jaxformer.model.models import Decoder
+from jaxformer.model.heads import ClassificationHead
+from jaxformer.model.models import Decoder, Encoder
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError, dumps
 
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 # How Qwen splits words, which `transformers` does with every tokenizer beside a qwen2.
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Fields that change no number of a trained model.
-FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "position.decay")
+FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "position.decay", "head.dropout")
 
 
 def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_size: int = 5 * 10**9) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def architecture_of(run: Run) -> tuple[Architecture, Decoder]:
 
     Raises InputError that names the parts that the nearest one has not.
     """
-    found, like = list[tuple[int, str]](), _like(run)
+    found, like = list[tuple[bool, int, str]](), _like(run)
     if not isinstance(run.model, Decoder) or run.model.encodes:
         raise InputError(f"{run.config.directory}: no architecture is a {type(run.model).__name__}")
     for architecture in ARCHITECTURES:
@@ -79,14 +81,24 @@ def architecture_of(run: Run) -> tuple[Architecture, Decoder]:
             continue
         wrong = _missing(architecture, run.model, again)
         if not wrong:
-            return architecture, again
-        found.append((len(wrong), f"{architecture.kinds[0]} has not {'; '.join(wrong)}"))
-    _, nearest = min(found, default=(0, f"model.head={run.model.head!r} is of none"))
+            return architecture, _named(again, run.model)
+        found.append(
+            (type(again) is not type(run.model), len(wrong), f"{architecture.kinds[0]} has not {'; '.join(wrong)}")
+        )
+    *_, nearest = min(found, default=(False, 0, f"model.head={run.model.head!r} is of none"))
     raise InputError(f"{run.config.directory}: no architecture has all parts of its model; {nearest}")
+
+
+def _named(again: Decoder, model: Decoder) -> Decoder:
+    """With the column of its classes as the run calls it: no file names it."""
+    if not (isinstance(again.head, ClassificationHead) and isinstance(model.head, ClassificationHead)):
+        return again
+    return dataclasses.replace(again, head=dataclasses.replace(again.head, column=model.head.column))
 
 
 def _missing(architecture: Architecture, model: Decoder, again: Decoder) -> list[str]:
     """What of the model is not there in what is read back."""
+    again = _named(again, model)
     if type(again) is not type(model):
         return [f"model={type(model).__name__}"]
     wrong = list[str]()
@@ -189,9 +201,15 @@ def _tokenizer_files(tokenizer: Tokenizer, model: Decoder) -> dict[str, str]:
             "eos_token": tokenizer.end_token,
             "pad_token": tokenizer.padding_token,
             "mask_token": tokenizer.mask_token,
+            "unk_token": json.loads(definition)["model"].get("unk_token"),
         }
     else:
         definition, tokens = _definition(tokenizer)
+    if isinstance(model, Encoder):
+        definition = _framed(definition, tokenizer)
+        end = tokens["eos_token"]
+        tokens |= {"cls_token": end and tokens["bos_token"], "sep_token": end}
+        tokens |= {"pad_token": tokens.get("pad_token") or end}  # with which rows are filled without one
     named = {name: token for name, token in tokens.items() if token is not None}
     parts = ["token_type_ids"] * bool(model.embedding.token_types)
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length}
@@ -200,6 +218,21 @@ def _tokenizer_files(tokenizer: Tokenizer, model: Decoder) -> dict[str, str]:
     about |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
     config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     return own | {"tokenizer.json": definition, "tokenizer_config.json": config}
+
+
+def _framed(definition: str, tokenizer: Tokenizer) -> str:
+    """With the special tokens around a text, or around two, that `Tokenizer.document` puts there."""
+    import tokenizers as lib
+
+    library: Any = lib.Tokenizer.from_str(definition)
+    end = () if tokenizer.end is None else (tokenizer.end,)
+    before, after = ([library.id_to_token(i) for i in ids] for ids in (tokenizer.prefix, end))
+    single = [*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)]
+    pair = [*single, "$B:1", *(f"{token}:1" for token in after)]
+    special = [(token, library.token_to_id(token)) for token in {*before, *after}]
+    processors: Any = lib.processors
+    library.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    return library.to_str()
 
 
 def _definition(tokenizer: Tokenizer) -> tuple[str, dict[str, str | None]]:
@@ -227,7 +260,8 @@ def _definition(tokenizer: Tokenizer) -> tuple[str, dict[str, str | None]]:
     found.add_special_tokens([names[i] for i in sorted(names)])
     assert all(found.token_to_id(token) == i for i, token in names.items())
     end = "<|endoftext|>" if special["end"] else None
-    return found.to_str(), {"bos_token": end, "eos_token": end, "mask_token": "<mask>" if special["mask"] else None}
+    tokens = {"bos_token": end, "eos_token": end, "mask_token": "<mask>" if special["mask"] else None}
+    return found.to_str(), tokens | {"unk_token": "<unk>" if special.get("others") else None}
 
 
 def _byte_characters() -> list[str]:
