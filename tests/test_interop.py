@@ -23,7 +23,9 @@ from jaxformer import Config, Data, Train
 from jaxformer.commands.main import run as command
 from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import PythonTopics, TextFiles
-from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, TokenizerFile
+from jaxformer.data.dialogues import PythonQuestions
+from jaxformer.data.templates import PLAIN
+from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, Subwords, TokenizerFile
 from jaxformer.declarations import by_path
 from jaxformer.interop.architecture import Options, explicit
 from jaxformer.interop.bert import Bert
@@ -416,6 +418,33 @@ def test_tokenizers_are_exported_with_their_ids(tokenizer, tmp_path):
     assert library.encode(text).ids == tokenizer.encode(text).tolist()
     assert library.decode(library.encode(text).ids) == text
     assert read_folder(tmp_path / "folder").tokenizer == tokenizer
+
+
+def test_a_run_of_dialogues_is_exported_with_its_template_and_the_end_of_its_turns(tmp_path):
+    library = tokenizers.Tokenizer.from_str(BPE(300).fit(["a b"]).definition)
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Subwords(library.to_str(), library.get_vocab_size(), "<|endoftext|>", "<|endoftext|>")
+    end = library.token_to_id("<|im_end|>")
+    source = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    for template, eos in ((source, [0, end]), (None, 0)):
+        run = made(tmp_path / "run", tokenizer=tokenizer, **LLAMA)
+        data = dataclasses.replace(run.config.data, corpus=PythonQuestions(template=template))
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+        folder = tmp_path / str(template is None)
+        export_run(run, folder)
+        files = (json.loads((folder / f"{name}.json").read_text()) for name in ("tokenizer_config", "config"))
+        about, config = files
+        assert about["chat_template"] == (template or PLAIN) and config["eos_token_id"] == eos
+
+
+def test_all_ends_that_a_folder_names_are_written_back(tmp_path):
+    folder = changed(tmp_path / "folder", "llama", lambda config, tensors: config.update(eos_token_id=[3, 4]))
+    for name, ends in (("one", [3, 4]), ("two", [5, 6])):
+        run = imported(folder, tmp_path / name)
+        export_run(run, tmp_path / f"{name}_back")
+        config = json.loads((tmp_path / f"{name}_back" / "config.json").read_text())
+        assert config["eos_token_id"] == [*([] if run.tokenizer.end is None else [run.tokenizer.end]), *ends]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
 
 
 def test_tokenizers_of_before_tokenizer_json(tmp_path, caplog):

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxformer.config import differences
+from jaxformer.data.dialogues import Conversations
 from jaxformer.data.files import located, write
+from jaxformer.data.templates import Template
 from jaxformer.data.tokenizers import Bytes, Characters, NoTokenizer, Subwords, Tokenizer
 from jaxformer.declarations import by_path
 from jaxformer.interop.architecture import Architecture, Options, Place, explicit
@@ -47,8 +49,8 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
     architecture, model = architecture_of(run)
     tensors = _tensors(architecture, model, by_path(run.eval_params))
     kind = DTYPES[NAMES[dtype]]
-    options: dict[str, Any] = architecture.options(model, _like(run)) | {"dtype": dtype} | _ids(run.tokenizer)
-    texts = _tokenizer_files(run.tokenizer, model)
+    options: dict[str, Any] = architecture.options(model, _like(run)) | {"dtype": dtype} | _ids(run, origin)
+    texts = _tokenizer_files(run, model)
     if options["model_type"] == "qwen2" and "tokenizer.json" in texts and not _is_qwens(run.tokenizer):
         log.warning(
             "%s: transformers.AutoTokenizer splits the text of every qwen2 as Qwen does; read this one by "
@@ -184,13 +186,26 @@ def _write_tensors(
 # --- the tokenizer
 
 
-def _ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+def _ids(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What ends a text: the end, what ends an answer, and what the folder named that it was imported from."""
+    tokenizer, template = run.tokenizer, _template(run)
     (padding,) = tokenizer.special["padding"] or (None,)
-    return {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": padding}
+    ends = [] if tokenizer.end is None else [tokenizer.end]
+    ends += [*(template.ends.ids if template else ()), *origin.get("eos_token_id", ())]
+    found = list(dict.fromkeys(ends)) or [None]
+    end = found[0] if len(found) == 1 else found
+    return {"bos_token_id": tokenizer.start, "eos_token_id": end, "pad_token_id": padding}
 
 
-def _tokenizer_files(tokenizer: Tokenizer, model: Decoder) -> dict[str, str]:
+def _template(run: Run) -> Template | None:
+    """What writes the dialogues that it was trained on."""
+    corpus = run.config.data.corpus
+    return Template.of(run.tokenizer, corpus.template) if isinstance(corpus, Conversations) else None
+
+
+def _tokenizer_files(run: Run, model: Decoder) -> dict[str, str]:
     """In both forms: the library's, which `transformers` reads, and that of a run, from which it is read back."""
+    tokenizer, template = run.tokenizer, _template(run)
     own = {OWN_TOKENIZER: dumps(tokenizer)}
     if isinstance(tokenizer, NoTokenizer):
         return own
@@ -215,7 +230,8 @@ def _tokenizer_files(tokenizer: Tokenizer, model: Decoder) -> dict[str, str]:
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length}
     about |= {"model_input_names": ["input_ids", *parts, "attention_mask"]}
     about |= {"clean_up_tokenization_spaces": False, **named}
-    about |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+    source = template.source if template else tokenizer.chat_template
+    about |= {} if source is None else {"chat_template": source}
     config = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     return own | {"tokenizer.json": definition, "tokenizer_config.json": config}
 

@@ -51,6 +51,7 @@ class Found(NamedTuple):
     model: Decoder
     tokenizer: Tokenizer
     sources: Mapping[str, tuple[Tensor, list[Place]]]  # by the tensor's name
+    ends: list[int]  # ids that end a text, where the folder names several
 
 
 def read_folder(folder: Path) -> Found:
@@ -75,7 +76,14 @@ def read_folder(folder: Path) -> Found:
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'}: no such model can be made ({error})") from None
     sources = _matched(folder, architecture, model, tensors)
-    return Found(architecture, kind, model, _tokenizer(folder, options, architecture, model), sources)
+    return Found(
+        architecture,
+        kind,
+        model,
+        _tokenizer(folder, options, architecture, model),
+        sources,
+        _ends(folder, options, model),
+    )
 
 
 def import_run(folder: str | Path, directory: str | Path, window: int | None = None) -> dict[str, Any]:
@@ -106,7 +114,7 @@ def import_run(folder: str | Path, directory: str | Path, window: int | None = N
         dtypes = sorted({tensor.dtype for tensor, _ in found.sources.values()})
         names = [name for name, short in NAMES.items() if short in dtypes]
         dtype = names[0] if len(names) == 1 else "float32"
-        origin = {"folder": str(folder), "model_type": found.kind, "dtype": dtype}
+        origin = {"folder": str(folder), "model_type": found.kind, "dtype": dtype, "eos_token_id": found.ends}
         write(place / "imported.json", json.dumps(origin, indent=1) + "\n")
         config_lib.save(config, place / "config.json")  # last: it makes the directory a run
     count = sum(array.size for array in jax.tree.leaves(state.params))
@@ -115,7 +123,8 @@ def import_run(folder: str | Path, directory: str | Path, window: int | None = N
 
 
 def origin_of(config: Config) -> dict[str, Any]:
-    """What a run was made of: its "folder", "model_type" and the "dtype" of its tensors; {} if it was not imported."""
+    """What a run was made of: its "folder", "model_type", the "dtype" of its tensors and "eos_token_id", where
+    that was several; {} if it was not imported."""
     path = Path(config.directory) / "imported.json"
     return _object(path) if path.is_file() else {}
 
@@ -265,6 +274,13 @@ def _tokenizer(folder: Path, options: Options, architecture: Architecture, model
     if isinstance(found, Subwords):
         found = dataclasses.replace(found, size=size, chat_template=_chat_template(folder, about))
     return found
+
+
+def _ends(folder: Path, options: Options, model: Decoder) -> list[int]:
+    file, size = folder / "generation_config.json", model.dims["V"]
+    about = _object(file) if file.is_file() else {}
+    found = about.get("eos_token_id") or options.get("eos_token_id")
+    return found if isinstance(found, list) and all(type(i) is int and 0 <= i < size for i in found) else []
 
 
 def _older(folder: Path, architecture: Architecture, about: Mapping[str, Any]) -> str | None:
