@@ -272,6 +272,21 @@ def test_what_a_library_cannot_encode_is_refused(tmp_path):
         tokenizer.encode("a b")
 
 
+def test_ids_are_the_same_whatever_writes_dialogues():
+    """And whichever tokens are special: what fine-tuning changes need not cost the embedding."""
+    own, bpe = metaspace(), BPE(300).fit(["abc"])
+    own.add_tokens(["<|im_end|>"])
+    plain = Subwords(own.to_str(), 264, "<s>", "</s>")
+    own.add_special_tokens(["<|im_end|>"])
+    own.post_processor = library.processors.BertProcessing(("</s>", 1), ("<s>", 0))
+    chat = Subwords(own.to_str(), 270, "<s>", "<|im_end|>", chat_template="{{ messages }}")
+    own.normalizer = library.normalizers.Lowercase()
+    lower = dataclasses.replace(plain, definition=own.to_str())
+    assert plain.same_ids(chat) and chat.same_ids(plain) and plain != chat
+    assert not plain.same_ids(lower) and not plain.same_ids(bpe) and not Bytes().same_ids(bpe)
+    assert Bytes().same_ids(Bytes()) and not Bytes().same_ids(Bytes(end_token=True)) and not bpe.same_ids(Bytes())
+
+
 def test_added_tokens_count_their_bytes():
     found = BPE(300).fit(["abc"])
     added = library.Tokenizer.from_str(found.definition)

@@ -96,6 +96,10 @@ class Tokenizer(Spec):
         """The tokenizer with whatever it learns from text, which may be read twice."""
         return self
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether text has the same ids in the other tokenizer, names of special tokens aside."""
+        return self == other
+
     def document(self, text: str) -> list[int]:
         """The ids of a text by itself, from its start to its end, if it has these."""
         return [*self.prefix, *self.encode(text).tolist(), *(() if self.end is None else (self.end,))]
@@ -423,6 +427,10 @@ class Subwords(Tokenizer):
     def special_tokens(self) -> dict[str, int]:
         return _special_tokens(self.definition)
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whatever is put around a text, or writes dialogues, and whichever of its tokens are special."""
+        return isinstance(other, Subwords) and _deciding(self.definition) == _deciding(other.definition)
+
     def encode(self, text: str) -> Ids:
         found = _encoded(_library(self.definition), text)
         ids = np.array(found.ids, np.uint32)
@@ -627,6 +635,13 @@ def _canonical(definition: str) -> str:
     if not isinstance(json.loads(definition), dict):
         raise ValueError("no JSON object")
     return json.dumps(json.loads(definition) | {"truncation": None, "padding": None}, ensure_ascii=False)
+
+
+def _deciding(definition: str) -> dict[str, Any]:
+    """What of a definition decides about the ids of a text."""
+    parts = {name: part for name, part in json.loads(definition).items() if name not in ("post_processor", "decoder")}
+    free = {"special": None, "normalized": None}  # special tokens are found before text is normalized
+    return parts | {"added_tokens": [token | free for token in parts.get("added_tokens", ())]}
 
 
 def _special(library: Any) -> set[int]:

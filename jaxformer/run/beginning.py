@@ -34,7 +34,7 @@ def origin_of(config: Config, prepared: Prepared) -> Origin:
     if config.init_from is None:
         return None
     run, recipe = open_source(config.init_from), recipe_of(config, prepared.tokenizer, prepared.classes)
-    return run, compare(recipe, run, run.tokenizer == prepared.tokenizer)
+    return run, compare(recipe, run, run.tokenizer.same_ids(prepared.tokenizer))
 
 
 def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:

@@ -45,7 +45,7 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
         tell_beginning(config)
         if config.init_from is not None:
             source = open_source(config.init_from)
-            compare(recipe, source, source.tokenizer == fitted(tokenizer, config.data.corpus))
+            compare(recipe, source, source.tokenizer.same_ids(fitted(tokenizer, config.data.corpus)))
     found = needs(config, recipe, jax.device_count())
     with config.mesh.entered():
         state = abstract_state(config, recipe)
