@@ -86,6 +86,18 @@ def test_sample_i_is_the_same_whatever_the_number_asked_for(name):
     assert [found.ids[:40] for found in more] == [found.ids for found in many[:2]]
 
 
+def test_what_begins_a_text_is_no_repetition():
+    """Where the start is the end, too, a penalty would keep texts from ending; of a prompt the same token counts."""
+    run = writer("decoder")
+    for prompt, written in ((None, []), ("abc", [1, 2, 3])):
+        request, *_ = run._asked(prompt, 4, 0, (), (), {})
+        known = decode._known(request.prompts, request.frames, 4)
+        assert request.prompts[0] == [LETTERS.end, *written] and known.real.sum(1).tolist() == [1 + len(written)] * 4
+        assert np.flatnonzero(known.counts(28)[0]).tolist() == written
+        known = known.append(jnp.full(4, LETTERS.end))
+        assert np.flatnonzero(known.counts(28)[0]).tolist() == [*written, LETTERS.end]
+
+
 def test_what_is_known_of_a_text():
     run = writer("decoder")
     free = run.generate("abc", 40, 9, 5)

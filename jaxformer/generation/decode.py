@@ -39,6 +39,7 @@ class Request(NamedTuple):
     sources: Sequence[Sequence[int]] | None = None  # what the encoder reads, of a model that has one
     stretch: int = STRETCH  # tokens between two words to the caller, at most STRETCH
     second: bool = False  # whether what is drawn is a second text, told from the prompt by its token type
+    frames: Sequence[Sequence[bool]] | None = None  # which ids of the prompts nobody wrote, as the start; None: none
 
 
 class Drawn(NamedTuple):
@@ -99,7 +100,7 @@ class LeftToRight(Sampler):
             seen = [text[-length:] for text in texts]
             room = context - max(map(len, seen)) + 1
             prompt, segment = padded(seen, context)
-            known = _known(texts, room) if any(p.reads_text for p in how.processors) else None
+            known = _known(texts, request.frames, room) if any(p.reads_text for p in how.processors) else None
             at = segment.sum(1)
             size = _size(int(at.max()) + 1, context)
             now, cache = _prefill(model, size, params, prompt, segment, memory, np.int32(done), how, ended, known)
@@ -142,12 +143,14 @@ def padded(texts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.n
     return ids, segments
 
 
-def _known(texts: Sequence[Sequence[int]], room: int) -> Text:
+def _known(texts: Sequence[Sequence[int]], frames: Sequence[Sequence[bool]] | None, room: int) -> Text:
     """The whole texts, with room for so many tokens more; as wide for whatever number of tokens is asked for."""
     size = max(ROOM, 1 << (max(map(len, texts)) + room - 1).bit_length())
     ids, segments = padded(texts, size)
-    more = (0, 0), (0, size - ids.shape[1])
-    return Text(jnp.asarray(np.pad(ids, more)), jnp.asarray(np.pad(segments > 0, more)))
+    more, frame = ((0, 0), (0, size - ids.shape[1])), np.zeros((len(texts), size), bool)
+    for row, own in zip(frame, frames or (), strict=False):
+        row[: len(own)] = own
+    return Text(jnp.asarray(np.pad(ids, more)), jnp.asarray(np.pad(segments > 0, more)), jnp.asarray(frame))
 
 
 @functools.partial(jax.jit, static_argnums=0)

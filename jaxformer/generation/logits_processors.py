@@ -17,16 +17,17 @@ class Text(NamedTuple):
 
     ids: Int[Array, "B S"]
     real: Bool[Array, "B S"]  # False: there is no token yet
+    frame: Bool[Array, "B S"] | None = None  # True: nobody wrote it, as the token that begins a prompt; None: all wrote
 
     def counts(self, vocab_size: int) -> Int[Array, "B V"]:
-        """How often each token stands in each text."""
-        row = jnp.arange(len(self.ids))[:, None]
-        return jnp.zeros((len(self.ids), vocab_size), jnp.int32).at[row, self.ids].add(self.real)
+        """How often each token stands in what was written of each text."""
+        row, written = jnp.arange(len(self.ids))[:, None], self.real if self.frame is None else self.real & ~self.frame
+        return jnp.zeros((len(self.ids), vocab_size), jnp.int32).at[row, self.ids].add(written)
 
     def append(self, new: Int[Array, "B"]) -> "Text":
         """With one token more in each text."""
         at = jnp.arange(len(new)), self.real.sum(1)
-        return Text(self.ids.at[at].set(new), self.real.at[at].set(True))
+        return self._replace(ids=self.ids.at[at].set(new), real=self.real.at[at].set(True))
 
 
 class LogitsProcessor(Spec):
@@ -40,8 +41,8 @@ class LogitsProcessor(Spec):
 
 
 class RepetitionPenalty(LogitsProcessor):
-    """Makes tokens that stand in prompt or text less likely (arXiv:1909.05858, section 4.1): logits above 0 are divided
-    by `repetition_penalty`, others multiplied, so that more than 1 discourages whatever their sign."""
+    """Makes tokens that were written in prompt or text less likely (arXiv:1909.05858, section 4.1): logits above 0 are
+    divided by `repetition_penalty`, others multiplied, so that more than 1 discourages whatever their sign."""
 
     repetition_penalty: float  # more than 1 makes such tokens less likely; 1.2 is usual
 

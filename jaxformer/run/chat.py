@@ -45,7 +45,8 @@ class Chat:
         that the tokenizer does not know; it is then as if it had not been asked."""
         said, tokenizer = [*self.messages, {"role": "user", "content": question}], self._run.tokenizer
         while True:
-            ids = [int(i) for piece in self._template.prompt(said) for i in ids_of(piece, tokenizer)]
+            parts = [(piece.special, ids_of(piece, tokenizer).tolist()) for piece in self._template.prompt(said)]
+            ids, frame = [i for _, own in parts for i in own], [special for special, own in parts for _ in own]
             if len(ids) + self._room <= self._run.config.window:
                 break
             if len(said) == self._first + 1:
@@ -58,7 +59,9 @@ class Chat:
         keys = row_keys(self._seed, self._asked * TOGETHER, TOGETHER)
         ends, self._asked = self._template.ends, self._asked + 1
         request = self._run.request([ids] * TOGETHER, self._tokens, self._seed, self._processors)
-        request = request._replace(keys=keys, stretch=1, end=next(iter(ends.ids), request.end))
+        request = request._replace(
+            keys=keys, frames=[frame] * TOGETHER, stretch=1, end=next(iter(ends.ids), request.end)
+        )
         writing, told = Writing(tokenizer, ids, (*self._stop, *ends.texts), ends.ids), 0
         for _ in write(self._run.sampler, request, [writing]):
             text = writing.text.lstrip()

@@ -182,7 +182,10 @@ class Run:
             start = self.tokenizer.document(prompt or "")
         self._tell_cut([source or start])
         sources = None if source is None else [source] * TOGETHER
-        return self.request([start] * TOGETHER, tokens, seed, processors, sources), ids, stop
+        first = len(self.tokenizer.prefix)
+        frame = [not first <= i < first + len(ids) for i in range(len(start))]
+        request = self.request([start] * TOGETHER, tokens, seed, processors, sources)
+        return request._replace(frames=[frame] * TOGETHER), ids, stop
 
     def request(
         self,
