@@ -139,6 +139,28 @@ def test_what_becomes_a_special_token_in_another_form_is_refused():
                 ids_of(pieces[-1], tokenizer)
 
 
+def test_what_ends_a_turn_is_kept_out_of_messages_special_or_not():
+    own = metaspace()
+    own.add_tokens(["<|im_end|>", "<think>"])
+    tokenizer = Subwords(own.to_str(), own.get_vocab_size(), "<s>", "</s>")
+    template = Template.of(tokenizer, "{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>\n{% endfor %}")
+    assert template.ends == Ends((263,), ())
+    template.check([*TALK[:1], {"role": ANSWERS, "content": "<think> I."}])
+    for wrong in ({"content": "a<|im_end|>"}, {"calls": [{"name": ["<s>"]}]}, {"calls": {"</s>": 1}}):
+        with pytest.raises(InputError, match=r"message 2 holds '<.*>', which would be a token"):
+            template.check([TALK[0], TALK[1] | wrong])
+
+
+def test_fields_that_are_null_are_not_there():
+    """And what a template asks about tools and documents is answered, as in transformers."""
+    source = (
+        "{% for m in messages %}{{ m.content }}{% if m.calls is defined %}{{ m.calls | length }}{% endif %}{% endfor %}"
+        "{% if tools is not none or documents is not none %}!{% endif %}"
+    )
+    (piece,) = Template.of(Bytes(), source).prompt([TALK[0] | {"calls": None}, TALK[1] | {"calls": [1, 2]}])
+    assert piece.text == "Who?I.2"
+
+
 WRONG = {
     "endless": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxformer.data.corpora import Piece
@@ -42,6 +42,7 @@ class Template:
     tokens: tuple[tuple[str, int], ...] = ()  # name and id of each special token
     start: str = ""  # the name of the one that begins texts
     end: str = ""  # the name of the one that ends them
+    added: tuple[tuple[str, int], ...] = ()  # name and id of each other token that is found in text by its name
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, source: str | None = None) -> "Template":
@@ -49,7 +50,8 @@ class Template:
         named = tokenizer.special_tokens
         name = {i: name for name, i in named.items()}
         start, end = (name.get(-1 if i is None else i, "") for i in (tokenizer.start, tokenizer.end))
-        return cls(source or tokenizer.chat_template or PLAIN, tuple(named.items()), start, end)
+        source, added = source or tokenizer.chat_template or PLAIN, tuple(tokenizer.added_tokens.items())
+        return cls(source, tuple(named.items()), start, end, added)
 
     def dialogue(self, messages: Sequence[Message]) -> list[Piece]:
         """All of a dialogue; pieces are predicted where they belong to an answer.
@@ -85,36 +87,41 @@ class Template:
         return self._pieces(text, 0, len(text), False)
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Raises InputError for what is no message, or has in it the text of a special token, which it would become."""
+        """Raises InputError for what is no message, or has in it the text of a special token, or of what ends a turn,
+        which it would become."""
         for i, message in enumerate(messages, 1):
             for name in ("role", "content"):
                 if not isinstance(message, Mapping) or not isinstance(message.get(name), str):
                     raise InputError(f"message {i} must have a {name!r} that is a text")
-            if found := self._special.search(f"{message['role']} {message['content']}") if self.tokens else None:
-                raise InputError(
-                    f"message {i} holds {found[0]!r}, which is a special token of the tokenizer; take it out"
-                )
+            if found := next(filter(None, map(self._reserved.search, _texts(message))), None):
+                raise InputError(f"message {i} holds {found[0]!r}, which would be a token of its own; take it out")
 
     @functools.cached_property
     def ends(self) -> Ends:
-        """What the template writes behind an answer: its first special token or, without one, all of it."""
+        """What the template writes behind an answer: its first special or added token or, without one, all of it."""
         asked: list[Message] = [{"role": "user", "content": "Question"}]
         prompt = self._rendered(asked, True)
         text = self._rendered([*asked, {"role": ANSWERS, "content": PROBE}]).removeprefix(prompt)
         behind = text.rpartition(PROBE)[2]
-        if found := self._special.search(behind) if self.tokens else None:
-            return Ends((dict(self.tokens)[found[0]],), ())
+        known = dict(self.tokens + self.added)
+        if found := _any_of(known).search(behind):
+            return Ends((known[found[0]],), ())
         return Ends((), (behind,) if behind else ())
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        names = sorted((name for name, _ in self.tokens), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)))
+        return _any_of(dict(self.tokens))
+
+    @functools.cached_property
+    def _reserved(self) -> re.Pattern[str]:
+        """What no message may hold."""
+        ends = [name for name, i in self.added if i in self.ends.ids]
+        return _any_of([*dict(self.tokens), *ends])
 
     def _pieces(self, text: str, first: int, last: int, answer: bool) -> list[Piece]:
         """Of a stretch of the text: special tokens and what stands between them."""
         names = {name for name, _ in self.tokens}
-        parts = re.split(f"({self._special.pattern})", text[first:last]) if names else [text[first:last]]
+        parts = re.split(f"({self._special.pattern})", text[first:last])
         starts = itertools.accumulate(map(len, parts), initial=first)
         return [
             Piece(part, False, answer=answer, special=part in names, whole=text, at=at)
@@ -123,8 +130,24 @@ class Template:
         ]
 
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        told = [{name: value for name, value in m.items() if value is not None} for m in messages]
         more = {"add_generation_prompt": add_generation_prompt, "bos_token": self.start, "eos_token": self.end}
-        return _RENDERER.render({"template": self.source, "messages": [dict(m) for m in messages], **more})
+        more |= {"tools": None, "documents": None}  # which some templates ask for
+        return _RENDERER.render({"template": self.source, "messages": told, **more})
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """The longest of them; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 PROBE = "Answer"  # stands in for one

@@ -78,6 +78,11 @@ class Tokenizer(Spec):
         return {} if self.end is None else {END_OF_TEXT: self.end}
 
     @property
+    def added_tokens(self) -> dict[str, int]:
+        """Ids that are no special ones, by the names by which they are found in any text before it is split."""
+        return {}
+
+    @property
     def chat_template(self) -> str | None:
         """Jinja2 that writes dialogues, as a published model has one; None: it has none."""
         return None
@@ -426,6 +431,11 @@ class Subwords(Tokenizer):
     @property
     def special_tokens(self) -> dict[str, int]:
         return _special_tokens(self.definition)
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        found = _library(self.definition).get_added_tokens_decoder()
+        return {token.content: i for i, token in found.items() if not token.special}
 
     def same_ids(self, other: Tokenizer) -> bool:
         """Whatever is put around a text, or writes dialogues, and whichever of its tokens are special."""
