@@ -24,6 +24,7 @@ from jaxformer.commands.main import run as command
 from jaxformer.data.batches import Examples
 from jaxformer.data.corpora import PythonTopics, TextFiles
 from jaxformer.data.dialogues import PythonQuestions
+from jaxformer.data.tables import Table
 from jaxformer.data.templates import PLAIN
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, Subwords, TokenizerFile
 from jaxformer.declarations import by_path
@@ -45,7 +46,7 @@ from jaxformer.model.heads import (
     TokenClassificationHead,
 )
 from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, RMSNorm, SiLU, Tanh
-from jaxformer.model.masks import Causal, Window, one_document
+from jaxformer.model.masks import Causal, Window, one_document, places
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import ALiBi, Rotary
 from jaxformer.run.manifest import sha256
@@ -283,6 +284,27 @@ def test_a_pooler_that_no_head_reads_is_left_out(tmp_path):
     assert run.model.head == TokenClassificationHead("label", ("O", "PER", "LOC"), dropout=0.1)
     assert [len(row["label"]) for row in run.predict("5 6 7")] == [5]  # with what frames a text
     assert read_folder(changed(tmp_path / "masked", "bert", masked)).model.head == MASKED
+
+
+def test_an_imported_run_that_tells_texts_apart_is_asked_pairs(tmp_path):
+    """Its second text has the other token type; whether it was trained on pairs no file says."""
+    run = imported(STORED / "bert", tmp_path / "run", window=16)
+    one, pair, joint = run.predict("5 6")[0], run.predict("5 6", "7 8")[0], run.predict("5 6 7 8")[0]
+    assert len({row["next_sentence probabilities"]["yes"] for row in (one, pair, joint)}) == 3
+    (tmp_path / "pairs.csv").write_text("text,more\n5 6,7 8\n")
+    pairs = run.predict(Table(str(tmp_path / "pairs.csv"), target="more"))
+    chance = lambda row: row["next_sentence probabilities"]["yes"]
+    assert chance(pairs[0]) == chance(pair) and chance(run.predict(Table(str(tmp_path / "pairs.csv")))[0]) == chance(
+        one
+    )
+    ids, second = run._pair("5 6", "7 8")
+    at = places(jnp.ones((1, len(ids)), jnp.int32), (jnp.arange(len(ids)) >= second)[None].astype(jnp.int32))
+    h = run.model.hidden(run.eval_params, jnp.array([ids]), at).h
+    head = run.model.head_of(ClassificationHead)
+    expected = jax.nn.softmax(run.model.read(run.eval_params, head, h, jnp.ones((1, len(ids)), bool)))
+    np.testing.assert_allclose(chance(pair), expected[0, 0], rtol=1e-5)
+    with pytest.raises(InputError, match="single texts: leave the second out"):
+        encoder(tmp_path / "own", POOLER).predict("5", "6")
 
 
 def test_an_encoder_is_exported_with_the_frame_of_its_texts(tmp_path):

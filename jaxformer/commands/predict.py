@@ -19,7 +19,7 @@ def predict(
     Args:
         run: The run's directory.
         text: The text to be judged or answered.
-        second: The second text of a pair, for a run that was trained on pairs in one row.
+        second: The second text of a pair, for a run that was trained on pairs in one row, or imported.
         file: In place of one text a table (.csv, .tsv, .jsonl), or a text in each line; prints a JSON object for each.
         step: A checkpoint's step, or "best"; by default the newest.
         json: Prints one JSON object.

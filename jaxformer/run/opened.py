@@ -15,7 +15,7 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer import platform
 from jaxformer.config import Config
-from jaxformer.data.corpora import Corpus, Piece, TextFiles
+from jaxformer.data.corpora import Corpus, NoCorpus, Piece, TextFiles
 from jaxformer.data.datasets import check_known, encode, fingerprints
 from jaxformer.data.files import located
 from jaxformer.data.sources import Source, check_ids
@@ -214,6 +214,11 @@ class Run:
         return self.config.data.sampling.joined
 
     @property
+    def _may_join(self) -> bool:
+        """Whether it tells two texts apart, and nobody knows which it was trained on: it was imported."""
+        return self.joins or (self.model.tells_parts and isinstance(self.config.data.corpus, NoCorpus))
+
+    @property
     def _asks(self) -> str:
         return "pairs of texts: give a second one, too" if self.joins else "single texts: leave the second out"
 
@@ -245,7 +250,7 @@ class Run:
                 return self._predicted([texts], not located(getattr(texts, "path", "")).is_file())
         texts = [texts] if isinstance(texts, str) else texts
         seconds = [seconds] if isinstance(seconds, str) else seconds
-        if (seconds is not None) != self.joins:
+        if (seconds is not None) != self.joins and not (seconds is not None and self._may_join):
             raise InputError(f"second: {self.config.directory} was trained on {self._asks}")
         for text in [*texts, *(seconds or ())]:
             if not text.strip():
@@ -261,7 +266,7 @@ class Run:
         found: list[dict[str, Any]] = []
         for some in _batched(pairs, self.config.data.batch_size):
             ids, places = zip(*some, strict=True)
-            parts = places if self.joins else None
+            parts = None if seconds is None else places
             found += predict(self.model, self.eval_params, ids, parts, self.config.window)
         if not all(found):
             raise InputError(f"{self.config.directory}: its model has no head that classifies a text; use sample")
@@ -279,17 +284,18 @@ class Run:
             return self._predicted(asked_in(str(path), self.config.data.corpus), located(str(path)).is_dir())
 
     def _predicted(self, corpora: Sequence[Corpus], several: bool) -> list[dict[str, Any]]:
-        found = [texts for corpus in corpora for texts in corpus.asked(self.joins).questions()]
+        pairs = self.joins or (self._may_join and all(corpus.texts > 1 for corpus in corpora))
+        found = [texts for corpus in corpora for texts in corpus.asked(pairs).questions()]
         if not found:
             raise InputError("holds no text to be answered; give one that does")
-        asked = [texts[: 1 + self.joins] for texts in found]
-        if self.joins and min(map(len, asked)) < 2:
+        asked = [texts[: 1 + pairs] for texts in found]
+        if pairs and min(map(len, asked)) < 2:
             raise InputError(
                 f"{self.config.directory} was trained on pairs of texts; give a table of both, as "
                 "data.corpus=Table data.corpus.path=FILE data.corpus.text=COLUMN data.corpus.target=COLUMN"
             )
         check_known((text for texts in asked for text in texts), self.tokenizer)
-        seconds = [texts[1].text for texts in asked] if self.joins else None
+        seconds = [texts[1].text for texts in asked] if pairs else None
         rows = self.predict([texts[0].text for texts in asked], seconds)
         return [_place(texts[0], several) | row for texts, row in zip(asked, rows, strict=True)]
 
