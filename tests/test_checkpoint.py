@@ -1,11 +1,13 @@
 """Checkpoints: what comes back is what was saved, or it is refused."""
 
+import errno
 import gc
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter, restore_together
@@ -125,6 +127,27 @@ def test_damage_is_named_set_aside_and_written_anew(tmp_path, caplog):
     checkpoints.save(state(2), 2)
     checkpoints.close()
     assert int(newest(tmp_path / "c")["step"]) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.EMFILE, "many"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory")]
+)
+@pytest.mark.parametrize("times", [1, 9])
+def test_want_of_memory_is_no_damage(tmp_path, monkeypatch, error, times):
+    """Of whatever kind, once or always: nothing is renamed, and nothing older is taken for the newest."""
+    fill(tmp_path, {1: 1.0, 2: 2.0})
+    restore, left = ocp.Checkpointer.restore, [error] * times
+
+    def short(self, *more, **named):
+        if left:
+            raise left.pop()
+        return restore(self, *more, **named)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", short)
+    checkpoints = CheckpointWriter(tmp_path)
+    with pytest.raises(type(error)):
+        restore_together([checkpoints], ABSTRACT)
+    assert checkpoints.steps() == [1, 2] and not list(tmp_path.glob("*.damaged"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

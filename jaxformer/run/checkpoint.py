@@ -68,8 +68,8 @@ class Checkpoints:
         """The state of a step, shaped and sharded as `abstract`, with the base that the run keeps beside its
         checkpoints.
 
-        Raises InputError if it is not what was saved, and Gone if it was deleted meanwhile: as long as it is read, it
-        is not.
+        Raises InputError if it is not what was saved, Gone if it was deleted meanwhile (as long as it is read, it is
+        not), and what memory, devices or the disk raise, which says nothing of the checkpoint.
         """
         base, path = getattr(abstract, "base", ()), self.directory / str(step)
         state = self._restored(abstract.replace(base=()) if base else abstract, path)
@@ -117,6 +117,8 @@ class Checkpoints:
             except Exception as error:  # damaged files raise five types of exception, and more with each release
                 if not has_manifest(path):
                     raise Gone(path) from None
+                if _of_machine(error):
+                    raise
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
                 raise InputError(f"{path} cannot be restored ({reason}); take another checkpoint") from error
             if wrong := manifest.damaged(state):
@@ -338,6 +340,13 @@ def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[An
     if damaged or min(counts) or max(counts) > 1:
         _refuse_if_any(runs)
     return None
+
+
+def _of_machine(error: Exception) -> bool:
+    """Whether memory, a device, open files or the disk failed, and not what is read: it may be whole all the same."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)  # of XLA, of TensorStore
 
 
 def _without_new_skips(abstract: Any, manifest: Manifest) -> tuple[Any, Any]:
