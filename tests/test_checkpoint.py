@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import shutil
 from pathlib import Path
 
 import jax
@@ -177,6 +178,22 @@ def test_an_unfinished_save_is_skipped(tmp_path):
     fill(tmp_path / "c", {1: 1.0, 2: 2.0})
     (tmp_path / "c" / "2").rename(tmp_path / "c" / "2.orbax-checkpoint-tmp")
     assert int(newest(tmp_path / "c")["step"]) == 1
+
+
+def test_what_kills_left_is_deleted_when_the_run_goes_on(tmp_path):
+    """Of steps that were being saved, or deleted; what was set aside stays, and manifests may have been lost."""
+    fill(tmp_path, {1: None, 2: None, 3: None}, keep=3)
+    (tmp_path / "3").rename(tmp_path / "3.damaged")
+    for name in ("4.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-17", "6"):
+        shutil.copytree(tmp_path / "3.damaged", tmp_path / name)
+    (tmp_path / "6" / "manifest.json").unlink()
+    assert Checkpoints(tmp_path).steps() == [1, 2] and len([*tmp_path.iterdir()]) == 6  # who reads deletes nothing
+    CheckpointWriter(tmp_path, 2).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3.damaged"}
+    for step in ("1", "2"):
+        (tmp_path / step / "manifest.json").unlink()
+    CheckpointWriter(tmp_path, 2).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3.damaged"}
 
 
 def test_saving_does_not_race_with_the_donated_state(tmp_path):

@@ -423,6 +423,24 @@ def test_a_wrong_file_in_the_cache_is_named(monkeypatch, cache):
         fetch(monkeypatch, b"right")
 
 
+def test_what_was_half_written_goes(tmp_path, monkeypatch):
+    """At once where writing fails; what a killed process left when it is looked for, and nothing else."""
+    for name in ("mine.part", "config.json.5x.part", "config.json.57.part", "config.json"):
+        (tmp_path / name).write_text("before")
+    files.remove_parts(tmp_path)
+    kept = {"mine.part", "config.json.5x.part", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        files.write(tmp_path / "config.json", "after")
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert (tmp_path / "config.json").read_text() == "before"
+
+
 def test_lines_are_found_across_chunks(monkeypatch):
     for data in (b"a\nbb\n\nccc", b"a\nbb\n\nccc\n", b"", b"\n"):
         expected = data.split(b"\n")[: None if data and not data.endswith(b"\n") else -1]

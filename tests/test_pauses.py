@@ -233,6 +233,14 @@ def test_a_first_save_that_was_cut_short_is_none(home, tmp_path, monkeypatch, se
     assert [sha256(run.state) for run in again] == [sha256(run.state) for run in whole]
 
 
+def test_a_run_that_goes_on_deletes_what_kills_left_of_its_files(home, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "metrics.jsonl.57.part").write_text("half")
+    jaxformer.train(text(home), directory=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_a_warm_start_needs_finite_parameters(home, tmp_path):
     config = text(home, steps=5, save_every=5)
     run = jaxformer.train(config, directory=tmp_path / "bad")

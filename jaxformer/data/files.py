@@ -28,11 +28,22 @@ def cache_directory() -> Path:
 def write(path: Path, text: str) -> None:
     """All of the text or, if the process or the machine dies, what was there before."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:  # as of a full disk
+        part.unlink(missing_ok=True)
+        raise
+
+
+def remove_parts(directory: Path) -> None:
+    """Removes what killed processes left of files that they wrote; nobody may be writing to the folder."""
+    for path in directory.glob("*.*.part"):
+        if path.suffixes[-2][1:].isdecimal():
+            path.unlink(missing_ok=True)
 
 
 def fetch(name: str, url: str, sha256: str) -> Path:

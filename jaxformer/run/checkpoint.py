@@ -22,6 +22,7 @@ from jaxformer.run.manifest import BASE, Manifest, gathered, has_manifest, read_
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
+UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of what Orbax has not saved whole
 _alone = threading.Lock()  # of saves by Orbax: those of several runs at a time hang, or fail on each other's files
 
 
@@ -189,6 +190,7 @@ class CheckpointWriter(Checkpoints):
 
     def __init__(self, directory: Path, keep: int = 1):
         super().__init__(directory)
+        self._clear()
         self._keep = keep
         self._saver = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1)
@@ -196,6 +198,15 @@ class CheckpointWriter(Checkpoints):
         self._lock = threading.Lock()  # of manifests and what follows
         self._ranks = {step: self.rank(step) for step in self.steps()}
         self._has_base = False  # as this process has saved or restored it
+
+    def _clear(self) -> None:
+        """Deletes what killed processes left of steps that they were saving or deleting. Where no step is whole, those
+        that lack nothing but a manifest stay, until they are saved anew: someone may have lost the manifests."""
+        whole = self.steps()
+        for path in self.directory.glob("*"):
+            unfinished = path.name.isdecimal() and bool(whole) and int(path.name) not in whole
+            if unfinished or UNFINISHED in path.name:
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, abstract: Any, step: int) -> Any:
         state = super().restore(abstract, step)

@@ -9,7 +9,7 @@ from typing import Any
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
-from jaxformer.data.files import write
+from jaxformer.data.files import remove_parts, write
 from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.manifest import BASE, has_manifest
@@ -28,6 +28,7 @@ def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
         raise InputError(f"directory={config.directory!r} is being trained by another process; wait for it")
 
     with locked(directory / "lock", taken):
+        remove_parts(directory)
         if not check_directory(config, prepared):  # again, behind the lock: another process may have been faster
             write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
             write(directory / "tokenizer.json", dumps(prepared.tokenizer))
