@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxformer
 from jaxformer import platform
+from jaxformer.commands import main
 from jaxformer.spec import InputError
 
 pytestmark = pytest.mark.exact
@@ -36,6 +38,29 @@ def test_flags_are_appended_to_those_that_are_set(monkeypatch):
         platform.set_flags()
         platform.set_flags()
         assert os.environ["XLA_FLAGS"] == after
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda path: main.run("train", [path]),
+        lambda path: jaxformer.train(path),
+        lambda path: jaxformer.train_seeds(path, (0,)),
+        lambda path: jaxformer.build(path),
+    ],
+    ids=["command", "train", "train_seeds", "build"],
+)
+def test_flags_are_set_before_the_users_code_runs(tmp_path, monkeypatch, capsys, begin):
+    """It may compute something, from when on XLA reads no flags."""
+    config = tmp_path / "config.py"
+    config.write_text("import os\nraise ValueError(os.environ.get('XLA_FLAGS'))\n")
+    monkeypatch.delenv("XLA_FLAGS")
+    try:
+        begin(str(config))
+        found = capsys.readouterr().err
+    except InputError as error:
+        found = str(error)
+    assert "ValueError: --xla_gpu_deterministic_ops=true" in found
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(0, 0), (10**9, 1)])

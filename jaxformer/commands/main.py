@@ -57,6 +57,7 @@ def _leave(signum: int, frame: Any) -> None:
 
 def run(name: str | None, arguments: list[str]) -> int:
     from jaxformer.commands.programs import keep_programs
+    from jaxformer.platform import set_flags
     from jaxformer.spec import InputError
 
     if name is None:
@@ -72,6 +73,7 @@ def run(name: str | None, arguments: list[str]) -> int:
             which = f"did you mean {close[0]}?" if close else f"give {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}"
             raise InputError(f"{name!r} is no command; {which}; jaxformer --help tells of each")
         arguments = simulated(arguments)
+        set_flags()  # before the user's modules, which may compute something
         keep_programs()
         arguments, command = imported(arguments), _command(name)
         if name == "train":

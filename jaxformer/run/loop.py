@@ -50,6 +50,7 @@ def train(
     What the run says of itself goes to stderr, unless the program has handlers of its own for logs; fewer lines with
     logging.getLogger("jaxformer").setLevel("WARNING").
     """
+    platform.set_flags()  # before the config's file, which may compute something
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
     config = config_lib.resolve(config, overrides)
@@ -68,6 +69,7 @@ def train_seeds(
     accelerator that one small run leaves idle. Those that have a checkpoint resume with those that they were trained
     with last, so that other seeds may be added to them. Raises as `train` does.
     """
+    platform.set_flags()
     if directory is not None:
         overrides = {**(overrides or {}), "directory": str(directory)}
     if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) != len(seeds):
@@ -96,6 +98,7 @@ def build(
     `step(state, batch)` returns the next state and metrics, and donates the old one; `batch_at(i)` is the batch of
     step i. Nothing is written but the prepared corpus in the cache.
     """
+    platform.set_flags()
     config = config_lib.resolve(config, overrides)
     platform.prepare()
     prepared = checked_data(config)
