@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -25,7 +26,8 @@ from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.heads import BinaryHead
 from jaxformer.run import beginning, loop
-from jaxformer.run.manifest import sha256
+from jaxformer.run.checkpoint import Checkpoints
+from jaxformer.run.manifest import Manifest, sha256
 from jaxformer.run.members import Members
 from jaxformer.run.metrics import CLOCK
 from jaxformer.run.signals import Interrupted, Received
@@ -153,6 +155,36 @@ def test_a_member_that_lost_its_newest_checkpoint_takes_the_others_back(home, wh
     jaxformer.train_seeds(text(home), SEEDS, {"train.steps": 22, "train.save_every": 1}, tmp_path)
     assert [int(run.state.step) for run in opened(tmp_path)] == [22] * 3
     assert digests(jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)) == saved(tmp_path) == saved(whole)
+
+
+def test_a_finished_seed_is_not_deleted_for_one_that_lost_its_checkpoint(home, whole, tmp_path):
+    """As where the last step alone was saved."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for seed in SEEDS:
+        shutil.rmtree(tmp_path / f"seed-{seed}" / "checkpoints" / "20")
+    shutil.rmtree(tmp_path / "seed-0" / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in files(tmp_path) if path.name != "lock"}
+    with pytest.raises(InputError, match=r"seed-0/checkpoints has lost the checkpoint of step 23, which .*seed-5/"):
+        jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_the_first_save_of_seeds_is_on_disk_before_a_row_follows(home, tmp_path, monkeypatch):
+    """However long it takes: what has no row behind it was cut short, and begins anew."""
+    write, evaluate, found = Manifest.write, Members.evaluate, []
+
+    def slowly(self, directory):
+        time.sleep(0.3 * ("seed-3" in str(directory)))
+        write(self, directory)
+
+    def looking(self, *more):
+        found.append([Checkpoints(tmp_path / f"seed-{seed}" / "checkpoints").steps() for seed in SEEDS])
+        return evaluate(self, *more)
+
+    monkeypatch.setattr(Manifest, "write", slowly)
+    monkeypatch.setattr(Members, "evaluate", looking)
+    jaxformer.train_seeds(text(home), SEEDS, {"train.steps": 5}, tmp_path)
+    assert found == [[[5], [5], [5]]]
 
 
 @pytest.mark.slow

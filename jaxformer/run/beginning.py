@@ -14,12 +14,14 @@ from jaxformer.data.datasets import Prepared
 from jaxformer.mesh import laid_out
 from jaxformer.run.checkpoint import CheckpointWriter, restore_together
 from jaxformer.run.directory import has_checkpoint
+from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import abstract_state, hyper_of, recipe_of
 from jaxformer.run.starts import last_seeds, record_start, starts_of
 from jaxformer.run.step import TrainState, init_state
 from jaxformer.run.warm_start import compare, open_source, take, tell
+from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +79,14 @@ def checkpoints_of(configs: Sequence[Config]) -> Iterator[list[CheckpointWriter]
 def restored(
     configs: Sequence[Config], prepared: Prepared, saved: Sequence[CheckpointWriter], origin: Origin
 ) -> tuple[list[Run], Origin]:
-    """The runs at the newest step that all have saved or, without one, as they begin: then with the origin."""
+    """The runs at the newest step that all have saved or, without one, as they begin: then with the origin.
+
+    Raises InputError where nothing but the checkpoint of a run is left that others have lost.
+    """
     config, recipe = configs[0], recipe_of(configs[0], prepared.tokenizer, prepared.classes)
     states = restore_together(saved, abstract_state(config, recipe))
     if states is None:
+        _check_lost(configs, saved)
         if (Path(config.directory) / "metrics.jsonl").exists():
             log.warning("%s holds no checkpoint: the run begins anew", config.directory)
         states = [begun(each, prepared, origin) for each in configs]
@@ -89,6 +95,21 @@ def restored(
         origin = None
     opened = zip(configs, states, strict=True)
     return [Run(each, prepared.tokenizer, state, prepared.classes) for each, state in opened], origin
+
+
+def _check_lost(configs: Sequence[Config], saved: Sequence[CheckpointWriter]) -> None:
+    """Raises InputError if a run has the one checkpoint that others have lost. Where their first save was cut short it
+    is nothing that counts: then no row is behind it."""
+    for config, checkpoints in zip(configs, saved, strict=True):
+        rows, last = read_rows(rows_of(config))[0], config_lib.read(Path(config.directory) / "config.json").train.steps
+        for step in checkpoints.steps():
+            finished = step == last and any((row["step"], row.get("split")) == (step, "valid") for row in rows)
+            if finished or any(row["step"] > step for row in rows):
+                lost = next(other.directory for other in saved if not other.has(step))
+                raise InputError(
+                    f"{lost} has lost the checkpoint of step {step}, which {checkpoints.directory} has; put it back, "
+                    "or train anew in another directory"
+                )
 
 
 def record(runs: Sequence[Run], prepared: Prepared, saved: Sequence[CheckpointWriter], origin: Origin) -> None:

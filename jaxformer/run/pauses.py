@@ -64,14 +64,18 @@ class Pauses:
         self._reports.resume()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begins to save; waits where the save before is not yet complete (`CheckpointWriter.save`)."""
+        """Begins to save; waits where the save before is not yet complete (`CheckpointWriter.save`), and for the first
+        one of runs together, so that rows behind it say that all of them had it (`beginning.restored`)."""
         self._reports.pause("saving")
         if all(checkpoints.has(step) for checkpoints in self._saved):
             return
         for checkpoints in self._saved:  # so that the step before this one is on disk for all
             checkpoints.wait()
+        first = len(self._saved) > 1 and not any(checkpoints.steps() for checkpoints in self._saved)
         for checkpoints, own in zip(self._saved, self._members.apart(state), strict=True):
             checkpoints.save(own, step)
+        for checkpoints in self._saved if first else ():
+            checkpoints.wait()
 
     def _evaluate(self, step: int, state: TrainState, splits: Sequence[str]) -> None:
         for split in splits:
