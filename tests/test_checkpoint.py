@@ -182,18 +182,22 @@ def test_an_unfinished_save_is_skipped(tmp_path):
 
 def test_what_kills_left_is_deleted_when_the_run_goes_on(tmp_path):
     """Of steps that were being saved, or deleted; what was set aside stays, and manifests may have been lost."""
-    fill(tmp_path, {1: None, 2: None, 3: None}, keep=3)
-    (tmp_path / "3").rename(tmp_path / "3.damaged")
+    folder = tmp_path / "run" / "c"
+    folder.parent.mkdir()
+    fill(folder, {1: None, 2: None, 3: None}, keep=3)
+    (folder / "3").rename(folder / "3.damaged")
     for name in ("4.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-17", "6"):
-        shutil.copytree(tmp_path / "3.damaged", tmp_path / name)
-    (tmp_path / "6" / "manifest.json").unlink()
-    assert Checkpoints(tmp_path).steps() == [1, 2] and len([*tmp_path.iterdir()]) == 6  # who reads deletes nothing
-    CheckpointWriter(tmp_path, 2).close()
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3.damaged"}
+        shutil.copytree(folder / "3.damaged", folder / name)
+    (folder / "6" / "manifest.json").unlink()
+    (folder.parent / "base.orbax-checkpoint-tmp").mkdir()
+    assert Checkpoints(folder).steps() == [1, 2] and len([*folder.iterdir()]) == 6  # who reads deletes nothing
+    CheckpointWriter(folder, 2).close()
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "3.damaged"}
+    assert [path.name for path in folder.parent.iterdir()] == ["c"]
     for step in ("1", "2"):
-        (tmp_path / step / "manifest.json").unlink()
-    CheckpointWriter(tmp_path, 2).close()
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3.damaged"}
+        (folder / step / "manifest.json").unlink()
+    CheckpointWriter(folder, 2).close()
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "3.damaged"}
 
 
 def test_saving_does_not_race_with_the_donated_state(tmp_path):

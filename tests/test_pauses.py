@@ -24,6 +24,7 @@ from jaxformer.run import loop, plan, reports
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
 from jaxformer.run.inspection import model_flops
 from jaxformer.run.manifest import read_manifest, sha256
+from jaxformer.run.members import Members
 from jaxformer.run.metrics import CLOCK, Rows
 from jaxformer.run.signals import ENDING, Interrupted, Received, collected
 from jaxformer.spec import InputError
@@ -239,6 +240,21 @@ def test_a_run_that_goes_on_deletes_what_kills_left_of_its_files(home, whole, tm
     (tmp_path / "metrics.jsonl.57.part").write_text("half")
     jaxformer.train(text(home), directory=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_the_directory_free(home, tmp_path, monkeypatch, caplog):
+    """As one that has not enough memory, and is tried with another model, batch or writer."""
+
+    def fail(self, *more):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(Members, "call", fail)
+    for width in (14, 16):
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            jaxformer.train(text(home), {"model.d_model": width}, tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == "" and "begins anew" not in caplog.text
+        for name in ("tensorboard", "wandb", "base.orbax-checkpoint-tmp"):
+            (tmp_path / name).mkdir(exist_ok=True)
 
 
 def test_a_warm_start_needs_finite_parameters(home, tmp_path):

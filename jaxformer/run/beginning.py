@@ -13,7 +13,7 @@ from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
 from jaxformer.mesh import laid_out
 from jaxformer.run.checkpoint import CheckpointWriter, restore_together
-from jaxformer.run.directory import has_checkpoint
+from jaxformer.run.directory import has_begun, has_checkpoint
 from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
@@ -87,7 +87,7 @@ def restored(
     states = restore_together(saved, abstract_state(config, recipe))
     if states is None:
         _check_lost(configs, saved)
-        if (Path(config.directory) / "metrics.jsonl").exists():
+        if has_begun(Path(config.directory)):
             log.warning("%s holds no checkpoint: the run begins anew", config.directory)
         states = [begun(each, prepared, origin) for each in configs]
         tell_beginning(config)

@@ -18,11 +18,10 @@ import orbax.checkpoint as ocp
 
 from jaxformer.data.locks import is_read, reading
 from jaxformer.platform import host
-from jaxformer.run.manifest import BASE, Manifest, gathered, has_manifest, read_manifest, withdraw
+from jaxformer.run.manifest import BASE, UNFINISHED, Manifest, gathered, has_manifest, read_manifest, withdraw
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
-UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of what Orbax has not saved whole
 _alone = threading.Lock()  # of saves by Orbax: those of several runs at a time hang, or fail on each other's files
 
 
@@ -203,7 +202,7 @@ class CheckpointWriter(Checkpoints):
         """Deletes what killed processes left of steps that they were saving or deleting. Where no step is whole, those
         that lack nothing but a manifest stay, until they are saved anew: someone may have lost the manifests."""
         whole = self.steps()
-        for path in self.directory.glob("*"):
+        for path in (*self.directory.glob("*"), *self.directory.parent.glob(f"{BASE}{UNFINISHED}*")):
             unfinished = path.name.isdecimal() and bool(whole) and int(path.name) not in whole
             if unfinished or UNFINISHED in path.name:
                 shutil.rmtree(path, ignore_errors=True)

@@ -12,10 +12,14 @@ from jaxformer.data.datasets import Prepared
 from jaxformer.data.files import remove_parts, write
 from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import read_tokenizer
-from jaxformer.run.manifest import BASE, has_manifest
+from jaxformer.run.manifest import BASE, UNFINISHED, has_manifest
 from jaxformer.spec import InputError, dumps
 
 FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  # field -> its name in data.json
+OURS = {
+    *("lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints", BASE),
+    *("metrics.jsonl", "tensorboard", "wandb", "wandb.id", "profile"),  # opened before the first step
+}
 WILD = set("*?[\\")  # Orbax looks for the files that it merges by a pattern that the whole path is part of
 
 
@@ -68,9 +72,8 @@ def check_begun(config: Config) -> bool:
             f"directory={str(directory.absolute())!r} has {' '.join(wild)} in it, with which Orbax does not find again "
             "what it has saved; give a path without"
         )
-    ours = {"lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints", BASE}
     names = {path.name for path in directory.iterdir() if path.suffix != ".part"} if directory.exists() else set()
-    if names - ours:
+    if {name.partition(UNFINISHED)[0] for name in names} - OURS:
         raise InputError(
             f"directory={config.directory!r} holds something that is no run; give an empty or a new folder"
         )
@@ -78,8 +81,9 @@ def check_begun(config: Config) -> bool:
 
 
 def has_begun(directory: Path) -> bool:
+    """Whether a run has left a row or a checkpoint."""
     stored, rows = (directory / name for name in ("config.json", "metrics.jsonl"))
-    return stored.exists() and (rows.exists() or has_checkpoint(directory))
+    return stored.exists() and ((rows.exists() and rows.stat().st_size > 0) or has_checkpoint(directory))
 
 
 def as_begun(configs: Sequence[Config]) -> list[Config]:

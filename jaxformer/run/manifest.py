@@ -19,6 +19,7 @@ from jaxformer.declarations import path_name
 from jaxformer.platform import host
 
 BASE = "base"  # a folder of the run, stored as a checkpoint is: the parameters that an adapter leaves as they are
+UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of what Orbax has not saved whole
 
 
 def sha256(tree: Any) -> str:
