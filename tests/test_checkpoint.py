@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxformer.run import checkpoint
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter, restore_together
 from jaxformer.run.manifest import Manifest, read_manifest, sha256
 from jaxformer.spec import InputError
@@ -198,6 +199,23 @@ def test_what_kills_left_is_deleted_when_the_run_goes_on(tmp_path):
         (folder / step / "manifest.json").unlink()
     CheckpointWriter(folder, 2).close()
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3.damaged"}
+
+
+def test_a_checkpoint_outlasts_a_power_cut_before_older_ones_go(tmp_path, monkeypatch):
+    """The rows up to its step, all of it, and then its manifest."""
+    rows, folder, synced = tmp_path / "metrics.jsonl", tmp_path / "c", []
+    rows.write_text("{}\n")
+    fill(folder, {1: None}, keep=1)
+
+    def sync(path):
+        synced.append((path, (folder / "2" / "manifest.json").exists()))
+        assert (folder / "1" / "manifest.json").exists()
+
+    monkeypatch.setattr(checkpoint, "sync", sync)
+    fill(folder, {2: None}, keep=1)
+    files = {*(folder / "2").rglob("*")} - {folder / "2" / "manifest.json"}  # which syncs itself
+    assert {path for path, whole in synced if not whole} == {rows, folder, folder / "2", *files}
+    assert synced[-1] == (folder / "2", True) and Checkpoints(folder).steps() == [2]
 
 
 def test_saving_does_not_race_with_the_donated_state(tmp_path):

@@ -1,6 +1,7 @@
 """Files: found, downloaded, hashed, and read as bytes, lines or text whatever their size."""
 
 import codecs
+import errno
 import gzip
 import hashlib
 import http.client
@@ -37,6 +38,18 @@ def write(path: Path, text: str) -> None:
     except BaseException:  # as of a full disk
         part.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """What a file holds, or which files a folder has, outlasts a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that cannot, for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def remove_parts(directory: Path) -> None:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxformer.data.files import sync
 from jaxformer.data.locks import is_read, reading
 from jaxformer.platform import host
 from jaxformer.run.manifest import BASE, UNFINISHED, Manifest, gathered, has_manifest, read_manifest, withdraw
@@ -284,7 +285,7 @@ class CheckpointWriter(Checkpoints):
 
     def _write(self, state: Any, step: int, base: str | None) -> None:
         """Uses a copy up: writes arrays, then the manifest, without which they do not count; deletes what need not
-        stay."""
+        stay, once all of it and the rows up to the step would outlast a power cut."""
         path = self.directory / str(step)
         try:
             manifest = Manifest.of(state, base)
@@ -292,8 +293,12 @@ class CheckpointWriter(Checkpoints):
                 self._saver.save(path.absolute(), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
         finally:  # Orbax leaves cycles that hold on to it
             jax.tree.map(lambda a: a.delete(), state)
+        if (rows := self.directory.parent / "metrics.jsonl").exists():
+            sync(rows)
+        _sync_all(path)
         with self._lock:
             manifest.ranked(self._ranks[step]).write(path)
+        sync(path)
         self._prune()
 
     def _prune(self) -> None:
@@ -322,7 +327,9 @@ def save_once(directory: Path, state: Any, step: int | str) -> None:
     manifest = Manifest.of(state)
     with _alone, ocp.Checkpointer(handler) as saver:
         saver.save(path.absolute(), args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
+    _sync_all(path)
     manifest.write(path)
+    sync(path)
 
 
 def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[Any] | None:
@@ -380,6 +387,11 @@ def _remove(path: Path) -> None:
     if path.exists():
         withdraw(path)
         shutil.rmtree(path)
+
+
+def _sync_all(path: Path) -> None:
+    for each in (*path.rglob("*"), path, path.parent):
+        sync(each)
 
 
 def _copied(state: Any) -> Any:
