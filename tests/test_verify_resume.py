@@ -211,6 +211,21 @@ def test_its_processes_import_what_it_imports(home, monkeypatch):
     assert "--import=their_position" in seen[0]
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_runs_that_cannot_be_compared_stay(home, monkeypatch, trained):
+    """Unlike those of a config that cannot be trained."""
+
+    def refuse(*_):
+        raise InputError("the corpus has changed")
+
+    monkeypatch.setattr(Trial, "straight", lambda trial: (1.0, 2.0, 0.1) if trained else refuse())
+    monkeypatch.setattr(Trial, "interrupted", lambda *_: iter(()))
+    monkeypatch.setattr("jaxformer.lab.verify_resume._checks", refuse)
+    with pytest.raises(InputError, match="the corpus has changed"):
+        verify_resume("config.py", directory=home / "kept")
+    assert (home / "kept").exists() == trained
+
+
 def test_a_config_in_python_is_refused():
     config = Config("none", Decoder(n_layers=1, n_heads=2, d_model=14, context_length=17))
     with pytest.raises(InputError, match="another process reads it"):

@@ -104,7 +104,11 @@ def verify_resume(
             for kind in ("straight", "resumed")
         )
         try:
-            until_row, in_all, call = straight.straight()
+            try:
+                until_row, in_all, call = straight.straight()
+            except InputError:  # of a config that cannot be trained; what is compared later stays
+                shutil.rmtree(folder)
+                raise
             findings.append(f"straight: {counted(first.train.steps, 'step')} in {in_all:.1f} s")
             for each in resumed.interrupted(random.Random(seed), kills, signals, until_row, call):
                 found.append(each)
@@ -116,9 +120,6 @@ def verify_resume(
                 findings.append(sentence)
         except Different as error:
             difference = str(error)
-        except InputError:  # of the straight run
-            shutil.rmtree(folder)
-            raise
         except Stop:
             stop = KeyboardInterrupt(f"{signal.Signals(received[0]).name}: no verdict; the runs are in {folder}")
             stop.signum = received[0]  # pyright: ignore[reportAttributeAccessIssue]
