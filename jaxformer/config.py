@@ -316,7 +316,8 @@ def _differences(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
 
 def may_change(path: str) -> bool | None:
     """Whether a run may resume with another value of the field; None: with a notice."""
-    names = {path, path.partition(".")[0], re.sub(r"\.corpora\.\d+", "", path)}  # a mixture's files may move, too
+    single = re.sub(r"(\.corpora)?\.\d+", "", path)  # as of one of several: a mixture's files may move, too
+    names = {path, path.partition(".")[0], single}
     return None if names & NOTICE else bool(names & FREE)
 
 
@@ -362,7 +363,7 @@ def _check_train(train: Train, at: str) -> None:
 
 
 def _check_config(config: Config, at: str) -> None:
-    if not config.directory or "\0" in config.directory or "\ud800" <= max(config.directory) <= "\udfff":
+    if not config.directory or "\0" in config.directory or any("\ud800" <= c <= "\udfff" for c in config.directory):
         raise ValueError(f"{at}directory={config.directory!r} must name a folder for the run; runs/NAME is usual")
     if config.window > config.model.context_length:
         raise ValueError(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -249,6 +250,31 @@ def test_the_page_of_help():
     for name in COMMANDS:
         assert re.search(rf"^  {name} +[A-Z]\w+s .*", done.stdout, re.MULTILINE)
     assert "jaxformer train quickstart\n" in done.stdout and "docs" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("argument", ["presets", "--help"])
+def test_output_that_cannot_be_written_is_told_and_ends_with_status_1(monkeypatch, argument):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "jaxformer", argument]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "jaxformer: writing: No space left on device\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_closed_terminal_keeps_the_status():
+    """The sentence that the state is saved cannot be written then."""
+    code = """
+    from jaxformer.commands import main
+    from jaxformer.run.signals import Interrupted
+    def run(*_):
+        raise Interrupted(1, 5)
+    main.run = run
+    main.main("train")
+    """
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stderr=full).returncode == 129
 
 
 # --- mistakes

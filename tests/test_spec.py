@@ -16,6 +16,7 @@ from jaxformer.declarations import Declared, is_declared, map_declared
 from jaxformer.learning.guards import Guard
 from jaxformer.learning.optimizers import SGD, AdamW, Optimizer, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
+from jaxformer.model.implementations import Plain
 from jaxformer.model.kernels import Softmax
 from jaxformer.model.masks import Bidirectional, Causal, Window
 from jaxformer.model.models import Decoder
@@ -171,6 +172,7 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("directory", "", "directory='' must name a folder"),
         ("directory", "a\0b", "must name a folder"),
         ("directory", "a\ud800", "must name a folder"),
+        ("directory", "a\udcff😀", "must name a folder"),
     ],
 )
 def test_a_bad_value_gets_one_sentence(path, value, message):
@@ -476,12 +478,14 @@ def test_subclasses_are_frozen_dataclasses():
         ("data.corpus.corpora.1.path", "moved", None),
         ("data.corpus.weights", (0.5, 0.5), False),
         ("model.mask.1.size", 5, False),
+        ("model.kernel.1.implementation", Plain(), None),
     ],
 )
 def test_what_may_change_when_a_run_resumes(path, value, may):
     """Freely, with a notice (None), or not at all; of what holds several parts, that of the part."""
     corpus = Mixture((TextLines("a"), TextLines("b")), (0.3, 0.7))
-    model = Decoder(n_layers=2, n_heads=2, d_model=14, mask=(Causal(), Window(4)), context_length=8)
+    several = {"mask": (Causal(), Window(4)), "kernel": (Softmax(), Softmax())}
+    model = Decoder(n_layers=2, n_heads=2, d_model=14, context_length=8, **several)
     old = Config("run", model, Data(corpus), train=Train(guard=Guard()))
     (found,) = differences(old, override(old, path, value))
     assert (found, may_change(found)) == (path, may)

@@ -1,5 +1,6 @@
 """The command line: each command reads its arguments, calls one function of the library and prints the answer."""
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -44,9 +45,13 @@ def main(name: str | None = None) -> None:
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         status = run(name, sys.argv[1:])
-        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:  # what `train` raises when all is saved
         status = _fail(str(interrupt), 128 + getattr(interrupt, "signum", signal.SIGINT))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # told already: Python would try again as it ends, with another status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
@@ -66,7 +71,7 @@ def run(name: str | None, arguments: list[str]) -> int:
         if not name:
             return _fail("a command is missing; jaxformer --help lists them", 2)
         if name in ("-h", "--help", "help"):
-            print(_help())
+            print(_help(), flush=True)
             return 0
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -80,6 +85,7 @@ def run(name: str | None, arguments: list[str]) -> int:
             command(arguments)
         else:
             call(command, arguments, f"jaxformer {name}")
+        sys.stdout.flush()  # a full disk may not be noticed before
     except InputError as error:
         return _fail(str(error), 2)
     except PATH_ERRORS as error:
@@ -120,5 +126,6 @@ def _help() -> str:
 
 def _fail(message: str, status: int) -> int:
     sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
-    print("jaxformer:", sentence, file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a terminal that was closed
+        print("jaxformer:", sentence, file=sys.stderr)
     return status
