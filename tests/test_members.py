@@ -11,12 +11,13 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxformer
 from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
 from jaxformer.commands.train import train as train_command
-from jaxformer.data.batches import Examples
+from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Copy
@@ -30,6 +31,8 @@ from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.manifest import Manifest, sha256
 from jaxformer.run.members import Members
 from jaxformer.run.metrics import CLOCK
+from jaxformer.run.plan import prepare_data
+from jaxformer.run.reports import Reports
 from jaxformer.run.signals import Interrupted, Received
 from jaxformer.run.starts import last_start
 from jaxformer.spec import InputError
@@ -214,6 +217,39 @@ def test_seconds_go_on_where_training_does(home, tmp_path):
     for run in jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path):
         seconds = [row["seconds"] for row in rows(run, clock=True)]
         assert len(seconds) == 9 and seconds == sorted(seconds) and 1e6 < seconds[0] < seconds[-1]
+
+
+def test_no_row_counts_compilation_as_training(home, tmp_path, monkeypatch):
+    """Of rows of another width, too, that come when others have trained."""
+    call, pause, counts, paused = Members.call, Reports.pause, {}, []
+
+    def noting(self, state, buffer, count):
+        counts.setdefault(buffer["tokens"].shape, (count, paused[-1]))
+        return call(self, state, buffer, count)
+
+    monkeypatch.setattr(Members, "call", noting)
+    monkeypatch.setattr(Reports, "pause", lambda self, doing: paused.append(doing) or pause(self, doing))
+    rows = "".join(f"{10 ** (i % 3 // 2 * 13)},{i % 2}\n" for i in range(61))  # of 1 and, a third, of 14 characters
+    (tmp_path / "table.csv").write_text("text,odd\n" + rows)
+    buckets = {"data.sampling.n_buckets": 2, "data.sampling.bucket_steps": 1, "model.context_length": 17}
+    jaxformer.train(classes(tmp_path), buckets | {"train.steps": 8}, tmp_path / "run")
+    assert list(counts.values()) == [(0, "compiling")] * 2
+
+
+@pytest.mark.parametrize("of", [text, classes, pairs])
+def test_tokens_are_those_that_models_see(home, of):
+    """Without padding, and without the last of a row, which is asked for and no more."""
+    config = of(home)
+    if of is text:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling=PackedDocuments()))
+    members = Members([config], prepare_data(config))
+    buffer, seen = members.buffer(0), 0
+    for i in range(3):
+        batch = {name: jnp.asarray(array[i]) for name, array in buffer.items()}
+        example = config.objective.prepare(batch, jax.random.key(0))
+        at = [example.at, *([example.source.at] if example.source else [])]
+        seen += sum(int((places.segment > 0).sum()) for places in at)
+    assert members.real_tokens(buffer, 3) == seen > 0
 
 
 @pytest.mark.slow

@@ -159,6 +159,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
             pauses.before(step, state, buffer)
             profile.reach(step, state)
             while step < steps and not received:
+                pauses.compile(state, buffer)
                 count = profile.until_pause(step, min(until_pause(config, step), members.same_shapes(step)))
                 state, rows = reports.timed(members.call, state, buffer, count)
                 tokens, flops = members.real_tokens(buffer, count), members.flops(buffer, count)

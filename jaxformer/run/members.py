@@ -67,9 +67,11 @@ class Members:
         return _stack(found) if self._several else found[0]
 
     def real_tokens(self, buffer: Batch, count: int) -> int:
-        """Those of the first `count` batches, padding left out."""
+        """Those of the first `count` batches that models see, padding left out."""
         config, lead = self.configs[0], len(self.configs)
-        masks = [array for name, array in buffer.items() if name.endswith("segments")]
+        ahead = {"segments": config.row.lookahead}  # places of a row that are asked for and no more
+        seen = lambda name, mask: mask[..., : mask.shape[-1] - ahead.get(name, 0)]
+        masks = [seen(name, array) for name, array in buffer.items() if name.endswith("segments")]
         if not masks:
             return lead * count * config.data.batch_size * config.window
         return sum(int((mask.reshape(lead, -1, *mask.shape[-2:])[:, :count] > 0).sum()) for mask in masks)
@@ -77,6 +79,10 @@ class Members:
     def flops(self, buffer: Batch, count: int) -> int:
         """Operations of a call (`model_flops`), padding's among them."""
         return count * self._flops[_shapes(buffer)]
+
+    def compiled(self, buffer: Batch) -> bool:
+        """Whether `call` has a program for the buffer's shapes."""
+        return _shapes(buffer) in self._compiled
 
     def call(self, state: TrainState, buffer: Batch, count: int) -> tuple[TrainState, Any]:
         """`count` steps, compiled ahead of time for each set of shapes; with a count of 0 they are compiled and no

@@ -52,16 +52,22 @@ class Pauses:
 
     def before(self, step: int, state: TrainState, buffer: Batch) -> None:
         """What is due before the first call, of that buffer: makes up for evaluations that the step at which the run
-        resumes lacks and for ranks of its checkpoints, and compiles, so that no row counts these as training."""
+        resumes lacks and for ranks of its checkpoints, and compiles."""
         missing, found = owed(self._configs, self._saved, step)
         if found:
             self._rank(step, state, found)
         if missing:
             self._evaluate(step, state, missing)
         if step < self._config.train.steps and not self._received:
+            self.compile(state, buffer)
+        self._reports.resume()
+
+    def compile(self, state: TrainState, buffer: Batch) -> None:
+        """Compiles the program for the buffer's shapes, if it is not, so that no row counts that as training."""
+        if not self._members.compiled(buffer):
             self._reports.pause("compiling")
             self._members.call(state, buffer, 0)
-        self._reports.resume()
+            self._reports.resume()
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins to save; waits where the save before is not yet complete (`CheckpointWriter.save`), and for the first
