@@ -281,6 +281,16 @@ def test_a_save_that_fails_in_the_background_is_told_once(tmp_path, monkeypatch)
     assert checkpoints.steps() == [3] and sha256(newest(tmp_path / "c")) == sha256(state(3))
 
 
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "has no room for"), (errno.EIO, "^.Errno 5. broken$")])
+def test_a_full_disk_is_told_and_what_else_fails_by_its_name(tmp_path, monkeypatch, number, said):
+    def fail(*_):
+        raise OSError(number, "broken")
+
+    monkeypatch.setattr(checkpoint.os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match=said):
+        CheckpointWriter(tmp_path).save(state(1), 1)
+
+
 def test_half_precision_is_saved_too(tmp_path):
     half = {"w": jnp.arange(7, dtype=jnp.bfloat16), "v": jnp.ones((3, 5))}
     checkpoints = CheckpointWriter(tmp_path / "c", 1)

@@ -1,5 +1,7 @@
 """Locks on files: who holds one, who waits, and what is refused where there are none."""
 
+import errno
+import os
 import subprocess
 import sys
 import textwrap
@@ -66,6 +68,17 @@ def test_one_process_waits_for_the_other(tmp_path, holder):
 
     with locked(path, taken):
         assert told == ["taken", "released"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    refused = pytest.raises(InputError, match=r"folder cannot be locked \(.*; give a folder on another file system")
+    with refused, locked(tmp_path / "folder" / "lock", lambda: None):
+        pass
 
 
 REFUSAL = r"jaxformer trains and prepares corpora on Linux and macOS; on Windows run it inside WSL 2"

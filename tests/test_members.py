@@ -19,6 +19,7 @@ from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
 from jaxformer.commands.train import train as train_command
 from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextFiles
+from jaxformer.data.locks import locked
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Characters
@@ -170,6 +171,15 @@ def test_a_finished_seed_is_not_deleted_for_one_that_lost_its_checkpoint(home, w
     with pytest.raises(InputError, match=r"seed-0/checkpoints has lost the checkpoint of step 23, which .*seed-5/"):
         jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_seed_that_another_process_trains_keeps_all_as_they_are(home, tmp_path):
+    with (
+        locked(tmp_path / "seed-0" / "lock", lambda: None),
+        pytest.raises(InputError, match=r"seed-0' is being trained"),
+    ):
+        jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
+    assert {path.name for path in files(tmp_path)} == {"lock"}
 
 
 def test_the_first_save_of_seeds_is_on_disk_before_a_row_follows(home, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def locked(path: Path, taken: Callable[[], None]) -> Iterator[None]:
     """While this process alone holds the lock of a file, which is made if it is not there.
 
     If another process holds it, `taken` is called; unless it raises, this process waits. Raises InputError on systems
-    that have no such locks, before anything is written.
+    that have no such locks, before anything is written, and on file systems that have none.
     """
     if fcntl is None:
         raise InputError("jaxformer trains and prepares corpora on Linux and macOS; on Windows run it inside WSL 2")
@@ -29,6 +29,11 @@ def locked(path: Path, taken: Callable[[], None]) -> Iterator[None]:
         except BlockingIOError:
             taken()
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise InputError(
+                f"{path.parent} cannot be locked ({error.strerror}), so that two processes might write to it; give a "
+                "folder on another file system"
+            ) from None
         yield
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: Orbax saves and restores, a manifest of our own says whether what came back is what was saved."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -410,6 +411,8 @@ def _reserve(directory: Path, n_bytes: int) -> None:
         with tempfile.TemporaryFile(dir=directory) as file:
             os.posix_fallocate(file.fileno(), 0, n_bytes)
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         raise OSError(
             f"{directory} has no room for a checkpoint of {n_bytes:,} bytes ({error.strerror}); "
             "free some, and the same command resumes from the last one"

@@ -1,6 +1,7 @@
 """The directory of a run: whose it is, and what it says of its beginning."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,20 +25,23 @@ WILD = set("*?[\\")  # Orbax looks for the files that it merges by a pattern tha
 
 
 @contextlib.contextmanager
-def claimed(config: Config, prepared: Prepared) -> Iterator[None]:
-    """A directory that holds this run and no other, for this process alone; `check_directory` was called before."""
-    directory = Path(config.directory)
-
-    def taken() -> None:
-        raise InputError(f"directory={config.directory!r} is being trained by another process; wait for it")
-
-    with locked(directory / "lock", taken):
-        remove_parts(directory)
-        if not check_directory(config, prepared):  # again, behind the lock: another process may have been faster
+def claimed(configs: Sequence[Config], prepared: Prepared) -> Iterator[None]:
+    """Directories that hold these runs and no others, for this process alone; `check_directory` was called before."""
+    with contextlib.ExitStack() as locks:
+        for config in configs:
+            locks.enter_context(locked(Path(config.directory) / "lock", functools.partial(_refuse_taken, config)))
+        for config in [each for each in configs if not check_directory(each, prepared)]:  # again, behind the locks
+            directory = Path(config.directory)
             write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
             write(directory / "tokenizer.json", dumps(prepared.tokenizer))
             config_lib.save(config, directory / "config.json")  # last: it makes the directory a run
+        for config in configs:
+            remove_parts(Path(config.directory))
         yield
+
+
+def _refuse_taken(config: Config) -> None:
+    raise InputError(f"directory={config.directory!r} is being trained by another process; wait for it")
 
 
 def check_directory(config: Config, prepared: Prepared) -> bool:

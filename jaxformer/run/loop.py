@@ -124,18 +124,17 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
     for writer in configs[0].writers:
         writer.require()
     platform.prepare()
-    with shown(), contextlib.ExitStack() as claims:
+    with shown():
         prepared = checked_data(configs[0])
         for config in configs:
             check_directory(config, prepared)  # of all, before anything is written to one
         new = any(not has_checkpoint(Path(config.directory)) for config in configs)
         origin = origin_of(configs[0], prepared) if new else None  # what others began with is not needed
-        for config in configs:
-            claims.enter_context(claimed(config, prepared))
         found: dict[int, Run] = {}
-        for group in groups(configs):
-            runs = _train([configs[i] for i in group], prepared, origin, trace)
-            found |= zip(group, runs, strict=True)
+        with claimed(configs, prepared):
+            for group in groups(configs):
+                runs = _train([configs[i] for i in group], prepared, origin, trace)
+                found |= zip(group, runs, strict=True)
         return [found[i] for i in range(len(configs))]
 
 
