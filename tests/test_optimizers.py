@@ -141,6 +141,16 @@ def test_singular_values_end_near_one(coefficients, dtype, shape):
         np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
 
 
+def test_accelerators_multiply_each_polynomials_own_result(monkeypatch):
+    """What a GPU or TPU rounds in products of float32 adds up in the powers of x·xᵀ."""
+    x, coefficients = jnp.ones((2, 13, 89)), NewtonSchulz()(5)
+    program = lambda: str(jax.make_jaxpr(lambda: orthogonalized(x, coefficients))())
+    wide = lambda: sum("f32[2,13,89] = dot_general" in line for line in program().splitlines())
+    here = wide()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert (here, wide()) == (1, 5)
+
+
 def test_polar_express_converges():
     """Eight steps bring values of 10⁻³ to 1; further ones are all the last polynomial."""
     x = np.diag([1.0, 0.3, 1e-2, 2e-3]).astype(np.float32)[None]

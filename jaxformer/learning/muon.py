@@ -77,7 +77,7 @@ class Muon(Optimizer):
     nesterov: bool = True  # the gradient is mixed into that average once more
     coefficients: Coefficients = NewtonSchulz()  # of the polynomials that make a matrix orthogonal
     steps: int = 5  # how many polynomials
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of their products
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of what they multiply; accelerators round float32 in products
     heads: bool = False  # each head is a matrix of its own
     adjust_lr: Literal["original", "match_rms_adamw"] = "original"  # times √max(1, out/in), or 0.2·√max(in, out)
     weight_decay: float = 0.1  # what is taken off matrices in each step, times the learning rate
@@ -188,12 +188,14 @@ def orthogonalized(
     """U·Vᵀ of matrices U·S·Vᵀ with r ≤ s, as near as the polynomials bring it.
 
     Products of r × r matrices alone are fewer where s is much more than r: all polynomials are then of x·xᵀ. Of half
-    precision that matrix has too little, and each polynomial is of the last one's result.
+    precision that matrix has too little, and of float32 as accelerators multiply it (TF32, on TPUs bfloat16): there
+    each polynomial is of the last one's result.
     """
     r, s, n = *x.shape[-2:], len(coefficients)
     norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
     x = (x / (norm * safety + 1e-7)).astype(dtype)
-    if dtype == "float32" and 2 * s + (4 * n - 3) * r < n * (2 * s + r):  # products, in r·r
+    fewer = 2 * s + (4 * n - 3) * r < n * (2 * s + r)  # products, in r·r
+    if fewer and dtype == "float32" and jax.default_backend() == "cpu":
         return _by_square(x, coefficients)
     for a, b, c in coefficients:
         square = x @ x.mT
