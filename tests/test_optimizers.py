@@ -28,6 +28,8 @@ from jaxformer.learning.optimizers import SGD, AdamW, Frozen, Lion
 from jaxformer.learning.schedule_free import ScheduleFree
 from jaxformer.learning.schedules import Constant, Product, WarmupCosine
 from jaxformer.model.baselines import LSTM
+from jaxformer.model.heads import LanguageHead
+from jaxformer.model.layers import NoNorm
 from jaxformer.model.masks import Causal, Window
 from jaxformer.model.models import Embedding
 from jaxformer.run.manifest import sha256
@@ -313,6 +315,39 @@ def test_depths_are_those_of_the_model():
     assert {path for path, box in frozen.items() if not box.trained} == {
         path for path in frozen if path.startswith(("embedding/", "decoder/position/", "decoder/norm_embedding/"))
     }
+
+
+def test_rates_that_depend_on_layers_elsewhere_are_refused():
+    """A group without layers does not know how many the model has, nor does what moves when all of them are frozen."""
+    model = decoder(n_layers=4, norm=NoNorm())
+    boxes = trained(model.declared(), model.declared())
+    layers = Path("decoder/layers/*")
+    for wrong in (
+        Groups(groups=(Group(layers, SGD()), Group(Everything(), ByDepth(SGD())))),
+        ByDepth(optimizer=Groups(groups=(Group(layers, Frozen()), Group(Everything(), SGD())))),
+    ):
+        with pytest.raises(
+            ValueError, match=r"ByDepth moves .*, whose rate .* many layers .* put ByDepth around Groups"
+        ):
+            wrong.check_declared(boxes)
+    for right in (
+        Groups(groups=(Group(layers, ByDepth(SGD())), Group(Everything(), SGD()))),
+        ByDepth(optimizer=Groups(groups=(Group(layers, SGD()), Group(Everything(), SGD())))),
+        ByDepth(decay=1.0, optimizer=Groups(groups=(Group(layers, Frozen()), Group(Everything(), SGD())))),
+    ):
+        right.check_declared(boxes)
+
+
+def test_the_head_alone_is_trained_where_all_layers_stay():
+    model = decoder(n_layers=4, head=LanguageHead(tied=False))
+    boxes = trained(model.declared(), model.declared())
+    optimizer = ByDepth(optimizer=SGD(Constant(1.0)), still=4)
+    optimizer.check_declared(boxes)
+    own = optimizer.frozen(boxes)
+    found = dict(changes(optimizer, trained(own, own)))
+    assert {path.split("/")[0] for path in found} == {"decoder", "head_language"} and "decoder/norm/scale" in found
+    assert not any("layers" in path or "position" in path for path in found)
+    assert all((np.asarray(a) == -1).all() for a in found.values())
 
 
 def changes(optimizer, boxes):

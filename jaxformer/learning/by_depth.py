@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.declarations import Declared, by_path, is_declared, path_name
+from jaxformer.declarations import Declared, by_path, is_declared, path_name, trained
 from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import Constant, Schedule
 
@@ -20,8 +20,8 @@ class ByDepth(Optimizer):
     """Another optimizer whose rate is that of the last layer, and of each layer below `decay` times that of the one
     above it (discriminative fine-tuning, arXiv:1801.06146, section 3.1).
 
-    What is below the first layer, as the embedding, counts as a layer there; what is above the last, as a head, as the
-    last. Of an encoder–decoder each stack has depths of its own.
+    What is below the first layer, as the embedding, counts as a layer there; what is above the last, as a head, has the
+    last one's rate. Of an encoder–decoder each stack has depths of its own.
     """
 
     learning_rate: Schedule = Constant(1.0)  # multiplies the learning rates of the optimizer
@@ -44,9 +44,19 @@ class ByDepth(Optimizer):
 
     def check_declared(self, declared: Any) -> None:
         self.optimizer.check_declared(declared)
-        deepest = max(self._depths(declared).values(), default=0)
+        depths, own = self._depths(declared), self.frozen(declared)
+        deepest = max(depths.values(), default=0)
         if self.still > deepest:
             raise ValueError(f"optimizer.still={self.still} must be at most {deepest}, the layers of the model")
+        moved = trained(own, own)
+        seen = self._depths(moved)
+        for path, box in by_path(moved).items() if self.decay < 1 else ():
+            stack = _stack(path)
+            if _below(path, box) and not 0 < seen[stack] == depths[stack]:
+                raise ValueError(
+                    f"optimizer=ByDepth moves {path}, whose rate follows from how many layers are above it, and none "
+                    "of these: they are frozen or another group's; put ByDepth around Groups, or give a group a factor"
+                )
 
     def frozen(self, declared: Any) -> Any:
         def one(path: Any, box: Declared) -> Declared:
@@ -82,16 +92,16 @@ class ByDepth(Optimizer):
     def _factors(self, path: str, box: Declared, n_layers: int) -> jax.Array:
         """Of an array's updates: [L] where layers lie stacked, else []."""
         layers = self._layers(path, box, n_layers)
-        still = (layers < self.still) & (self.still > 0)
-        return jnp.where(still, 0.0, self.decay ** (n_layers - 1 - layers).astype(np.float32))
+        still = (layers < min(self.still, n_layers)) & (self.still > 0)  # of layers that are all frozen n_layers is 0
+        return jnp.where(still, 0.0, self.decay ** np.maximum(n_layers - 1 - layers, 0).astype(np.float32))
 
     def _layers(self, path: str, box: Declared, n_layers: int) -> Any:
-        """The number of its layer, or of each that lies stacked; -1 of what is below the first."""
+        """The number of its layer, or of each that lies stacked; -1 of what is below the first, n_layers of what is
+        above the last."""
         if box.letters.batch.startswith("L"):
             first, between = box.layers
             return first + between * np.arange(box.value.shape[0])
-        below = any(name.startswith(BELOW) for name in _names(path)[:2])  # "embedding/table", "decoder/position/table"
-        return np.int32(-1 if below else n_layers - 1)
+        return np.int32(-1 if _below(path, box) else n_layers)
 
     def _depths(self, declared: Any) -> dict[str, int]:
         """Stack → how many layers it has."""
@@ -104,6 +114,11 @@ class ByDepth(Optimizer):
 
 def _names(path: str) -> list[str]:
     return path.removeprefix("adapters/").split("/")
+
+
+def _below(path: str, box: Declared) -> bool:
+    """Whether it is below the first layer, as "embedding/table" and "decoder/position/table" are."""
+    return not box.letters.batch.startswith("L") and any(name.startswith(BELOW) for name in _names(path)[:2])
 
 
 def _stack(path: str) -> str:
