@@ -21,7 +21,7 @@ from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, OneLayer, R
 from jaxformer.model.masks import Bidirectional, Causal, Window, one_document
 from jaxformer.model.models import Decoder, Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
-from jaxformer.model.residuals import PostNorm, PreNorm, ReZero
+from jaxformer.model.residuals import PostNorm, PreNorm, ReZero, UNet
 from jaxformer.spec import InputError, checked
 
 
@@ -250,6 +250,14 @@ def test_a_rolling_cache_keeps_the_newest_whatever_the_order_of_the_row():
     [
         ({"initializer": ZeroOutputs(), "residual": ReZero()}, "both begin at zero, and no layer would ever learn"),
         ({"initializer": ZeroOutputs(), "feed_forward": OneLayer()}, "feed_forward=OneLayer has an activation behind"),
+        *(
+            ({"residual": residual, **more}, f"residual.{branch}=False leaves nothing of the stream but what .*{what}")
+            for residual, more, branch, what in (
+                (PreNorm(attention=False), {"initializer": ZeroOutputs()}, "attention", "ZeroOutputs"),
+                (UNet(feed_forward=False), {"initializer": ZeroOutputs()}, "feed_forward", "ZeroOutputs"),
+                (ReZero(attention=False), {}, "attention", "ReZero"),
+            )
+        ),
         ({"kernel": ValueResidual(), "remat": "nothing_saveable"}, "all of them are one"),
     ],
 )
@@ -259,10 +267,18 @@ def test_parts_that_would_have_no_effect_together_are_refused(fields, sentence):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"feed_forward": OneLayer(Tanh())}, {"residual": ReZero(start=1.0)}, {"residual": PostNorm()}]
+    "fields",
+    [
+        {"feed_forward": OneLayer(Tanh())},
+        {"residual": ReZero(start=1.0)},
+        {"residual": PostNorm()},
+        {"residual": PreNorm(cross_attention=False)},
+        {"residual": PreNorm(attention=False), "output_projection": False},
+    ],
 )
 def test_what_learns_from_zeros_is_not_refused(fields):
     checked(decoder(initializer=ZeroOutputs(), **fields))
+    checked(decoder(residual=PreNorm(attention=False)))
 
 
 def test_remat_is_of_use_where_one_of_two_stacks_repeats():

@@ -533,8 +533,7 @@ def check_transformer(model: Decoder, at: str) -> None:
         raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
     if model.feed_forward is None and model.kernel is None:
         raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
-    if isinstance(model.initializer, ZeroOutputs):
-        _check_zeros(model, at)
+    _check_zeros(model, at)
     for position in _as_tuple(model.position):
         if position.per_layer and type(position).embed is not Position.embed:
             name = type(position).__name__
@@ -550,14 +549,25 @@ def check_transformer(model: Decoder, at: str) -> None:
 
 
 def _check_zeros(model: Decoder, at: str) -> None:
-    """Where outputs begin at zero, something behind or before them must not: else no gradient reaches either."""
-    if isinstance(model.residual, ReZero) and model.residual.start == 0:
+    """Where outputs begin at zero, something behind, before or beside them must not: else no gradient reaches any."""
+    rezero = isinstance(model.residual, ReZero) and model.residual.start == 0
+    zeros = isinstance(model.initializer, ZeroOutputs)
+    branches = {name for stack in model.stacks for kind in model.kinds(stack) for name in kind.branches}
+    off = sorted(name for name in branches if not getattr(model.residual, name, True))
+    written = off if model.output_projection else {*off} & {"feed_forward"}  # by a matrix
+    if (rezero and off) or (zeros and written):
+        what = f"{at}residual=ReZero" if rezero else f"{at}initializer=ZeroOutputs"
+        raise ValueError(
+            f"{at}residual.{off[0]}=False leaves nothing of the stream but what {what} begins at zero, through which "
+            "no gradient reaches what is below; True adds the stream to it"
+        )
+    if zeros and rezero:
         raise ValueError(
             f"{at}residual=ReZero and {at}initializer=ZeroOutputs both begin at zero, and no layer would ever learn; "
             f"take one of them, or {at}residual.start=1"
         )
     flat = ReLU, SquaredReLU, Square  # at zero
-    if any(isinstance(p, OneLayer) and isinstance(p.activation, flat) for p in _as_tuple(model.feed_forward)):
+    if zeros and any(isinstance(p, OneLayer) and isinstance(p.activation, flat) for p in _as_tuple(model.feed_forward)):
         raise ValueError(
             f"{at}feed_forward=OneLayer has an activation behind the matrix that {at}initializer=ZeroOutputs begins at "
             "zero, and would never learn; take another of them"
