@@ -222,6 +222,15 @@ def test_prepared_tokens_are_reused_until_the_text_changes(tmp_path, cache, monk
     assert len(written) == 2
 
 
+def test_a_table_that_is_named_otherwise_is_read_otherwise(tmp_path, cache):
+    """TSV does not quote: the same bytes are another text."""
+    (tmp_path / "q.csv").write_text('text\n"a"\n')
+    before = list(whole(prepare(Table(str(tmp_path / "q.csv")), Bytes())))
+    os.rename(tmp_path / "q.csv", tmp_path / "q.tsv")
+    after = list(whole(prepare(Table(str(tmp_path / "q.tsv")), Bytes())))
+    assert ord('"') not in before and ord('"') in after
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "manifest.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_tokens_are_prepared_anew(tmp_path, cache, name, damage, caplog):

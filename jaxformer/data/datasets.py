@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from jaxformer.data.corpora import Corpus, Piece
-from jaxformer.data.files import cache_directory, file_sha256, write
+from jaxformer.data.files import cache_directory, file_sha256, plain_name, write
 from jaxformer.data.locks import locked
 from jaxformer.data.sources import Source, check_ids
+from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import Ids, Tokenizer, Unknown, read_tokenizer
 from jaxformer.spec import InputError, dumps
 
@@ -240,8 +241,10 @@ def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str)
 
 
 def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
-    """What decides about ids: the text, the tokenizer, and the code of both."""
+    """What decides about ids: the text, how a table is read, the tokenizer, and the code of both."""
     code: list[Any] = [FORMAT]
+    kinds = [Path(plain_name(Path(part.path))).suffix.lower() for part, _ in corpus.parts() if isinstance(part, Table)]
+    code += kinds if {*kinds} - {".csv"} else []  # which the fingerprint of one file does not have
     with contextlib.suppress(metadata.PackageNotFoundError):
         code.append(metadata.version("tokenizers"))
     for cls in (type(corpus), type(tokenizer)):
