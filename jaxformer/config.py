@@ -25,6 +25,7 @@ from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupLinear
 from jaxformer.mesh import Mesh
 from jaxformer.model import baselines
+from jaxformer.model.masks import Causal
 from jaxformer.model.models import Decoder, Model
 from jaxformer.spec import InputError, Spec, checked, class_name, from_json, known_specs, override, to_json
 from jaxformer.writers import Writer
@@ -373,6 +374,7 @@ def _check_config(config: Config, at: str) -> None:
     if config.row.tokens < 2:
         raise ValueError(f"{at}data.window={config.window} must be at least 2 for {type(config.objective).__name__}")
     config.objective.check_model(config.model)
+    _check_prefix(config, at)
     if config.data.corpus.marked and not config.objective.weighs:
         raise ValueError(
             f"{at}data.corpus={type(config.data.corpus).__name__} says which tokens are answers, and "
@@ -399,3 +401,17 @@ def _check_config(config: Config, at: str) -> None:
             f"{at}train.accumulation={config.train.accumulation} must divide "
             f"{at}data.batch_size={config.data.batch_size}"
         )
+
+
+def _check_prefix(config: Config, at: str) -> None:
+    """A mask that sees no more than the first of two texts ahead is causal where rows have one."""
+    model, two = config.model, config.data.sampling.joined or config.objective.second
+    if two or not isinstance(model, Decoder) or not model.sees_ahead or model.sees_answers:
+        return
+    try:
+        config.objective.check_model(dataclasses.replace(model, mask=Causal()))
+    except ValueError as error:
+        raise ValueError(
+            f"{at}model.mask is causal where rows have one text, as those of "
+            f"{at}data.sampling={type(config.data.sampling).__name__}; take Bidirectional: {error}"
+        ) from None

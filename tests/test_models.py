@@ -10,15 +10,17 @@ import pytest
 from tiny import SIZES, B, T, block, decoder, hidden, ids, loud, mixed
 
 from jaxformer import Config, Data, EncoderDecoder
+from jaxformer.data.batches import Examples
+from jaxformer.data.tables import Table
 from jaxformer.declarations import Slot
 from jaxformer.keys import fold
 from jaxformer.lab.probe import small
-from jaxformer.learning.objectives import Classification
+from jaxformer.learning.objectives import Classification, Masked
 from jaxformer.model import blocks, cache
 from jaxformer.model.heads import ClassificationHead, FirstToken, LanguageHead
 from jaxformer.model.kernels import ValueResidual
 from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, OneLayer, ReLU, RMSNorm, Tanh, ZeroOutputs, dropout
-from jaxformer.model.masks import Bidirectional, Causal, Window, one_document
+from jaxformer.model.masks import Bidirectional, Causal, Prefix, Window, one_document
 from jaxformer.model.models import Decoder, Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
 from jaxformer.model.residuals import PostNorm, PreNorm, ReZero, UNet
@@ -294,3 +296,19 @@ def test_a_first_token_that_sees_no_other_is_no_text():
     with pytest.raises(ValueError, match="pooling=FirstToken has seen no other token"):
         Classification().check_model(causal)
     Classification().check_model(dataclasses.replace(causal, mask=Bidirectional()))
+
+
+@pytest.mark.parametrize(
+    ("objective", "head", "sentence"),
+    [
+        (Masked(), LanguageHead(), "objective=Masked must have an Encoder"),
+        (Classification(), ClassificationHead("kind", ("a", "b"), pooling=FirstToken()), "has seen no other token"),
+    ],
+)
+def test_a_prefix_of_rows_without_two_texts_is_causal(objective, head, sentence):
+    model = Encoder(**SIZES | {"n_layers": 1}, head=head, mask=Prefix())
+    config = lambda **data: Config("run", model, Data(**data), objective)
+    with pytest.raises(InputError, match=rf"model\.mask is causal .* data\.sampling=RandomWindows; .*{sentence}"):
+        checked(config())
+    checked(config(corpus=Table("a.csv", target="b"), sampling=Examples(joined=True)))
+    checked(dataclasses.replace(config(), model=dataclasses.replace(model, mask=Bidirectional())))
