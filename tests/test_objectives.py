@@ -536,9 +536,28 @@ def test_texts_without_a_label_count_nothing():
     batch = {"tokens": integers(0, V, B, T), "labels_tone": np.array([2, -1, 0, 1, -1], np.int32)}
     some = {n: a[[0, 2, 3]] for n, a in batch.items()}
     ratio = lambda batch: np.divide(*objective.loss(model, params, prepared(objective, batch), None)[:2])
-    close(ratio(batch), ratio(some) * 3 / 5)
+    close(ratio(batch), ratio(some))
     sums = objective.sums(model, params, prepared(objective, batch), LENGTHS)
-    assert sums["weight of tone"] == 3
+    assert sums["weight of tone"] == sums["weight"] == 3
+
+
+def test_texts_with_a_label_of_one_column_count():
+    """Of several classes a text is known where all are told, of tokens where one is."""
+    tone, tags, tag = (
+        head("x", tuple("abc"))
+        for head in (heads.ClassificationHead, heads.MultiLabelHead, heads.TokenClassificationHead)
+    )
+    tone, tags, tag = (dataclasses.replace(h, column=n) for h, n in ((tone, "tone"), (tags, "tags"), (tag, "tag")))
+    model, objective = classifier(tone, tags, tag), Classification()
+    params = j(
+        TABLES | {f"head_classes_of_{n}": {"kernel": draws(V, 3), "bias": draws(3)} for n in ("tone", "tags", "tag")}
+    )
+    labels = {"tone": np.full(B, -1), "tags": np.full((B, 3), -1), "tag": np.full((B, T), -1)}
+    labels["tone"][0], labels["tags"][1], labels["tags"][2, 0], labels["tag"][3, 1] = 2, 1, 1, 0
+    labels["tag"][4, 9] = 1  # of padding
+    segments = (np.arange(T) < 7).astype(np.int32) * np.ones((B, 1), np.int32)
+    batch = {"tokens": integers(0, V, B, T), "segments": segments} | {f"labels_{n}": y for n, y in labels.items()}
+    assert objective.sums(model, params, prepared(objective, batch), LENGTHS)["weight"] == 3
 
 
 # --- pairs

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
@@ -531,7 +532,7 @@ class SpanCorruption(TokenObjective):
 class Classification(Objective):
     """Predict a class for each text, by every classification head of the model: its distribution is that of the head.
 
-    Each text counts as one, however many of its tokens have a class; one without a label (−1) adds nothing.
+    Each text counts as one, however many of its tokens have a class; one without any label (−1) counts nothing.
 
     A batch holds `tokens` and `segments` int32[B, T], and for each head `labels_COLUMN`.
     """
@@ -571,6 +572,12 @@ class Classification(Objective):
             sums |= {f"{name} of {head.column}": value for name, value in known.items()}
         return Nats(plain, right, total if self.label_smoothing else None, sums)
 
+    def _summed(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Sums, Nats]:
+        real = example.at.segment > 0
+        each = [_known(head, example.targets[head.column], real) for head in model.heads if head.column is not None]
+        known = functools.reduce(jnp.logical_or, (own.reshape(len(own), -1).any(1) for own in each))
+        return super()._summed(model, params, example._replace(weights=example.weights * known), key)
+
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         columns = [name.removeprefix("nats of ") for name in sums if name.startswith("nats of ")]
         loss = {c: _ratio(sums, f"nats of {c}", f"weight of {c}") for c in columns}
@@ -586,10 +593,15 @@ class Classification(Objective):
             if head.column is not None:
                 labels = example.targets[head.column]
                 logits = model.read(params, head, h, real, fold(key, HEAD, i))
-                shape = head.right(logits, labels).shape
-                known = (labels >= 0).reshape(*shape, -1).all(-1) & (real.any(1) if len(shape) == 1 else real)
-                found.append((head, logits, jnp.maximum(labels, 0), known.astype(jnp.float32)))
+                known = _known(head, labels, real).astype(jnp.float32)
+                found.append((head, logits, jnp.maximum(labels, 0), known))
         return found
+
+
+def _known(head: Any, labels: Int[Array, "B ..."], real: Bool[Array, "B T"]) -> Bool[Array, "B ..."]:
+    """Which texts, or tokens of them, have a label of the head's column."""
+    asked = real if head.of_tokens else real.any(1)
+    return asked & (labels >= 0).reshape(*asked.shape, -1).all(-1)
 
 
 class Contrastive(Objective):
