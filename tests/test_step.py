@@ -141,6 +141,19 @@ def test_a_batch_of_which_nothing_is_learned_says_so(slices):
     assert row["weight"].tolist() == [0, 12 + 8 + 13] and np.isfinite([row["loss"][1], row["objective_loss"][1]]).all()
 
 
+def test_weights_of_less_than_one_are_weights():
+    """They change neither loss nor gradient, however little they come to: powers of two to the bit."""
+    recipe, batch = Recipe(TokenEmbedding(d_model=17, context_length=T, vocab_size=29)), at(0, batches(1))
+    step = jax.jit(functools.partial(train_step, recipe))
+    found = []
+    for weight in (1.0, 2.0**-10):
+        weights = {"weights": np.full(batch["tokens"].shape, weight, np.float32)}
+        state, row = step(init_state(recipe, hyper()), batch | weights, hyper())
+        found.append((state.params, row["loss"], row["grad_norm"]))
+    chex.assert_trees_all_equal(*found)
+    assert float(row["weight"]) == 33 / 2**10
+
+
 REGULARIZED = [
     NextToken(label_smoothing=0.2),
     pytest.param(NextToken(z_loss=0.03), marks=pytest.mark.slow),

@@ -103,7 +103,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     key, own = key_for(hyper.seed, state.step, "dropout"), recipe.declared()
     declared = hyper.optimizer.frozen(own)
     sums, grads = _gradients(recipe, state, declared, example, key)
-    count = jnp.maximum(sums.weight, 1)  # a batch of padding alone changes nothing but the decay
+    count = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch of padding alone changes nothing but the decay
     grads = split(jax.tree.map(lambda g: g / count, grads), own)
     rate = hyper.optimizer.rate(state.step, hyper.steps)
     moved = trained(state.params, declared)
