@@ -6,6 +6,7 @@ import pytest
 
 from jaxformer.data import batches
 from jaxformer.data.batches import Batches, Examples, PackedDocuments, RandomWindows, RowSize, ShuffledWindows, pack
+from jaxformer.data.corpora import Clozes
 from jaxformer.data.hashes import permuted
 from jaxformer.data.sources import Source
 from jaxformer.learning.objectives import NextToken
@@ -328,6 +329,17 @@ def test_pairs_apart_and_joined():
     rows = rows_of(joined)
     assert rows[0].tolist() == [0, 1, 2, *range(101, 109)]  # without what stands before the second text
     assert joined["parts"][0, :11].tolist() == [0] * 3 + [1] * 8 and len(rows[2]) == 21
+    longest = max(texts(2).sizes.sum(1)) - texts(2).prefix
+    room = [Examples(joined=True).count_cut(texts(2), RowSize(size, 0)) for size in (longest, longest - 1)]
+    assert texts(2).prefix and room == [0, 1]
+
+
+def test_a_split_would_part_the_pairs_of_a_name():
+    several, one = Clozes("a.txt"), Clozes("a.txt", words=(2,))
+    with pytest.raises(ValueError, match=r"data.valid=None .*data.corpus.words=\(2, 6\) has a pair for each number"):
+        Examples().check_corpus(several, None, "data.")
+    Examples().check_corpus(one, None, "data.")
+    Examples().check_corpus(several, one, "data.")
 
 
 def test_examples_refuse_an_empty_source():

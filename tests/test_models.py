@@ -21,7 +21,7 @@ from jaxformer.model.heads import ClassificationHead, FirstToken, LanguageHead
 from jaxformer.model.kernels import ValueResidual
 from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, OneLayer, ReLU, RMSNorm, Tanh, ZeroOutputs, dropout
 from jaxformer.model.masks import Bidirectional, Causal, Prefix, Window, one_document
-from jaxformer.model.models import Decoder, Encoder
+from jaxformer.model.models import Decoder, Embedding, Encoder
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
 from jaxformer.model.residuals import PostNorm, PreNorm, ReZero, UNet
 from jaxformer.spec import InputError, checked
@@ -312,3 +312,8 @@ def test_a_prefix_of_rows_without_two_texts_is_causal(objective, head, sentence)
         checked(config())
     checked(config(corpus=Table("a.csv", target="b"), sampling=Examples(joined=True)))
     checked(dataclasses.replace(config(), model=dataclasses.replace(model, mask=Bidirectional())))
+
+
+def test_one_token_type_tells_no_parts():
+    """As of models that have one for both texts of a pair."""
+    assert [decoder(embedding=Embedding(token_types=n)).tells_parts for n in range(3)] == [False, False, True]

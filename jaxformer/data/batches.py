@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxformer.data.corpora import Corpus
+from jaxformer.data.corpora import Clozes, Corpus
 from jaxformer.data.hashes import Hashes, mix, permuted
 from jaxformer.data.sources import Source
 from jaxformer.spec import InputError, Spec, counted
@@ -151,6 +151,11 @@ class Examples(Sampling):
             raise ValueError(f"{at}valid must have as many texts in an example as {at}corpus: {corpus.texts}")
         if self.joined and corpus.texts == 1:
             raise ValueError(f"{at}sampling.joined=True joins two texts; {at}corpus has one, False leaves it alone")
+        if valid is None and isinstance(corpus, Clozes) and len(set(corpus.words)) > 1:
+            raise ValueError(
+                f"{at}valid=None would ask for names that are trained on: {at}corpus.words={corpus.words} has a pair "
+                "for each number, and a split parts them; give Clozes of other lines, or one number of words"
+            )
 
     def shapes(self, corpus: Corpus, size: RowSize) -> dict[str, tuple[int, ...]]:
         found = super().shapes(corpus, size) | ({"parts": (size.tokens,)} if self.joined else {})
@@ -166,7 +171,8 @@ class Examples(Sampling):
             raise InputError("no example")
 
     def count_cut(self, source: Source, size: RowSize) -> int:
-        whole = source.sizes.sum(1, keepdims=True) if self.joined else source.sizes
+        joined = source.sizes.sum(1, keepdims=True) - source.prefix * (source.texts - 1)  # as `_examples` does
+        whole = joined if self.joined else source.sizes
         room = np.array([size.tokens] if whole.shape[1] == 1 else [size.window, size.tokens])
         return int((whole > room).any(1).sum())
 

@@ -307,7 +307,7 @@ class Decoder(Model):
 
     @property
     def tells_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.embedding.token_types > 0
+        return self.embedding.token_types > 1  # of one alone both parts have it
 
     @property
     def dims(self) -> dict[str, int]:
