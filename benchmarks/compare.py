@@ -213,9 +213,14 @@ class Clock:
         return left
 
 
-def measured(measurement: Measurement, rounds: int, clock: Clock, kept: Path | None = None) -> list[Row]:
+def measured(
+    measurement: Measurement, rounds: int, clock: Clock, kept: Path | None = None, emulated: Sequence[str] = ()
+) -> list[Row]:
     """Each contestant in turn, round by round; what they compile is `kept` in a folder, if one is given."""
     rows = [Row(each.name, each.arguments.get("dtype", "float32")) for each in measurement.contestants]
+    for each, row in zip(measurement.contestants, rows, strict=True):
+        if row.dtype == "bfloat16" and each.peer in emulated:
+            row.failed = "products of bfloat16 are emulated here, at less than a tenth of float32's speed; not run"
     with contextlib.nullcontext(str(kept)) if kept else tempfile.TemporaryDirectory() as compiled:
         caches = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         given = {"size": measurement.size, "seconds": clock.seconds}
@@ -236,6 +241,7 @@ def measured(measurement: Measurement, rounds: int, clock: Clock, kept: Path | N
 def limits(clock: Clock, sides: int, room: int) -> dict[str, Any]:
     """What the machine can do, the best that is found by any of two libraries; of `sides` and `room` see there."""
     found: dict[str, Any] = {"float32": 0.0, "bfloat16": 0.0, "bytes": 0.0, "versions": {}, "load": os.getloadavg()[0]}
+    found["emulated"] = []  # by whom products of bfloat16 are: so much slower that nobody would take them
     for library in ("limits", "pytorch"):
         arguments = {"seconds": min(clock.seconds, 0.3), "sides": sides, "room": room}
         try:
@@ -245,6 +251,8 @@ def limits(clock: Clock, sides: int, room: int) -> dict[str, Any]:
             continue
         found |= {name: own[name] for name in ("device", "datasheet") if name in own}
         found["versions"] |= own["versions"]
+        if own["bfloat16"] < own["float32"] / 10:
+            found["emulated"].append(library)
         found |= {name: max(found[name], own[name]) for name in ("float32", "bfloat16", "bytes")}
     return found
 
@@ -430,7 +438,9 @@ def main() -> None:
     peaks = limits(clock, *((1, 1 << 20) if given.quick else (4, 1 << 28) if "gpu" in given.names else (3, 1 << 26)))
     found: list[dict[str, Any]] = []
     for each in chosen:
-        found.append(told(each, measured(each, given.rounds or each.rounds, clock, given.compiled), peaks))
+        found.append(
+            told(each, measured(each, given.rounds or each.rounds, clock, given.compiled, peaks["emulated"]), peaks)
+        )
         seconds = time.monotonic() - started
         print(f"\n{title(found[-1])}\n\n{table(found[-1])}", flush=True)
         if given.json:

@@ -28,6 +28,7 @@ import compare
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peers.limits import cpu
 from peers.recipes import Adam, Modern, Muon, Recipe
 
 from jaxformer import config as config_lib
@@ -35,7 +36,6 @@ from jaxformer.config import Config
 from jaxformer.data.corpora import TINYSHAKESPEARE_SHA256, TINYSHAKESPEARE_URL
 from jaxformer.data.files import fetch
 from jaxformer.learning.schedules import Schedule
-from jaxformer.run.starts import processor
 
 BASELINE = "shakespeare_cpu"
 CONFIGS = {"same": BASELINE, "fast": "shakespeare_cpu_fast", "best": "shakespeare_cpu_best"}
@@ -269,7 +269,7 @@ def main() -> None:
     started = time.monotonic()
     rows = measured(contestants(given.names or list(CONFIGS)), given.seeds, given.steps)
     versions = {name: number for name in ("jax", "torch") if (number := version(name))}
-    found = {"device": processor(), "versions": {"Python": sys.version.split()[0]} | versions, "seeds": given.seeds}
+    found = {"device": cpu(), "versions": {"Python": sys.version.split()[0]} | versions, "seeds": given.seeds}
     found |= {"minutes": (time.monotonic() - started) / 60, "rows": rows}
     print(block(found))
     if given.json:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import compare  # noqa: E402
 import gate  # noqa: E402
 import recipe  # noqa: E402
-from peers import bare_jax, flax_linen, ours, sizes  # noqa: E402
+from peers import bare_jax, flax_linen, ours, sizes, timing  # noqa: E402
 from peers.recipes import Recipe  # noqa: E402
 
 SIZE = sizes.Size(layers=2, heads=3, width=15, context=11, vocabulary=29, batch=2, tokens=7)
@@ -186,6 +186,19 @@ def test_a_baseline_of_another_machine_is_seen_before_anything_is_measured(tmp_p
         path.write_text(json.dumps(stored))
         monkeypatch.setattr(sys, "argv", ["gate.py", str(path)])
         assert gate.main() == 2 and told in capsys.readouterr().err
+
+
+def test_a_product_that_would_take_too_long_is_left_out():
+    """As of a dtype for which the processor has no units; a contestant that would need it is not run."""
+    found, tried = {"float32": 0.0, "bfloat16": 0.0}, []
+    for dtype, side in timing.sides_of(found, 3, found):
+        tried.append((dtype, side))
+        found[dtype] = 1e12 if dtype == "float32" else 1e9
+    assert tried == [("float32", 1024), ("float32", 2048), ("float32", 4096), ("bfloat16", 1024)]
+    half = compare.Contestant("half", "pytorch", {"dtype": "bfloat16"})
+    measurement = compare.Measurement("x", "step", SIZE, (half,), 1)
+    (row,) = compare.measured(measurement, 1, compare.Clock(), emulated=["pytorch"])
+    assert not row.found and "emulated" in row.failed
 
 
 def test_names_select():

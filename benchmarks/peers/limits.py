@@ -6,18 +6,27 @@ from importlib import metadata
 
 import jax
 import jax.numpy as jnp
-from peers.timing import SIDES, Found, best
+from peers.timing import Found, best, sides_of
 
 from jaxformer.run.peaks import peak_flops
-from jaxformer.run.starts import processor
+from jaxformer.run.starts import features, processor
 
 DTYPES = "float32", "bfloat16"
+
+
+UNITS = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+
+
+def cpu() -> str:
+    """The processor and its widest vector units, by which those of one name may differ."""
+    widest = next((name for unit, name in UNITS.items() if any(each.startswith(unit) for each in features())), "")
+    return ", ".join(filter(None, (processor(), widest)))
 
 
 def device() -> str:
     """The model of what JAX computes on."""
     first = jax.devices()[0]
-    return processor() if first.platform == "cpu" else first.device_kind
+    return cpu() if first.platform == "cpu" else first.device_kind
 
 
 def machine() -> Found:
@@ -32,11 +41,10 @@ def limits(seconds: float, sides: int, room: int) -> Found:
     `room` numbers."""
     found: Found = dict.fromkeys(DTYPES, 0.0)
     product, copy = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1)
-    for side in SIDES[:sides]:
-        for dtype in DTYPES:
-            a = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
-            taken = best(lambda a=a: product(a).block_until_ready(), seconds)
-            found[dtype] = max(found[dtype], 2 * side**3 / taken)
+    for dtype, side in sides_of(DTYPES, sides, found):
+        a = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+        taken = best(lambda a=a: product(a).block_until_ready(), seconds)
+        found[dtype] = max(found[dtype], 2 * side**3 / taken)
     a = jnp.ones(room)
     found["bytes"] = 8 * room / best(lambda: copy(a).block_until_ready(), seconds)
     versions = {"Python": platform.python_version(), **{name: metadata.version(name) for name in ("jax", "flax")}}

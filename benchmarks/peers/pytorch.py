@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peers.sizes import Size
-from peers.timing import SIDES, Found, best, timed
+from peers.timing import Found, best, sides_of, timed
 from torch import nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,12 +116,11 @@ def limits(seconds: float, sides: int, room: int) -> Found:
     read, by arrays of `room` numbers."""
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     found: Found = {"float32": 0.0, "bfloat16": 0.0}
-    for side in SIDES[:sides]:
-        for dtype in ("float32", "bfloat16"):
-            a = torch.randn(side, side, device=DEVICE, dtype=getattr(torch, dtype))
-            out = torch.empty_like(a)
-            taken = best(lambda a=a, out=out: (torch.mm(a, a, out=out), wait()), seconds)
-            found[dtype] = max(found[dtype], 2 * side**3 / taken)
+    for dtype, side in sides_of(("float32", "bfloat16"), sides, found):
+        a = torch.randn(side, side, device=DEVICE, dtype=getattr(torch, dtype))
+        out = torch.empty_like(a)
+        taken = best(lambda a=a, out=out: (torch.mm(a, a, out=out), wait()), seconds)
+        found[dtype] = max(found[dtype], 2 * side**3 / taken)
     a, b = torch.ones(room, device=DEVICE), torch.empty(room, device=DEVICE)
     copied = 8 * room / best(lambda: (b.copy_(a), wait()), seconds)
     read = 4 * room / best(lambda: (a.sum(), wait()), seconds)

@@ -4,11 +4,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Found = dict[str, Any]
 SIDES = 1024, 2048, 4096, 8192  # of the matrices whose products tell what the machine can do
+LONG = 2.0  # seconds of a product that is not worth while
 
 
 def timed(call: Callable[[], Any], seconds: float, per_call: int = 1, after: Callable[[], Any] = lambda: None) -> Found:
@@ -26,6 +27,15 @@ def timed(call: Callable[[], Any], seconds: float, per_call: int = 1, after: Cal
         after()
     median = statistics.median(found[1:])
     return {"seconds": median / per_call, "compile": found[0] - median}
+
+
+def sides_of(dtypes: Iterable[str], count: int, found: Found) -> Iterator[tuple[str, int]]:
+    """Each dtype with the first `count` sides of matrices, but for products that would take too long at the operations
+    a second that are `found` meanwhile: a processor may lack units for a dtype."""
+    for dtype in dtypes:
+        for side in SIDES[:count]:
+            if not found[dtype] or 2 * side**3 / found[dtype] < LONG:
+                yield dtype, side
 
 
 def best(call: Callable[[], Any], seconds: float) -> float:
