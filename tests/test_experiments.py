@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -478,6 +479,16 @@ def test_an_experiment_of_the_house_could_be_run(path):
         config = resolve(row.config, row.overrides | dict.fromkeys(("train.seed", *row.also), 3) | begins)
         assert from_json(json.loads(dumps(config)), Config, "x") == config
         assert sum(a.size for a in jax.tree.leaves(without_corpus(config)[1].params)) > 1000
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=lambda path: path.stem)
+def test_the_results_are_those_of_the_experiment_as_it_is(path):
+    """Its title, what it says of itself, and its rows: what has changed since is to be run again."""
+    section = (ROOT / "RESULTS.md").read_text(encoding="utf-8").partition(f"<!-- {path.stem} -->\n")[2]
+    section, experiment = section.partition("\n<!-- end -->")[0], load(str(path))
+    assert section.startswith(f"## {experiment.title}\n") and experiment.about.strip() in section
+    table = itertools.takewhile(lambda cells: "reached" in cells, read_table(section))
+    assert [cells["row"] for cells in table] == [row.name.replace("|", "\\|") for row in experiment.rows]
 
 
 @pytest.mark.slow
