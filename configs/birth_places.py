@@ -5,7 +5,7 @@
 
 It reads $JAXFORMER_DATA/birth_places/{train,dev}.tsv, and the tokenizer of `birth_places_pretrain`.
 2,851,072 parameters. Exact answers to the 500 questions of dev.tsv, best of ten evaluations, three seeds: 43.6 %
-pretrained, 45.8 % by LoRA of rank 4, 5.0 % from scratch, as always "London" would have; about 75 s each on one of 2
+pretrained, 45.8 % by LoRA of rank 4, 3.7 % from scratch (always "London" would have 5.0 %); about 75 s each on one of 2
 cores (AMD EPYC, jax 0.10.1): `jaxformer reproduce birth_places`.
 """
 
