@@ -16,8 +16,9 @@ def tell(report: Report) -> None:
     if both > neither - 0.1:
         report.text(
             f"In {DEPTHS[-1]} layers sums are not enough: the loss with them is {both:.2f}, without {neither:.2f}, "
-            "though before training gradients reach the first layer. With norms behind the sums a rate that is constant "
-            "from the first step on is too high for so many layers (arXiv:2002.04745); tokens become alike here, too."
+            "though before training gradients reach the first layer. With norms behind the sums a rate that is "
+            "constant from the first step on is too high for so many layers (arXiv:2002.04745); tokens become alike "
+            "here, too."
         )
 
 
