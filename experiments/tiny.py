@@ -11,7 +11,6 @@ from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TinyShakespeare
 from jaxformer.lab.experiments import (
     Experiment,
-    Metrics,
     Report,
     Result,
     Row,
@@ -116,13 +115,13 @@ VALUES = "decoder/layers/block0/attention/project/v"
 def tell(report: Report) -> None:
     both, unused, no_norms = (report.results[row.name] for row in PUBLISHED)
     others = [report.results[row.name] for row in HYPOTHESES]
-    wide = np.concatenate([late(rows) for rows in both.metrics])
-    steps, losses = both.curve()
-    as_early = np.mean([loss for run in losses for step, loss in zip(steps, run, strict=True) if 4500 < step <= 5000])
+    steps, (losses,) = both.curve()
+    late = losses[-(len(losses) // 10) :]
+    as_early = np.mean([loss for step, loss in zip(steps, losses, strict=True) if 4500 < step <= 5000])
     report.text(
         f"Without norms the loss is {no_norms.mean:.2f} after 5,000 steps, with them {as_early:.2f} after as many; the "
         "text has 1.8 before it adds a norm and 1.5 after, and does not say after how many steps. At the end, single "
-        f"batches with norms have losses of {wide.min():.2f} to {wide.max():.2f}."
+        f"batches with norms have losses of {min(late):.2f} to {max(late):.2f}."
     )
     report.text(
         '### What the published 2.47 leaves out\n\nThe text says no more than "that one line". It prints a gradient '
@@ -171,12 +170,6 @@ def tell(report: Report) -> None:
         f"has, the first layer's gradient is {gradient[after][0]:.1e} beside {gradient[WAYS[0], WHEN[1]][0]:.1e} with "
         "sums: gradients vanish as a consequence of the collapse, and keep it from being undone."
     )
-
-
-def late(rows: Metrics) -> np.ndarray:
-    """The logged training losses of the last tenth of the steps."""
-    losses = [row["loss"] for row in rows if row["split"] == "train"]
-    return np.array(losses[-(len(losses) // 10) :])
 
 
 def refuted(result: Result) -> dict[str, str]:
