@@ -11,7 +11,7 @@ import pytest
 from tiny import decoder, generate, hidden, ids, log_softmax, loud
 
 from jaxformer.generation import decode
-from jaxformer.generation.decode import LeftToRight, Request, choose, row_keys
+from jaxformer.generation.decode import MANY, LeftToRight, Request, choose, row_keys
 from jaxformer.generation.logits_processors import (
     LogitsProcessor,
     MinP,
@@ -77,13 +77,14 @@ def test_a_text_that_fills_the_context_goes_on_from_its_last_half(length):
     assert out[0].tolist() == list(naive(model, params, prompt, 40, 0, 3, 0.7))
 
 
-def test_the_cache_grows_with_the_text():
+@pytest.mark.parametrize("rows", [2, MANY])
+def test_the_cache_grows_with_the_text(rows):
     """A text that passes every size of the cache has the probabilities of one full pass: with a window that rolls from
     the first size on, one that begins to in the second, and heads that share keys."""
     masks = Window(50), Window(100), Causal()
     model = decoder(n_layers=3, context_length=300, position=Rotary(), mask=masks, n_kv_heads=2, n_heads=6)
-    params, prompts = loud(model), [ids(7).tolist(), ids(3).tolist()]
-    request = Request(NextToken(), model, params, prompts, 290, row_keys(3, 0, 2))
+    params, prompts = loud(model), [ids(7).tolist(), ids(3).tolist()] * (rows // 2)
+    request = Request(NextToken(), model, params, prompts, 290, row_keys(3, 0, rows))
     new, found = (np.concatenate(arrays, 1) for arrays in zip(*LeftToRight()(request), strict=True))
     h, _ = hidden(model, params, jnp.array([[*prompts[0], *new[0]]], jnp.int32), one_document(297))
     expected = log_softmax(model.logits(params, h)[0, 6:-1])[np.arange(290), new[0]]

@@ -20,7 +20,8 @@ Processors = tuple[LogitsProcessor, ...]
 
 STRETCH = 32  # tokens that are drawn without a word to the host
 TOGETHER = 4  # samples that are drawn side by side: always so many, since sums in other shapes round differently
-SMALLEST = 64  # tokens that the smallest cache holds; larger ones four times as many, up to the context
+SMALLEST = 64  # tokens that the smallest cache holds; larger ones two or four times as many, up to the context
+MANY = 16  # texts from which on the cache doubles: of few, what is compiled for each size costs more than it saves
 ROOM = 1024  # tokens of text for which processors that read it have room without compiling again
 
 
@@ -102,7 +103,7 @@ class LeftToRight(Sampler):
             prompt, segment = padded(seen, context)
             known = _known(texts, request.frames, room) if any(p.reads_text for p in how.processors) else None
             at = segment.sum(1)
-            size = _size(int(at.max()) + 1, context)
+            size = _size(len(texts), int(at.max()) + 1, context)
             now, cache = _prefill(model, size, params, prompt, segment, memory, np.int32(done), how, ended, known)
             new = Drawn(np.asarray(now.ids)[:, None], np.asarray(now.log_probabilities)[:, None])
             left = min(request.tokens - done, room)
@@ -115,7 +116,7 @@ class LeftToRight(Sampler):
                 if left == 0 or ended.all():
                     break
                 if at.max() == size:
-                    size = _size(size + 1, context)
+                    size = _size(len(texts), size + 1, context)
                     cache = _grown(model, len(texts), size, cache, own_params)
                 count = min(left, request.stretch, size - int(at.max()))
                 steps = at, np.int32(done), np.int32(count)
@@ -124,12 +125,12 @@ class LeftToRight(Sampler):
             length = max(1, context // 2)
 
 
-def _size(length: int, context: int) -> int:
-    """The size of the cache while texts have up to `length` tokens: by the length alone, so that what is drawn does not
-    depend on how much is asked for. Reading what is empty costs time; each size is a program of its own."""
+def _size(rows: int, length: int, context: int) -> int:
+    """The size of the cache while so many texts have up to `length` tokens: by these alone, so that what is drawn does
+    not depend on how much is asked for. Reading what is empty costs time; each size is a program of its own."""
     size = SMALLEST
     while size < length:
-        size *= 4
+        size *= 2 if rows >= MANY else 4
     return min(size, context)
 
 
