@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from peers.sizes import TOP_K, Size, Texts
-from peers.timing import Found, timed
+from peers.timing import Found, stalled, timed
 
 from jaxformer.platform import set_flags
 
@@ -142,6 +142,12 @@ def checkpoint(size: Size, seconds: float) -> Found:
     """Of a save by Orbax alone, for the thread that trains; the disk is waited for between saves."""
     params = jax.jit(init, static_argnums=0)(size, jax.random.key(0))
     state = jax.block_until_ready((params, optax.adamw(1e-3).init(params)))
+    more = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
+
+    def step() -> None:
+        nonlocal state
+        state = jax.block_until_ready(more(state))
+
     with tempfile.TemporaryDirectory() as folder, ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()) as saver:
         path = Path(folder, "saved")
 
@@ -149,4 +155,5 @@ def checkpoint(size: Size, seconds: float) -> Found:
             saver.wait_until_finished()
             shutil.rmtree(path)
 
-        return timed(lambda: saver.save(path, args=ocp.args.StandardSave(state)), seconds, after=clear)
+        save = lambda: saver.save(path, args=ocp.args.StandardSave(state))
+        return stalled(save, step, seconds, after=clear)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from peers.sizes import TOP_K, Size, Texts
-from peers.timing import Found, timed
+from peers.timing import Found, stalled, timed
 
 from jaxformer.config import Config, resolve
 from jaxformer.data.batches import Batches, RandomWindows
@@ -72,10 +72,12 @@ def decode(size: Size, seconds: float, texts: Texts, dtype: str = "float32") -> 
     keys = row_keys(0, 0, texts.batch)
     how = usual_processors(top_k=TOP_K)
     prompts = texts.prompts(size.vocabulary)
+    sampler = LeftToRight()
     request = Request(recipe.objective, recipe.model, params, prompts, texts.new, keys, how)
+    request = request._replace(prepared=sampler.prepared(recipe.model, params))  # once for a run, as by `Run.request`
 
     def call() -> None:
-        drawn = sum(part.ids.shape[1] for part in LeftToRight()(request))
+        drawn = sum(part.ids.shape[1] for part in sampler(request))
         assert drawn == texts.new, drawn
 
     return timed(call, seconds, texts.new)
@@ -85,9 +87,14 @@ def checkpoint(size: Size, seconds: float) -> Found:
     """Of a save, for the thread that trains; the disk is waited for between saves."""
     config, recipe = planned(size, {})
     state = jax.block_until_ready(init_state(recipe, hyper_of(config)))
-    steps = itertools.count()
+    steps, more = itertools.count(), jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
+
+    def step() -> None:
+        nonlocal state
+        state = jax.block_until_ready(more(state))
+
     with tempfile.TemporaryDirectory() as folder:
         saved = CheckpointWriter(Path(folder))
-        found = timed(lambda: saved.save(state, next(steps)), seconds, after=saved.wait)
+        found = stalled(lambda: saved.save(state, next(steps)), step, seconds, after=saved.wait)
         saved.close()
     return found

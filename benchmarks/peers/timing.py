@@ -29,6 +29,13 @@ def timed(call: Callable[[], Any], seconds: float, per_call: int = 1, after: Cal
     return {"seconds": median / per_call, "compile": found[0] - median}
 
 
+def stalled(save: Callable[[], Any], step: Callable[[], Any], seconds: float, after: Callable[[], Any]) -> Found:
+    """Seconds by which a save delays the end of a step that overwrites what is saved: it may wait for a copy."""
+    alone = timed(step, seconds / 4)["seconds"]
+    found = timed(lambda: (save(), step()), seconds / 4, after=after)
+    return found | {"seconds": max(found["seconds"] - alone, 1e-6)}
+
+
 def sides_of(dtypes: Iterable[str], count: int, found: Found) -> Iterator[tuple[str, int]]:
     """Each dtype with the first `count` sides of matrices, but for products that would take too long at the operations
     a second that are `found` meanwhile: a processor may lack units for a dtype."""
