@@ -98,6 +98,11 @@ class Config(Spec):
         return self.data.window or self.model.context_length
 
     @property
+    def slice_rows(self) -> int:
+        """Rows that go through the model at once."""
+        return self.data.batch_size // self.train.accumulation
+
+    @property
     def row(self) -> RowSize:
         """How many tokens a row of a batch has."""
         return RowSize(self.window, self.objective.lookahead)
@@ -375,11 +380,12 @@ def _check_config(config: Config, at: str) -> None:
         raise ValueError(f"{at}data.window={config.window} must be at least 2 for {type(config.objective).__name__}")
     config.objective.check_model(config.model)
     _check_prefix(config, at)
-    if config.data.corpus.marked and not config.objective.weighs:
-        raise ValueError(
-            f"{at}data.corpus={type(config.data.corpus).__name__} says which tokens are answers, and "
-            f"{at}objective={type(config.objective).__name__} does not read it; take NextToken"
-        )
+    for field, corpus in (("corpus", config.data.corpus), ("valid", config.data.valid)):
+        if corpus is not None and corpus.marked and not config.objective.weighs:
+            raise ValueError(
+                f"{at}data.{field}={type(corpus).__name__} says which tokens are answers, and "
+                f"{at}objective={type(config.objective).__name__} does not read it; take NextToken"
+            )
     names = [type(writer).__name__ for writer in config.writers]
     if len(set(names)) < len(names):
         raise ValueError(f"{at}writers=({', '.join(names)}) must differ: each keeps one record of the run")

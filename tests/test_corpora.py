@@ -101,6 +101,41 @@ def test_what_is_read_of_a_folder_and_what_is_left_out(tmp_path, fields, read, t
     assert TextFiles(str(tmp_path / "folder" / "main.py")).summary() is None
 
 
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    for name, text in {"folder/a.txt": "A", "else/b.txt": "B", "else/sub/c.txt": "C"}.items():
+        put(tmp_path, name, text)
+    (tmp_path / "folder" / "more").symlink_to(tmp_path / "else")
+    (tmp_path / "folder" / "twice").symlink_to(tmp_path / "else" / "sub")
+    (tmp_path / "else" / "loop").symlink_to(tmp_path / "folder")
+    corpus = TextFiles(str(tmp_path / "folder"))
+    assert texts(corpus) == ["A", "B", "C"]
+    assert corpus.summary().endswith("leaves out: folders called loop, sub")
+
+
+def test_names_need_not_be_utf8(tmp_path):
+    name = os.fsencode(tmp_path) + b"/folder/caf\xe9.txt"
+    os.mkdir(tmp_path / "folder")
+    with open(name, "w") as file:
+        file.write("A")
+    corpus = TextFiles(str(tmp_path / "folder"))
+    assert texts(corpus) == ["A"] and len(corpus.fingerprint()) == 64
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    put(tmp_path / "folder", "a.txt", "A")
+    put(tmp_path / "folder", "shut/b.txt", "B")
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(InputError, match="shut cannot be read: Permission denied"):
+        texts(TextFiles(str(tmp_path / "folder")))
+
+
 def test_what_chose_the_files_is_not_in_the_fingerprint(tmp_path):
     folder = sources(tmp_path / "folder")
     everything = TextFiles(folder)

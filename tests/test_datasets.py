@@ -1,5 +1,6 @@
 """Prepared tokens: the ids of the text, kept, verified, and gone on with after a kill."""
 
+import errno
 import hashlib
 import importlib
 import linecache
@@ -31,7 +32,8 @@ from jaxformer.data.corpora import (
     TinyShakespeare,
     TokenFile,
 )
-from jaxformer.data.datasets import encode, prepare
+from jaxformer.data.datasets import encode, fitted, prepare
+from jaxformer.data.dialogues import PythonQuestions
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, NoTokenizer, TokenizerFile
@@ -95,6 +97,11 @@ def test_the_split_cuts_tokens_and_documents(fraction):
     assert np.array_equal(train.tokens, np.arange(at)) and np.array_equal(valid.tokens, np.arange(at, 100))
     boundaries = {*train.starts.tolist(), *(valid.starts + at).tolist()}
     assert boundaries == {0, 10, 50, 66, 90, at} and valid.starts[0] == 0 and train.padding == valid.padding == 7
+
+
+def test_one_document_is_cut_whatever_its_share():
+    train, valid = Source(np.arange(100), np.array([0])).split(0.6, seed=0)
+    assert np.array_equal(train.tokens, np.arange(40)) and np.array_equal(valid.tokens, np.arange(40, 100))
 
 
 def test_starts_and_ends_of_their_own(cache):
@@ -296,6 +303,81 @@ def test_ids_are_made_anew_when_code_of_the_users_changes(tmp_path, cache, monke
         module = importlib.reload(importlib.import_module("my_corpus"))
         found.append(Bytes().decode(whole(prepare(module.Mine(), Bytes()))))
     assert found == ["one", "other", "one"] and len(list((cache / "tokens").iterdir())) == 2
+
+
+@pytest.mark.parametrize("where", ["a part of a mixture", "the base of a class"])
+def test_a_tokenizer_is_learned_anew_when_code_changes(tmp_path, cache, monkeypatch, where):
+    """Which is neither that of the corpus's own class: the fingerprint is of the file alone."""
+    corpus(tmp_path, "abc")
+    monkeypatch.syspath_prepend(tmp_path)
+    code = (
+        "from jaxformer.data.corpora import Piece, TextFiles\n\n\nclass Base(TextFiles):\n    def read(self, path):\n"
+    )
+    (tmp_path / "my_own.py").write_text("from my_base import Base\n\n\nclass Mine(Base):\n    pass\n")
+    found = []
+    for text in ("xy", "z"):
+        (tmp_path / "my_base.py").write_text(code + f"        yield Piece({text!r}, True, ('line', 1))\n")
+        linecache.clearcache()
+        base, own = (importlib.reload(importlib.import_module(name)) for name in ("my_base", "my_own"))
+        path = str(tmp_path / "text.txt")
+        mine = own.Mine(path) if "base" in where else Mixture((base.Base(path), Documents(("a",))), (1.0, 1.0))
+        found.append(fitted(Characters(), mine).alphabet)
+    assert found == (["xy", "z"] if "base" in where else ["axy", "az"])
+
+
+def test_what_an_answer_is_belongs_to_the_marks(cache):
+    """The text is the same, the template of another mind about who speaks."""
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    begun = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
+    marks = [prepare(PythonQuestions(template=each), Bytes()).train[0].answers.sum() for each in (turns, begun)]
+    assert marks[0] > marks[1] > 0
+
+
+def test_a_tokenizer_of_text_that_changed_is_not_kept(tmp_path, cache):
+    class Restless(TextFiles):
+        def pieces(self):
+            yield from super().pieces()
+            corpus(tmp_path, TEXT + "more")
+
+    corpus(tmp_path)
+    with pytest.raises(InputError, match="changed while it was read"):
+        fitted(Characters(), Restless(str(tmp_path / "text.txt")))
+    assert not (cache / "tokenizers").exists()
+
+
+def test_a_disk_that_fails_for_a_while_damages_nothing(tmp_path, cache, monkeypatch):
+    prepare(corpus(tmp_path), Bytes())
+    (directory,) = (cache / "tokens").iterdir()
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+
+    def fails(*args):
+        if str(getattr(args[0], "name", args[0])).endswith("tokens.bin"):
+            raise OSError(errno.EIO, "Input/output error", "tokens.bin")
+        return digest(*args)
+
+    digest = hashlib.file_digest
+    for owner, name, kind in ((hashlib, "file_digest", InputError), (np, "memmap", OSError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(kind, match="Input/output error"):
+                prepare(corpus(tmp_path), Bytes())
+    assert before == {path: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_what_is_killed_at_its_very_end_goes_on(tmp_path, cache, monkeypatch, caplog):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(datasets, "SAVE_EVERY", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "file_sha256", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus(tmp_path), Bytes())
+    assert Bytes().decode(whole(prepare(corpus(tmp_path), Bytes()))) == TEXT
+    assert "resuming the preparation of the corpus" in caplog.text
+    (directory,) = (cache / "tokens").iterdir()
+    assert not (directory / "progress.json").exists()
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, cache):

@@ -104,6 +104,23 @@ def test_a_class_that_is_missing_on_one_side_is_told(tmp_path, caplog, several):
     ]
 
 
+def test_a_column_that_only_training_has_is_not_counted_elsewhere(tmp_path, caplog):
+    config = table(tmp_path)  # which writes a t.csv of its own
+    lines = {"t": "text,label,mood\n" + "one,a,x\ntwo,b,y\n" * 9, "v": "text,label\n" + "one,a\ntwo,a\n"}
+    for name, text in lines.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    corpora = (
+        Table(str(tmp_path / "t.csv"), labels=("label", "mood")),
+        Table(str(tmp_path / "v.csv"), labels=("label",)),
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, valid=corpora[1]))
+    jaxformer.train(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpora[0])), {"train.steps": 1}
+    )
+    told = [message for message in warnings_of(caplog) if "there is no example" in message]
+    assert told == ["'label': there is no example to validate on of b"]
+
+
 def test_windows_are_validated_on_the_end_and_documents_drawn_if_there_are_some(tmp_path):
     config = text(tmp_path)
     (valid,) = prepare_data(config).valid

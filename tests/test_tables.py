@@ -306,6 +306,15 @@ def test_folds_are_a_partition_and_what_is_put_aside_is_not_read(tmp_path, folds
         assert len({rest.fingerprint(), of(fold, True).fingerprint(), of((fold + 1) % folds, False).fingerprint()}) == 3
 
 
+def test_a_malformed_row_keeps_its_number_among_the_folds(tmp_path, caplog):
+    """Whether it is one depends on which columns are read, and what is put aside must not."""
+    path = written(tmp_path / "n.csv", [(f"text {i}", "answer", "" if i == 3 else "a") for i in range(23)])
+    of = lambda inside, **fields: [*Fold(str(path), inside=inside, malformed="skip", **fields).documents()]
+    rest, aside = of(False, labels=("class",)), of(True, labels=("class",))
+    assert set(of(True)) == set(aside) and set(of(False)) == {*rest, "text 3"}
+    assert sum("malformed" in message for message in caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

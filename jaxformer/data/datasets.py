@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from jaxformer.data.corpora import Corpus, Piece
-from jaxformer.data.files import cache_directory, file_sha256, plain_name, write
+from jaxformer.data.corpora import Corpus, Piece, TextFiles
+from jaxformer.data.files import cache_directory, file_sha256, of_machine, plain_name, write
 from jaxformer.data.locks import locked
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import Table
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # to be raised by a change that makes other ids of the same text
 FILES = "tokens.bin", "documents.bin", "answers.bin"  # ids; where documents begin; whether each id is to be predicted
+CHANGED = "changed while it was read; start again"
 SAVE_EVERY = 1 << 26  # characters after which a killed preparation need not start anew
 
 
@@ -129,7 +130,8 @@ def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None)
     """The tokenizer as `fit` makes it from the corpus, or as the cache kept it."""
     if not tokenizer.learns:
         return tokenizer.fit(())
-    name = _name(corpus, fingerprint or corpus.fingerprint(), tokenizer)
+    fingerprint = fingerprint or corpus.fingerprint()
+    name = _name(corpus, fingerprint, tokenizer)
     path = cache_directory() / "tokenizers" / f"{name}.json"
     with _alone(name):
         with contextlib.suppress(OSError, ValueError):
@@ -137,6 +139,8 @@ def fitted(tokenizer: Tokenizer, corpus: Corpus, fingerprint: str | None = None)
                 return read_tokenizer(path)
         log.info("fitting %s to the corpus", type(tokenizer).__name__)
         found = tokenizer.fit(corpus)
+        if corpus.fingerprint() != fingerprint:
+            raise InputError(f"data.corpus={corpus}: {CHANGED}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, dumps(found))
         write(path.with_suffix(".sha256"), file_sha256(path))
@@ -220,6 +224,8 @@ def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str)
             try:
                 return _open(directory, corpus, fingerprint, tokenizer)
             except (OSError, ValueError, KeyError, TypeError) as error:
+                if of_machine(error):
+                    raise
                 log.warning("%s is damaged (%s); preparing the corpus again", directory, error)
                 shutil.rmtree(directory) if directory.is_dir() else directory.unlink()
         part.mkdir(parents=True, exist_ok=True)
@@ -227,7 +233,7 @@ def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str)
             ids = corpus.ids()
             dtype = _write(corpus, tokenizer, part) if ids is None else _scan(ids, tokenizer, part)
             if corpus.fingerprint() != fingerprint:
-                raise InputError("changed while it was read; start again")
+                raise InputError(CHANGED)
         except InputError as error:
             shutil.rmtree(part)
             raise InputError(f"{field}={corpus}: {error}") from None
@@ -236,6 +242,7 @@ def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str)
         files = [part / name for name in FILES if (part / name).exists()]
         manifest = {"dtype": dtype.name, "sha256": {path.name: file_sha256(path) for path in files}}
         write(part / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        (part / "progress.json").unlink(missing_ok=True)
         os.rename(part, directory)
         return _open(directory, corpus, fingerprint, tokenizer)
 
@@ -247,11 +254,13 @@ def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
     code += kinds if {*kinds} - {".csv"} else []  # which the fingerprint of one file does not have
     with contextlib.suppress(metadata.PackageNotFoundError):
         code.append(metadata.version("tokenizers"))
-    for cls in (type(corpus), type(tokenizer)):
-        module = sys.modules.get(cls.__module__)
-        if not cls.__module__.startswith("jaxformer.") and module is not None:
-            with contextlib.suppress(OSError, TypeError):
-                code.append(inspect.getsource(module))
+    if corpus.marked and not isinstance(corpus, TextFiles):
+        code.append(dumps(corpus))  # what an answer is, the fingerprint of the text does not tell
+    parts = corpus, *(part for part, _ in corpus.parts()), tokenizer
+    own = lambda module: module.partition(".")[0] not in {"jaxformer", *sys.stdlib_module_names}
+    for name in dict.fromkeys(cls.__module__ for part in parts for cls in type(part).__mro__ if own(cls.__module__)):
+        with contextlib.suppress(OSError, TypeError, KeyError):
+            code.append(inspect.getsource(sys.modules[name]))
     return hashlib.sha256(json.dumps([fingerprint, dumps(tokenizer), code]).encode()).hexdigest()[:32]
 
 
@@ -346,7 +355,6 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
                     os.fsync(file.fileno())
                 write(part / "progress.json", json.dumps(done | {"itemsize": dtype.itemsize}))
         tokens.write(_last(corpus, tokenizer, done["documents"]).astype(dtype).tobytes())
-    (part / "progress.json").unlink(missing_ok=True)
     return dtype
 
 

@@ -63,6 +63,11 @@ class Conversations(Corpus):
 UNKNOWN = Template(PLAIN, ((END_OF_TEXT, 0),), END_OF_TEXT, END_OF_TEXT)  # before there is a tokenizer
 
 
+def conversations_of(corpus: Corpus) -> Conversations | None:
+    """Those that say how dialogues are written: the corpus, or of a mixture the first part that has any."""
+    return next((part for part, _ in corpus.parts() if isinstance(part, Conversations)), None)
+
+
 class Dialogues(Conversations, TextFiles):
     """Files of JSON lines, each a dialogue: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
     "content": "..."}, ...]}."""

@@ -93,7 +93,7 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file; of a large one it is kept in the cache, and used until size or time of change differ."""
     try:
         status = path.stat()
-        kept = cache_directory() / "sha256" / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]
+        kept = cache_directory() / "sha256" / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
         state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} "
         large = status.st_size >= 1 << 26
         line = kept.read_text(errors="replace") if large and kept.exists() else ""
@@ -120,12 +120,25 @@ def located(path: str) -> Path:
 
 def visible_files(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], list[Path], list[Path]]:
     """The visible files of a folder and its subfolders, in the order of their paths; its hidden files; and the folders
-    that were not looked into, which are hidden or have a name in `skip`."""
+    that were not looked into, which are hidden, have a name in `skip`, or are linked to a second time.
+
+    Raises InputError for a folder that cannot be read.
+    """
     visible, hidden, skipped = list[Path](), list[Path](), list[Path]()
-    for folder, folders, names in os.walk(root):
-        left = [name for name in folders if name.startswith(".") or name in skip]
-        skipped += map(Path(folder).joinpath, left)
-        folders[:] = [name for name in folders if name not in left]
+    seen = {os.path.realpath(root)}
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(Path(error.filename), error)
+
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        found, folders[:] = sorted(folders), []
+        for name in found:
+            path = Path(folder, name)
+            if name.startswith(".") or name in skip or (real := os.path.realpath(path)) in seen:
+                skipped.append(path)
+            else:
+                seen.add(real)
+                folders.append(name)
         for path in filter(Path.is_file, map(Path(folder).joinpath, names)):
             (hidden if path.name.startswith(".") else visible).append(path)
     return sorted(visible), sorted(hidden), sorted(skipped)
@@ -217,6 +230,15 @@ def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> InputError:
         f"{path} is not UTF-8 (byte {offset + error.start} is 0x{byte:02x}); convert it, or leave it out, as by "
         "data.corpus.suffixes=.txt,.md for a folder"
     )
+
+
+def of_machine(error: Exception) -> bool:
+    """Whether memory, a device, open files or the disk failed, and not what is read: it may be whole all the same."""
+    if isinstance(error, InputError) and isinstance(error.__context__, OSError):  # a file that cannot be read
+        error = error.__context__
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)  # of XLA, of TensorStore
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -75,7 +75,8 @@ class Source:
         With a seed, documents or examples that are drawn, of each class of the first column as many as are its share;
         of few documents, of which that is less than one, the end all the same. Without a seed the last examples.
         """
-        if self.examples or (seed is not None and round(valid_fraction * self.n_examples) > 0):
+        several = self.n_examples > 1 and round(valid_fraction * self.n_examples) > 0
+        if self.examples or (seed is not None and several):
             return self._split_examples(valid_fraction, seed)
         at = int((1 - valid_fraction) * len(self.tokens))
         first, last = (int(np.searchsorted(self.starts, at, side)) for side in ("left", "right"))

@@ -33,6 +33,9 @@ class Malformed(ValueError):
     """Why a row cannot be used."""
 
 
+Cells = tuple[int, Mapping[str, Any] | Malformed]  # a line, and the row that begins there, or what is wrong with it
+
+
 class Table(TextFiles):
     """CSV, TSV or JSON-lines files, or a folder of them, told apart by their names; each row an example.
 
@@ -98,8 +101,7 @@ class Table(TextFiles):
         name, skipped, first = plain_name(path).lower(), 0, ""
         if not name.endswith(TABLES):
             raise InputError(f"{path} must end in {', '.join(TABLES)}, which tell how to read it; rename it")
-        cells = self._json(path) if name.endswith((".jsonl", ".ndjson")) else self._csv(path, name.endswith(".tsv"))
-        for line, found in cells:
+        for line, found in self._cells(path, name):
             try:
                 if isinstance(found, Malformed):
                     raise found
@@ -112,6 +114,9 @@ class Table(TextFiles):
                 skipped, first = skipped + 1, first or f"line {line}: {error}"
         if skipped and not quiet:
             log.warning("%s: %d malformed rows left out, the first in %s", path, skipped, first)
+
+    def _cells(self, path: Path, name: str) -> Iterator[Cells]:
+        return self._json(path) if name.endswith((".jsonl", ".ndjson")) else self._csv(path, name.endswith(".tsv"))
 
     def _row(self, cells: Mapping[str, Any], line: int) -> Row:
         texts = tuple(_text(cells, name) for name in ([self.text] if self.target is None else [self.text, self.target]))
@@ -132,8 +137,7 @@ class Table(TextFiles):
     def _columns(self) -> list[str]:
         return [self.text, *([] if self.target is None else [self.target]), *self.labels]
 
-    def _csv(self, path: Path, tabs: bool) -> Iterator[tuple[int, Mapping[str, str] | Malformed]]:
-        """Line and cells by column, or what is wrong with the row that begins there."""
+    def _csv(self, path: Path, tabs: bool) -> Iterator[Cells]:
         how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
         text = (line.decode("utf-8", "surrogateescape") + "\n" for line in lines(path))
         first = next(text, "")
@@ -165,7 +169,7 @@ class Table(TextFiles):
                     "names of columns, or the names as columns=(...) if the first line does not hold them"
                 )
 
-    def _json(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Malformed]]:
+    def _json(self, path: Path) -> Iterator[Cells]:
         for number, line in enumerate(lines(path), 1):
             if not line.strip():
                 continue
@@ -178,7 +182,8 @@ class Table(TextFiles):
 class Fold(Table):
     """A table without every fifth of its rows, or these alone: what is left out, nothing can be chosen on.
 
-    The folds of all numbers are the whole table, as in cross-validation. Rows are counted anew in each file.
+    The folds of all numbers are the whole table, as in cross-validation. Rows are counted anew in each file, malformed
+    ones too: which columns are read does not move a row to another fold.
     """
 
     fold: int = 0  # the number of the fold, from 0
@@ -196,10 +201,10 @@ class Fold(Table):
         """All rows of another file: it has no part in the folds of this one."""
         return dataclasses.replace(self.plain(), path=path)
 
-    def _rows_of(self, path: Path, quiet: bool = False) -> Iterator[Row]:
-        for number, row in enumerate(super()._rows_of(path, quiet)):
+    def _cells(self, path: Path, name: str) -> Iterator[Cells]:
+        for number, cells in enumerate(super()._cells(path, name)):
             if (number % self.folds == self.fold) == self.inside:
-                yield row
+                yield cells
 
 
 class Halves(Fold):

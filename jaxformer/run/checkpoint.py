@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxformer.data.files import sync
+from jaxformer.data.files import of_machine, sync
 from jaxformer.data.locks import is_read, reading
 from jaxformer.platform import host
 from jaxformer.run.manifest import BASE, UNFINISHED, Manifest, gathered, has_manifest, read_manifest, withdraw
@@ -119,7 +119,7 @@ class Checkpoints:
             except Exception as error:  # damaged files raise five types of exception, and more with each release
                 if not has_manifest(path):
                     raise Gone(path) from None
-                if _of_machine(error):
+                if of_machine(error):
                     raise
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
                 raise InputError(f"{path} cannot be restored ({reason}); take another checkpoint") from error
@@ -358,13 +358,6 @@ def restore_together(runs: Sequence[CheckpointWriter], abstract: Any) -> list[An
     if damaged or min(counts) or max(counts) > 1:
         _refuse_if_any(runs)
     return None
-
-
-def _of_machine(error: Exception) -> bool:
-    """Whether memory, a device, open files or the disk failed, and not what is read: it may be whole all the same."""
-    if isinstance(error, OSError):
-        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)  # of XLA, of TensorStore
 
 
 def _without_new_skips(abstract: Any, manifest: Manifest) -> tuple[Any, Any]:

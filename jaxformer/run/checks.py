@@ -96,9 +96,9 @@ def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
 def _tell_of_classes(prepared: Prepared) -> None:
     """Classes of which there is no example to train on, or none to validate on."""
     for column, classes in prepared.classes.items():
-        if column not in prepared.train[0].labels:
-            continue
         for source, what in ((prepared.train[0], "train"), (prepared.valid[0], "validate")):
+            if column not in source.labels:
+                continue
             counts = _count(source, column, len(classes))
             if none := [name for name, count in zip(classes, counts, strict=True) if not count]:
                 more = f" and {len(none) - 10:,} more" if len(none) > 10 else ""
