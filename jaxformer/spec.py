@@ -75,6 +75,17 @@ def _is_traced(annotation: Any) -> bool:
 # --- values: from the command line, a config file or a stored run
 
 
+def changed(spec: Any, of: Callable[["Spec"], dict[str, Any]]) -> Any:
+    """The spec, and those at any depth of it, each with the fields that a function gives for it."""
+    if isinstance(spec, tuple):
+        return tuple(changed(each, of) for each in spec)
+    if not isinstance(spec, Spec):
+        return spec
+    inner = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    parts = {name: changed(value, of) for name, value in inner.items() if isinstance(value, (Spec, tuple))}
+    return dataclasses.replace(spec, **parts | of(spec))
+
+
 def checked(spec: S, at: str = "") -> S:
     """The spec with numbers cast to their annotated types; an InputError if a value cannot be.
 

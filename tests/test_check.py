@@ -17,6 +17,8 @@ from jaxformer.lab.check import check
 from jaxformer.lab.devices import batches
 from jaxformer.lab.probe import ROWS, Inapplicable, Probe, Wrong, small, with_part
 from jaxformer.lab.properties import CHECKS
+from jaxformer.learning.by_depth import ByDepth
+from jaxformer.learning.groups import Everything, Group, Groups
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
 from jaxformer.run.starts import moved, starts_of
@@ -42,6 +44,12 @@ def test_masks_at_any_depth_reach_five_tokens_and_dropout_at_any_depth_is_off():
     assert config.model.mask == Both((Prefix(), Local(5)))
     head = Probe(small(config_lib.resolve("help_topics"))).model.heads[0]
     assert head.dropout == 0.0
+
+
+def test_layers_that_stay_as_they_are_leave_one_that_learns():
+    for optimizer in (ByDepth(still=3), Groups(groups=(Group(Everything(), ByDepth(still=3)),))):
+        found = small(config_lib.resolve("quickstart", {"optimizer": optimizer}))
+        assert "still=1" in repr(found.optimizer) and found.model.n_layers == 2
 
 
 @pytest.mark.parametrize(

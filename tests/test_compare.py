@@ -12,20 +12,22 @@ import pytest
 from scipy import stats
 
 import jaxformer
-from jaxformer import Config, Data, Decoder, Train
+from jaxformer import Config, Data, Decoder, Encoder, Train
 from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.config import resolve
-from jaxformer.data.batches import PackedDocuments, ShuffledWindows
+from jaxformer.data.batches import Examples, PackedDocuments, ShuffledWindows
 from jaxformer.data.corpora import Mixture, TextFiles, TextLines
-from jaxformer.data.tables import Fold
-from jaxformer.data.tokenizers import TokenizerFile
+from jaxformer.data.tables import Fold, Table
+from jaxformer.data.tokenizers import Characters, TokenizerFile
 from jaxformer.lab.compare import judge
 from jaxformer.lab.groups import told
 from jaxformer.lab.intervals import estimate, paired_difference, welch_difference
 from jaxformer.lab.tables import aligned_table
-from jaxformer.learning.objectives import NextToken
+from jaxformer.learning.objectives import Contrastive, NextToken
+from jaxformer.model.heads import EmbeddingHead
 from jaxformer.model.positions import ALiBi, NoPosition, Rotary
+from jaxformer.spec import dumps
 
 STEPS, LAST = 60, 3
 BASE = Config(
@@ -325,6 +327,64 @@ def test_only_what_measures_the_same_is_compared(tmp_path, second, said):
         bits = jaxformer.compare(tmp_path, by="bits_per_byte")
         assert bits.verdicts[0].said == "lower" and any("Tokenizers differ" in note for note in bits.notes)
     assert any("different numbers of steps (60, 90)" in n for n in found.notes) == ("train.steps" in str(second))
+
+
+EXAMPLES = {"data.sampling": Examples()}
+PAIRS = EXAMPLES | {
+    "data.corpus": Table("pairs.csv", target="answer"),
+    "model": Encoder(n_layers=1, n_heads=2, d_model=12, context_length=7, head=EmbeddingHead()),
+    "objective": Contrastive(),
+}
+
+
+@pytest.mark.parametrize(
+    ("both", "second", "said"),
+    [
+        (
+            EXAMPLES,
+            {"changes": {"data.window": 5}, "more": {"tokens": 77}},
+            "the validation texts are cut at other lengths",
+        ),
+        (EXAMPLES, {"changes": {"data.window": 5}}, None),  # none is as long
+        (PAIRS, {"changes": {"data.batch_size": 5}}, "the objectives differ, and so does what is measured"),
+        (
+            PAIRS,
+            {"changes": {"data.sampling": Examples(n_buckets=2)}},
+            "the objectives differ, and so does what is measured",
+        ),
+        (PAIRS, {"changes": ROTARY}, None),
+    ],
+)
+def test_what_an_evaluation_asks_is_part_of_what_it_measures(tmp_path, both, second, said):
+    put_seeds(tmp_path / "a", NEAR, both)
+    put_seeds(tmp_path / "b", FAR, **second | {"changes": both | second["changes"]})
+    assert jaxformer.compare(tmp_path).verdicts[0].said == (f"no verdict: {said}" if said else "lower")
+
+
+def test_a_number_that_nothing_was_asked_for_is_no_divergence(tmp_path):
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, ROTARY)
+    put(tmp_path / "b" / "seed-3", 3, [2.0, None], ROTARY, more={"tokens": 0})
+    put(tmp_path / "b" / "seed-4", 4, [2.0, 1.9], ROTARY, more={"split": "train", "loss": None, "weight": 0})
+    found = jaxformer.compare(tmp_path)
+    left_out = [note.removeprefix(f"left out: {tmp_path}/b/") for note in found.notes if "left out" in note]
+    assert left_out == [f"seed-{i}: seed {i} unfinished: at step 40 of 60" for i in (3, 4)]
+    assert found.verdicts[0].said == "lower"
+
+
+def test_a_group_without_a_number_on_the_way_has_the_last_as_its_best(tmp_path):
+    changes = {"data.valid_tokens": 7}
+    put(tmp_path / "a" / "seed-0", 0, [None, None, 2.0], changes, more={"split": "valid_full"})
+    (row,) = jaxformer.compare(tmp_path).rows
+    assert row["final_loss"] == row["best_loss"] == 2.0
+
+
+def test_a_tokenizer_that_has_gained_a_field_is_the_same(tmp_path):
+    now = dumps(Characters(alphabet="ab"))
+    before = json.dumps({name: value for name, value in json.loads(now).items() if name != "unknown_token"})
+    for seed, tokenizer in enumerate((before, now)):
+        put(tmp_path / str(seed), seed, [2.0, 1.9, 1.8], tokenizer=tokenizer)
+    assert before != now and jaxformer.compare(tmp_path).rows[0]["seeds"] == [0, 1]
 
 
 def test_an_objective_of_another_kind_measures_something_else(tmp_path):

@@ -17,12 +17,12 @@ import jaxformer
 from jaxformer import Config, Data, Train
 from jaxformer.data import templates
 from jaxformer.data.batches import Batches, Examples, PackedDocuments, RandomWindows, RowSize, ShuffledWindows
-from jaxformer.data.corpora import Mixture, TextFiles
+from jaxformer.data.corpora import Mixture, PythonTopics, TextFiles
 from jaxformer.data.datasets import encode, ids_of, prepare
 from jaxformer.data.dialogues import Dialogues, Instructions, PythonQuestions
 from jaxformer.data.templates import ANSWERS, Ends, Template
 from jaxformer.data.tokenizers import BPE, Bytes, Characters, Subwords
-from jaxformer.learning.objectives import Masked, NextToken
+from jaxformer.learning.objectives import Masked, NextToken, PrefixLM
 from jaxformer.run.chat import Chat
 from jaxformer.run.opened import Run
 from jaxformer.run.step import TrainState
@@ -344,11 +344,14 @@ def test_an_objective_that_reads_no_weights_is_refused(file):
     config = Config("x", decoder(vocab_size=None), Data(Dialogues(file), tokenizer=Bytes()))
     with pytest.raises(InputError, match="objective=PrefixLM does not read it; take NextToken"):
         jaxformer.config.resolve(config, {"objective": "PrefixLM"})
+    judged = {"data.corpus": PythonTopics(), "data.valid": Dialogues(file), "objective": "PrefixLM"}
+    with pytest.raises(InputError, match=r"data\.valid=Dialogues says which tokens are answers"):
+        jaxformer.config.resolve(config, judged)
     assert not Masked().weighs
 
 
 def test_questions_of_python_are_known_to_the_quickstart():
-    topics = Characters().fit(jaxformer.data.corpora.PythonTopics()).alphabet
+    topics = Characters().fit(PythonTopics()).alphabet
     found = [messages for messages, _ in PythonQuestions().dialogues()]
     assert len(found) > 80 and all(len(messages) == 4 for messages in found[:-1])
     assert {c for talk in found for message in talk for c in message["content"]} <= set(topics)
@@ -414,6 +417,24 @@ def test_a_chat_is_asked_as_a_sample_is(run):
         with pytest.raises(InputError, match=wrong):
             Chat(run, **how)
     assert Chat(run, stop="User:")._stop == ("User:",)
+
+
+def test_a_chat_is_written_as_the_dialogues_of_a_mixture(run, file):
+    own = Dialogues(file, template=T, system="Be brief.")
+    mixture = Mixture((TextFiles(file), own), (0.5, 0.5))
+    data = dataclasses.replace(run.config.data, corpus=mixture)
+    chat = Chat(dataclasses.replace(run, config=dataclasses.replace(run.config, data=data)))
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+    assert "".join(piece.text for piece in chat._template.prompt(chat.messages)) == "<system>Be brief."
+
+
+T = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def test_a_run_that_reads_no_weights_is_not_evaluated_on_dialogues(run, file):
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, objective=PrefixLM()))
+    with pytest.raises(InputError, match="objective=PrefixLM does not read it; give plain text"):
+        other.evaluate(Dialogues(file))
 
 
 def test_instructions_are_asked_without_their_answers(tmp_path):

@@ -22,7 +22,7 @@ from tiny import decoder, loud
 from jaxformer import Config, Data, Train
 from jaxformer.commands.main import run as command
 from jaxformer.data.batches import Examples
-from jaxformer.data.corpora import PythonTopics, TextFiles
+from jaxformer.data.corpora import Mixture, PythonTopics, TextFiles
 from jaxformer.data.dialogues import PythonQuestions
 from jaxformer.data.tables import Table
 from jaxformer.data.templates import PLAIN
@@ -298,6 +298,7 @@ def test_an_imported_run_that_tells_texts_apart_is_asked_pairs(tmp_path):
         one
     )
     ids, second = run._pair("5 6", "7 8")
+    assert len(run.attention("5 6", "7 8").tokens) == len(ids)
     at = places(jnp.ones((1, len(ids)), jnp.int32), (jnp.arange(len(ids)) >= second)[None].astype(jnp.int32))
     h = run.model.hidden(run.eval_params, jnp.array([ids]), at).h
     head = run.model.head_of(ClassificationHead)
@@ -450,7 +451,8 @@ def test_a_run_of_dialogues_is_exported_with_its_template_and_the_end_of_its_tur
     source = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
     for template, eos in ((source, [0, end]), (None, 0)):
         run = made(tmp_path / "run", tokenizer=tokenizer, **LLAMA)
-        data = dataclasses.replace(run.config.data, corpus=PythonQuestions(template=template))
+        corpus = Mixture((PythonTopics(), PythonQuestions(template=template)), (0.5, 0.5))
+        data = dataclasses.replace(run.config.data, corpus=corpus if template else PythonQuestions())
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
         folder = tmp_path / str(template is None)
         export_run(run, folder)

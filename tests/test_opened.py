@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,18 @@ from tiny import SIZES, decoder, generate, hidden, ids, log_softmax, loud
 
 from jaxformer.commands import main
 from jaxformer.config import Config, Data, Train
+from jaxformer.data.batches import Examples
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Characters, TokenizerFile
 from jaxformer.generation import decode
 from jaxformer.generation.logits_processors import LogitsProcessor, Temperature
 from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
 from jaxformer.model.baselines import GRU
+from jaxformer.model.implementations import Auto, CuDNN, Plain
+from jaxformer.model.kernels import SoftCapped, Softmax
 from jaxformer.model.masks import one_document
 from jaxformer.model.models import Decoder, Encoder, EncoderDecoder
-from jaxformer.run import opened
+from jaxformer.run import opened, plan
 from jaxformer.run.opened import Run
 from jaxformer.run.step import TrainState
 from jaxformer.spec import InputError
@@ -84,6 +88,18 @@ def test_sample_i_is_the_same_whatever_the_number_asked_for(name):
     assert "".join(pieces) == run.sample("abc", 40, 3) and len(pieces) > 5
     more = run.generate("abc", 60, 2, 3)
     assert [found.ids[:40] for found in more] == [found.ids for found in many[:2]]
+
+
+def test_parameters_are_laid_out_once_for_all_texts(monkeypatch):
+    """And the texts are those of a sampler that does so for each."""
+    run, calls = dataclasses.replace(writer("decoder")), []
+    lay = decode._for_decoding
+    monkeypatch.setattr(decode, "_for_decoding", lambda *a: (calls.append(1), lay(*a))[1])
+    found = [run.generate("abc", 9, 5, seed) for seed in range(2)]
+    assert len(calls) == 1
+    request = run._asked("abc", 9, 1, (), (), {})[0]._replace(prepared=None)
+    ids = np.concatenate([part.ids for part in run.sampler(request)], 1)
+    assert all(one.ids == row[: len(one.ids)].tolist() for one, row in zip(found[1], ids, strict=False))
 
 
 def test_what_begins_a_text_is_no_repetition():
@@ -149,6 +165,18 @@ def test_the_command(monkeypatch, capsys):
     assert sampled(monkeypatch, capsys, *how, "--stream")[1] == "abc" + expected[0].text + "\n"
 
 
+def test_a_device_without_room_is_told_in_a_sentence(monkeypatch, capsys):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand much more")
+
+    monkeypatch.setattr(opened, "open_run", full)
+    assert main.run("sample", ["run"]) == 1
+    sentence = (
+        "not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); make the batch, the window or"
+    )
+    assert sentence in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -197,6 +225,40 @@ def test_evaluation_is_the_mean_over_all_tokens_but_the_first(length):
     assert row["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
     n_bytes = len(tokenizer.decode(tokens[1:]).encode())
     assert row["bits_per_byte"] == pytest.approx(np.sum(nats) / n_bytes / np.log(2), rel=1e-5)
+
+
+def test_an_evaluation_takes_as_many_rows_as_a_slice(monkeypatch):
+    """What fits in training fits here."""
+    model, tokens, seen, found = decoder(n_layers=1), np.asarray(ids(99)), [], []
+    judge = plan.evaluate_batch
+    monkeypatch.setattr(plan, "evaluate_batch", lambda *a: (seen.append(a[2]["tokens"].shape), judge(*a))[1])
+    for accumulation in (1, 3):
+        config = Config("run", model, Data(batch_size=6, window=11), train=Train(accumulation=accumulation))
+        run = Run(config, Characters("".join(map(chr, range(65, 94)))), TrainState(jnp.int32(5), loud(model), ()))
+        found.append(run.evaluate(Source(tokens, np.zeros(1, np.int64)))["loss"])
+    assert set(seen) == {(6, 12), (2, 12)} and found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "why"), [(1, "1 token cannot be predicted"), (5, "of 5 tokens objective=NextToken")])
+def test_an_evaluation_that_asks_for_nothing_is_refused(trained, monkeypatch, count, why):
+    monkeypatch.setattr(opened, "evaluate", lambda *_: [{"loss": math.nan, "tokens": 0}])
+    with pytest.raises(InputError, match=why):
+        trained.evaluate(Source(np.arange(count), np.zeros(1, np.int64)))
+
+
+def test_what_an_evaluation_cuts_is_told(trained, caplog):
+    config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, sampling=Examples()))
+    source = Source(np.asarray(ids(40)), np.array([0, 9, 30]), examples=True)
+    dataclasses.replace(trained, config=config).evaluate(source)
+    assert "valid: 1 of 3 examples are longer than data.window=11, and are cut" in caplog.messages
+
+
+def test_a_run_of_an_implementation_that_is_not_here_is_opened(trained):
+    kernels = Softmax(implementation=CuDNN()), SoftCapped(implementation=Plain())
+    for kernel, found in ((kernels, [Auto, Auto]), (kernels[1], [Plain])):
+        config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, kernel=kernel))
+        here = opened._here(config).model.kernel
+        assert [type(each.implementation) for each in (here if isinstance(here, tuple) else (here,))] == found
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from jaxformer.run.signals import meant
 # Nothing heavy is imported up here, so that a signal during JAX's import is met by `main` already.
 
 PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+MEMORY = "not enough memory ({}); make the batch, the window or the model smaller"
 GROUPS = {
     "train": ("train", "presets", "new", "plan"),
     "use a run": ("sample", "evaluate", "predict", "inspect"),
@@ -94,10 +95,12 @@ def run(name: str | None, arguments: list[str]) -> int:
         message = f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else str(error)
         return _fail(message, 2 if error.errno == errno.ENAMETOOLONG else 1)
     except MemoryError as error:
-        return _fail(f"not enough memory ({error}); make the batch, the window or the model smaller", 1)
+        return _fail(MEMORY.format(error), 1)
     except RuntimeError as error:
         from jaxformer.learning.guards import Diverged
 
+        if "RESOURCE_EXHAUSTED" in str(error):  # of XLA
+            return _fail(MEMORY.format(str(error).partition("\n")[0]), 1)
         if not isinstance(error, Diverged):
             raise
         return _fail(str(error), 1)

@@ -5,7 +5,7 @@ def reproduce(name: str, json: bool = False, directory: str = "runs", results: s
     """Trains the systems of an experiment, or resumes them, and prints their numbers beside the published ones.
 
     Args:
-        name: A file of the folder experiments, without its .py; a Python file of yours; or all, but what takes hours.
+        name: A file of the folder experiments, without its .py; a Python file of yours; or all that are not `long`.
         json: Print one JSON list.
         directory: Where the runs are kept, in NAME/ROW/seed-SEED.
         results: The report, a section of a Markdown file: by default RESULTS.md; of your own file beside its runs.

@@ -41,6 +41,7 @@ class Request(NamedTuple):
     stretch: int = STRETCH  # tokens between two words to the caller, at most STRETCH
     second: bool = False  # whether what is drawn is a second text, told from the prompt by its token type
     frames: Sequence[Sequence[bool]] | None = None  # which ids of the prompts nobody wrote, as the start; None: none
+    prepared: Any = None  # what the sampler has `prepared`, for several requests; None: it does so for this one
 
 
 class Drawn(NamedTuple):
@@ -66,6 +67,9 @@ class Sampler(Spec):
     def check_model(self, objective: Objective, model: Model) -> None:
         """Raises ValueError if it cannot draw texts from the model."""
 
+    def prepared(self, model: Model, params: Any) -> Any:
+        """What it needs of the parameters in another form, which several requests may share; None: nothing."""
+
     @abc.abstractmethod
     def __call__(self, request: Request) -> Iterator[Drawn]:
         """What follows the prompts, some tokens at a time; the caller may stop asking for more.
@@ -88,11 +92,15 @@ class LeftToRight(Sampler):
         if not model.writes:
             raise ValueError(f"sampler=LeftToRight must have a decoder with a LanguageHead, not {type(model).__name__}")
 
+    def prepared(self, model: Model, params: Any) -> Any:
+        return _for_decoding(model, params)
+
     def __call__(self, request: Request) -> Iterator[Drawn]:
         model, params, sources = request.model, request.params, request.sources
         context = request.context or model.context_length
         memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
-        own_params, own_memory = _laid_out(model, params, memory)
+        own_params = self.prepared(model, params) if request.prepared is None else request.prepared
+        own_memory = _apart(model, memory)
         second = request.second or request.objective.second
         how = How(request.keys, request.processors, np.int32(-1 if request.end is None else request.end))
         texts = [list(prompt) for prompt in request.prompts]
@@ -155,9 +163,13 @@ def _known(texts: Sequence[Sequence[int]], frames: Sequence[Sequence[bool]] | No
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _laid_out(model: Model, params: Any, memory: Any) -> tuple[Any, Any]:
-    """Parameters and memory as writing token after token reads them fastest."""
-    return model.for_decoding(params), model.apart(memory)
+def _for_decoding(model: Model, params: Any) -> Any:
+    return model.for_decoding(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apart(model: Model, memory: Any) -> Any:
+    return model.apart(memory)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxformer.config import differences
-from jaxformer.data.dialogues import Conversations
+from jaxformer.data.dialogues import conversations_of
 from jaxformer.data.files import located, write
 from jaxformer.data.templates import Template
 from jaxformer.data.tokenizers import Bytes, Characters, NoTokenizer, Subwords, Tokenizer
@@ -199,8 +199,8 @@ def _ids(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 def _template(run: Run) -> Template | None:
     """What writes the dialogues that it was trained on."""
-    corpus = run.config.data.corpus
-    return Template.of(run.tokenizer, corpus.template) if isinstance(corpus, Conversations) else None
+    own = conversations_of(run.config.data.corpus)
+    return Template.of(run.tokenizer, own.template) if own else None
 
 
 def _tokenizer_files(run: Run, model: Decoder) -> dict[str, str]:

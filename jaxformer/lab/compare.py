@@ -73,12 +73,15 @@ def _why_not(first: Group, other: Group, by: str) -> str:
         return "the validation texts differ"
     if any(a.objective != b.objective for a, b in pairs):
         return "the objectives differ, and so does what is measured"
-    if any(a.shares != b.shares and not a.of_part(by) for a, b in pairs):
-        return "the shares of the validation texts differ; compare with by=loss_NAME, of one of them"
+    windows = lambda a, b: a.cut and b.cut and a.cut[0] != b.cut[0] and a.cut[1] != b.cut[1]
     of_tokens = any("tokens" in r.end for pair in pairs for r in pair) and not by.startswith("bits_per_byte")
     if of_tokens and any(a.texts["tokenizer_sha256"] != b.texts["tokenizer_sha256"] for a, b in pairs):
         there = all("bits_per_byte" in r.end for pair in pairs for r in pair)
         return "the tokenizers differ, and so do their tokens" + "; compare with by=bits_per_byte" * there
+    if any(windows(a, b) for a, b in pairs if a.texts["tokenizer_sha256"] == b.texts["tokenizer_sha256"]):
+        return "the validation texts are cut at other lengths"
+    if any(a.shares != b.shares and not a.of_part(by) for a, b in pairs):
+        return "the shares of the validation texts differ; compare with by=loss_NAME, of one of them"
     return ""
 
 

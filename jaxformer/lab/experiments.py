@@ -321,7 +321,7 @@ def reproduce(name: str, directory: Path, results: Path | None = None) -> list[R
     head = f"## {experiment.title}\n\n{cost}"
     remarks = [f"* {result.row.name}: {result.row.remark}" for result in found if result.row.remark]
     blocks = [head, experiment.about.strip(), as_table(found), "\n".join(remarks), *report.blocks]
-    _put(results, stem, "\n\n".join(filter(None, blocks)), "python scripts/reproduce.py all" if ours else command)
+    _put(results, stem, "\n\n".join(filter(None, blocks)))
     log.info("%s has the report", results)
     return found
 
@@ -355,10 +355,10 @@ def trained_on(results: Sequence[Result]) -> str:
 
 TITLE = """# Results
 
-Made by `{command}`, which runs what is missing and writes this file; nothing in it is typed by
-hand. Losses are nats per token on the whole validation split, "measured" is the mean of the seeds ± their standard
-deviation (their range), and "reached" says whether the published number lies within the range of the seeds or is
-beaten, unless the section says otherwise.
+Each section was written by the command that it begins with; nothing in it is typed by hand. Losses are nats per token
+on the whole validation split, "measured" is the mean of the seeds ± their standard deviation (their range), and
+"reached" says whether the published number lies within the range of the seeds or is beaten, unless the section says
+otherwise.
 """
 
 
@@ -370,12 +370,12 @@ def _read(path: Path) -> dict[str, str]:
     return dict(re.findall(r"<!-- ([^\n]+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
 
 
-def _put(path: Path, name: str, section: str, command: str) -> None:
+def _put(path: Path, name: str, section: str) -> None:
     """Replaces a section of the file, or adds it in alphabetical order."""
     sections = _read(path) | {name: section}
     parts = [f"<!-- {key} -->\n{sections[key]}\n<!-- end -->" for key in sorted(sections)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, "\n".join([TITLE.format(command=command), *(part + "\n" for part in parts)]))
+    write(path, "\n".join([TITLE, *(part + "\n" for part in parts)]))
 
 
 def as_table(results: Sequence[Result]) -> str:

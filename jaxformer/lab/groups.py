@@ -12,8 +12,9 @@ from typing import Any
 
 from jaxformer import config as config_lib
 from jaxformer.data.files import located
+from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.metrics import DIVERGED, read_rows
-from jaxformer.spec import InputError, Spec, class_name, known_specs, to_json
+from jaxformer.spec import InputError, Spec, class_name, dumps, known_specs, to_json
 
 # What does not make another group; what texts hold is told by their fingerprints, not by where they stand.
 IGNORED = (config_lib.FREE | config_lib.NOTICE | {"train.seed"}) - {"train.steps"}
@@ -53,8 +54,9 @@ class Record:
         """Why it has no final number, in a few words; "" if it has one."""
         if not self.rows:
             return "has no rows: not begun"
-        step = self.rows[-1]["step"]
-        if (self.end or self.rows[-1]).get("loss", 0.0) is None:
+        step, last = self.rows[-1]["step"], self.end or self.rows[-1]
+        asked = last.get("weight", last.get("tokens", last.get("examples"))) != 0
+        if asked and last.get("loss", 0.0) is None:
             return f"diverged: no finite number at step {step:,}"
         if self.rows[-1].get("split") == DIVERGED:
             return f"diverged: too many updates skipped in a row at step {step:,}"
@@ -65,7 +67,7 @@ class Record:
     @property
     def text(self) -> tuple[Any, ...]:
         """Which text its evaluations are of."""
-        data, kinds = self.config["data"], {class_name(c): c for c in known_specs()}
+        data, kinds = self.config["data"], _kinds()
         if data.get("valid") is not None:
             return ("valid", self.texts.get("valid_sha256"))
         sampling = str((data.get("sampling") or {}).get("class"))
@@ -88,8 +90,25 @@ class Record:
     @property
     def objective(self) -> Any:
         """What its loss is of; smoothing and z-loss are left out of what is reported."""
-        fields = self.config.get("objective") or {}
-        return {name: value for name, value in fields.items() if name not in ("label_smoothing", "z_loss")}
+        fields, data = self.config.get("objective") or {}, self.config["data"]
+        found = {name: value for name, value in fields.items() if name not in ("label_smoothing", "z_loss")}
+        if getattr(_kinds().get(str(fields.get("class"))), "among_rows", False):
+            found |= {"batch_size": data.get("batch_size"), "sampling": data.get("sampling")}
+        return found
+
+    @property
+    def cut(self) -> tuple[int, int] | None:
+        """Where its evaluations cut long examples: the tokens of a window, and how many are left in all; None if they
+        leave out nothing."""
+        data, model = self.config["data"], self.config["model"]
+        kind = _kinds().get(str((data.get("sampling") or {}).get("class")))
+        if not getattr(kind, "examples", False) or "tokens" not in self.end:
+            return None
+        return data.get("window") or model.get("context_length"), self.end["tokens"]
+
+
+def _kinds() -> dict[str, type[Spec]]:
+    return {class_name(c): c for c in known_specs()}
 
 
 def _finite(value: Any) -> bool:
@@ -134,10 +153,18 @@ def _record(directory: Path) -> Record:
         raise InputError(f"{path}: holds no config of a run; give another folder")
     config.pop("format", None)
     texts, tokenizer = _json(directory / "data.json"), directory / "tokenizer.json"
-    sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else None
+    sha256 = hashlib.sha256(_of_tokenizer(tokenizer)).hexdigest() if tokenizer.exists() else None
     return Record(
         str(directory), config, texts | {"tokenizer_sha256": sha256}, read_rows(directory / "metrics.jsonl")[0]
     )
+
+
+def _of_tokenizer(path: Path) -> bytes:
+    """As it would be stored now, with fields that it has gained since; of one that cannot be read the file itself."""
+    try:
+        return dumps(read_tokenizer(path)).encode()
+    except InputError:
+        return path.read_bytes()
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -177,7 +204,7 @@ class Group:
     def best(self, by: str) -> dict[int, float]:
         """Seed → the best of all evaluations, which was chosen by the split that it is of."""
         best = min if less_is_better(by) else max
-        return {record.seed: best(record.curve(by).values()) for record in self.records}
+        return {record.seed: best(record.curve(by).values(), default=float(record.end[by])) for record in self.records}
 
 
 def less_is_better(by: str) -> bool:
@@ -293,7 +320,7 @@ def told(value: Any) -> str:
         return ", ".join(map(told, value)) or "()"
     if not isinstance(value, dict):
         return str(value)
-    kinds = {class_name(c): c for c in known_specs()}
+    kinds = _kinds()
     name = str(value.get("class"))
     defaults = _defaults(kinds[name]) if name in kinds else {}
     fields = [f"{n}={told(v)}" for n, v in value.items() if n != "class" and not (n in defaults and defaults[n] == v)]

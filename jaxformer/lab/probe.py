@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config, Data
 from jaxformer.data.tokenizers import Bytes
 from jaxformer.declarations import by_path, path_name, trained, updated
+from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.objectives import Classification, Masked
 from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupCosine
@@ -20,7 +20,7 @@ from jaxformer.model.heads import ClassificationHead
 from jaxformer.model.masks import Local, Places, places
 from jaxformer.model.models import Decoder, Encoder, Model
 from jaxformer.run.step import Hyper, Recipe, TrainState, init_state
-from jaxformer.spec import InputError, Spec
+from jaxformer.spec import InputError, changed
 
 WIDEST, ROWS, WINDOW, VOCABULARY = 64, 4, 24, 101
 ORDINARY = VOCABULARY - 40  # ids that are not special
@@ -68,13 +68,23 @@ def small(config: Config) -> Config:
     )
     train = dataclasses.replace(config.train, accumulation=1, grad_norms=False)
     short = lambda spec: {"size": min(spec.size, 5)} if isinstance(spec, Local) else {}
+    least = sizes.get("n_layers", 1) - 1
+    still = lambda spec: {"still": min(spec.still, least)} if isinstance(spec, ByDepth) else {}
     for chosen in (sizes | heads, sizes, {n: sizes[n] for n in ("n_layers", "context_length") if n in sizes}):
         own = {n: value for n, value in chosen.items() if n in names}
-        smaller = _changed(dataclasses.replace(model, **own, vocab_size=None), short)
+        smaller = changed(dataclasses.replace(model, **own, vocab_size=None), short)
         if isinstance(smaller, Decoder) and not smaller.repeats:
             smaller = dataclasses.replace(smaller, remat=None)
         found = dataclasses.replace(
-            config, model=smaller, data=data, train=train, init_from=None, adapter=None, writers=(), directory="check"
+            config,
+            model=smaller,
+            data=data,
+            optimizer=changed(config.optimizer, still),
+            train=train,
+            init_from=None,
+            adapter=None,
+            writers=(),
+            directory="check",
         )
         try:
             smaller.check("model.")
@@ -203,18 +213,7 @@ class Probe:
 
 def _without_dropout(model: Model) -> Model:
     """Nor have its parts any."""
-    return _changed(model, lambda spec: {"dropout": 0.0} if hasattr(spec, "dropout") else {})
-
-
-def _changed(spec: Any, of: Callable[[Spec], dict[str, Any]]) -> Any:
-    """The spec, and those at any depth of it, each with the fields that a function gives for it."""
-    if isinstance(spec, tuple):
-        return tuple(_changed(each, of) for each in spec)
-    if not isinstance(spec, Spec):
-        return spec
-    inner = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    changed = {name: _changed(value, of) for name, value in inner.items() if isinstance(value, (Spec, tuple))}
-    return dataclasses.replace(spec, **changed | of(spec))
+    return changed(model, lambda spec: {"dropout": 0.0} if hasattr(spec, "dropout") else {})
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -307,6 +307,8 @@ def all_learn(probe: Probe) -> str:
     key = jax.random.key(1)
     grads = trained(gradient(probe.objective, probe.model, probe.loud, probe.example, key)[1], probe.moving)
     sizes = norms(trained(probe.moving, probe.moving), grads)
+    if not sizes:
+        raise Inapplicable("the optimizer freezes every array of a model so small")
     for path, norm in sizes.items():
         wrong = [i for i, value in enumerate(np.atleast_1d(norm)) if not (np.isfinite(value) and value > 0)]
         if wrong:

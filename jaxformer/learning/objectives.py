@@ -81,6 +81,7 @@ class Objective(Spec):
     lookahead = 1  # how many tokens more a row has than the model sees
     needs = ("tokens",)  # of a batch
     weighs = False  # it reads the `weights` of a batch, which say what is to be predicted
+    among_rows = False  # what it measures of a row depends on the others of the batch
     one_document = False  # the model sees each row of a batch without `segments` as one document, without padding
     second = False  # whether what it teaches to write is the second text of a row, told by its token type
 
@@ -617,6 +618,7 @@ class Contrastive(Objective):
     temperature: float = 0.05  # similarities are divided by it
 
     lookahead = 0
+    among_rows = True
     needs = ("source", "source_segments", "tokens", "segments")
 
     def check(self, at: str = "") -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxformer.data.datasets import ids_of
-from jaxformer.data.dialogues import Conversations
+from jaxformer.data.dialogues import conversations_of
 from jaxformer.data.templates import ANSWERS, Message, Template
 from jaxformer.generation.decode import TOGETHER, row_keys
 from jaxformer.generation.logits_processors import usual_processors
@@ -19,9 +19,10 @@ log = logging.getLogger(__name__)
 class Chat:
     """What was said so far, `messages`, and the next answer.
 
-    Dialogues are written as the run's corpus has them or, if it has none, by the tokenizer's chat template, or the
-    plain one. Where question, what was said before and an answer of `tokens`, but at most half of data.window, are
-    longer than data.window, the oldest question is left out with its answer, and so on; a system message never is.
+    Dialogues are written as the run's corpus has them (of a mixture the first part that has any) or, if it has none, by
+    the tokenizer's chat template, or the plain one. Where question, what was said before and an answer of `tokens`, but
+    at most half of data.window, are longer than data.window, the oldest question is left out with its answer, and so
+    on; a system message never is.
     """
 
     def __init__(self, run: Run, system: str | None = None, tokens: int = 200, seed: int = 0, **how: Any) -> None:
@@ -29,12 +30,11 @@ class Chat:
             raise InputError(f"{run.config.directory}: its model is no decoder, which goes on with a dialogue")
         if tokens < 1:
             raise InputError(f"tokens={tokens} must be at least 1")
-        corpus = run.config.data.corpus
-        own = isinstance(corpus, Conversations)
-        system = corpus.system if own and system is None else system
+        own = conversations_of(run.config.data.corpus)
+        system = own.system if own and system is None else system
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._first = len(self.messages)  # of those that may be left out
-        self._template = Template.of(run.tokenizer, corpus.template if own else None)
+        self._template = Template.of(run.tokenizer, own.template if own else None)
         self._run, self._seed, self._asked = run, seed, 0
         self._stop = checked_ends(seed, how.pop("stop", ()))
         self._processors = usual_processors(**how)

@@ -26,6 +26,7 @@ from jaxformer.generation.logits_processors import usual_processors
 from jaxformer.generation.predict import predict
 from jaxformer.generation.texts import Generated, Writing, write
 from jaxformer.model.heads import Classes
+from jaxformer.model.implementations import Auto
 from jaxformer.model.models import Model
 from jaxformer.pictures import loss_curve
 from jaxformer.run import inspection
@@ -34,9 +35,9 @@ from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
-from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of
+from jaxformer.run.plan import Judged, abstract_state, evaluate, implemented, prepare_data, recipe_of
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, checked, counted, override
+from jaxformer.spec import InputError, Spec, changed, checked, counted, override
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -199,7 +200,13 @@ class Run:
         model = self.recipe.objective, self.model, self.eval_params
         keys = row_keys(seed, 0, len(starts))
         context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
-        return Request(*model, starts, tokens, keys, processors, context, end, sources, second=self.joins)
+        asked = Request(*model, starts, tokens, keys, processors, context, end, sources, second=self.joins)
+        return asked._replace(prepared=self._prepared)
+
+    @functools.cached_property
+    def _prepared(self) -> Any:
+        """A copy of the parameters, kept from the first text that is written on."""
+        return self.sampler.prepared(self.model, self.eval_params)
 
     def _tell_cut(self, texts: Sequence[Sequence[int]]) -> None:
         """Says how many texts are longer than what the model reads of them."""
@@ -228,7 +235,7 @@ class Run:
         """What an encoder–decoder writes for each text, always the likeliest token, up to its end token."""
         tokenizer, greedy, found = self.tokenizer, usual_processors(temperature=0), list[str]()
         tokens = self.config.window if tokens is None else tokens
-        for some in _batched(texts, self.config.data.batch_size):
+        for some in _batched(texts, self.config.slice_rows):
             sources = [tokenizer.document(text) for text in some]
             starts = [[tokenizer.start]] * len(some)
             writings = [Writing(tokenizer) for _ in some]
@@ -264,7 +271,7 @@ class Run:
             raise InputError(f"text: {error}") from None
         self._tell_cut([ids for ids, _ in pairs])
         found: list[dict[str, Any]] = []
-        for some in _batched(pairs, self.config.data.batch_size):
+        for some in _batched(pairs, self.config.slice_rows):
             ids, places = zip(*some, strict=True)
             parts = None if seconds is None else places
             found += predict(self.model, self.eval_params, ids, parts, self.config.window)
@@ -334,12 +341,16 @@ class Run:
     def _evaluated(self, judged: Judged, split: str) -> dict[str, Any]:
         for source in judged.sources:
             check_ids(source.tokens, self.tokenizer.vocab_size)
+            if cut := self.config.data.sampling.count_cut(source, self.config.row):
+                message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
+                log.warning(message, split, cut, source.n_examples, self.config.window)
         (found,) = evaluate(self.recipe, self.eval_params, judged, self.config, self.tokenizer)
         if math.isnan(found["loss"]) and not found.get("tokens", found.get("examples")):
-            count = sum(source.n_tokens for source in judged.sources)
-            raise InputError(
-                f"{split}: {counted(count, 'token')} cannot be predicted from one another; give at least 2"
-            )
+            tokens = counted(count := sum(source.n_tokens for source in judged.sources), "token")
+            if count < 2:
+                raise InputError(f"{split}: {tokens} cannot be predicted from one another; give at least 2")
+            kind = type(self.config.objective).__name__
+            raise InputError(f"{split}: of {tokens} objective={kind} asks for none; give more text")
         perplexity = {"perplexity": math.exp(min(found["loss"], 700))} if "tokens" in found else {}
         return {"step": int(self.state.step), "split": split, "loss": found["loss"]} | perplexity | found
 
@@ -350,6 +361,11 @@ class Run:
             what = "single texts, and these are pairs" if texts == 1 else "pairs of texts, and these are single ones"
             remedy = "leave the target out" if texts == 1 else "give a corpus of pairs, as a Table with a target"
             raise InputError(f"{self.config.directory} was trained on {what}; {remedy}")
+        if corpus.marked and not self.config.objective.weighs:
+            kind = type(self.config.objective).__name__
+            raise InputError(
+                f"it says which tokens are answers, and objective={kind} does not read it; give plain text"
+            )
         classes = self.classes if sampling.examples else None
         sources = [encode(part, self.tokenizer, classes) for part, _ in corpus.parts()]
         if sampling.examples and not any(source.n_examples for source in sources):
@@ -379,7 +395,11 @@ class Run:
         A run on joined pairs is given both texts. An encoder–decoder reads the text with its encoder; given a second
         one, what its tokens look at in the first. Raises InputError for a model that records no weights.
         """
-        if not self.model.encodes and (second is not None) != self.joins:
+        if (
+            not self.model.encodes
+            and (second is not None) != self.joins
+            and not (second is not None and self._may_join)
+        ):
             raise InputError(f"second: {self.config.directory} was trained on {self._asks}")
         tokenizer, window, rows = self.tokenizer, self.config.window, None
         with _naming("text"):
@@ -394,7 +414,7 @@ class Run:
         ids, how = ids[:window], (self.model, self.eval_params)
         with _naming(self.config.directory):
             if rows is None:
-                weights, layers = attention(*how, ids, start if self.joins else None, window)
+                weights, layers = attention(*how, ids, None if second is None else start, window)
             else:
                 weights, layers = cross_attention(*how, ids, rows[:window], window)
         return Attention(self._tokens(ids if rows is None else rows[:window]), self._tokens(ids), weights, layers)
@@ -465,12 +485,24 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
         more = f" and {len(runs) - 10} more" if len(runs) > 10 else ""
         remedy = f"give one of {', '.join(runs[:10])}{more}" if runs else "give the directory of a run"
         raise InputError(f"{str(directory)!r} holds no run (no config.json); {remedy}")
-    config = dataclasses.replace(config_lib.read(directory / "config.json"), directory=str(directory))
+    config = _here(dataclasses.replace(config_lib.read(directory / "config.json"), directory=str(directory)))
     tokenizer = read_tokenizer(directory / "tokenizer.json")
     classes = read_classes(directory)
     abstract = abstract_state(config, recipe_of(config, tokenizer, classes))
     state = Checkpoints(directory / "checkpoints").chosen(abstract, step, finite)
     return Run(config, tokenizer, state, classes)
+
+
+def _here(config: Config) -> Config:
+    """With `Auto` in place of implementations that this machine has not: they compute the same."""
+    try:
+        implemented(config, config.model)
+        return config
+    except ValueError:
+        auto = lambda spec: (
+            {"implementation": Auto()} if isinstance(getattr(spec, "implementation", None), Spec) else {}
+        )
+        return dataclasses.replace(config, model=changed(config.model, auto))
 
 
 def finite(state: TrainState) -> bool:

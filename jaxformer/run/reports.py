@@ -169,6 +169,7 @@ class Reports:
                     at = (member, i) if len(self._runs) > 1 else i
                     row = jax.tree.map(lambda values, at=at: values[at].tolist(), rows)
                     row |= {"skipped": int(row["skipped"])} if "skipped" in row else {}
+                    row |= {"weight": 0} if weights is not None and not weights[at] else {}  # nothing was asked
                     run.write(step=step, split="train", loss=row.pop("loss"), **row, **speeds)
         self._step, self._loss = last, float(rows["loss"][..., count - 1].mean())
         self._bar.set_postfix_str(f"loss {self._loss:.3f}, {self._speed:,.0f} tokens/s", refresh=False)
