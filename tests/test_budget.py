@@ -14,6 +14,7 @@ from jaxformer.commands import main
 from jaxformer.config import presets, resolve
 from jaxformer.declarations import map_declared, trained, updated
 from jaxformer.lab.probe import Probe, small
+from jaxformer.learning.by_depth import ByDepth
 from jaxformer.mesh import Mesh
 from jaxformer.run.budget import POLICIES, amount, budget, needs, render, saved
 from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of
@@ -161,6 +162,8 @@ def test_devices_share_out_what_a_plan_says():
     assert sent(one) == [0, 0, 0]
     assert sent(copies)[0] == round(2 * 3 / 4 * copies["params_bytes"] / 2)  # ring; gradients in bfloat16
     assert sent(split)[1] > 0 and sent(split)[2] == 0 and sent(heads)[:2] == [0, 0] and sent(heads)[2] > 0
+    frozen = dataclasses.replace(config, optimizer=ByDepth(still=recipe.model.n_layers), mesh=Mesh(data=4))
+    assert 0 < sent(needs(frozen, recipe, 8))[0] < sent(copies)[0] / 100
     with pytest.raises(InputError, match=r"data.batch_size=4 must be a multiple of .*mesh.fsdp=8"):
         eight(fsdp=8)
 

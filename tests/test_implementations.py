@@ -24,7 +24,7 @@ from jaxformer.model.implementations import Asked, Auto, Blocked, CuDNN, Plain
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform, ValueResidual
 from jaxformer.model.layers import RMSNorm
 from jaxformer.model.masks import Bidirectional, Both, Causal, Either, Local, Prefix, Window, one_document, places
-from jaxformer.model.positions import ALiBi, RelativeBias, Rotary
+from jaxformer.model.positions import ALiBi, NoPosition, RelativeBias, Rotary
 from jaxformer.model.residuals import Parallel
 from jaxformer.run import plan
 from jaxformer.run.inspection import model_flops
@@ -179,6 +179,7 @@ REFUSED = {
     "rows have padding or several documents": {"whole": False},
     "rows of 1023 tokens must have an even number of them": {"tokens": 1023},
     "heads 12 wide must be a multiple of 8, of at most 256": {"width": 12},
+    "2 layers with the same mask are in one turn of the scan, which XLA fails at": {"repeated": 2},
     "heads 264 wide must be a multiple of 8, of at most 256": {"width": 264},
 }
 
@@ -200,10 +201,14 @@ def test_there_is_no_cudnn_here():
 def test_auto_takes_cudnn_for_all_that_it_can_do(hopper, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     sizes = {"head_width": 8, "context_length": 1024}
+    again = "layers with the same mask are in one turn of the scan, which XLA fails at"
     for fields, name, why in (
         ({}, CuDNN, "it can do what is asked"),
         ({"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2}, CuDNN, "it can do what is asked"),
         ({"position": ALiBi()}, Plain, "not CuDNN: ALiBi changes the formula"),
+        ({"n_layers": 4, "unroll": 2}, Plain, f"not CuDNN: 2 {again}"),
+        ({"position": (Rotary(), NoPosition()), "n_layers": 2}, Plain, f"not CuDNN: 2 {again}"),
+        ({"mask": (Causal(), Causal(), Window(7)), "n_layers": 3}, Plain, f"not CuDNN: 2 {again}"),
         ({"kernel": SoftCapped()}, Plain, "not CuDNN: SoftCapped changes the formula"),
         ({"kernel": outside.SinkWithStatistic()}, Plain, "not CuDNN: SinkWithStatistic changes the formula"),
     ):
@@ -268,6 +273,18 @@ def test_cudnn_equals_plain_where_it_is_called(monkeypatch, mask):
     if mask.causal:
         fused.hidden(halves, ids(3, 22), one_document(22), cache=fused.cache(3, T))
     assert not found
+
+
+def test_what_cudnn_does_not_take_is_computed_block_by_block(monkeypatch):
+    """An evaluation's long rows, which have padding: no [T, T], as in training."""
+    plain = decoder(n_layers=1, head_width=8)
+    fused = dataclasses.replace(plain, kernel=Softmax(implementation=CuDNN()))
+    params, at = loud(plain), places(jnp.ones((3, T), jnp.int32))
+    monkeypatch.setattr(implementations, "PADDED", 5)
+    of = lambda model: lambda params: model.hidden(params, ids(3, T), at).h
+    np.testing.assert_allclose(of(fused)(params), of(plain)(params), rtol=1e-4, atol=1e-5)
+    texts = [jax.jit(of(model)).lower(params).compile().as_text() for model in (plain, fused)]
+    assert [f",{T},{T}]" in text for text in texts] == [True, False]
 
 
 def test_a_step_for_cuda_calls_cudnn_and_multiplies_halves_alone(hopper, monkeypatch):

@@ -278,6 +278,14 @@ def test_an_evaluation_that_finds_the_best_saves_it(home, tmp_path):
     assert int(jaxformer.open_run(tmp_path / "run", step="best").state.step) == 20 == int(run.state.step)
 
 
+def test_an_evaluation_that_asks_for_nothing_ranks_nothing(home, tmp_path, monkeypatch):
+    """Where `best_by` is not in its row; the run goes on."""
+    monkeypatch.setattr(Members, "evaluate", lambda *_: [{"loss": np.nan, "tokens": 0}])
+    jaxformer.train(text(home), {"train.best_by": "bits_per_byte"}, directory=tmp_path / "run")
+    assert saved(tmp_path / "run")[-1] == 20 and [row["tokens"] for row in rows(tmp_path / "run", "valid")] == [0, 0]
+    assert all(read_manifest(path).rank in (None, np.inf) for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
 # --- what is evaluated
 
 

@@ -18,6 +18,7 @@ from jaxformer.spec import Spec
 GROUPS = 4  # of queries at most, each with a range of keys of its own: so many programs are compiled for a layer
 BLOCKS = "blocks"  # the scope of what computes by blocks: the products of the formula count, not these
 HALVES = "bfloat16", "float16"
+PADDED = 1024  # queries at a time of rows that cuDNN does not take
 LONG = 256  # tokens of a row from which on `Blocked` is faster on CPU: benchmarks/attention.py
 
 
@@ -32,6 +33,7 @@ class Asked(NamedTuple):
     changed: str | None = None  # a part that makes of softmax(scale · QKᵀ + mask) V something else
     whole: bool = False  # each row is one document, without padding
     ours: bool = True  # every part is the package's
+    repeated: int = 1  # layers with the same mask in a turn of the scan, at most
 
 
 class Computed(Protocol):
@@ -91,7 +93,7 @@ class CuDNN(Implementation):
     """NVIDIA's fused attention, which keeps no scores: memory grows with T (as arXiv:2307.08691).
 
     Half precision, rows of one document each, masks `Causal`, `Window` and `Bidirectional`. Where a model is given
-    something else, as while text is written, it computes the formula.
+    something else, as in an evaluation or while text is written, it computes the formula; of long rows block by block.
     """
 
     def refuses(self, asked: Asked) -> str | None:
@@ -109,6 +111,8 @@ class CuDNN(Implementation):
             return "rows have padding or several documents"
         if asked.tokens % 2:
             return f"rows of {asked.tokens} tokens must have an even number of them"
+        if asked.repeated > 1:  # with deterministic kernels XLA 0.11.2 has no plan of the second backward pass
+            return f"{asked.repeated} layers with the same mask are in one turn of the scan, which XLA fails at"
         widest = 256 if _capability() >= (9, 0) else 128
         if asked.width % 8 or asked.width > widest:
             return f"heads {asked.width} wide must be a multiple of 8, of at most {widest}"
@@ -117,8 +121,10 @@ class CuDNN(Implementation):
     def __call__(self, kernel: Computed, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
         q, k, v, view = look.q, look.seen["k"], look.seen["v"], look.view
         whole = view.query.rows.whole and view.key.rows.whole and q.shape[2] % 2 == 0
-        if not whole or q.dtype.name not in HALVES or (key is not None and rate):
+        if key is not None and rate:
             return kernel.formula(params, look, key, rate)
+        if not whole or q.dtype.name not in HALVES:
+            return Blocked(PADDED)(kernel, params, look, key, rate)
         with jax.named_scope(BLOCKS):
             h = jax.nn.dot_product_attention(
                 *(a.swapaxes(1, 2) for a in (q, k, v)),

@@ -1,6 +1,7 @@
 """The families: specs that wire stacks of the one block. Parameters are plain dicts, and functions of them pure."""
 
 import abc
+import collections
 import dataclasses
 import functools
 import math
@@ -347,7 +348,9 @@ class Decoder(Model):
         ours = all(type(part).__module__.startswith("jaxformer.") for part in parts)
         biased = [type(p).__name__ for p in _as_tuple(self.position) if type(p).bias is not Position.bias]
         masks, width = _as_tuple(self.mask), self.widths["K"]
-        asked = Asked(tokens, self.dropout, dtype, width, masks, biased[0] if biased else None, whole, ours)
+        alike = collections.Counter((stack, kind.parts.mask) for stack in self.stacks for kind in self.kinds(stack))
+        repeated = max(alike.values()) * (self.unroll or 1)
+        asked = Asked(tokens, self.dropout, dtype, width, masks, biased[0] if biased else None, whole, ours, repeated)
         found, whys = dict[str, Any](), list[str]()
         for name in ("kernel", "cross_kernel"):
             kernels = getattr(self, name, None)

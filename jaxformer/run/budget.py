@@ -133,9 +133,9 @@ class _Works:
 
     def __init__(self, config: Config, recipe: Recipe, sizes: Mapping[str, int]):
         self._config, model = config, _share(recipe.model, sizes["tensor"])
-        rows = config.data.batch_size // config.train.accumulation
-        self.rows = rows // math.prod(sizes[axis] for axis in ROWS)  # of a slice, on one device
-        if isinstance(model, Decoder):  # layers alike, which need be traced but once
+        self.rows = config.slice_rows // math.prod(sizes[axis] for axis in ROWS)  # of a slice, on one device
+        # Layers alike need be traced but once; on a GPU what is kept depends on how many are laid out.
+        if isinstance(model, Decoder) and jax.default_backend() != "gpu":
             model = dataclasses.replace(model, unroll=1)
         self._recipe, self.policies = dataclasses.replace(recipe, model=model), (None,)
         if isinstance(model, Decoder) and (model.repeats or model.n_layers == 1):
@@ -265,15 +265,18 @@ def _sent(config: Config, recipe: Recipe, sizes: Mapping[str, int], rows: int, i
     found, slices, tokens = dict.fromkeys(sizes, 0.0), config.train.accumulation, rows * config.window
     ring = lambda axis: (sizes[axis] - 1) / sizes[axis]
     again = 2 if getattr(recipe.model, "remat", None) else 1  # the forward pass is made twice
-    for box in by_path(recipe.model.declared()).values():
-        letters, shape = box.letters, box.value.shape
+    own_boxes = by_path(
+        config.optimizer.frozen(recipe.declared())
+    )  # without an adapter's base, of which no gradient is
+    for path, box in by_path(recipe.every_declared()).items():
+        moves, letters, shape = path in own_boxes and own_boxes[path].trained, box.letters, box.value.shape
         spec = partition(letters.all, shape, sizes)
         own = box.value.size * itemsize / math.prod(sizes[axis] for axis in spec if axis)
         copies = [axis for axis in ROWS if axis not in spec]
         for axis in copies:
-            found[axis] += 2 * ring(axis) * own * slices * box.trained
+            found[axis] += 2 * ring(axis) * own * slices * moves
         if "fsdp" in spec:
-            found["fsdp"] += (2 + box.trained) * ring("fsdp") * own * sizes["fsdp"] * slices
+            found["fsdp"] += (2 + moves) * ring("fsdp") * own * sizes["fsdp"] * slices
         if "tensor" in spec:
             place, first = spec.index("tensor"), len(letters.batch)
             layers = shape[0] if "L" in letters.batch else 1

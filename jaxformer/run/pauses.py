@@ -99,7 +99,8 @@ class Pauses:
 
     def _rank(self, step: int, state: TrainState, found: Sequence[Mapping[str, Any]]) -> None:
         """Tells checkpoints how good they are; what is better than any before is saved, if it was not due."""
-        ranks = [rank_of(self._config, row) for row in found]
+        by = self._config.train.best_by  # not in a row that asked for nothing
+        ranks = [rank_of(self._config, row) if by in row else math.inf for row in found]
         better = [math.isfinite(rank) and rank < best for rank, best in zip(ranks, self._best, strict=True)]
         if any(better):
             self.save(step, state)

@@ -105,7 +105,7 @@ def check_optimizer(config: Config, recipe: Recipe) -> None:
 def check_mesh(config: Config, recipe: Recipe, devices: int) -> dict[str, int]:
     """Axis → size of the config's mesh on so many devices. Raises InputError if it cannot be made of them, or does not
     divide what it splits."""
-    sizes, rows = config.mesh.sizes(devices), config.data.batch_size // config.train.accumulation
+    sizes, rows = config.mesh.sizes(devices), config.slice_rows
     if rows % (parts := math.prod(sizes[axis] for axis in ROWS)):
         size, accumulation = config.data.batch_size, config.train.accumulation
         slices = f" / train.accumulation={accumulation}" if accumulation > 1 else ""
@@ -244,7 +244,7 @@ def _sums(
         part = 1.0 if tokens is None else min(1.0, tokens * share / max(source.n_tokens, 1))
         total: dict[str, Any] = {}
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-        for batch in sampling.full_pass(source, config.row, config.data.batch_size, part):
+        for batch in sampling.full_pass(source, config.row, config.slice_rows, part):
             check_batch(recipe, batch)
             in_flight.append(evaluated(placed(batch), np.int32(next(number)), known))
             if len(in_flight) == 2:
