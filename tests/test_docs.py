@@ -142,6 +142,29 @@ def test_what_a_page_says_works(page, shortened, capfd):
     follow(page, shortened)
 
 
+def trained(page):
+    """Directory and arguments of each run that a page trains."""
+    for language, text in blocks(page):
+        if language == "python":
+            yield from ((name, text) for name in re.findall(r'directory=f?"(runs/[^"{]+?)/?["{]', text))
+        for words, _ in commands(text) if language == "bash" else ():
+            call = called(words)
+            if call is not None and call[0] == "train":
+                yield from (
+                    (w.removeprefix("--directory="), frozenset(call[1])) for w in call[1] if "--directory=" in w
+                )
+
+
+def test_no_directory_is_that_of_two_runs():
+    """Nor is one inside another's: a reader may follow all pages in one checkout."""
+    own = {}
+    for page in [ROOT / "README.md", *PAGES]:
+        for directory, how in trained(page):
+            assert own.setdefault(directory, (how, page))[0] == how or own[directory][1] == page, directory
+    inside = {(a, b) for a in own for b in own if a.startswith(f"{b}/") and own[a][1] != own[b][1]}
+    assert len(own) > 30 and not inside
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     text = page.read_text()

@@ -2,7 +2,9 @@
 other measurements."""
 
 import platform
+import re
 from importlib import metadata
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,14 @@ UNITS = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd
 
 
 def cpu() -> str:
-    """The processor and its widest vector units, by which those of one name may differ."""
+    """The processor, family and model as Linux numbers them, cores, and its widest vector units: a cloud gives one name
+    to several."""
     widest = next((name for unit, name in UNITS.items() if any(each.startswith(unit) for each in features())), "")
-    return ", ".join(filter(None, (processor(), widest)))
+    (name, _, cores), about = processor().rpartition(", "), Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    found = [re.search(rf"^{field}\s*: (\d+)", text, re.M) for field in ("cpu family", "model")]
+    numbers = f" (family {found[0][1]}, model {found[1][1]})" if found[0] and found[1] else ""
+    return ", ".join(filter(None, (name + numbers, cores, widest)))
 
 
 def device() -> str:
