@@ -100,7 +100,9 @@ def steps(*, several: int) -> tuple[Contestant, ...]:
         return [Contestant(told(n), peer, {"steps_per_call": n}) for n in counts]
 
     half = Contestant("jaxformer, bf16", "ours", {"steps_per_call": several, **BF16})
-    return *both("jaxformer", "ours"), half, *both("bare JAX", "bare_jax"), FLAX, *TORCH, TRANSFORMERS
+    products = {"steps_per_call": several, "products": True, **BF16}
+    halves = Contestant("jaxformer, bf16 products", "ours", products)
+    return *both("jaxformer", "ours"), half, halves, *both("bare JAX", "bare_jax"), FLAX, *TORCH, TRANSFORMERS
 
 
 def decoding(size: str, name: str, minutes: float, *, new: int, batch: int, **more: Any) -> Measurement:

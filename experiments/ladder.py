@@ -113,14 +113,6 @@ def best_loss(rows: Metrics) -> float:
     return min(row["loss"] for row in rows if row["split"] == "valid")
 
 
-BEGINNING = {
-    "steps": 20,
-    "log_every": 2,
-    "eval_every": 20,
-    "save_every": 20,
-    "steps_per_call": 1,
-    "compute_dtype": "float32",
-}
 SMALLER = {  # the scaled rung, for two cores: heads as wide as there, 2 layers, context 64
     "model.n_layers": 2,
     "model.n_heads": 2,
@@ -154,12 +146,6 @@ ROWS = (
     SMALL,
     *INVERTED,
     Row("scaled", SCALED, 1.477, measure=best_loss, platform="gpu", remark="the best of its evaluations"),
-    Row(
-        "scaled, its first 20 steps",
-        SCALED,
-        overrides={f"train.{name}": value for name, value in BEGINNING.items()} | {"train.sample_tokens": 0},
-        remark="in float32",
-    ),
     *(rung(name, better=True) for name in RUNGS),
 )
 
@@ -274,9 +260,7 @@ def below(losses: Sequence[float], published: float) -> str:
 
 
 def scaled(report: Report) -> None:
-    """The rung that needs a GPU, or what there is of it."""
-    beginning = report.results["scaled, its first 20 steps"]
-    steps, (losses,) = beginning.curve()
+    """The rung that needs a GPU: of this run, or as one has printed it."""
     report.text(
         "### The scaled rung\n\n`configs/ladder_scaled.py`: 6 layers, 6 heads, d_model 384, context 256, batches of "
         "64, dropout 0.2, a constant rate of 3e-4. Published: 1.477 at best and 1.494 at the end, training losses "
@@ -284,8 +268,6 @@ def scaled(report: Report) -> None:
     )
     whole = report.results.get("scaled")
     if whole is None:
-        report.text("Its training loss in the first 20 steps, on a CPU:")
-        report.table([{"step": "loss"} | {str(step): f"{loss:.3f}" for step, loss in zip(steps, losses, strict=True)}])
         elsewhere(report)
         return
     figure, axes = panels(1, 1, 7, 4)

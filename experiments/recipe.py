@@ -291,4 +291,5 @@ experiment = Experiment(
 """,
     rows(),
     tell,
+    long=True,
 )

@@ -60,6 +60,9 @@ class Train(Spec):
     steps_per_call: int = 10  # steps in one call of the device: more is faster, but a signal waits for its end
     accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of activations; all else is float32
+    product_dtype: Literal["bfloat16"] | None = (
+        None  # of what matrices multiply, with float32 sums; None: compute_dtype
+    )
     ema_decay: float | None = None  # decay of an average of parameters, which is evaluated; None: no average
     guard: Guard | None = Guard()  # skips updates that a loss or gradient spoils; None: none
     log_every: int = 10  # steps between two rows of metrics
@@ -362,6 +365,11 @@ def _check_train(train: Train, at: str) -> None:
         raise ValueError(f"{at}steps={train.steps} must be less than 2**31")
     if not 0 <= train.seed < 2**32:
         raise ValueError(f"{at}seed={train.seed} must be at least 0 and less than 2**32")
+    if train.product_dtype is not None and train.compute_dtype != "float32":
+        raise ValueError(
+            f"{at}product_dtype={train.product_dtype} must be None beside {at}compute_dtype={train.compute_dtype}: it "
+            "is for activations in float32"
+        )
     if train.ema_decay is not None and not 0 < train.ema_decay < 1:
         raise ValueError(f"{at}ema_decay={train.ema_decay} must lie between 0 and 1; 0.999 is usual, None turns it off")
     if train.sample_tokens < 0:

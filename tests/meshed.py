@@ -152,6 +152,7 @@ CASES = {
     "accumulation": (dataclasses.replace(decoder(), slices=2), None),
     "remat": (decoder(remat="dots_saveable"), None),
     "bfloat16": (dataclasses.replace(decoder(), compute_dtype="bfloat16"), None),
+    "products of halves": (dataclasses.replace(decoder(), product_dtype="bfloat16"), None),
     "spikes": (dataclasses.replace(decoder(), guard=Guard(spike=6.0), grad_norms=True), None),
     "dropout, a head of its own": (decoder(dropout=0.1, head=LanguageHead(tied=False, bias=True)), None),
     "lstm": (Recipe(LSTM(32, T, V, n_layers=2)), None),

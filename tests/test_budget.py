@@ -40,6 +40,7 @@ MORE = {name: (name, {}) for name in presets()} | {
     "plain": ("llama_1b", {"model.kernel.implementation": "Plain"}),
     "dropout": ("shakespeare_cpu", {"model.dropout": 0.1}),
     "half precision": ("shakespeare_cpu", {"train.compute_dtype": "bfloat16"}),
+    "products of halves": ("shakespeare_cpu", {"train.product_dtype": "bfloat16"}),
 }
 
 
@@ -49,7 +50,8 @@ def made(name, overrides):
     probe = Probe(small(resolve(name, own)))
     train = dataclasses.replace(probe.config.train, accumulation=overrides.get("train.accumulation", 1))
     config = dataclasses.replace(probe.config, train=train)
-    return config, Recipe(config.model, config.objective, train.compute_dtype, train.accumulation, guard=train.guard)
+    how = {"guard": train.guard, "product_dtype": train.product_dtype}
+    return config, Recipe(config.model, config.objective, train.compute_dtype, train.accumulation, **how)
 
 
 def residuals(config, recipe, rows, capsys):
@@ -57,7 +59,7 @@ def residuals(config, recipe, rows, capsys):
     lists views as well."""
     declared = recipe.model.declared()
     params = map_declared(
-        lambda box: jax.ShapeDtypeStruct(box.value.shape, recipe.compute_dtype if box.trained else "float32"), declared
+        lambda box: jax.ShapeDtypeStruct(box.value.shape, recipe.dtype_of(box) if box.trained else "float32"), declared
     )
     batch = {
         n: jax.ShapeDtypeStruct((rows, *a.shape[2:]), a.dtype) for n, a in abstract_batches(config, recipe, 1).items()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tiny import decoder, log_softmax, loud
 import jaxformer
 from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import TextFiles
-from jaxformer.declarations import path_name
+from jaxformer.declarations import by_path, path_name
 from jaxformer.learning.objectives import NextToken, SequenceToSequence
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.learning.schedules import WSD, Constant
@@ -138,6 +139,23 @@ def test_an_average_in_half_precision_moves_by_less_than_a_bfloat16():
     assert {a.dtype.name for a in jax.tree.leaves(found.ema)} == {"float32"}
     moved, way = distance(found.ema, state.ema), distance(found.params, state.params)
     assert way > 0.01 and moved == pytest.approx(1e-4 * way, rel=0.05)
+
+
+def test_products_of_halves_are_those_of_matrices_alone():
+    """The stream, norms, attention and the tied head are float32; parameters, too, and their moments."""
+    recipe, how = Recipe(decoder(n_layers=2), product_dtype="bfloat16"), hyper(AdamW(Constant(0.01)))
+    cast = by_path(jax.eval_shape(recipe.cast, init_state(recipe, how).params))
+    halves = {path.rpartition("/")[2] for path, a in cast.items() if a.dtype == jnp.bfloat16}
+    assert halves == {"q", "k", "v", "o", "up", "down"} and cast["embedding/table"].dtype == jnp.float32
+    found, row = stepped(recipe, init_state(recipe, how), batch(), how)
+    other = stepped(dataclasses.replace(recipe, product_dtype=None), init_state(recipe, how), batch(), how)[1]
+    assert {a.dtype.name for a in jax.tree.leaves((found.params, found.opt_state))} <= {"float32", "int32"}
+    assert 0 < abs(row["loss"] - other["loss"]) < 1e-2 * other["loss"]
+    traced = jax.jit(lambda s: train_step(recipe, s, jax.tree.map(jnp.asarray, batch()), how)).trace(
+        init_state(recipe, how)
+    )
+    operands = re.findall(r"dot_general.*: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>", traced.lower().as_text())
+    assert set(operands) == {("bf16", "bf16"), ("f32", "f32")}
 
 
 def test_a_resumed_average_and_the_parameters_are_their_own(tmp_path):

@@ -286,6 +286,26 @@ def test_gradients_of_a_lookup(monkeypatch, dtype):
         assert [p for p, text in found.items() if "stablehlo.sort" in text] == ["cuda", "tpu"] * (one_hot == 0)
 
 
+def test_a_matrix_in_half_precision_multiplies_halves_with_float32_sums(monkeypatch):
+    """Activations in float32; forwards and backwards, each a product of halves, whose transposed operand lies row by
+    row."""
+    x, w, g = draws(3, 5, 13), draws(13, 2, 7), draws(3, 5, 2, 7)
+    half = lambda a: np.asarray(jnp.asarray(a).astype(jnp.bfloat16).astype(jnp.float32), np.float64)
+    y, pull = jax.vjp(layers.linear, jnp.asarray(x), jnp.asarray(w).astype(jnp.bfloat16))
+    by_x, by_w = pull(jnp.asarray(g))
+    assert (y.dtype, by_x.dtype, by_w.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    close(y, np.einsum("BTD,DHK->BTHK", half(x), half(w)))
+    close(by_x, np.einsum("BTHK,DHK->BTD", half(g), half(w)))
+    np.testing.assert_allclose(
+        by_w.astype(jnp.float32), np.einsum("BTD,BTHK->DHK", half(x), half(g)), rtol=2**-8, atol=1e-6
+    )
+    text = jax.jit(lambda x, w, g: jax.vjp(layers.linear, x, w)[1](g)).lower(x, w.astype(jnp.bfloat16), g).as_text()
+    products = re.findall(
+        r"dot_general.*: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\) -> tensor<[\dx]+x(\w+)>", text
+    )
+    assert products == [("bf16", "bf16", "f32")] * 2 and text.count("LayoutConstraint") == 2
+
+
 def test_products_of_halves_have_gradients_that_are_products_of_halves():
     """float32 sums, no product of float32; in float32 the einsum itself."""
     x, y, g = (jnp.asarray(draws(*shape)) for shape in ((3, 5, 7), (11, 7), (3, 5, 11)))

@@ -166,6 +166,11 @@ def test_a_whole_number_where_a_float_belongs_is_cast():
         ("model.position", EmbedsPerLayer(), "model.position=EmbedsPerLayer embeds above the layers"),
         ("train.accumulation", 3, "train.accumulation=3 must divide data.batch_size=16"),
         ("train.compute_dtype", "float8", "train.compute_dtype='float8' must be float32, bfloat16 or float16"),
+        (
+            "train.product_dtype",
+            "float16",
+            "train.product_dtype='float16' must be bfloat16 or None",
+        ),
         ("train.compute_dtype", 8, "train.compute_dtype=8 must be float32, bfloat16 or float16"),
         ("data.window", 8, "data.window=8 must be at most model.context_length=7"),
         ("data.valid_fraction", 1, "data.valid_fraction=1.0 must lie between 0 and 1"),

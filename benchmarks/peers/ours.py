@@ -41,10 +41,15 @@ def planned(size: Size, overrides: Mapping[str, Any]) -> tuple[Config, Recipe]:
 
 
 def step(
-    size: Size, seconds: float, steps_per_call: int, dtype: str = "float32", overrides: Mapping[str, Any] = {}
+    size: Size,
+    seconds: float,
+    steps_per_call: int,
+    dtype: str = "float32",
+    products: bool = False,
+    overrides: Mapping[str, Any] = {},
 ) -> Found:
-    """Of a step with its batch and every metric fetched."""
-    config, recipe = planned(size, {"train.compute_dtype": dtype, **overrides})
+    """Of a step with its batch and every metric fetched; products alone, or the whole computation, are of the dtype."""
+    config, recipe = planned(size, {f"train.{'product' if products else 'compute'}_dtype": dtype, **overrides})
     hyper, rng = hyper_of(config), np.random.default_rng(0)
     kind = np.uint8 if size.vocabulary <= 256 else np.uint16
     source = Source(rng.integers(0, size.vocabulary, 1_000_000).astype(kind), np.zeros(1, np.int64))

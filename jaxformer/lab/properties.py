@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxformer.data.batches import Batches
 from jaxformer.data.sources import Source
-from jaxformer.declarations import by_path, path_name, trained, updated, whole
+from jaxformer.declarations import by_path, path_name, trained, whole
 from jaxformer.generation.decode import LeftToRight, Request, choose, row_keys
 from jaxformer.generation.logits_processors import Temperature
 from jaxformer.lab.probe import ORDINARY, ROWS, VOCABULARY, Inapplicable, Probe, Wrong, close, encoded, gradient
@@ -381,23 +381,23 @@ def first_loss(probe: Probe) -> str:
 
 
 def dtypes_as_told(probe: Probe) -> str:
-    """Parameters are float32; every product of matrices in the layers has operands of the compute dtype."""
+    """Parameters are float32; every product of matrices in the layers has operands of the compute dtype, or in float32
+    of the product dtype."""
     for path, box in by_path(probe.declared).items():
         if box.value.dtype != jnp.float32:
             raise Wrong(f"{path} is {box.value.dtype}, not float32")
     dtype = jnp.dtype(probe.config.train.compute_dtype)
-    cast = lambda a: jax.ShapeDtypeStruct(a.shape, dtype)
-    declared = probe.declared
-    params = updated(probe.loud, jax.tree.map(cast, trained(probe.loud, declared)))
+    halves = jnp.dtype(probe.config.train.product_dtype or dtype)
+    params = jax.eval_shape(probe.recipe.cast, probe.loud)
     example = probe.example
     traced = jax.make_jaxpr(
         lambda params: jax.tree.leaves(probe.objective.hidden(probe.model, params, example, None).h)
     )
     products = list(_products(traced(params).jaxpr))
-    wrong = [shown for operands, shown in products if any(each != dtype for each in operands)]
+    wrong = [shown for operands, shown in products if {*operands} not in ({dtype}, {halves})]
     if wrong:
         raise Wrong(f"{len(wrong)} of {len(products)} products are not in {dtype}, the first {wrong[0]}")
-    return f"{len(products)} products in {dtype}"
+    return f"{len(products)} products in {dtype}" + (f" or {halves}" if halves != dtype else "")
 
 
 def _products(jaxpr: Any) -> Any:

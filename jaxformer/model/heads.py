@@ -128,6 +128,8 @@ class LanguageHead(Head):
 def _logits(h: Float[Array, "*B D"], matrix: jax.Array, axis: int, subscripts: str) -> Float[Array, "*B V"]:
     """h times a matrix whose `axis` is the vocabulary's. Many rows on a GPU: with zeros up to a multiple of `ALIGNED`,
     since products whose rows begin anywhere take several times as long there."""
+    if matrix.dtype.itemsize < h.dtype.itemsize:  # `train.product_dtype`
+        return linear(h, matrix)
     V = matrix.shape[axis]
     if jax.default_backend() == "cpu" or V % ALIGNED == 0 or h.size < ALIGNED * h.shape[-1]:
         return product(subscripts, h, matrix)

@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.declarations import by_path, map_declared, trained, updated
+from jaxformer.declarations import by_path, map_declared, selected, trained, updated
 from jaxformer.mesh import AXES, ROWS, partition, partitions
 from jaxformer.model.models import Decoder, Model
 from jaxformer.run.inspection import human, model_flops
@@ -80,6 +80,8 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
     state, knobs = abstract_state(config, recipe), config.train
     moved = trained(state.params, config.optimizer.frozen(recipe.declared()))
     whole = jax.eval_shape(recipe.whole, state.params, state.base)
+    cast = jax.eval_shape(recipe.cast, whole)
+    halves = {path: a.dtype.itemsize < 4 for path, a in by_path(cast).items()}
     split = lambda tree: _bytes(tree, declared, sizes)
     batches = abstract_batches(config, recipe, min(knobs.steps_per_call, knobs.steps))
     kinds = {
@@ -88,7 +90,7 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
         "ema_bytes": split(state.ema),
         "batches_bytes": sum(_size(a) for a in batches.values()) // math.prod(sizes[axis] for axis in ROWS),
         "gradients_bytes": split(moved) * min(knobs.accumulation, 2),
-        "cast_bytes": 0 if itemsize == 4 else split(trained(whole, recipe.model.declared())) * itemsize // 4,
+        "cast_bytes": split(selected(cast, recipe.model.declared(), lambda path: halves[path])),
         "gathered_bytes": _gathered(declared, sizes, itemsize),
     }
     kinds["activations_bytes"], kinds["logits_bytes"] = works.of(works.rows, getattr(recipe.model, "remat", None))
@@ -168,8 +170,9 @@ def saved(config: Config, recipe: Recipe, rows: int) -> list[Any]:
     """What the forward pass of a slice of so many rows keeps for its backward pass, besides parameters and batch: the
     abstract arrays that `jax.ad_checkpoint.print_saved_residuals` would list."""
     declared, adapter = recipe.declared(), recipe.adapter
-    dtype = recipe.compute_dtype if adapter is None else "float32"  # with an adapter the model's are cast, not these
-    abstract = lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype if box.trained else jnp.float32)
+    # With an adapter the model's are cast, not these.
+    dtype = lambda box: recipe.dtype_of(box) if box.trained and adapter is None else "float32"
+    abstract = lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype(box))
     params, of_model = map_declared(abstract, declared), recipe.model.declared()
     base = () if adapter is None else map_declared(abstract, adapter.base(of_model, of_model))
 

@@ -13,7 +13,7 @@ from jaxformer.mesh import axis_sizes
 from jaxformer.run.directory import noticed
 from jaxformer.run.opened import Run
 from jaxformer.run.plan import implemented
-from jaxformer.run.starts import changed_sources, moved
+from jaxformer.run.starts import changed_sources, features, moved
 from jaxformer.spec import counted, fields
 
 log = logging.getLogger(__name__)
@@ -70,12 +70,16 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
         **({"adapter": f"{config.adapter}: {n_trained:,} are trained"} if config.adapter else {}),
         **model.summary(),
         **({"computed": how} if (how := implemented(config, config.model)[1]) else {}),
-        "dtypes": f"parameters float32, compute {config.train.compute_dtype}",
+        "dtypes": f"parameters float32, compute {config.train.compute_dtype}"
+        + (f", products {config.train.product_dtype}" if config.train.product_dtype else ""),
         "data": f"{counted(counts['train_tokens'], 'token')} for training, {counts['valid_tokens']:,} for validation",
         "step": f"{counted(config.data.batch_size * config.window, 'token')}; {per_call} per call",
     }
     for name, text in rows.items():
         log.info("%-10s %s", name, text)
+    units = {"amx_bf16", "avx512_bf16", "bf16"}
+    if config.train.product_dtype and device.platform == "cpu" and not units & {*features()}:
+        log.warning("train.product_dtype=bfloat16: this processor has no units for such products; None is faster")
     if idle := jax.device_count() - len(devices):
         sentence = "%d of %d devices are idle; --mesh.fsdp=-1 or --mesh.data=-1 takes them all"
         log.warning(sentence, idle, jax.device_count())

@@ -74,7 +74,7 @@ def recipe_of(config: Config, tokenizer: Tokenizer, classes: Classes) -> Recipe:
         raise InputError(str(error)) from None
     train = config.train
     how = train.compute_dtype, train.accumulation, train.grad_norms, train.guard
-    return Recipe(model, objective, *how, config.adapter)
+    return Recipe(model, objective, *how, config.adapter, train.product_dtype)
 
 
 def implemented(config: Config, model: Model) -> tuple[Model, str]:

@@ -85,7 +85,7 @@ class Reports:
     def __init__(self, configs: Sequence[Config], step: int, devices: Sequence[Any], skipped: float = 0.0):
         """`skipped` is how many updates of the steps before were."""
         knobs = configs[0].train
-        self._devices, self._peak = devices, peak_flops(devices, knobs.compute_dtype)
+        self._devices, self._peak = devices, peak_flops(devices, knobs.product_dtype or knobs.compute_dtype)
         self._runs = [Rows(config, step) for config in configs]
         self._seeds = [config.train.seed for config in configs]
         hidden = False if in_notebook() else None  # None: where stderr is no terminal

@@ -30,6 +30,7 @@ class Recipe(Spec):
     grad_norms: bool = False  # among the metrics: the gradient's norm for every parameter and layer
     guard: Guard | None = Guard()  # skips updates that a loss or gradient spoils
     adapter: Adapter | None = None  # makes the model's parameters of a base and of what is trained; None: all are
+    product_dtype: str | None = None  # of matrices that activations are multiplied by; None: compute_dtype
 
     def declared(self) -> Any:
         """The declarations of a state's `params`."""
@@ -47,8 +48,14 @@ class Recipe(Spec):
 
     def cast(self, params: Any) -> Any:
         """The model's parameters: what its declarations say is trained, in the dtype of the computation."""
-        cast = lambda a: a.astype(self.compute_dtype)
-        return updated(params, jax.tree.map(cast, trained(params, self.model.declared())))
+        declared = self.model.declared()
+        cast = lambda box, a: a.astype(self.dtype_of(box))
+        own = jax.tree.map(cast, trained(declared, declared), trained(params, declared), is_leaf=is_declared)
+        return updated(params, own)
+
+    def dtype_of(self, box: Declared) -> str:
+        """That in which a trained array of the model's is computed with."""
+        return self.product_dtype if self.product_dtype and box.letters.into else self.compute_dtype
 
 
 class Hyper(NamedTuple):
