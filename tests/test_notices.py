@@ -29,6 +29,7 @@ from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLine
 from jaxformer.model.baselines import Bigram
 from jaxformer.model.heads import ClassificationHead, MultiLabelHead
 from jaxformer.model.kernels import Softmax, Uniform
+from jaxformer.run import notices
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
 from jaxformer.run.dry_run import dry_run
 from jaxformer.run.manifest import sha256
@@ -102,6 +103,19 @@ def test_a_class_that_is_missing_on_one_side_is_told(tmp_path, caplog, several):
         "'label': there is no example to train on of mixed",
         "'label': there is no example to validate on of neg, pos",
     ]
+
+
+def test_products_of_halves_are_told_and_want_units(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    how = {"train.product_dtype": "bfloat16", "train.steps": 1}
+    for features in ([], ["avx512_bf16"]):
+        caplog.clear()
+        monkeypatch.setattr(notices, "features", lambda found=features: found)
+        jaxformer.train(text(tmp_path), how, directory=tmp_path / f"run{len(features)}")
+        assert "parameters float32, compute float32, products bfloat16" in caplog.text
+        assert any("this processor has no units" in message for message in warnings_of(caplog)) == (not features)
+    with pytest.raises(InputError, match=r"product_dtype=bfloat16 must be None beside train\.compute_dtype=float16"):
+        jaxformer.train(text(tmp_path), how | {"train.compute_dtype": "float16"}, directory=tmp_path / "none")
 
 
 def test_a_column_that_only_training_has_is_not_counted_elsewhere(tmp_path, caplog):
