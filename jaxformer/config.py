@@ -60,9 +60,7 @@ class Train(Spec):
     steps_per_call: int = 10  # steps in one call of the device: more is faster, but a signal waits for its end
     accumulation: int = 1  # slices of a batch whose gradients are summed before the update, to save memory
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of activations; all else is float32
-    product_dtype: Literal["bfloat16"] | None = (
-        None  # of what matrices multiply, with float32 sums; None: compute_dtype
-    )
+    product_dtype: Literal["bfloat16"] | None = None  # of what matrices multiply, sums are float32; None: compute_dtype
     ema_decay: float | None = None  # decay of an average of parameters, which is evaluated; None: no average
     guard: Guard | None = Guard()  # skips updates that a loss or gradient spoils; None: none
     log_every: int = 10  # steps between two rows of metrics
@@ -387,6 +385,12 @@ def _check_config(config: Config, at: str) -> None:
     if config.row.tokens < 2:
         raise ValueError(f"{at}data.window={config.window} must be at least 2 for {type(config.objective).__name__}")
     config.objective.check_model(config.model)
+    if config.train.product_dtype is not None and not isinstance(config.model, Decoder):
+        kind = type(config.model).__name__
+        raise ValueError(
+            f"{at}train.product_dtype={config.train.product_dtype} must be None: {at}model={kind} has no products that "
+            "it makes faster"
+        )
     _check_prefix(config, at)
     for field, corpus in (("corpus", config.data.corpus), ("valid", config.data.valid)):
         if corpus is not None and corpus.marked and not config.objective.weighs:

@@ -108,8 +108,13 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     (tmp_path / "folder" / "twice").symlink_to(tmp_path / "else" / "sub")
     (tmp_path / "else" / "loop").symlink_to(tmp_path / "folder")
     corpus = TextFiles(str(tmp_path / "folder"))
-    assert texts(corpus) == ["A", "B", "C"]
-    assert corpus.summary().endswith("leaves out: folders called loop, sub")
+    (tmp_path / "folder" / "first").symlink_to(tmp_path / "folder" / "real")
+    put(tmp_path, "folder/real/d.txt", "D")  # keeps its name
+    put(tmp_path, "node_modules/e.txt", "E")
+    (tmp_path / "folder" / "x").symlink_to(tmp_path / "node_modules")
+    assert texts(corpus) == ["A", "B", "C", "D"]
+    assert corpus.summary().endswith("leaves out: folders called x")
+    assert [str(path.relative_to(tmp_path)) for path in corpus.files()][-1] == "folder/real/d.txt"
 
 
 def test_names_need_not_be_utf8(tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import outside
 import pytest
+from ideas import GatedLinear
 from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from tiny import decoder, ids, loud
 
@@ -24,6 +25,7 @@ from jaxformer.model.implementations import Asked, Auto, Blocked, CuDNN, Plain
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform, ValueResidual
 from jaxformer.model.layers import RMSNorm
 from jaxformer.model.masks import Bidirectional, Both, Causal, Either, Local, Prefix, Window, one_document, places
+from jaxformer.model.mixers import MultiHead
 from jaxformer.model.positions import ALiBi, NoPosition, RelativeBias, Rotary
 from jaxformer.model.residuals import Parallel
 from jaxformer.run import plan
@@ -206,6 +208,8 @@ def test_auto_takes_cudnn_for_all_that_it_can_do(hopper, monkeypatch):
         ({}, CuDNN, "it can do what is asked"),
         ({"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2}, CuDNN, "it can do what is asked"),
         ({"position": ALiBi()}, Plain, "not CuDNN: ALiBi changes the formula"),
+        ({"mixer": (MultiHead(), GatedLinear()), "n_layers": 2}, CuDNN, "it can do what is asked"),
+        ({"mask": (Causal(), Window(7)), "n_layers": 2, "unroll": 9}, CuDNN, "it can do what is asked"),
         ({"n_layers": 4, "unroll": 2}, Plain, f"not CuDNN: 2 {again}"),
         ({"position": (Rotary(), NoPosition()), "n_layers": 2}, Plain, f"not CuDNN: 2 {again}"),
         ({"mask": (Causal(), Causal(), Window(7)), "n_layers": 3}, Plain, f"not CuDNN: 2 {again}"),

@@ -108,14 +108,18 @@ def test_a_class_that_is_missing_on_one_side_is_told(tmp_path, caplog, several):
 def test_products_of_halves_are_told_and_want_units(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     how = {"train.product_dtype": "bfloat16", "train.steps": 1}
-    for features in ([], ["avx512_bf16"]):
+    for i, features in enumerate((["avx2"], ["avx512_bf16"], [])):  # []: not known
         caplog.clear()
         monkeypatch.setattr(notices, "features", lambda found=features: found)
-        jaxformer.train(text(tmp_path), how, directory=tmp_path / f"run{len(features)}")
+        jaxformer.train(text(tmp_path), how, directory=tmp_path / f"run{i}")
         assert "parameters float32, compute float32, products bfloat16" in caplog.text
-        assert any("this processor has no units" in message for message in warnings_of(caplog)) == (not features)
+        assert any("this processor has no units" in message for message in warnings_of(caplog)) == (i == 0)
     with pytest.raises(InputError, match=r"product_dtype=bfloat16 must be None beside train\.compute_dtype=float16"):
         jaxformer.train(text(tmp_path), how | {"train.compute_dtype": "float16"}, directory=tmp_path / "none")
+    with pytest.raises(
+        InputError, match="product_dtype=bfloat16 must be None: model=Bigram has no products that it makes"
+    ):
+        jaxformer.train(text(tmp_path), how | {"model": "Bigram"}, directory=tmp_path / "none")
 
 
 def test_a_column_that_only_training_has_is_not_counted_elsewhere(tmp_path, caplog):

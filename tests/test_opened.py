@@ -97,7 +97,9 @@ def test_parameters_are_laid_out_once_for_all_texts(monkeypatch):
     monkeypatch.setattr(decode, "_for_decoding", lambda *a: (calls.append(1), lay(*a))[1])
     found = [run.generate("abc", 9, 5, seed) for seed in range(2)]
     assert len(calls) == 1
-    request = run._asked("abc", 9, 1, (), (), {})[0]._replace(prepared=None)
+    request = run._asked("abc", 9, 1, (), (), {})[0]
+    assert request.prepared[0] is request.params
+    request = request._replace(params=jax.tree.map(jnp.copy, request.params))  # which nothing is prepared of
     ids = np.concatenate([part.ids for part in run.sampler(request)], 1)
     assert all(one.ids == row[: len(one.ids)].tolist() for one, row in zip(found[1], ids, strict=False))
 
@@ -255,7 +257,7 @@ def test_what_an_evaluation_cuts_is_told(trained, caplog):
 
 def test_a_run_of_an_implementation_that_is_not_here_is_opened(trained):
     kernels = Softmax(implementation=CuDNN()), SoftCapped(implementation=Plain())
-    for kernel, found in ((kernels, [Auto, Auto]), (kernels[1], [Plain])):
+    for kernel, found in ((kernels, [Auto, Plain]), (kernels[1], [Plain])):
         config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, kernel=kernel))
         here = opened._here(config).model.kernel
         assert [type(each.implementation) for each in (here if isinstance(here, tuple) else (here,))] == found

@@ -184,8 +184,9 @@ class TopicParagraphs(Corpus):
 class TextFiles(Corpus):
     """UTF-8 files, each a document: one, or all of a folder and its subfolders in the order of their paths.
 
-    What ends in .gz or .zst is decompressed. Of a folder, what is hidden is left out and, where no `suffixes` say which
-    files to read, what is binary. The fingerprint has the names of the files that are read, not what chose them.
+    What ends in .gz or .zst is decompressed. Of a folder, links to others are followed, what is hidden is left out and,
+    where no `suffixes` say which files to read, what is binary. The fingerprint has the names of the files that are
+    read, not what chose them.
     """
 
     path: str  # a file or a folder

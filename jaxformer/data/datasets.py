@@ -25,7 +25,7 @@ from jaxformer.data.corpora import Corpus, Piece, TextFiles
 from jaxformer.data.files import cache_directory, file_sha256, of_machine, plain_name, write
 from jaxformer.data.locks import locked
 from jaxformer.data.sources import Source, check_ids
-from jaxformer.data.tables import Table
+from jaxformer.data.tables import Fold, Table
 from jaxformer.data.tokenizers import Ids, Tokenizer, Unknown, read_tokenizer
 from jaxformer.spec import InputError, dumps
 
@@ -252,6 +252,8 @@ def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
     code: list[Any] = [FORMAT]
     kinds = [Path(plain_name(Path(part.path))).suffix.lower() for part, _ in corpus.parts() if isinstance(part, Table)]
     code += kinds if {*kinds} - {".csv"} else []  # which the fingerprint of one file does not have
+    if any(isinstance(part, Fold) and part.malformed == "skip" for part, _ in corpus.parts()):
+        code.append("malformed rows count")  # which they did not always
     with contextlib.suppress(metadata.PackageNotFoundError):
         code.append(metadata.version("tokenizers"))
     if corpus.marked and not isinstance(corpus, TextFiles):

@@ -120,27 +120,33 @@ def located(path: str) -> Path:
 
 def visible_files(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], list[Path], list[Path]]:
     """The visible files of a folder and its subfolders, in the order of their paths; its hidden files; and the folders
-    that were not looked into, which are hidden, have a name in `skip`, or are linked to a second time.
+    that were not looked into, which are hidden or have a name in `skip`. Behind a link, what was read already is not
+    read again.
 
     Raises InputError for a folder that cannot be read.
     """
-    visible, hidden, skipped = list[Path](), list[Path](), list[Path]()
-    seen = {os.path.realpath(root)}
+    visible, hidden, skipped, seen = list[Path](), list[Path](), list[Path](), set[Path]()
+    left = lambda path: path.name.startswith(".") or path.name in skip
 
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename), error)
 
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        found, folders[:] = sorted(folders), []
-        for name in found:
-            path = Path(folder, name)
-            if name.startswith(".") or name in skip or (real := os.path.realpath(path)) in seen:
-                skipped.append(path)
-            else:
-                seen.add(real)
-                folders.append(name)
-        for path in filter(Path.is_file, map(Path(folder).joinpath, names)):
-            (hidden if path.name.startswith(".") else visible).append(path)
+    waiting = [root]
+    while waiting:  # the folder itself, then what its links lead to
+        top = waiting.pop(0)
+        if top != root and left(top.resolve()):
+            skipped.append(top)
+            continue
+        for folder, folders, names in os.walk(top, onerror=refuse):
+            inside, folders[:] = sorted(Path(folder, name) for name in folders), []
+            if (real := Path(folder).resolve()) in seen:
+                continue
+            seen.add(real)
+            skipped += filter(left, inside)
+            waiting += [path for path in inside if path.is_symlink() and not left(path)]
+            folders += [path.name for path in inside if not path.is_symlink() and not left(path)]
+            for path in filter(Path.is_file, map(Path(folder).joinpath, names)):
+                (hidden if path.name.startswith(".") else visible).append(path)
     return sorted(visible), sorted(hidden), sorted(skipped)
 
 

@@ -41,7 +41,7 @@ class Request(NamedTuple):
     stretch: int = STRETCH  # tokens between two words to the caller, at most STRETCH
     second: bool = False  # whether what is drawn is a second text, told from the prompt by its token type
     frames: Sequence[Sequence[bool]] | None = None  # which ids of the prompts nobody wrote, as the start; None: none
-    prepared: Any = None  # what the sampler has `prepared`, for several requests; None: it does so for this one
+    prepared: tuple[Any, Any] | None = None  # parameters, and what the sampler has `prepared` of them
 
 
 class Drawn(NamedTuple):
@@ -99,7 +99,9 @@ class LeftToRight(Sampler):
         model, params, sources = request.model, request.params, request.sources
         context = request.context or model.context_length
         memory = None if sources is None else _encode(model, params, *padded([s[:context] for s in sources], context))
-        own_params = self.prepared(model, params) if request.prepared is None else request.prepared
+        of, own_params = request.prepared or (None, None)
+        if of is not params or own_params is None:
+            own_params = self.prepared(model, params)
         own_memory = _apart(model, memory)
         second = request.second or request.objective.second
         how = How(request.keys, request.processors, np.int32(-1 if request.end is None else request.end))

@@ -93,7 +93,8 @@ class Record:
         fields, data = self.config.get("objective") or {}, self.config["data"]
         found = {name: value for name, value in fields.items() if name not in ("label_smoothing", "z_loss")}
         if getattr(_kinds().get(str(fields.get("class"))), "among_rows", False):
-            found |= {"batch_size": data.get("batch_size"), "sampling": data.get("sampling")}
+            rows = data["batch_size"] // self.config["train"].get("accumulation", 1)
+            found |= {"rows": rows, "sampling": data.get("sampling")}
         return found
 
     @property

@@ -38,7 +38,7 @@ class BlockSpec(Spec):
     @property
     def fused(self) -> bool:
         """Whether attention is a call of cuDNN."""
-        kernels = [parts.kernel for _, parts in self.mixers.values()]
+        kernels = [parts.kernel for mixer, parts in self.mixers.values() if "kernel" in mixer.reads]
         return any(isinstance(getattr(kernel, "implementation", None), CuDNN) for kernel in kernels)
 
     @property

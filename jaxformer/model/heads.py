@@ -4,6 +4,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -128,13 +129,12 @@ class LanguageHead(Head):
 def _logits(h: Float[Array, "*B D"], matrix: jax.Array, axis: int, subscripts: str) -> Float[Array, "*B V"]:
     """h times a matrix whose `axis` is the vocabulary's. Many rows on a GPU: with zeros up to a multiple of `ALIGNED`,
     since products whose rows begin anywhere take several times as long there."""
-    if matrix.dtype.itemsize < h.dtype.itemsize:  # `train.product_dtype`
-        return linear(h, matrix)
-    V = matrix.shape[axis]
+    V, halves = matrix.shape[axis], axis and matrix.dtype.itemsize < h.dtype.itemsize  # `train.product_dtype`
+    multiply = linear if halves else functools.partial(product, subscripts)
     if jax.default_backend() == "cpu" or V % ALIGNED == 0 or h.size < ALIGNED * h.shape[-1]:
-        return product(subscripts, h, matrix)
+        return multiply(h, matrix)
     more = [(0, -V % ALIGNED if i == axis else 0) for i in range(2)]
-    return product(subscripts, h, jnp.pad(matrix, more))[..., :V]
+    return multiply(h, jnp.pad(matrix, more))[..., :V]
 
 
 class MaskedLanguageHead(LanguageHead):

@@ -111,7 +111,7 @@ class CuDNN(Implementation):
             return "rows have padding or several documents"
         if asked.tokens % 2:
             return f"rows of {asked.tokens} tokens must have an even number of them"
-        if asked.repeated > 1:  # with deterministic kernels XLA 0.11.2 has no plan of the second backward pass
+        if asked.repeated > 1:  # with deterministic kernels XLA of jax 0.11.2 has no plan of the second backward pass
             return f"{asked.repeated} layers with the same mask are in one turn of the scan, which XLA fails at"
         widest = 256 if _capability() >= (9, 0) else 128
         if asked.width % 8 or asked.width > widest:

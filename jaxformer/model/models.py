@@ -348,9 +348,22 @@ class Decoder(Model):
         ours = all(type(part).__module__.startswith("jaxformer.") for part in parts)
         biased = [type(p).__name__ for p in _as_tuple(self.position) if type(p).bias is not Position.bias]
         masks, width = _as_tuple(self.mask), self.widths["K"]
-        alike = collections.Counter((stack, kind.parts.mask) for stack in self.stacks for kind in self.kinds(stack))
-        repeated = max(alike.values()) * (self.unroll or 1)
-        asked = Asked(tokens, self.dropout, dtype, width, masks, biased[0] if biased else None, whole, ours, repeated)
+        asked = Asked(tokens, self.dropout, dtype, width, masks, biased[0] if biased else None, whole, ours)
+        found, why = self._implemented(asked)
+        if (repeated := found._fused_alike()) > 1:
+            found, why = self._implemented(asked._replace(repeated=repeated))
+        return found, why
+
+    def _fused_alike(self) -> int:
+        """How many calls of cuDNN with the same mask are in a turn of a scan, at most."""
+        found = [0]
+        for stack in self.stacks:
+            kinds = self.kinds(stack)
+            alike = collections.Counter(kind.parts.mask for kind in kinds if kind.fused)
+            found += [n * min(self.unroll or 1, self.layers(stack) // len(kinds)) for n in alike.values()]
+        return max(found)
+
+    def _implemented(self, asked: Asked) -> tuple[Self, str]:
         found, whys = dict[str, Any](), list[str]()
         for name in ("kernel", "cross_kernel"):
             kernels = getattr(self, name, None)

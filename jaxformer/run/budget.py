@@ -91,7 +91,7 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
         "batches_bytes": sum(_size(a) for a in batches.values()) // math.prod(sizes[axis] for axis in ROWS),
         "gradients_bytes": split(moved) * min(knobs.accumulation, 2),
         "cast_bytes": split(selected(cast, recipe.model.declared(), lambda path: halves[path])),
-        "gathered_bytes": _gathered(declared, sizes, itemsize),
+        "gathered_bytes": _gathered(recipe, sizes),
     }
     kinds["activations_bytes"], kinds["logits_bytes"] = works.of(works.rows, getattr(recipe.model, "remat", None))
     sent = _sent(config, recipe, sizes, works.rows, itemsize)
@@ -244,13 +244,13 @@ def _size(array: Any) -> int:
     return array.size * array.dtype.itemsize
 
 
-def _gathered(declared: Any, sizes: Mapping[str, int], itemsize: int) -> int:
+def _gathered(recipe: Recipe, sizes: Mapping[str, int]) -> int:
     """Of two layers' arrays, or of the largest other one, if that is more."""
     if sizes["fsdp"] == 1:
         return 0
     layer, others = 0, [0]
-    for box in by_path(declared).values():
-        spec = partition(box.letters.all, box.value.shape, sizes)
+    for box in by_path(recipe.every_declared()).values():
+        spec, itemsize = partition(box.letters.all, box.value.shape, sizes), jnp.dtype(recipe.dtype_of(box)).itemsize
         if "fsdp" not in spec:
             continue
         size = box.value.size * itemsize // (sizes["tensor"] if "tensor" in spec else 1)
@@ -268,13 +268,13 @@ def _sent(config: Config, recipe: Recipe, sizes: Mapping[str, int], rows: int, i
     found, slices, tokens = dict.fromkeys(sizes, 0.0), config.train.accumulation, rows * config.window
     ring = lambda axis: (sizes[axis] - 1) / sizes[axis]
     again = 2 if getattr(recipe.model, "remat", None) else 1  # the forward pass is made twice
-    own_boxes = by_path(
-        config.optimizer.frozen(recipe.declared())
-    )  # without an adapter's base, of which no gradient is
+    own_boxes = by_path(config.optimizer.frozen(recipe.declared()))  # an adapter's base, without gradients, is not here
     for path, box in by_path(recipe.every_declared()).items():
         moves, letters, shape = path in own_boxes and own_boxes[path].trained, box.letters, box.value.shape
         spec = partition(letters.all, shape, sizes)
-        own = box.value.size * itemsize / math.prod(sizes[axis] for axis in spec if axis)
+        own = (
+            box.value.size * jnp.dtype(recipe.dtype_of(box)).itemsize / math.prod(sizes[axis] for axis in spec if axis)
+        )
         copies = [axis for axis in ROWS if axis not in spec]
         for axis in copies:
             found[axis] += 2 * ring(axis) * own * slices * moves

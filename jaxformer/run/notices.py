@@ -78,7 +78,7 @@ def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
     for name, text in rows.items():
         log.info("%-10s %s", name, text)
     units = {"amx_bf16", "avx512_bf16", "bf16"}
-    if config.train.product_dtype and device.platform == "cpu" and not units & {*features()}:
+    if config.train.product_dtype and device.platform == "cpu" and (known := features()) and not units & {*known}:
         log.warning("train.product_dtype=bfloat16: this processor has no units for such products; None is faster")
     if idle := jax.device_count() - len(devices):
         sentence = "%d of %d devices are idle; --mesh.fsdp=-1 or --mesh.data=-1 takes them all"

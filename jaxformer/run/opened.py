@@ -26,7 +26,7 @@ from jaxformer.generation.logits_processors import usual_processors
 from jaxformer.generation.predict import predict
 from jaxformer.generation.texts import Generated, Writing, write
 from jaxformer.model.heads import Classes
-from jaxformer.model.implementations import Auto
+from jaxformer.model.implementations import Asked, Auto, Implementation
 from jaxformer.model.models import Model
 from jaxformer.pictures import loss_curve
 from jaxformer.run import inspection
@@ -35,9 +35,9 @@ from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
-from jaxformer.run.plan import Judged, abstract_state, evaluate, implemented, prepare_data, recipe_of
+from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, Spec, changed, checked, counted, override
+from jaxformer.spec import InputError, changed, checked, counted, override
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -197,16 +197,17 @@ class Run:
         sources: Sequence[Sequence[int]] | None = None,
     ) -> Request:
         """What is asked of the sampler: texts that continue these ids."""
-        model = self.recipe.objective, self.model, self.eval_params
+        params, _ = prepared = self._prepared
         keys = row_keys(seed, 0, len(starts))
         context, end = self.config.window, self.tokenizer.end  # longer texts were never seen in training
-        asked = Request(*model, starts, tokens, keys, processors, context, end, sources, second=self.joins)
-        return asked._replace(prepared=self._prepared)
+        asked = self.recipe.objective, self.model, params, starts, tokens, keys, processors, context, end, sources
+        return Request(*asked, second=self.joins, prepared=prepared)
 
     @functools.cached_property
-    def _prepared(self) -> Any:
-        """A copy of the parameters, kept from the first text that is written on."""
-        return self.sampler.prepared(self.model, self.eval_params)
+    def _prepared(self) -> tuple[Any, Any]:
+        """The parameters and what the sampler makes of them, kept from the first text that is written on."""
+        params = self.eval_params
+        return params, self.sampler.prepared(self.model, params)
 
     def _tell_cut(self, texts: Sequence[Sequence[int]]) -> None:
         """Says how many texts are longer than what the model reads of them."""
@@ -495,14 +496,17 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
 
 def _here(config: Config) -> Config:
     """With `Auto` in place of implementations that this machine has not: they compute the same."""
-    try:
-        implemented(config, config.model)
-        return config
-    except ValueError:
-        auto = lambda spec: (
-            {"implementation": Auto()} if isinstance(getattr(spec, "implementation", None), Spec) else {}
-        )
-        return dataclasses.replace(config, model=changed(config.model, auto))
+
+    def lacks(spec: Any) -> bool:
+        own = getattr(spec, "implementation", None)
+        return isinstance(own, Implementation) and own.refuses(EASY) is not None
+
+    return dataclasses.replace(
+        config, model=changed(config.model, lambda spec: {"implementation": Auto()} if lacks(spec) else {})
+    )
+
+
+EASY = Asked(64, dtype="bfloat16", whole=True)  # what any implementation can do
 
 
 def finite(state: TrainState) -> bool:
