@@ -174,7 +174,7 @@ def test_prefix_lm_with_given_parts():
 @pytest.mark.parametrize("special", [(0, 5, 7, 28), (28, 7, 0, 5)], ids=["rising", "in any order"])
 def test_masked(special):
     """15 %: of those 80 % the mask, 10 % any ordinary token, 10 % as they are; special ids and padding never."""
-    objective, rows = Masked(share=0.15, mask=5, special=special, vocab_size=V), 601
+    objective, rows = Masked(share=0.15, mask=5, special=special, vocab_size=V), 4001
     tokens, segments = integers(0, V, rows, 211), np.ones((rows, 211), np.int32)
     segments[:, 190:] = 0
     example = prepared(objective, {"tokens": tokens, "segments": segments})

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxformer.keys import fold
 
-MOST = 64 * 2**20  # bytes of float32 logits up to which all places are computed at once, on CPU
+MOST = 64 * 2**20  # bytes of float32 logits in a chunk, on CPU; twice as many are computed at once
 CHUNKS = 16  # as many of them at most, but for odd lengths: each adds a gradient of the whole table to the sum
 
 # (h [B, T, D], a tree of arrays [B, T, ...], key) -> (what is minimised, a tree of arrays [B, T, ...], one of numbers)
@@ -21,7 +21,7 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any, Any]]
 
 
 def most() -> int:
-    """Bytes of float32 logits up to which all places are computed at once; 1 GiB on accelerators."""
+    """Bytes of float32 logits that a chunk may have; 1 GiB on accelerators."""
     return MOST if jax.default_backend() == "cpu" else 16 * MOST
 
 
