@@ -207,6 +207,15 @@ def test_accelerators_hold_more_logits_at_once(monkeypatch):
     assert [chunks.chunk_size(1024, share * chunks.MOST) for share in (16, 33)] == [1024, 256]
 
 
+@pytest.mark.parametrize(("backend", "least"), [("cpu", 2), ("gpu", 16)])
+def test_two_chunks_are_one_on_a_cpu(monkeypatch, backend, least):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(chunks, "MOST", 4 * B * T * V // least)
+    example, h = NextToken().prepare(ROWS, jax.random.key(0)), jnp.ones((B, T, D))
+    found = [NextToken().chunk_size(Layer(D, T, vocabulary), h, example) for vocabulary in (V - least, V + least)]
+    assert found[0] is None and found[1] is not None
+
+
 def test_small_vocabularies_and_logits_that_are_there_already_are_left_whole():
     example = NextToken().prepare(ROWS, jax.random.key(0))
     assert NextToken().chunk_size(Layer(D, T, V), jnp.ones((B, T, D)), example) is None

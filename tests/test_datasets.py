@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -55,6 +56,14 @@ def cache(tmp_path, monkeypatch):
 def corpus(tmp_path, text=TEXT, name="text.txt"):
     (tmp_path / name).write_text(text, encoding="utf-8")
     return TextFiles(str(tmp_path / name))
+
+
+class Restless(TextFiles):
+    """Another text once it has been read."""
+
+    def pieces(self):
+        yield from super().pieces()
+        corpus(Path(self.path).parent, TEXT + "more")
 
 
 class Documents(Corpus):
@@ -334,11 +343,6 @@ def test_what_an_answer_is_belongs_to_the_marks(cache):
 
 
 def test_a_tokenizer_of_text_that_changed_is_not_kept(tmp_path, cache):
-    class Restless(TextFiles):
-        def pieces(self):
-            yield from super().pieces()
-            corpus(tmp_path, TEXT + "more")
-
     corpus(tmp_path)
     with pytest.raises(InputError, match="changed while it was read"):
         fitted(Characters(), Restless(str(tmp_path / "text.txt")))
@@ -381,11 +385,6 @@ def test_what_is_killed_at_its_very_end_goes_on(tmp_path, cache, monkeypatch, ca
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, cache):
-    class Restless(TextFiles):
-        def pieces(self):
-            yield from super().pieces()
-            corpus(tmp_path, TEXT + "more")
-
     corpus(tmp_path)
     with pytest.raises(InputError, match="changed while it was read"):
         prepare(Restless(str(tmp_path / "text.txt")), Bytes())

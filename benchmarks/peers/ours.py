@@ -78,10 +78,8 @@ def decode(size: Size, seconds: float, texts: Texts, dtype: str = "float32") -> 
     how = usual_processors(top_k=TOP_K)
     prompts = texts.prompts(size.vocabulary)
     sampler = LeftToRight()
-    request = Request(recipe.objective, recipe.model, params, prompts, texts.new, keys, how)
-    request = request._replace(
-        prepared=(params, sampler.prepared(recipe.model, params))
-    )  # once for a run, as by `Run.request`
+    prepared = params, sampler.prepared(recipe.model, params)  # once for a run, as by `Run.request`
+    request = Request(recipe.objective, recipe.model, params, prompts, texts.new, keys, how, prepared=prepared)
 
     def call() -> None:
         drawn = sum(part.ids.shape[1] for part in sampler(request))

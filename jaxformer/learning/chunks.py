@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxformer.keys import fold
 
-MOST = 64 * 2**20  # bytes of float32 logits in a chunk, on CPU; twice as many are computed at once
+MOST = 64 * 2**20  # bytes of float32 logits in a chunk, on CPU
 CHUNKS = 16  # as many of them at most, but for odd lengths: each adds a gradient of the whole table to the sum
 
 # (h [B, T, D], a tree of arrays [B, T, ...], key) -> (what is minimised, a tree of arrays [B, T, ...], one of numbers)
@@ -23,6 +23,12 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any, Any]]
 def most() -> int:
     """Bytes of float32 logits that a chunk may have; 1 GiB on accelerators."""
     return MOST if jax.default_backend() == "cpu" else 16 * MOST
+
+
+def whole() -> int:
+    """Bytes of float32 logits up to which all places are computed at once: on CPU two chunks save less than they cost
+    (LOG.md); on accelerators it was not measured."""
+    return 2 * MOST if jax.default_backend() == "cpu" else most()
 
 
 def chunk_size(places: int, n_bytes: int) -> int:

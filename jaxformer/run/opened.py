@@ -494,6 +494,9 @@ def open_run(directory: str | Path, step: int | str | None = None) -> Run:
     return Run(config, tokenizer, state, classes)
 
 
+EASY = Asked(64, dtype="bfloat16", whole=True)  # what any implementation can do
+
+
 def _here(config: Config) -> Config:
     """With `Auto` in place of implementations that this machine has not: they compute the same."""
 
@@ -504,9 +507,6 @@ def _here(config: Config) -> Config:
     return dataclasses.replace(
         config, model=changed(config.model, lambda spec: {"implementation": Auto()} if lacks(spec) else {})
     )
-
-
-EASY = Asked(64, dtype="bfloat16", whole=True)  # what any implementation can do
 
 
 def finite(state: TrainState) -> bool:
