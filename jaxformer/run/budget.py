@@ -272,9 +272,8 @@ def _sent(config: Config, recipe: Recipe, sizes: Mapping[str, int], rows: int, i
     for path, box in by_path(recipe.every_declared()).items():
         moves, letters, shape = path in own_boxes and own_boxes[path].trained, box.letters, box.value.shape
         spec = partition(letters.all, shape, sizes)
-        own = (
-            box.value.size * jnp.dtype(recipe.dtype_of(box)).itemsize / math.prod(sizes[axis] for axis in spec if axis)
-        )
+        size = box.value.size * jnp.dtype(recipe.dtype_of(box)).itemsize
+        own = size / math.prod(sizes[axis] for axis in spec if axis)
         copies = [axis for axis in ROWS if axis not in spec]
         for axis in copies:
             found[axis] += 2 * ring(axis) * own * slices * moves

@@ -22,6 +22,7 @@ from jaxformer.run.plan import (
     prepare_data,
     recipe_of,
     summary,
+    tell_cut,
 )
 from jaxformer.run.step import Recipe, evaluate_batch
 from jaxformer.spec import InputError
@@ -64,9 +65,7 @@ def checked_data(config: Config) -> Prepared:
         batch = next(iter(sampling.full_pass(source, config.row, 1)))
         _check_batch(recipe, "data.corpus", batch)
     for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
-        if cut := sampling.count_cut(source, config.row):
-            message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
-            log.warning(message, split, cut, source.n_examples, config.window)
+        tell_cut(config, source, split)
     _tell_of_ends(config, recipe, prepared)
     _tell_of_classes(prepared)
     _tell_of_duplicates(prepared)

@@ -35,7 +35,7 @@ from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
-from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of
+from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of, tell_cut
 from jaxformer.run.step import Recipe, TrainState
 from jaxformer.spec import InputError, changed, checked, counted, override
 
@@ -226,9 +226,12 @@ class Run:
         """Whether it tells two texts apart, and nobody knows which it was trained on: it was imported."""
         return self.joins or (self.model.tells_parts and isinstance(self.config.data.corpus, NoCorpus))
 
-    @property
-    def _asks(self) -> str:
-        return "pairs of texts: give a second one, too" if self.joins else "single texts: leave the second out"
+    def _check_second(self, given: bool) -> None:
+        """Raises InputError if it was trained on pairs of texts and no second one is given, or the reverse."""
+        if given and not self._may_join:
+            raise InputError(f"second: {self.config.directory} was trained on single texts: leave the second out")
+        if self.joins and not given:
+            raise InputError(f"second: {self.config.directory} was trained on pairs of texts: give a second one, too")
 
     def answers(
         self, texts: Sequence[str], tokens: int | None = None, between: Callable[[], None] = lambda: None
@@ -258,8 +261,7 @@ class Run:
                 return self._predicted([texts], not located(getattr(texts, "path", "")).is_file())
         texts = [texts] if isinstance(texts, str) else texts
         seconds = [seconds] if isinstance(seconds, str) else seconds
-        if (seconds is not None) != self.joins and not (seconds is not None and self._may_join):
-            raise InputError(f"second: {self.config.directory} was trained on {self._asks}")
+        self._check_second(seconds is not None)
         for text in [*texts, *(seconds or ())]:
             if not text.strip():
                 raise InputError("text: must not be empty; give one")
@@ -342,9 +344,7 @@ class Run:
     def _evaluated(self, judged: Judged, split: str) -> dict[str, Any]:
         for source in judged.sources:
             check_ids(source.tokens, self.tokenizer.vocab_size)
-            if cut := self.config.data.sampling.count_cut(source, self.config.row):
-                message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
-                log.warning(message, split, cut, source.n_examples, self.config.window)
+            tell_cut(self.config, source, split)
         (found,) = evaluate(self.recipe, self.eval_params, judged, self.config, self.tokenizer)
         if math.isnan(found["loss"]) and not found.get("tokens", found.get("examples")):
             tokens = counted(count := sum(source.n_tokens for source in judged.sources), "token")
@@ -396,12 +396,8 @@ class Run:
         A run on joined pairs is given both texts. An encoder–decoder reads the text with its encoder; given a second
         one, what its tokens look at in the first. Raises InputError for a model that records no weights.
         """
-        if (
-            not self.model.encodes
-            and (second is not None) != self.joins
-            and not (second is not None and self._may_join)
-        ):
-            raise InputError(f"second: {self.config.directory} was trained on {self._asks}")
+        if not self.model.encodes:
+            self._check_second(second is not None)
         tokenizer, window, rows = self.tokenizer, self.config.window, None
         with _naming("text"):
             if self.model.encodes:

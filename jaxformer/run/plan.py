@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from jaxformer.model.heads import Classes
 from jaxformer.model.models import Model
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
 from jaxformer.spec import InputError
+
+log = logging.getLogger(__name__)
 
 
 def planned_tokenizer(config: Config) -> Tokenizer:
@@ -177,6 +180,13 @@ class Judged(NamedTuple):
     @classmethod
     def of(cls, prepared: Prepared) -> "Judged":
         return cls(prepared.valid, prepared.valid_weights, prepared.valid_names)
+
+
+def tell_cut(config: Config, source: Source, name: str) -> None:
+    """Says how many examples of a source are longer than what is read of them."""
+    if cut := config.data.sampling.count_cut(source, config.row):
+        message = "%s: %d of %d examples are longer than data.window=%d, and are cut"
+        log.warning(message, name, cut, source.n_examples, config.window)
 
 
 def evaluate(
