@@ -50,10 +50,10 @@ def naive(model, params, prompt, tokens, row, seed, temperature, penalty=None):
         if len(text) > model.context_length:
             text = text[-(model.context_length // 2) :]
         h, _ = hidden(model, params, jnp.array([text], jnp.int32), one_document(len(text)))
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), t)
+        uniform = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), t))
         logits = model.logits(params, h)[0, -1]
         logits = logits if penalty is None else jnp.asarray(penalised(logits, said, penalty))
-        cold = int(logits.argmax()) if temperature == 0 else int(choose(key[None], logits[None] / temperature)[0])
+        cold = int(logits.argmax()) if temperature == 0 else int(choose(uniform[None], logits[None] / temperature)[0])
         text.append(cold)
         said.append(text[-1])
         yield text[-1]
@@ -257,10 +257,10 @@ def test_top_k_and_top_p_against_a_sort(levels):
 def test_a_draw_never_takes_what_cannot_come():
     """However sums round: of 4,000 draws among 5,003 tokens, of which three may come."""
     logits = jnp.full((1, 5_003), -jnp.inf).at[0, jnp.array([0, 2_011, 5_000])].set(jnp.array([0.0, -8.0, 0.5]))
-    keys = row_keys(0, 0, 4_000).reshape(4, 1000)
-    drawn = np.concatenate([jax.jit(choose)(some, jnp.broadcast_to(logits, (1000, 5_003))) for some in keys])
+    numbers = jax.random.uniform(jax.random.key(0), (4, 1000))
+    drawn = np.concatenate([jax.jit(choose)(some, jnp.broadcast_to(logits, (1000, 5_003))) for some in numbers])
     assert {*drawn.tolist()} <= {0, 2_011, 5_000} and abs((drawn == 0).mean() - 0.3775) < 0.02
-    assert choose(keys[0, :1], jnp.full((1, 7), -jnp.inf))[0] == 0  # nothing may
+    assert choose(numbers[0, :1], jnp.full((1, 7), -jnp.inf))[0] == 0  # nothing may
 
 
 @pytest.mark.slow

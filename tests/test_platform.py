@@ -1,4 +1,7 @@
 import os
+import platform as system
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +64,42 @@ def test_flags_are_set_before_the_users_code_runs(tmp_path, monkeypatch, capsys,
     except InputError as error:
         found = str(error)
     assert "ValueError: --xla_gpu_deterministic_ops=true" in found
+
+
+PAGES = """
+import resource, threading
+import numpy as np
+from jaxformer.platform import keep_memory
+def calls():
+    np.ones(10_000_000, np.float32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        np.ones(10_000_000, np.float32)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+keep_memory()
+thread = threading.Thread(target=calls)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(system.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.parametrize(
+    ("environment", "stays"),
+    [
+        ({}, True),
+        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, False),
+        ({"GLIBC_TUNABLES": "glibc.rtld.nns=4"}, True),
+    ],
+)
+def test_freed_memory_stays_with_the_process(environment, stays):
+    """40 MB that a thread takes and frees: the system fills their pages once, unless the environment says otherwise."""
+    own = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))} | {
+        "NUMPY_MADVISE_HUGEPAGE": "0"
+    }
+    done = subprocess.run([sys.executable, "-c", PAGES], env=own | environment, capture_output=True, text=True)
+    assert (int(done.stdout) < 5_000) == stays, done
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(0, 0), (10**9, 1)])

@@ -18,7 +18,8 @@ from jaxformer.spec import Spec
 
 Processors = tuple[LogitsProcessor, ...]
 
-STRETCH = 32  # tokens that are drawn without a word to the host
+STRETCH = 128  # tokens that are drawn without a word to the host, at most
+BRIEF = 32  # so many at first, then as many as there are: of texts that end early no more is drawn in vain
 TOGETHER = 4  # samples that are drawn side by side: always so many, since sums in other shapes round differently
 SMALLEST = 64  # tokens that the smallest cache holds; larger ones two or four times as many, up to the context
 MANY = 16  # texts from which on the cache doubles: of few, what is compiled for each size costs more than it saves
@@ -38,7 +39,7 @@ class Request(NamedTuple):
     context: int | None = None  # so many tokens the model sees at once; None: its context_length
     end: int | None = None  # the id that ends a text
     sources: Sequence[Sequence[int]] | None = None  # what the encoder reads, of a model that has one
-    stretch: int = STRETCH  # tokens between two words to the caller, at most STRETCH
+    stretch: int = STRETCH  # at most so many tokens between two words to the caller
     second: bool = False  # whether what is drawn is a second text, told from the prompt by its token type
     frames: Sequence[Sequence[bool]] | None = None  # which ids of the prompts nobody wrote, as the start; None: none
     prepared: tuple[Any, Any] | None = None  # parameters, and what the sampler has `prepared` of them
@@ -128,7 +129,7 @@ class LeftToRight(Sampler):
                 if at.max() == size:
                     size = _size(len(texts), size + 1, context)
                     cache = _grown(model, len(texts), size, cache, own_params)
-                count = min(left, request.stretch, size - int(at.max()))
+                count = min(left, request.stretch, STRETCH, max(BRIEF, done), size - int(at.max()))
                 steps = at, np.int32(done), np.int32(count)
                 drawn, now, cache = _decode(model, second, own_params, now, cache, *steps, how, own_memory)
                 new, at = Drawn(*(np.asarray(a)[:, :count] for a in drawn)), at + count
@@ -222,7 +223,7 @@ def _prefill(
     cache = model.cache(len(prompt), size, jax.tree.leaves(params)[0].dtype)
     h, cache, *_ = model.hidden(params, prompt, at, cache=cache, memory=memory)
     last = jnp.take_along_axis(h, segment.sum(1)[:, None, None] - 1, axis=1)[:, 0]
-    return _draw(model, params, last, number, how, ended, text), model.apart(cache)
+    return _draw(model, params, last, _uniform(how.keys, number), how, ended, text), model.apart(cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -252,7 +253,7 @@ def _decode(
         one = jnp.ones((len(now.ids), 1), jnp.int32)
         at = Places((lengths + i)[:, None], one, one if second else None)
         h, cache, *_ = model.hidden(params, now.ids[:, None], at, cache=cache, memory=memory)
-        now = _draw(model, params, h[:, 0], first + i, how, now.ended, now.text)
+        now = _draw(model, params, h[:, 0], uniform[i], how, now.ended, now.text)
         drawn = ids.at[:, i].set(now.ids), log_probabilities.at[:, i].set(now.log_probabilities)
         return i + 1, drawn, now, squeezed(cache)
 
@@ -261,30 +262,35 @@ def _decode(
     squeezed = lambda cache: [array.squeeze() for array in jax.tree.leaves(cache)]
     whole = lambda arrays: tree.unflatten([a.reshape(b.shape) for a, b in zip(arrays, leaves, strict=True)])
     shape = len(now.ids), STRETCH
+    uniform = jax.vmap(_uniform, (None, 0))(how.keys, first + jnp.arange(STRETCH))  # in the loop it costs 3 µs a token
     drawn = jnp.full(shape, how.end, jnp.int32), jnp.zeros(shape, jnp.float32)
     _, drawn, now, cache = jax.lax.while_loop(goes_on, body, (jnp.int32(0), drawn, now, squeezed(cache)))
     return drawn, now, whole(cache)
 
 
 def _draw(
-    model: Model, params: Any, h: jax.Array, number: jax.Array, how: How, ended: jax.Array, text: Text | None
+    model: Model, params: Any, h: jax.Array, uniform: jax.Array, how: How, ended: jax.Array, text: Text | None
 ) -> Now:
-    """Token `number` of each row from its hidden state [B, D]."""
+    """A token of each row from its hidden state [B, D], by uniform numbers [B]."""
     own = logits = model.logits(params, h)
     for processor in how.processors:
         logits = processor(logits, text)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(how.keys, number)
-    ids = jnp.where(ended, how.end, choose(keys, logits))
+    ids = jnp.where(ended, how.end, choose(uniform, logits))
     chosen = jnp.take_along_axis(own, jnp.maximum(ids, 0)[:, None], 1)[:, 0]
     log_probabilities = chosen - jax.nn.logsumexp(own, -1)
     return Now(ids, log_probabilities, ids == how.end, None if text is None else text.append(ids))
 
 
-def choose(keys: jax.Array, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+def _uniform(keys: jax.Array, number: jax.Array) -> Float[Array, "B"]:
+    """The numbers from 0 to 1 by which token `number` of each row is drawn."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number)))(keys)
+
+
+def choose(uniform: Float[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     """A token of each row, with the probability that its logit gives it: where the sum of probabilities passes a
-    uniform number of the row's key [B]. One draw for each row costs a tenth of one for each token."""
+    number from 0 to 1. One such number for each row costs a tenth of one for each token."""
     p = jnp.exp(logits - logits.max(-1, keepdims=True))
     sums = jnp.cumsum(p, -1)
-    passed = sums > jax.vmap(jax.random.uniform)(keys)[:, None] * sums[:, -1:]
+    passed = sums > uniform[:, None] * sums[:, -1:]
     ids, likeliest = first(passed & (p > 0)), first(~(p < 1))  # which is taken where rounding leaves none
     return jnp.where(ids < p.shape[-1], ids, likeliest)[:, 0]

@@ -438,7 +438,8 @@ def sampler_is_the_loop(probe: Probe) -> str:
             part = jnp.where(jnp.arange(8) < len(prompt), 0, int(second))[None]
             h = probe.hidden(ids, places(segment, part), memory)[0]
             logits = model.logits(probe.loud, h[:, len(text) - 1])[0]
-            expected = int(choose(jax.random.fold_in(keys[i], t)[None], logits[None] / cold.temperature)[0])
+            uniform = jax.random.uniform(jax.random.fold_in(keys[i], t))
+            expected = int(choose(uniform[None], logits[None] / cold.temperature)[0])
             if expected != drawn[i, t]:
                 raise Wrong(f"token {t} of text {i} is {drawn[i, t]}, and {expected} by full passes")
             text.append(expected)
