@@ -97,7 +97,7 @@ MUTATIONS = {
         "a written token stands a place too far", "generation/decode.py", "at = Places((lengths + i)[:, None]", "at = Places((lengths + i + 1)[:, None]"
     ),
     "one_key_for_all_tokens": Mutation(
-        "all tokens of a text are drawn with one key", "generation/decode.py", "(0, None))(how.keys, number)", "(0, None))(how.keys, number * 0)"
+        "all tokens of a text are drawn with one key", "generation/decode.py", "jax.random.fold_in(key, number)", "jax.random.fold_in(key, number * 0)"
     ),
     "prefill_reads_padding": Mutation(
         "the first token follows the padding", "generation/decode.py", "segment.sum(1)[:, None, None] - 1, axis=1", "segment.sum(1)[:, None, None], axis=1"

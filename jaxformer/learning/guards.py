@@ -1,5 +1,6 @@
 """Faults in training: an update that a loss or gradient spoils is skipped, and a run that only has such ones stops."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,9 +62,11 @@ class Skips(struct.PyTreeNode):
     losses: Any = ()  # float32[window]: the last ones of updates that were made
 
 
-def chosen(passes: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """The new tree or the old one, to the bit."""
-    return jax.tree.map(lambda a, b: jnp.where(passes, a, b), new, old)
+def guarded(passes: Bool[Array, ""], update: Callable[[Any], Any], old: Any) -> Any:
+    """What the update makes of a tree, or the tree as it is, to the bit."""
+    if jax.default_backend() == "cpu":  # which overwrites what a loop carries, and would copy what is selected from
+        return jax.lax.fori_loop(0, passes.astype(jnp.int32), lambda _, tree: update(tree), old)
+    return jax.tree.map(lambda a, b: jnp.where(passes, a, b), update(old), old)
 
 
 class Diverged(RuntimeError):

@@ -12,7 +12,7 @@ from jaxformer.declarations import Declared, by_path, is_declared, trained, upda
 from jaxformer.keys import key_for
 from jaxformer.learning.adapters import Adapter
 from jaxformer.learning.chunks import loss_scale
-from jaxformer.learning.guards import Guard, chosen
+from jaxformer.learning.guards import Guard, guarded
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
 from jaxformer.learning.optimizers import Optimizer
 from jaxformer.mesh import constrained, split
@@ -112,33 +112,37 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     sums, grads = _gradients(recipe, state, declared, example, key)
     count = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch of padding alone changes nothing but the decay
     grads = split(jax.tree.map(lambda g: g / count, grads), own)
-    rate = hyper.optimizer.rate(state.step, hyper.steps)
-    moved = trained(state.params, declared)
-    transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
-    updates, opt_state = transform.update(grads, state.opt_state, moved)
-    params = updated(state.params, optax.apply_updates(moved, updates))
-    params = updated(params, _advanced(own, state.params, sums.state, sums.weight > 0))
-    ema = state.ema
-    if hyper.ema_decay is not None:
-        decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
+
+    def update(old: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        params, opt_state, ema = old
+        moved = trained(params, declared)
+        transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
+        updates, opt_state = transform.update(grads, opt_state, moved)
+        new = updated(params, optax.apply_updates(moved, updates))
+        new = updated(new, _advanced(own, params, sums.state, sums.weight > 0))
+        if hyper.ema_decay is not None:
+            decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, new)
+        return new, opt_state, ema
+
     of_token = lambda total: jnp.where(sums.weight > 0, total / count, jnp.nan)
     metrics: dict[str, Any] = {"loss": of_token(sums.nats), "weight": sums.weight}
     if sums.total is not None:
         metrics["objective_loss"] = of_token(sums.total)
     if sums.losses:
         metrics["losses"] = jax.tree.map(of_token, sums.losses)
-    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": hyper.optimizer.rate(state.step, hyper.steps)}
     if recipe.grad_norms:
         metrics["grad_norms"] = norms(trained(declared, declared), grads)
-    new, skips = (params, opt_state, ema), state.skips
-    if recipe.guard is not None:
+    old, skips = (state.params, state.opt_state, state.ema), state.skips
+    if recipe.guard is None:
+        params, opt_state, ema = update(old)
+    else:
         loss = sums.minimised / count
         passes = recipe.guard.passes(skips, loss, metrics["grad_norm"])
-        new = chosen(passes, new, (state.params, state.opt_state, state.ema))
+        params, opt_state, ema = guarded(passes, update, old)
         skips = recipe.guard.counted(skips, passes, loss, sums.weight)
         metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
-    params, opt_state, ema = new
     new = TrainState(state.step + 1, params, opt_state, ema, skips, state.base)
     return split(new, recipe.every_declared()), metrics
 
