@@ -349,8 +349,9 @@ def title(found: Mapping[str, Any]) -> str:
 
 def heading(limits: Mapping[str, Any], seconds: float) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in limits["versions"].items())
-    peaks = " and ".join(f"{limits[name] / 1e9:,.0f} in {name}" for name in ("float32", "bfloat16"))
-    measured = f"{peaks} thousand million operations a second in products, {limits['bytes'] / 1e9:,.1f} GB/s"
+    float32, bfloat16 = (f"{limits[name] / 1e9:,.0f}" for name in ("float32", "bfloat16"))
+    peaks = f"{float32} GFLOP/s in float32 and {bfloat16} in bfloat16 of products of matrices"
+    measured = f"{peaks}, {limits['bytes'] / 1e9:,.1f} GB/s"
     when = f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes"
     busy = f"; {limits['load']:.1f} other processes ran when it began" if limits["load"] > 0.5 else ""
     return f"{when}{busy}; {versions}. The limits as measured: {measured}."

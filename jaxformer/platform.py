@@ -15,7 +15,7 @@ from jaxformer.spec import InputError
 
 MAPS = 20_000  # of compiled programs, from which on they are forgotten; Linux gives a process 65,530
 KEPT = 64 << 20  # bytes of the largest freed block that stays: threads' heaps of glibc have no room for larger ones
-MALLOPT = {-1: 4 * KEPT, -2: KEPT, -3: KEPT}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
+MALLOPT = {-3: KEPT, -2: KEPT, -1: 4 * KEPT}  # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD of malloc.h
 
 
 def prepare() -> None:
@@ -40,14 +40,15 @@ def keep_memory() -> None:
     """Asks glibc to keep what is freed. XLA on CPU takes its temporary memory anew at each call, and what has gone back
     to the system comes again as pages to be filled with zeros: a third of a small step's time, of one step per call.
 
-    Whatever the environment says of malloc stays, and other C libraries are not asked.
+    Whatever the environment says of malloc stays; other C libraries are not asked, and glibc before 2.35 refuses the
+    first number, since its threads' heaps are smaller.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     told = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
     if sys.platform == "linux" and not told:
         with contextlib.suppress(AttributeError):  # musl has no such function
-            for parameter, value in MALLOPT.items():
-                ctypes.CDLL(None).mallopt(parameter, value)
+            mallopt = ctypes.CDLL(None).mallopt
+            all(mallopt(parameter, value) for parameter, value in MALLOPT.items())  # up to one that is refused
 
 
 def simulate_devices(count: int) -> None:

@@ -294,6 +294,7 @@ def test_dropout_changes_training_only(model):
     [
         (MODELS["Bigram"], "d_model", 8, "model.d_model=8 must be None"),
         (MODELS["Bigram"], "head", LanguageHead(), "must be Rows"),
+        (MODELS["GRU"], "head", Rows(), "model.head=Rows reads logits, and GRU gives hidden states; take LanguageHead"),
         (MODELS["Bigram"], "head.bias", True, "model.head.tied"),
         (MODELS["Bigram"], "context_length", 0, "model.context_length=0"),
         (MODELS["TokenEmbedding"], "d_model", 0, "model.d_model=0"),

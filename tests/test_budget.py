@@ -12,8 +12,9 @@ import pytest
 
 from jaxformer.commands import main
 from jaxformer.config import presets, resolve
-from jaxformer.declarations import map_declared, trained, updated
+from jaxformer.declarations import by_path, map_declared, trained, updated
 from jaxformer.lab.probe import Probe, small
+from jaxformer.learning.adapters import LoRA
 from jaxformer.learning.by_depth import ByDepth
 from jaxformer.mesh import Mesh
 from jaxformer.run.budget import POLICIES, amount, budget, needs, render, saved
@@ -95,6 +96,18 @@ def compare(config, recipe, capsys):
     assert 0 <= listed - kept <= views, "what is kept for the backward pass"
     working = found["estimated_bytes"] - arrays
     return working / memory.temp_size_in_bytes
+
+
+def test_an_adapter_makes_what_has_gradients_of_its_own():
+    """Matrices are made once a step, and lie beside those of the base, as do their gradients; what layers keep for the
+    backward pass is no more than without it."""
+    config, plain = made("shakespeare_cpu", {})
+    recipe = dataclasses.replace(plain, adapter=LoRA(2))
+    without, found = needs(config, plain, 1), needs(dataclasses.replace(config, adapter=LoRA(2)), recipe, 1)
+    boxes = by_path(plain.model.declared()).values()
+    matrices = sum(4 * box.value.size for box in boxes if box.letters.into and "L" in box.letters.batch)
+    assert found["gradients_bytes"] == found["params_bytes"] - without["params_bytes"] + matrices
+    assert found["cast_bytes"] == matrices and found["activations_bytes"] <= without["activations_bytes"]
 
 
 @pytest.mark.parametrize("case", QUICK)

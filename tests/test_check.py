@@ -139,7 +139,7 @@ def test_batches_of_a_sampling_that_depends_on_the_call_are_found():
     "what",
     [
         *(pytest.param(what, marks=pytest.mark.rare) for what in ("quickstart", "reverse", "help_topics")),
-        pytest.param("outside:SinkWithStatistic", marks=pytest.mark.slow),
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("outside:SinkWithStatistic", "ideas:Differential")),
     ],
 )
 def test_what_is_sound_raises_no_alarm(what):

@@ -227,6 +227,19 @@ def test_seeds_of_their_own_part_of_a_table_begun_with_runs_of_their_own_are_a_g
     assert found.differences.keys() == {"model.position"}
 
 
+def test_seeds_begun_with_one_run_are_a_group_whatever_its_seed(tmp_path):
+    for name, changes in (("a", {}), ("b", ROTARY)):
+        for seed in range(3):
+            own = {"init_from": "runs/lender/seed-0"} | changes
+            own |= {"data.tokenizer": TokenizerFile("runs/lender/seed-0/tokenizer.json")}
+            put(tmp_path / name / f"seed-{seed}", seed, [1.0, 1.0, 1 + seed / 9 + len(changes) + seed**2 / 99], own)
+    found = jaxformer.compare(tmp_path)
+    assert [row["seeds"] for row in found.rows] == [[0, 1, 2]] * 2 and found.differences.keys() == {"model.position"}
+    put(tmp_path / "c" / "seed-1", 1, [1.0, 1.0, 1.0], ROTARY | {"init_from": "runs/lender/seed-1"})
+    put(tmp_path / "c" / "seed-2", 2, [1.0, 1.0, 1.0], ROTARY | {"init_from": "runs/lender/seed-0"})
+    assert [row["seeds"] for row in jaxformer.compare(tmp_path / "c").rows] == [[1], [2]]
+
+
 def test_what_differs_is_told_by_path_as_deep_as_the_classes_are_the_same(tmp_path):
     for i, changes in enumerate(
         (

@@ -110,11 +110,14 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     corpus = TextFiles(str(tmp_path / "folder"))
     (tmp_path / "folder" / "first").symlink_to(tmp_path / "folder" / "real")
     put(tmp_path, "folder/real/d.txt", "D")  # keeps its name
+    (tmp_path / "folder" / "a_again.txt").symlink_to(tmp_path / "folder" / "a.txt")
+    (tmp_path / "folder" / "0_first.txt").symlink_to(tmp_path / "folder" / "a.txt")
     put(tmp_path, "node_modules/e.txt", "E")
     (tmp_path / "folder" / "x").symlink_to(tmp_path / "node_modules")
     assert texts(corpus) == ["A", "B", "C", "D"]
     assert corpus.summary().endswith("leaves out: folders called x")
-    assert [str(path.relative_to(tmp_path)) for path in corpus.files()][-1] == "folder/real/d.txt"
+    names = [str(path.relative_to(tmp_path)) for path in corpus.files()]
+    assert names[0] == "folder/a.txt" and names[-1] == "folder/real/d.txt"
 
 
 def test_names_need_not_be_utf8(tmp_path):

@@ -186,6 +186,16 @@ def test_a_wrong_template_is_told_and_bounded(wrong, monkeypatch):
     assert Template.of(Bytes()).prompt(TALK[:1])  # another is rendered all the same
 
 
+def test_no_file_of_the_users_passes_for_a_module_of_the_process(tmp_path, monkeypatch):
+    """Opening a run executes nothing that it holds, whatever the working directory."""
+    templates._RENDERER.close()
+    for name in ("json", "typing", "token", "tokenize", "jinja2"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert Template.of(Bytes()).prompt(TALK[:1])
+    assert not (tmp_path / "executed").exists()
+
+
 def test_marks_of_answers_in_a_template_change_nothing():
     source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}"
     assert "".join(p.text for p in Template.of(Bytes(), source).prompt(TALK[:2])) == "Who?!I.!"

@@ -18,10 +18,11 @@ import pytest
 from tiny import without_corpus
 
 import jaxformer
-from jaxformer import Config
+from jaxformer import Config, Data, Train
 from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.config import resolve
+from jaxformer.data.corpora import TextLines
 from jaxformer.lab.experiments import (
     Result,
     Row,
@@ -332,6 +333,20 @@ def test_a_row_that_began_with_what_has_changed_since_is_refused(home, tmp_path,
     assert reproduce(tmp_path)[1]["measured"] < second["measured"]
 
 
+def test_seeds_that_a_lender_had_once_lend_nothing(home, tmp_path):
+    """Borrowers begin with the seeds that their lender's row has now."""
+    data = Data(TextLines(str(home / "lines.txt")), batch_size=3)
+    train = Train(steps=3, eval_every=3, save_every=3, sample_tokens=0)
+    config = Config("unused", data=data, model=Bigram(context_length=7), train=train)
+    row, lender = Row("Borrower", config, seeds=2, begins_with="Lender"), tmp_path / "lender"
+    for seed in range(2):
+        jaxformer.train(config, {"train.seed": seed}, lender / f"seed-{seed}")
+    for lent, expected in ((1, 0), (2, 1)):
+        runs = run_row(row, tmp_path, lent).runs
+        assert runs[1].config.init_from == str(lender / f"seed-{expected}")
+        shutil.rmtree(tmp_path / "borrower")
+
+
 # --- mistakes
 
 
@@ -352,6 +367,7 @@ def test_a_row_that_began_with_what_has_changed_since_is_refused(home, tmp_path,
         ("also.py", "data.splt_seed: Data has no such field; did you mean split_seed?"),
         ("bare.py", "bare.py: the experiment has no rows; give it one"),
         ("tiny.py --results=notes.md", "results='notes.md' holds something that is no results; give another file"),
+        ("tiny.py --results=loss.png", "results='loss.png' holds something that is no results; give another file"),
         ("tiny.py", 'pictures need Matplotlib; pip install "jaxformer[pictures]"'),
         ("all", "experiments/one.py: must define `experiment`"),
     ],
@@ -375,6 +391,7 @@ def test_a_mistake_gets_one_sentence_and_trains_nothing(tmp_path, home, monkeypa
         "notes.md": "What I think of it.\n",
     }.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "loss.png").write_bytes(b"\x89PNG\xff")
     if "Matplotlib" in message:
         monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if not installed
     monkeypatch.chdir(tmp_path)

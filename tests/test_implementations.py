@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import outside
 import pytest
-from ideas import GatedLinear
+from ideas import Borrow, GatedLinear
 from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 from tiny import decoder, ids, loud
 
@@ -83,6 +83,14 @@ def test_blocked_equals_plain_with_gradients(fields, size):
     np.testing.assert_allclose(blocked, plain, rtol=1e-5)
     scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(wanted))
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_blocked_looks_at_what_a_layer_below_hands_on():
+    """Of which it knows no axis to cut, so that every block looks at all of it."""
+    model = decoder(n_layers=2, n_heads=2, n_kv_heads=None, kernel=(Softmax(), Borrow()))
+    params = loud(model)
+    plain, blocked = (values(m, params)[0] for m in (model, as_blocked(model, 7)))
+    np.testing.assert_allclose(blocked, plain, rtol=1e-5)
 
 
 @pytest.mark.slow

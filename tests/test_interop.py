@@ -471,6 +471,36 @@ def test_all_ends_that_a_folder_names_are_written_back(tmp_path):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_texts_end_by_any_end_that_a_folder_names(tmp_path, several):
+    """As `transformers` ends them, though the tokenizer says nothing of it."""
+    folder = changed(tmp_path / "folder", "llama")
+    free = imported(folder, tmp_path / "free").generate(tokens=12, temperature=1, seed=3)[0]
+    assert free.finish_reason == "length"
+    end, other = free.ids[5], min({*range(29)} - {*free.ids})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, other] if several else end}))
+    run = imported(folder, tmp_path / "run")
+    found = run.generate(tokens=12, temperature=1, seed=3)[0]
+    assert found.finish_reason == "end" and found.ids == free.ids[: free.ids.index(end) + 1]
+    assert "".join(run.stream(tokens=12, temperature=1, seed=3)) == found.text
+    (tmp_path / "run" / "imported.json").write_text("{")
+    with pytest.raises(InputError, match=r"imported.json cannot be read; import the model again"):
+        open_run(tmp_path / "run").generate(tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("position", "scaling"),
+    [
+        (Rotary(base=100.0), None),
+        (Rotary(base=100.0, scaling=2.0), {"rope_theta": 100.0, "rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_readers_of_before_rope_parameters_find_the_rotary_numbers(position, scaling):
+    """`transformers` 4 takes `rope_theta` and `rope_scaling`, and without a word 10,000 where they are missing."""
+    found = Llama().options(decoder(position=position, norm=RMSNorm()))
+    assert found["rope_theta"] == 100.0 and found.get("rope_scaling") == scaling
+
+
 def test_tokenizers_of_before_tokenizer_json(tmp_path, caplog):
     """GPT-2's in two files, BERT's in one: the ids of the tokenizer that they are of, for any text."""
     texts = ["The quick brown Fox, jumps! über 北京 the lazy dog’s tail.", " two  spaces\n", "the quick the lazy ²"]

@@ -229,6 +229,16 @@ def test_seconds_go_on_where_training_does(home, tmp_path):
         assert len(seconds) == 9 and seconds == sorted(seconds) and 1e6 < seconds[0] < seconds[-1]
 
 
+@pytest.mark.parametrize("now", [SEEDS[:-1], SEEDS])
+def test_seeds_that_go_on_with_fewer_are_told(home, tmp_path, caplog, now):
+    """A program of another width has other bits."""
+    jaxformer.train_seeds(text(home), SEEDS, {"train.steps": 13}, tmp_path)
+    caplog.clear()
+    jaxformer.train_seeds(text(home), now, directory=tmp_path)
+    told = f"other than at the run's last start: seeds {[*SEEDS]} then, {[*now]} now"
+    assert (told in caplog.text) == (now != SEEDS)
+
+
 def test_no_row_counts_compilation_as_training(home, tmp_path, monkeypatch):
     """Of rows of another width, too, that come when others have trained."""
     call, pause, counts, paused = Members.call, Reports.pause, {}, []

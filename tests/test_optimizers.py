@@ -287,6 +287,14 @@ def test_rates_by_depth():
     change, _ = still.update(grads, still.init(grads), grads)
     assert not np.any(change["embedding"]["table"]) and not np.any(change["decoder"]["layers"]["up"][0])
     assert not np.any(change["encoder"]["layers"]["up"]) and np.all(change["decoder"]["layers"]["up"][1])
+    averaged = ScheduleFree(Constant(2.0), dataclasses.replace(optimizer, still=2)).transform(boxes, STEP, STEPS)
+    params = jax.tree.map(lambda a: jnp.linspace(0.7, 0.9, a.size).reshape(a.shape), grads)
+    moved, state = params, averaged.init(params)
+    for _ in range(5):
+        change, state = averaged.update(grads, state, moved)
+        moved = jax.tree.map(jnp.add, moved, change)
+    of = lambda tree: (tree["embedding"]["table"], tree["decoder"]["layers"]["up"][0], tree["encoder"])
+    chex.assert_trees_all_equal(of(moved), of(params))  # to the bit
     assert float(optimizer.rate(STEP, STEPS)) == 1.0
     assert not by_path(dataclasses.replace(optimizer, still=2).frozen(boxes))["embedding/table"].trained
     assert by_path(dataclasses.replace(optimizer, still=2).frozen(boxes))["decoder/layers/up"].trained
@@ -379,6 +387,7 @@ def test_refusals():
         (Adafactor(least=0.0), "least=0.0"),
         (ByDepth(decay=0.0), "decay=0.0 must be more than 0"),
         (ScheduleFree(b1=0.0), "b1=0.0 must be more than 0"),
+        (ScheduleFree(optimizer=ScheduleFree()), "optimizer=ScheduleFree averages by itself"),
         (Constant(warmup_steps=-1), "warmup_steps=-1"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ideas import Borrow
 from tiny import SIZES, B, T, block, crossed, decoder, generate, hidden, ids, loud, mixed
 
 from jaxformer import config as config_lib
@@ -57,7 +58,7 @@ from jaxformer.model.residuals import (
     SandwichNorm,
     UNet,
 )
-from jaxformer.spec import checked
+from jaxformer.spec import InputError, checked
 
 rng = np.random.default_rng(0)
 
@@ -299,6 +300,18 @@ def test_uniform_attention_has_values_alone():
 def own_layer(params, stack="decoder", block=0, layer=0):
     """The arrays of one layer."""
     return jax.tree.map(lambda a: a[layer], params[stack]["layers"][f"block{block}"])
+
+
+def test_norms_are_of_the_queries_and_keys_that_there_are():
+    model = decoder(n_layers=2, n_heads=2, n_kv_heads=None, kernel=(Softmax(), Borrow()), qk_norm=RMSNorm())
+    layers = model.declared()["decoder"]["layers"]
+    assert [sorted(n for n in layers[f"block{i}"]["attention"] if "norm" in n) for i in range(2)] == [
+        ["norm_k", "norm_q"],
+        ["norm_q"],
+    ]
+    assert np.isfinite(hidden(model, loud(model), jnp.arange(7)[None], one_document(7))[0]).all()
+    with pytest.raises(InputError, match=r"model.qk_norm=RMSNorm has nothing to norm: Uniform has neither queries nor"):
+        checked(decoder(kernel=Uniform(), qk_norm=RMSNorm()), "model.")
 
 
 @pytest.mark.parametrize("head_width", [None, 22])

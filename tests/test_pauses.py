@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -403,6 +405,25 @@ def test_a_directory_that_is_deleted_or_moved_in_the_midst_ends_the_run(home, tm
     with pytest.raises(OSError, match=r"metrics.jsonl was deleted or moved while the run wrote to it"):
         jaxformer.train(text(home, log_every=2, save_every=9), directory=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_is_gone_when_it_is_saved_to_ends_the_run(home, tmp_path, monkeypatch):
+    """With no row before: no mistake of the config's."""
+    save = CheckpointWriter.save
+    gone = lambda self, *args: (shutil.rmtree(tmp_path / "run"), save(self, *args))[1]
+    monkeypatch.setattr(CheckpointWriter, "save", gone)
+    with pytest.raises(OSError, match=r"run was deleted or moved while the run trained") as error:
+        jaxformer.train(text(home, save_every=4), directory=tmp_path / "run")
+    assert not isinstance(error.value, FileNotFoundError)
+
+
+def test_a_trace_counts_as_no_training(home, tmp_path, monkeypatch):
+    """To begin and to end one takes time."""
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, lambda *_: time.sleep(3))
+    run = jaxformer.train(text(home, log_every=1), directory=tmp_path / "run", profile=(2, 4))
+    lines = Path(run.config.directory, "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(lines[-1])["seconds"] < 3
 
 
 def jax_sgd(rate):

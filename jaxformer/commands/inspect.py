@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxformer.commands.arguments import print_row
+from jaxformer.commands.arguments import find_modules_here, print_row
 
 
 def inspect(run: str, json: bool = False) -> None:
@@ -16,6 +16,7 @@ def inspect(run: str, json: bool = False) -> None:
     from jaxformer.run.inspection import inspect_config, render
     from jaxformer.run.opened import open_run
 
+    find_modules_here()
     is_config = not Path(run).is_dir() and (Path(run).suffix == ".py" or config_file(run))
     found = inspect_config(run) if is_config else open_run(run).inspect()
     if json:

@@ -10,9 +10,11 @@ def reproduce(name: str, json: bool = False, directory: str = "runs", results: s
         directory: Where the runs are kept, in NAME/ROW/seed-SEED.
         results: The report, a section of a Markdown file: by default RESULTS.md; of your own file beside its runs.
     """
+    from jaxformer.commands.arguments import find_modules_here
     from jaxformer.data.files import located
     from jaxformer.lab import experiments
 
+    find_modules_here()
     found, known = [], experiments.names() if name == "all" else []
     # A fault in the last is told before the first has trained for hours.
     known = [each for each in known if not experiments.load(each).long]

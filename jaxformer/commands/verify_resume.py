@@ -25,9 +25,10 @@ def verify_resume(
         json: Prints one JSON object.
         overrides: Sets a field of the config, as in train.
     """
-    from jaxformer.commands.arguments import IMPORTED
+    from jaxformer.commands.arguments import IMPORTED, find_modules_here
     from jaxformer.lab.verify_resume import verify_resume
 
+    find_modules_here()
     found = verify_resume(config, overrides, kills, signals, seed, seeds, directory, IMPORTED)
     print(found.json() if json else found)
     if not found.identical:

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -28,6 +27,7 @@ from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import Fold, Table
 from jaxformer.data.tokenizers import Ids, Tokenizer, Unknown, read_tokenizer
 from jaxformer.spec import InputError, dumps
+from jaxformer.user_code import modules, source
 
 log = logging.getLogger(__name__)
 
@@ -259,10 +259,7 @@ def _name(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> str:
     if corpus.marked and not isinstance(corpus, TextFiles):
         code.append(dumps(corpus))  # what an answer is, the fingerprint of the text does not tell
     parts = corpus, *(part for part, _ in corpus.parts()), tokenizer
-    own = lambda module: module.partition(".")[0] not in {"jaxformer", *sys.stdlib_module_names}
-    for name in dict.fromkeys(cls.__module__ for part in parts for cls in type(part).__mro__ if own(cls.__module__)):
-        with contextlib.suppress(OSError, TypeError, KeyError):
-            code.append(inspect.getsource(sys.modules[name]))
+    code += filter(None, map(source, map(sys.modules.get, modules(*parts))))
     return hashlib.sha256(json.dumps([fingerprint, dumps(tokenizer), code]).encode()).hexdigest()[:32]
 
 

@@ -147,7 +147,9 @@ def visible_files(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], l
             folders += [path.name for path in inside if not path.is_symlink() and not left(path)]
             for path in filter(Path.is_file, map(Path(folder).joinpath, names)):
                 (hidden if path.name.startswith(".") else visible).append(path)
-    return sorted(visible), sorted(hidden), sorted(skipped)
+    links_first = sorted(visible, key=lambda path: (path.is_symlink(), path), reverse=True)
+    files = {path.resolve(): path for path in links_first}  # a file keeps its own name, not that of a link to it
+    return sorted(files.values()), sorted(hidden), sorted(skipped)
 
 
 def is_binary(path: Path) -> bool:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxformer.data.corpora import Piece
@@ -19,6 +20,9 @@ from jaxformer.spec import InputError, counted
 Message = Mapping[str, str]  # "role": system, user, assistant or what else a template knows; "content"
 SECONDS = 10.0  # that a template may take for one text
 ANSWERS = "assistant"  # the role whose messages are learned
+RENDERING = Path(__file__).with_name(
+    "rendering.py"
+)  # run by its path, and -P: no file of the user's passes for a module
 # For tokenizers without a template of their own: "User: …", "Assistant: …", each line ended by the end token, if any.
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}"
@@ -175,7 +179,7 @@ class _Renderer:
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
-            command, pipe = [sys.executable, "-m", "jaxformer.data.rendering"], subprocess.PIPE
+            command, pipe = [sys.executable, "-P", RENDERING], subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         process = self._process
         assert process.stdin is not None and process.stdout is not None

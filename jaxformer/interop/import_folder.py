@@ -122,13 +122,6 @@ def import_run(folder: str | Path, directory: str | Path, window: int | None = N
     return about | {"params_sha256": sha256(state.params)}
 
 
-def origin_of(config: Config) -> dict[str, Any]:
-    """What a run was made of: its "folder", "model_type", the "dtype" of its tensors and "eos_token_id", where
-    that was several; {} if it was not imported."""
-    path = Path(config.directory) / "imported.json"
-    return _object(path) if path.is_file() else {}
-
-
 def _config(found: Found, directory: Path, window: int | None) -> Config:
     model = dataclasses.replace(found.model, vocab_size=None)  # the tokenizer's
     objective = found.architecture.objective(found.model)
@@ -279,8 +272,10 @@ def _tokenizer(folder: Path, options: Options, architecture: Architecture, model
 def _ends(folder: Path, options: Options, model: Decoder) -> list[int]:
     file, size = folder / "generation_config.json", model.dims["V"]
     about = _object(file) if file.is_file() else {}
-    found = about.get("eos_token_id") or options.get("eos_token_id")
-    return found if isinstance(found, list) and all(type(i) is int and 0 <= i < size for i in found) else []
+    own, found = options.get("eos_token_id"), about.get("eos_token_id")
+    found = own if found is None else found
+    found = found if isinstance(found, list) else [found]
+    return [i for i in found if type(i) is int and 0 <= i < size]
 
 
 def _older(folder: Path, architecture: Architecture, about: Mapping[str, Any]) -> str | None:

@@ -105,9 +105,12 @@ class Llama(Architecture):
             "hidden_act": activation_name(activation) if activation else "silu",
             "rms_norm_eps": getattr(model.norm, "eps", 1e-6),
             "tie_word_embeddings": getattr(model.head, "tied", False),
-            "rope_parameters": _rope(model.position),
+            "rope_parameters": (rope := _rope(model.position)),
+            "rope_theta": rope["rope_theta"],  # here and in rope_scaling `transformers` before 5 looks for them
             "attention_dropout": 0.0,
         }
+        if rope["rope_type"] != "default":
+            found["rope_scaling"] = rope
         if kind == "llama":
             found |= {"attention_bias": bias, "mlp_bias": getattr(gated, "bias", False)}
         elif kind == "qwen3":

@@ -1,6 +1,7 @@
 """Published numbers, and what runs of ours measure beside them. An experiment is a list of rows, each a config."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -227,7 +228,7 @@ def load(name: str) -> Experiment:
                 f"at least as many, {row.seeds}"
             )
         before[row.name] = row.seeds
-        config = _resolved(row, Path(), row.seeds - 1)
+        config = _resolved(row, Path(), row.seeds - 1, lent)
         if not row.also and not row.begins_with:
             check_together(config, row.seeds)
     return found
@@ -238,16 +239,15 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path("experiments").glob("*.py"))
 
 
-def _resolved(row: Row, directory: Path, seed: int | None = None) -> Config:
-    """The config of a row or, given a seed, of one of its runs; `directory` is that of the experiment."""
+def _resolved(row: Row, directory: Path, seed: int | None = None, lent: int = 1) -> Config:
+    """The config of a row or, given a seed, of one of its runs; `directory` is that of the experiment, `lent` how many
+    seeds the row has that it begins with."""
     own: dict[str, Any] = {} if seed is None else dict.fromkeys(("train.seed", *row.also), seed)
-    lent: dict[str, Any] = {}
+    begun: dict[str, Any] = {}
     if row.begins_with:
-        lender = directory / _slug(row.begins_with)
-        alone = len(list(lender.glob("seed-*"))) == 1
-        run = lender / f"seed-{0 if alone else seed or 0}"
-        lent = {"init_from": str(run), "data.tokenizer": TokenizerFile(str(run / "tokenizer.json"))}
-    return config_lib.resolve(row.config, {**lent, **row.overrides, **own})
+        run = directory / _slug(row.begins_with) / f"seed-{0 if lent == 1 else seed or 0}"
+        begun = {"init_from": str(run), "data.tokenizer": TokenizerFile(str(run / "tokenizer.json"))}
+    return config_lib.resolve(row.config, {**begun, **row.overrides, **own})
 
 
 def _check_kept(config: Config, home: Path, lent: bool) -> None:
@@ -278,17 +278,19 @@ def _depends_on_steps(config: Config, before: int, after: int) -> bool:
     return any(at(rate, before) != at(rate, after) for rate in rates)
 
 
-def run_row(row: Row, directory: Path) -> Result:
-    """Trains the runs of a row, or resumes them, and reads what they have left."""
-    config, home = _resolved(row, directory), directory / row.slug
+def run_row(row: Row, directory: Path, lent: int = 1) -> Result:
+    """Trains the runs of a row, or resumes them, and reads what they have left. `lent` is how many seeds the row has
+    that it begins with."""
+    of_seed = functools.partial(_resolved, row, directory, lent=lent)
+    config, home = of_seed(), directory / row.slug
     places = {seed: home / f"seed-{seed}" for seed in range(row.seeds)}
     for seed, place in places.items():
-        _check_kept(_resolved(row, directory, seed), place, row.begins_with is not None)
+        _check_kept(of_seed(seed), place, row.begins_with is not None)
     finished = all((place / "checkpoints" / str(config.train.steps)).exists() for place in places.values())
     if row.platform not in (None, jax.default_backend()) and not finished:
         runs = []
     elif row.also or row.begins_with:
-        runs = [train(_resolved(row, directory, seed), directory=place) for seed, place in places.items()]
+        runs = [train(of_seed(seed), directory=place) for seed, place in places.items()]
     else:
         runs = train_seeds(config, range(row.seeds), directory=home)
     return Result(dataclasses.replace(row, config=config), runs, [read_metrics(run) for run in runs])
@@ -313,7 +315,8 @@ def reproduce(name: str, directory: Path, results: Path | None = None) -> list[R
     command = f"python scripts/reproduce.py {name}" if ours else f"jaxformer reproduce {name}"
     results = results or (Path() if ours else directory / stem) / "RESULTS.md"
     _read(results)
-    found = [run_row(row, directory / stem) for row in experiment.rows]
+    seeds = {row.name: row.seeds for row in experiment.rows}
+    found = [run_row(row, directory / stem, seeds.get(row.begins_with or "", 1)) for row in experiment.rows]
     report = Report(stem, found, results.parent / results.stem.lower())
     experiment.tell(report)
     seconds = sum(result.seconds for result in found)
@@ -364,7 +367,7 @@ otherwise.
 
 def _read(path: Path) -> dict[str, str]:
     """The sections of a results file by their names. Raises InputError for a file that is none."""
-    text = path.read_text(encoding="utf-8") if path.exists() else TITLE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else TITLE
     if not text.startswith(TITLE.splitlines()[0]):
         raise InputError(f"results={str(path)!r} holds something that is no results; give another file")
     return dict(re.findall(r"<!-- ([^\n]+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ def grouped(records: Sequence[Record], by: str) -> list[Group]:
         alike.setdefault(_key(_of_seed(config, None, SEEDED)), []).append(i)
     for each in alike.values():
         seeds = [records[i].seed for i in each]
-        given = {name: [part(configs[i]["data"]).get(name) for i in each] for name, part in SEEDED.items()}
+        given = {name: [value(configs[i]) for i in each] for name, value in SEEDED.items()}
         if len(set(seeds)) > 1 and (names := [name for name in SEEDED if given[name] == seeds]):
             for i in each:
                 configs[i] = _of_seed(configs[i], "train.seed", names)
@@ -232,8 +232,22 @@ def grouped(records: Sequence[Record], by: str) -> list[Group]:
     return [_group([records[i] for i in each], configs[each[0]], by) for each in found.values()]
 
 
-# Fields that may follow the seed, as `Row.also` makes them: a split for each, or a part of the table.
-SEEDED = {"split_seed": lambda data: data, "fold": lambda data: data["corpus"] or {}}
+RUN_OF_SEED = re.compile(r"(?<=/seed-)\d+(?=/|$)")
+
+
+def _number(path: str | None) -> int | None:
+    """The seed of the run in a path."""
+    found = RUN_OF_SEED.search(path or "")
+    return int(found[0]) if found else None
+
+
+# What may follow the seed, as `Row.also` and `begins_with` make it: a split for each, a part of the table, another run.
+SEEDED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "split_seed": lambda config: config["data"].get("split_seed"),
+    "fold": lambda config: (config["data"]["corpus"] or {}).get("fold"),
+    "init_from": lambda config: _number(config.get("init_from")),
+    "tokenizer": lambda config: _number((config["data"].get("tokenizer") or {}).get("path")),
+}
 
 
 def _of_seed(config: Mapping[str, Any], value: Any, names: Collection[str]) -> dict[str, Any]:
@@ -243,6 +257,11 @@ def _of_seed(config: Mapping[str, Any], value: Any, names: Collection[str]) -> d
         data = data | {"split_seed": value}
     if "fold" in names and "fold" in (corpus or {}):
         data = data | {"corpus": corpus | {"fold": value}, "corpus_sha256": value, "tokenizer_sha256": value}
+    if "tokenizer" in names and SEEDED["tokenizer"](config) is not None:
+        path = RUN_OF_SEED.sub(str(value), data["tokenizer"]["path"])
+        data = data | {"tokenizer": data["tokenizer"] | {"path": path}}
+    if "init_from" in names and SEEDED["init_from"](config) is not None:
+        config = {**config, "init_from": RUN_OF_SEED.sub(str(value), config["init_from"])}
     return {**config, "data": data}
 
 
@@ -269,9 +288,6 @@ def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
         for i, part in enumerate((config["data"].get(which) or {}).get("corpora") or []):  # of a mixture
             if "path" in part and prints[which] is not None:
                 part["path"] = paths.setdefault((which, i, prints[which]), part["path"])
-    for part, name in ((config, "init_from"), (config["data"].get("tokenizer") or {}, "path")):
-        if part.get(name):  # begun with the run of the same seed
-            part[name] = re.sub(rf"(?<=/seed-){record.seed}(?=/|$)", "SEED", part[name])
     config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}
     return config
 

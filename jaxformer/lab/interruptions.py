@@ -147,7 +147,7 @@ class Trial:
     @contextlib.contextmanager
     def process(self) -> Iterator[tuple["subprocess.Popen[Any]", "Seen"]]:
         """A process that trains, in a session of its own, so that it gets no signals but ours."""
-        command = [sys.executable, "-m", "jaxformer", *self.command, f"--directory={self.directory}"]
+        command = [sys.executable, "-P", "-m", "jaxformer", *self.command, f"--directory={self.directory}"]
         with open(self.said, "ab") as file:
             seen = Seen(self.config, self.directories)
             how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}

@@ -44,6 +44,12 @@ class Adapter(Spec):
                 functools.reduce(lambda tree, parent: tree.setdefault(parent, {}), parents, beside)[name] = arrays
         return self._apart(of_model, of_model, True) | ({BESIDE: beside} if beside else {})
 
+    def reached(self, of_model: Any, params: Any) -> dict[str, Any]:
+        """Of a model's parameters those that a step takes gradients by: they are trained, or made of what is."""
+        boxes = by_path(of_model)
+        reaches = lambda path, box: box.trained and (self._itself(path, box) or bool(self.beside(path, box)))
+        return selected(params, of_model, lambda path: reaches(path, boxes[path]))
+
     def base(self, of_model: Any, params: Any) -> dict[str, Any]:
         """Of a model's parameters those that stay as they are."""
         return self._apart(of_model, params, False)

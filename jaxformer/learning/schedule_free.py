@@ -32,6 +32,10 @@ class ScheduleFree(Optimizer):
         check_averages(self, at, "b1")
         if self.b1 == 0:
             raise ValueError(f"{at}b1={self.b1} must be more than 0; 0.9 is usual")
+        if self.optimizer.averages:
+            raise ValueError(
+                f"{at}optimizer={type(self.optimizer).__name__} averages by itself; take one that does not"
+            )
         if self.weight_power < 0:
             raise ValueError(f"{at}weight_power={self.weight_power} must be at least 0; 2 is usual")
 
@@ -62,9 +66,8 @@ class ScheduleFree(Optimizer):
             share = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
 
             def change(y: jax.Array, before: jax.Array, z: jax.Array) -> jax.Array:
-                x = self._average(y, before)
-                x = x + share * (z - x)
-                return self.b1 * x + (1 - self.b1) * z - y
+                moved = z - before  # exactly 0 where nothing moves, and so is what is returned
+                return self.b1 * share * (moved - (y - before) / self.b1) + (1 - self.b1) * moved
 
             return jax.tree.map(change, params, state.z, z), Averaged(z, total, fastest, own)
 

@@ -58,6 +58,8 @@ class Bigram(TokenEmbedding):
     head: Head | tuple[Head, ...] = Rows()
     initializer: Initializer = GPT2Normal()
 
+    gives_logits = True
+
     def check(self, at: str = "") -> None:
         super().check(at)
         if self.d_model is not None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.declarations import Arrays
+from jaxformer.model.cache import PLACE
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Bidirectional, Causal, Look, Mask, Range, Window
 from jaxformer.spec import Spec
@@ -174,7 +175,9 @@ class Blocked(Implementation):
         if self.size >= T:
             return whole
         S = look.view.key.position.shape[1]
-        alike = look.seen.get("position") is look.new.get("position")  # the keys are the queries' own tokens
+        own = look.seen.get("position")
+        alike = own is not None and own is look.new.get("position")  # the keys are the queries' own tokens
+        alike = alike and {*look.seen} <= {*PLACE, *look.slots}  # of others nobody says which axis is cut
         back, ahead = look.view.rule.reach() if alike else (None, None)
         step = -(-(T // self.size) // GROUPS) * self.size
         edges = [*range(0, T - T % self.size, step), T - T % self.size, T]

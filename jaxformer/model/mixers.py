@@ -89,6 +89,9 @@ class MultiHead(Mixer):
 
     def check_parts(self, parts: Parts, at: str) -> None:
         parts.position.check_width(parts.dims["K"], at)
+        if not isinstance(parts.qk_norm, NoNorm) and not {"q", "k"} & {*parts.kernel.projections}:
+            kinds = type(parts.qk_norm).__name__, type(parts.kernel).__name__
+            raise ValueError("{}qk_norm={} has nothing to norm: {} has neither queries nor keys".format(at, *kinds))
 
     def summary(self, parts: Parts) -> str:
         return type(parts.kernel).__name__
@@ -103,8 +106,7 @@ class MultiHead(Mixer):
                 project[f"{name}_bias"] = Param(out, fan_in=into)
         return {
             "project": project,
-            "norm_q": parts.qk_norm.params("K"),
-            "norm_k": parts.qk_norm.params("K"),
+            **{f"norm_{name}": parts.qk_norm.params("K") for name in "qk" if name in parts.kernel.projections},
             "kernel_params": parts.kernel.params(),
             "position_params": parts.position.params() if parts.position.per_layer else {},
         }
@@ -128,14 +130,14 @@ class MultiHead(Mixer):
     def remember(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Arrays:
         """What the tokens x leave behind for queries to look at."""
         at, cache, position = context.at, context.cache, _of_position(params, parts, context)
-        k = parts.position.rotate(position, parts.qk_norm(params["norm_k"], _heads(params, parts, x, "k")), at)
+        k = parts.position.rotate(position, _normed(params, parts, x, "k"), at)
         more = parts.position.remember(position, k, at, cache)
         v = self.values(params, parts, x, context)
         return {**place(parts, at), **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
 
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         position, at, cache, handed = _of_position(params, parts, context), context.at, context.cache, {}
-        q = parts.position.rotate(position, parts.qk_norm(params["norm_q"], _heads(params, parts, x, "q")), at)
+        q = parts.position.rotate(position, _normed(params, parts, x, "q"), at)
         rows = at.rows if cache is None and context.memory is None else ANY
         if context.memory is None:
             new, slots = self.remember(params, parts, x, context), self.slots(parts)
@@ -196,6 +198,12 @@ def place(parts: Parts, at: Places) -> dict[str, jax.Array]:
 
 def _of_position(params: Mapping[str, Any], parts: Parts, context: Context) -> Arrays:
     return params["position_params"] if parts.position.per_layer else context.position
+
+
+def _normed(params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:
+    """Queries or keys, normed; zeros where the kernel does not look at them."""
+    heads = _heads(params, parts, x, name)
+    return parts.qk_norm(params[f"norm_{name}"], heads) if name in params["project"] else heads
 
 
 def _heads(params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:

@@ -68,9 +68,13 @@ class Model(Spec):
     sees_ahead = False  # a token's hidden state may depend on some that follow
     sees_answers = False  # and on more of those than a prefix
     tells_parts = False  # the first of two texts in a row from the second
+    gives_logits = False  # its hidden states are logits
 
     def check(self, at: str = "") -> None:
         self.check_sizes(at, "d_model", "context_length", "vocab_size")
+        if wrong := [head for head in self.heads if head.reads_logits and not self.gives_logits]:
+            kinds = f"{type(wrong[0]).__name__} reads logits, and {type(self).__name__} gives hidden states"
+            raise ValueError(f"{at}head={kinds}; take LanguageHead")
         names = [head.name for head in self.heads]
         if len(set(names)) != len(names) or not names:
             raise ValueError(

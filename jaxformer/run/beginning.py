@@ -116,7 +116,7 @@ def record(runs: Sequence[Run], prepared: Prepared, saved: Sequence[CheckpointWr
     """Tells what the runs are from here on, and stores it."""
     config, step = runs[0].config, int(runs[0].state.step)
     seeds, devices = [run.config.train.seed for run in runs], devices_of([run.state for run in runs])
-    tell_changes(config, step, devices)
+    tell_changes(config, step, devices, seeds)
     for run, checkpoints in zip(runs, saved, strict=True):
         stored = Path(run.config.directory) / "config.json"
         config_lib.save(run.config, stored, config_lib.format_of(stored))

@@ -83,14 +83,16 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
     cast = jax.eval_shape(recipe.cast, whole)
     halves = {path: a.dtype.itemsize < 4 for path, a in by_path(cast).items()}
     split = lambda tree: _bytes(tree, declared, sizes)
+    made = {} if recipe.adapter is None else recipe.adapter.reached(recipe.model.declared(), cast)
+    is_made = by_path(made).keys()  # by a step, of the base and what is trained beside it; each has a gradient
     batches = abstract_batches(config, recipe, min(knobs.steps_per_call, knobs.steps))
     kinds = {
         "params_bytes": split(state.params) + split(state.base),
         "optimizer_bytes": split(state.opt_state),
         "ema_bytes": split(state.ema),
         "batches_bytes": sum(_size(a) for a in batches.values()) // math.prod(sizes[axis] for axis in ROWS),
-        "gradients_bytes": split(moved) * min(knobs.accumulation, 2),
-        "cast_bytes": split(selected(cast, recipe.model.declared(), lambda path: halves[path])),
+        "gradients_bytes": split(moved) * min(knobs.accumulation, 2) + split(made),
+        "cast_bytes": split(selected(cast, recipe.model.declared(), lambda path: halves[path] or path in is_made)),
         "gathered_bytes": _gathered(recipe, sizes),
     }
     kinds["activations_bytes"], kinds["logits_bytes"] = works.of(works.rows, getattr(recipe.model, "remat", None))
@@ -169,24 +171,21 @@ class _Works:
 def saved(config: Config, recipe: Recipe, rows: int) -> list[Any]:
     """What the forward pass of a slice of so many rows keeps for its backward pass, besides parameters and batch: the
     abstract arrays that `jax.ad_checkpoint.print_saved_residuals` would list."""
-    declared, adapter = recipe.declared(), recipe.adapter
-    # With an adapter the model's are cast, not these.
-    dtype = lambda box: recipe.dtype_of(box) if box.trained and adapter is None else "float32"
-    abstract = lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype(box))
-    params, of_model = map_declared(abstract, declared), recipe.model.declared()
-    base = () if adapter is None else map_declared(abstract, adapter.base(of_model, of_model))
+    declared, adapter = recipe.model.declared(), recipe.adapter
+    dtype = lambda box: recipe.dtype_of(box) if box.trained else "float32"
+    params = map_declared(lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype(box)), declared)
 
-    def kept(moved: Any, params: Any, base: Any, example: Any) -> Any:
+    def kept(moved: Any, params: Any, example: Any) -> Any:
         def loss(moved: Any) -> jax.Array:
-            whole = updated(params, moved)
-            if adapter is not None:
-                whole = recipe.cast(recipe.whole(whole, base))
-            return recipe.objective.loss(recipe.model, whole, example, jax.random.key(0)).minimised
+            return recipe.objective.loss(recipe.model, updated(params, moved), example, jax.random.key(0)).minimised
 
         return jax.tree.leaves(jax.vjp(loss, moved)[1])
 
-    moved = trained(params, config.optimizer.frozen(declared))
-    jaxpr = jax.make_jaxpr(kept)(moved, params, base, _example(config, recipe, rows)).jaxpr
+    if adapter is None:
+        moved = trained(params, config.optimizer.frozen(declared))
+    else:
+        moved = adapter.reached(declared, params)
+    jaxpr = jax.make_jaxpr(kept)(moved, params, _example(config, recipe, rows)).jaxpr
     given = set(jaxpr.invars)
     own = {id(v): v for v in jaxpr.outvars if not isinstance(v, Literal) and v not in given}
     return [v.aval for v in own.values()]
@@ -287,7 +286,7 @@ def _sent(config: Config, recipe: Recipe, sizes: Mapping[str, int], rows: int, i
             width = math.prod(shape[behind:] if inside else shape[first:behind])
             times = layers * (again if inside else 1)
             if not letters.into:  # of a table: rows that are looked up, and as a head its inputs' gradients
-                width, times = recipe.model.d_model, 2 * ("D" in letters.out)
+                width, times = recipe.model.dims["D"], 2 * ("D" in letters.out)
             found["tensor"] += 2 * ring("tensor") * times * tokens * width * itemsize * slices
     return {axis: round(count) for axis, count in found.items()}
 

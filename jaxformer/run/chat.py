@@ -62,7 +62,7 @@ class Chat:
         request = request._replace(
             keys=keys, frames=[frame] * TOGETHER, stretch=1, end=next(iter(ends.ids), request.end)
         )
-        writing, told = Writing(tokenizer, ids, (*self._stop, *ends.texts), ends.ids), 0
+        writing, told = Writing(tokenizer, ids, (*self._stop, *ends.texts), (*ends.ids, *self._run.ends)), 0
         for _ in write(self._run.sampler, request, [writing]):
             text = writing.text.lstrip()
             yield text[told:]

@@ -238,7 +238,11 @@ class CheckpointWriter(Checkpoints):
                 self._has_base = True
             state = state.replace(base=())
         path = self.directory / str(step)
-        self.directory.mkdir(exist_ok=True)  # in a run's folder, which may have been deleted
+        try:
+            self.directory.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            message = f"{self.directory.parent} was deleted or moved while the run trained; nothing more can be kept"
+            raise OSError(message) from None
         _remove(path)  # what an interrupted process left
         _reserve(self.directory, sum(a.nbytes for a in jax.tree.leaves(state)))
         self._ranks[step] = math.inf

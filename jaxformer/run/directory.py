@@ -67,15 +67,15 @@ def check_begun(config: Config) -> bool:
     directory = Path(config.directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory={config.directory!r} is a file; give the name of a folder")
-    if has_begun(directory):
-        if other := other_run(config):
-            raise InputError(f"{other}; give another directory")
-        return True
     if wild := sorted(WILD & set(str(directory.absolute()))):
         raise InputError(
             f"directory={str(directory.absolute())!r} has {' '.join(wild)} in it, with which Orbax does not find again "
             "what it has saved; give a path without"
         )
+    if has_begun(directory):
+        if other := other_run(config):
+            raise InputError(f"{other}; give another directory")
+        return True
     names = {path.name for path in directory.iterdir() if path.suffix != ".part"} if directory.exists() else set()
     if {name.partition(UNFINISHED)[0] for name in names} - OURS:
         raise InputError(
@@ -127,6 +127,17 @@ def read_classes(directory: Path) -> dict[str, tuple[str, ...]]:
         return {name: tuple(values) for name, values in found.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{directory / 'data.json'}: no classes can be read ({error}); restore the file") from None
+
+
+def read_imported(directory: Path) -> dict[str, Any]:
+    """What an imported run was made of: its "folder", "model_type", the "dtype" of its tensors, and in "eos_token_id"
+    the ids by which it ends a text; {} if it was not imported. Raises InputError if that cannot be read."""
+    path = directory / "imported.json"
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        return found | {"eos_token_id": [i for i in found.get("eos_token_id", ()) if type(i) is int]} if found else {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path} cannot be read; import the model again") from None
 
 
 def verify_data(directory: Path, found: Mapping[str, Any]) -> None:

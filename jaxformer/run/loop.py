@@ -156,7 +156,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
             pauses = Pauses(runs, members, saved, reports, received)
             buffer = members.buffer(step)
             pauses.before(step, state, buffer)
-            profile.reach(step, state)
+            profile.reach(step, state, reports)
             while step < steps and not received:
                 pauses.compile(state, buffer)
                 count = profile.until_pause(step, min(until_pause(config, step), members.same_shapes(step)))
@@ -165,7 +165,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
                 step += count
                 buffer = members.buffer(step)  # while the device works
                 reports.add(step, count, tokens, flops, rows)
-                profile.reach(step, state)
+                profile.reach(step, state, reports)
                 if step == steps:  # what diverged at the end is not kept as a finished run
                     reports.pause("ending")
                 if not reports.failed:

@@ -25,12 +25,12 @@ def devices_of(state: Any) -> list[Any]:
     return sorted(found, key=lambda device: device.id)
 
 
-def tell_changes(config: Config, step: int, devices: Sequence[Any] = ()) -> None:
+def tell_changes(config: Config, step: int, devices: Sequence[Any], seeds: Sequence[int]) -> None:
     """What is other than when the run was left; to be told before the new config is stored."""
     for path, (old, new) in noticed(config).items():
         more = _rates(config, step, old, new) if path == "train.steps" else ""
         log.warning("%s was %s and is %s from here on%s", path, old, new, more)
-    if where := moved(config, devices):
+    if where := moved(config, devices, seeds):
         log.warning(
             "other than at the run's last start: %s; sums may round otherwise, so bits may differ from here on", where
         )

@@ -32,7 +32,7 @@ from jaxformer.pictures import loss_curve
 from jaxformer.run import inspection
 from jaxformer.run.attention import Attention, attention, cross_attention
 from jaxformer.run.checkpoint import Checkpoints
-from jaxformer.run.directory import read_classes, verify_data
+from jaxformer.run.directory import read_classes, read_imported, verify_data
 from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of, tell_cut
@@ -94,6 +94,11 @@ class Run:
         """Prompt and text of each that `generate` gives with the same arguments; of an encoder–decoder the text."""
         return [self._head(prompt) + found.text for found in self.generate(prompt, tokens, samples, seed, **how)]
 
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text besides the tokenizer's end: those that an imported model names."""
+        return tuple(read_imported(Path(self.config.directory)).get("eos_token_id", ()))
+
     def generate(
         self,
         prompt: str | None = None,
@@ -108,17 +113,18 @@ class Run:
         """Texts that continue the prompt, with their ids and log-probabilities; without a prompt, what follows the
         tokenizer's start token.
 
-        A text ends before `tokens` are drawn if the tokenizer's end token comes, or before the first of the texts
-        `stop`. `how` is that of `usual_processors`, which act after `processors`. Sample i is the same, bit for bit,
-        whatever the number of `samples`. `between` is called every so often; what it raises ends the drawing. Raises
-        InputError for a character of the prompt that the tokenizer does not know, and for numbers out of their range.
+        A text ends before `tokens` are drawn if the tokenizer's end token comes, or one of `ends`, or before the first
+        of the texts `stop`. `how` is that of `usual_processors`, which act after `processors`. Sample i is the same,
+        bit for bit, whatever the number of `samples`. `between` is called every so often; what it raises ends the
+        drawing. Raises InputError for a character of the prompt that the tokenizer does not know, and for numbers out
+        of their range.
         """
         if samples < 1:
             raise InputError(f"samples={samples} must be at least 1")
         request, before, stop = self._asked(prompt, tokens, seed, stop, processors, how)
         found = list[Generated]()
         for first in range(0, samples, TOGETHER):
-            writings = [Writing(self.tokenizer, before, stop) for _ in range(min(TOGETHER, samples - first))]
+            writings = [Writing(self.tokenizer, before, stop, self.ends) for _ in range(min(TOGETHER, samples - first))]
             for _ in write(self.sampler, request._replace(keys=row_keys(seed, first, TOGETHER)), writings):
                 between()
             found += [writing.generated(prompt or "", seed, first + i) for i, writing in enumerate(writings)]
@@ -139,7 +145,7 @@ class Run:
 
         def pieces() -> Iterator[str]:
             yield self._head(prompt)
-            writing, told = Writing(self.tokenizer, before, stop), 0
+            writing, told = Writing(self.tokenizer, before, stop, self.ends), 0
             for _ in write(self.sampler, request._replace(stretch=1), [writing]):
                 between()
                 yield writing.text[told:]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxformer.config import Config
+from jaxformer.run.reports import Reports
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -24,10 +25,12 @@ class Profile:
         """Steps to where the trace begins or ends, at most `most`."""
         return min([most, *(at - step for at in self._span or () if at > step)])
 
-    def reach(self, step: int, state: Any) -> None:
-        """To be called when the state after `step` was dispatched; begins the trace there, or ends it."""
+    def reach(self, step: int, state: Any, reports: Reports) -> None:
+        """To be called when the state after `step` was dispatched; begins the trace there, or ends it, in time that the
+        reports do not count."""
         if not self._span or step < self._span[0] or (self._running and step < self._span[1]):
             return
+        reports.pause("tracing")
         jax.block_until_ready(state)
         if self._running:
             self.close()
@@ -37,6 +40,7 @@ class Profile:
         else:
             jax.profiler.start_trace(self._directory)
             self._running = True
+        reports.resume()
 
     def close(self) -> None:
         if self._running:

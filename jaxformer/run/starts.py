@@ -1,9 +1,6 @@
 """The record of each start of a run, `starts.jsonl`: what its numbers may depend on besides its config."""
 
 import contextlib
-import dataclasses
-import hashlib
-import inspect
 import json
 import os
 import platform
@@ -11,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import jax
 
 from jaxformer.config import Config
 from jaxformer.run.plan import implemented
-from jaxformer.spec import Spec, class_name
+from jaxformer.user_code import digests
 
 PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 
@@ -41,7 +38,7 @@ def record_start(config: Config, step: int, seeds: Sequence[int], devices: Seque
         "attention": implemented(config, config.model)[1],
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
-        "sources": sources(config),
+        "sources": digests(config),
     }
     path = starts_of(config)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")  # as a killed process or a full disk leaves it
@@ -76,54 +73,9 @@ def changed_sources(config: Config) -> list[str]:
     """The parts from outside the package whose code is not that of the run's last start."""
     try:
         before = last_start(starts_of(config))["sources"]
-        return sorted(name for name, digest in sources(config).items() if before.get(name, digest) != digest)
+        return sorted(name for name, digest in digests(config).items() if before.get(name, digest) != digest)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # of a run that recorded none
         return []
-
-
-def sources(config: Config) -> dict[str, str]:
-    """SHA-256 of the source of each class in the config that is not of this package, and of what else its module and
-    the user's modules behind that hold."""
-    classes = {c for spec in _specs(config) for c in type(spec).__mro__ if _of_user(c.__module__)}
-    texts = {class_name(c): _source(c) for c in classes}
-    for name in _reached({c.__module__ for c in classes}):
-        rest = _source(sys.modules[name])
-        for text in list(texts.values()):
-            rest = rest.replace(text, "")
-        texts[name] = rest
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(texts.items())}
-
-
-def _reached(names: set[str]) -> set[str]:
-    """The modules, and those of the user's whose things they name."""
-    things = [thing for name in names for thing in vars(sys.modules[name]).values()]
-    named = {getattr(thing, "__name__" if inspect.ismodule(thing) else "__module__", None) for thing in things}
-    more = {name for name in named if isinstance(name, str) and _of_user(name)} - names
-    return _reached(names | more) if more else names
-
-
-def _of_user(name: str) -> bool:
-    """Whether a module is neither of this package, nor of Python, nor installed."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    ours = name.split(".")[0] in {"jaxformer", *sys.stdlib_module_names}
-    return not ours and file is not None and not {"site-packages", "dist-packages"} & set(Path(file).parts)
-
-
-def _specs(value: Any) -> Iterator[Spec]:
-    if isinstance(value, tuple):
-        for inner in value:
-            yield from _specs(inner)
-    elif isinstance(value, Spec):
-        yield value
-        for field in dataclasses.fields(value):
-            yield from _specs(getattr(value, field.name))
-
-
-def _source(thing: Any) -> str:
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):  # none, as of a class that was typed in
-        return ""
 
 
 def processor() -> str:
@@ -142,9 +94,9 @@ def features() -> list[str]:
     return sorted(name for name in found[1].split() if name.startswith(units)) if found else []
 
 
-def moved(config: Config, devices: Sequence[Any]) -> str | None:
-    """How processor, devices, versions of XLA and the implementation of attention differ from those of the run's last
-    start; None if they do not."""
+def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str | None:
+    """How processor, devices, versions of XLA, the implementation of attention and the seeds trained together differ
+    from those of the run's last start; None if they do not."""
     try:
         before = last_start(starts_of(config))
     except (OSError, ValueError, LookupError):
@@ -155,13 +107,16 @@ def moved(config: Config, devices: Sequence[Any]) -> str | None:
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
         "versions": {name: _version(name) for name in ("jax", "jaxlib")},
         "attention": implemented(config, config.model)[1],
+        "seeds": [*seeds],
     }
     versions = before.get("versions")
     old = {**before, "versions": {name: versions.get(name) for name in now["versions"]} if versions else None}
     changed = [name for name, value in now.items() if old.get(name) not in (None, value)]
     names = {"processor_features": "the processor's features", "versions": "the versions of jax and jaxlib"}
     told = [
-        f"{name} {old[name]} then, {now[name]} now" if name in ("processor", "attention") else names.get(name, name)
+        f"{name} {old[name]} then, {now[name]} now"
+        if name in ("processor", "attention", "seeds")
+        else names.get(name, name)
         for name in changed
     ]
     return "; ".join(told) or None
