@@ -181,10 +181,10 @@ def test_every_mutation_still_fits_the_source():
 
 def test_a_run_that_moves_to_another_machine_says_so(tmp_path):
     config = config_lib.Config(str(tmp_path), Decoder(**SIZES))
-    assert moved(config, ()) is None
+    assert moved(config, (), (0,)) is None
     row = {"processor": "Another, 64 cores", "versions": {"jax": "0.0.1"}, "devices": ["gpu:H100"]}
     starts_of(config).write_text(json.dumps(row) + "\n")
-    told = moved(config, jax.devices()[:1])
+    told = moved(config, jax.devices()[:1], (0,))
     assert told.startswith("processor Another, 64 cores then, ") and "devices" in told and "versions" in told
 
 

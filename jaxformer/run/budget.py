@@ -244,20 +244,22 @@ def _size(array: Any) -> int:
 
 
 def _gathered(recipe: Recipe, sizes: Mapping[str, int]) -> int:
-    """Of two layers' arrays, or of the largest other one, if that is more."""
+    """Of two layers' arrays, of the larger stack and the mean of its kinds; or of the largest other array, if that is
+    more."""
     if sizes["fsdp"] == 1:
         return 0
-    layer, others = 0, [0]
-    for box in by_path(recipe.every_declared()).values():
+    layers, others = dict[str, int](), [0]
+    for path, box in by_path(recipe.every_declared()).items():
         spec, itemsize = partition(box.letters.all, box.value.shape, sizes), jnp.dtype(recipe.dtype_of(box)).itemsize
         if "fsdp" not in spec:
             continue
         size = box.value.size * itemsize // (sizes["tensor"] if "tensor" in spec else 1)
         if "L" in box.letters.batch:
-            layer += size // box.value.shape[0]
+            stack, kinds = path.partition("/")[0], box.layers[1]
+            layers[stack] = layers.get(stack, 0) + size // box.value.shape[0] // kinds
         else:
             others.append(size)
-    return max(2 * layer, *others)
+    return max(2 * max(layers.values(), default=0), *others)
 
 
 def _sent(config: Config, recipe: Recipe, sizes: Mapping[str, int], rows: int, itemsize: int) -> dict[str, int]:
