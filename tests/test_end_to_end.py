@@ -172,7 +172,8 @@ def test_a_strangers_module_trains_goes_on_and_is_sampled_from_elsewhere(home, w
     module += "    def bias(self, params, view, new, seen):\n        return -self.rate * view.distance()\n"
     (home / "my_parts.py").write_text(module)
     (home / "mine.py").write_text("from my_parts import Decay\n" + text)
-    finish(command(home, "inspect", "mine.py"))
+    inspected = [sys.executable, "-P", "-m", "jaxformer", "inspect", "mine.py"]  # as the command: of no folder
+    subprocess.run(inspected, cwd=home, check=True, capture_output=True)
     for steps in (20, 30):
         finish(command(home, "train", "mine.py", "--directory=run-mine", f"--train.steps={steps}"))
     (tmp_path / "my_parts.py").write_text(module)

@@ -20,9 +20,7 @@ from jaxformer.spec import InputError, counted
 Message = Mapping[str, str]  # "role": system, user, assistant or what else a template knows; "content"
 SECONDS = 10.0  # that a template may take for one text
 ANSWERS = "assistant"  # the role whose messages are learned
-RENDERING = Path(__file__).with_name(
-    "rendering.py"
-)  # run by its path, and -P: no file of the user's passes for a module
+RENDERING = Path(__file__).with_name("rendering.py")  # with -P no file of the user's passes for a module of it
 # For tokenizers without a template of their own: "User: …", "Assistant: …", each line ended by the end token, if any.
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}"

@@ -63,7 +63,7 @@ class Skips(struct.PyTreeNode):
 
 
 def guarded(passes: Bool[Array, ""], update: Callable[[Any], Any], old: Any) -> Any:
-    """What the update makes of a tree, or the tree as it is, to the bit."""
+    """What the update makes of a tree, or the tree as it is, to the bit. On CPU it has no reverse-mode derivative."""
     if jax.default_backend() == "cpu":  # which overwrites what a loop carries, and would copy what is selected from
         return jax.lax.fori_loop(0, passes.astype(jnp.int32), lambda _, tree: update(tree), old)
     return jax.tree.map(lambda a, b: jnp.where(passes, a, b), update(old), old)
