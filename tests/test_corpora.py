@@ -120,6 +120,15 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     assert names[0] == "folder/a.txt" and names[-1] == "folder/real/d.txt"
 
 
+def test_a_link_may_name_what_a_file_is(tmp_path):
+    """As in the cache of the Hugging Face hub, whose files have names without a suffix, and links with one."""
+    put(tmp_path, "folder/blobs/0a1b", "A")
+    (tmp_path / "folder" / "text.txt").symlink_to(tmp_path / "folder" / "blobs" / "0a1b")
+    for suffixes in ((".txt",), ()):
+        corpus = TextFiles(str(tmp_path / "folder"), suffixes=suffixes)
+        assert texts(corpus) == ["A"] and [path.name for path in corpus.files()] == ["text.txt"]
+
+
 def test_names_need_not_be_utf8(tmp_path):
     name = os.fsencode(tmp_path) + b"/folder/caf\xe9.txt"
     os.mkdir(tmp_path / "folder")

@@ -16,8 +16,9 @@ def inspect(run: str, json: bool = False) -> None:
     from jaxformer.run.inspection import inspect_config, render
     from jaxformer.run.opened import open_run
 
-    find_modules_here()
     is_config = not Path(run).is_dir() and (Path(run).suffix == ".py" or config_file(run))
+    if is_config:
+        find_modules_here()
     found = inspect_config(run) if is_config else open_run(run).inspect()
     if json:
         return print_row(found, True)

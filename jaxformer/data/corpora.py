@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxformer.data.files import decoded, fetch, file_sha256, is_binary, lines, located, plain_name, visible_files
+from jaxformer.data.files import decoded, fetch, file_sha256, is_binary, lines, located, once, plain_name, visible_files
 from jaxformer.spec import InputError, Spec, counted
 
 PIECE = 16_384  # characters that are encoded at once
@@ -235,6 +235,7 @@ class TextFiles(Corpus):
         named = lambda path: plain_name(path).lower().endswith(suffixes)
         found = [path for path in visible if (named(path) if suffixes else not is_binary(path))]
         others, names = sorted({*visible} - {*found}), sorted({path.name for path in skipped})
+        found = once(found)
         what = (
             f"{counted(len(others), 'file')} not {' or '.join(suffixes)}"
             if suffixes

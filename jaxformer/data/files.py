@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from jaxformer.spec import InputError
@@ -147,9 +147,14 @@ def visible_files(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], l
             folders += [path.name for path in inside if not path.is_symlink() and not left(path)]
             for path in filter(Path.is_file, map(Path(folder).joinpath, names)):
                 (hidden if path.name.startswith(".") else visible).append(path)
-    links_first = sorted(visible, key=lambda path: (path.is_symlink(), path), reverse=True)
-    files = {path.resolve(): path for path in links_first}  # a file keeps its own name, not that of a link to it
-    return sorted(files.values()), sorted(hidden), sorted(skipped)
+    return sorted(visible), sorted(hidden), sorted(skipped)
+
+
+def once(files: Iterable[Path]) -> list[Path]:
+    """Each file under one of its names, in their order: with a suffix rather than without, its own rather than that of
+    a link to it."""
+    names = sorted(files, key=lambda path: (not path.suffix, path.is_symlink(), path))
+    return sorted({path.resolve(): path for path in reversed(names)}.values())
 
 
 def is_binary(path: Path) -> bool:

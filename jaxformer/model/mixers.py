@@ -89,9 +89,6 @@ class MultiHead(Mixer):
 
     def check_parts(self, parts: Parts, at: str) -> None:
         parts.position.check_width(parts.dims["K"], at)
-        if not isinstance(parts.qk_norm, NoNorm) and not {"q", "k"} & {*parts.kernel.projections}:
-            kinds = type(parts.qk_norm).__name__, type(parts.kernel).__name__
-            raise ValueError("{}qk_norm={} has nothing to norm: {} has neither queries nor keys".format(at, *kinds))
 
     def summary(self, parts: Parts) -> str:
         return type(parts.kernel).__name__
