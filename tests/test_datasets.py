@@ -314,7 +314,7 @@ def test_ids_are_made_anew_when_code_of_the_users_changes(tmp_path, cache, monke
     assert found == ["one", "other", "one"] and len(list((cache / "tokens").iterdir())) == 2
 
 
-@pytest.mark.parametrize("where", ["a part of a mixture", "the base of a class"])
+@pytest.mark.parametrize("where", ["a part of a mixture", "the base of a class", "what the base of a class imports"])
 def test_a_tokenizer_is_learned_anew_when_code_changes(tmp_path, cache, monkeypatch, where):
     """Which is neither that of the corpus's own class: the fingerprint is of the file alone."""
     corpus(tmp_path, "abc")
@@ -325,7 +325,12 @@ def test_a_tokenizer_is_learned_anew_when_code_changes(tmp_path, cache, monkeypa
     (tmp_path / "my_own.py").write_text("from my_base import Base\n\n\nclass Mine(Base):\n    pass\n")
     found = []
     for text in ("xy", "z"):
-        (tmp_path / "my_base.py").write_text(code + f"        yield Piece({text!r}, True, ('line', 1))\n")
+        (tmp_path / "my_text.py").write_text(f"def text():\n    return {text!r}\n")
+        own = f"        yield Piece({text!r}, True, ('line', 1))\n"
+        if "imports" in where:
+            own = "        yield Piece(text(), True, ('line', 1))\n"
+            importlib.reload(importlib.import_module("my_text"))
+        (tmp_path / "my_base.py").write_text("from my_text import text\n" + code + own)
         linecache.clearcache()
         base, own = (importlib.reload(importlib.import_module(name)) for name in ("my_base", "my_own"))
         path = str(tmp_path / "text.txt")

@@ -172,7 +172,9 @@ def test_a_strangers_module_trains_goes_on_and_is_sampled_from_elsewhere(home, w
     module += "    def bias(self, params, view, new, seen):\n        return -self.rate * view.distance()\n"
     (home / "my_parts.py").write_text(module)
     (home / "mine.py").write_text("from my_parts import Decay\n" + text)
-    inspected = [sys.executable, "-P", "-m", "jaxformer", "inspect", "mine.py"]  # as the command: of no folder
+    (home / "sub").mkdir()
+    shutil.copy(home / "mine.py", home / "sub")  # which names a module of the working directory
+    inspected = [sys.executable, "-P", "-m", "jaxformer", "inspect", "sub/mine.py"]
     subprocess.run(inspected, cwd=home, check=True, capture_output=True)
     for steps in (20, 30):
         finish(command(home, "train", "mine.py", "--directory=run-mine", f"--train.steps={steps}"))
