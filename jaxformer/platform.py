@@ -19,7 +19,7 @@ MALLOPT = {-3: KEPT, -2: KEPT, -1: 4 * KEPT}  # M_MMAP_THRESHOLD, M_TOP_PAD, M_T
 
 
 def prepare() -> None:
-    """What comes before a run: flags, a check of this build's sums, room for more compiled programs."""
+    """What comes before a run: flags, memory that is kept, a check of this build's sums, room for compiled programs."""
     set_flags()
     keep_memory()
     check_numerics()

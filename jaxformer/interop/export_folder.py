@@ -22,7 +22,6 @@ from jaxformer.interop.import_folder import ONE, OWN_TOKENIZER, SHARDS
 from jaxformer.interop.tensors import DTYPES, NAMES, Written, write_file
 from jaxformer.model.heads import ClassificationHead
 from jaxformer.model.models import Decoder, Encoder
-from jaxformer.run.directory import read_imported
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError, dumps
 
@@ -41,7 +40,7 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
     larger than `shard_size` bytes, unless one tensor is. Raises InputError that names each part of the model that no
     architecture has.
     """
-    place, origin = located(str(folder)), read_imported(Path(run.config.directory))
+    place, origin = located(str(folder)), run.imported
     dtype = dtype or origin.get("dtype", "float32")
     if dtype not in NAMES:
         raise InputError(f"dtype={dtype!r} must be one of {', '.join(NAMES)}")
@@ -115,9 +114,7 @@ def _missing(architecture: Architecture, model: Decoder, again: Decoder) -> list
 
 def _like(run: Run) -> str | None:
     """The kind as which it is written, where several have its parts: that of its import, or of its tokenizer."""
-    return read_imported(Path(run.config.directory)).get("model_type") or (
-        "qwen2" if _is_qwens(run.tokenizer) else None
-    )
+    return run.imported.get("model_type") or ("qwen2" if _is_qwens(run.tokenizer) else None)
 
 
 def _is_qwens(tokenizer: Tokenizer) -> bool:

@@ -95,9 +95,14 @@ class Run:
         return [self._head(prompt) + found.text for found in self.generate(prompt, tokens, samples, seed, **how)]
 
     @functools.cached_property
-    def ends(self) -> tuple[int, ...]:
+    def imported(self) -> dict[str, Any]:
+        """What it was made of, if it was imported."""
+        return read_imported(Path(self.config.directory))
+
+    @property
+    def ends(self) -> Sequence[int]:
         """The ids that end a text besides the tokenizer's end: those that an imported model names."""
-        return tuple(read_imported(Path(self.config.directory)).get("eos_token_id", ()))
+        return self.imported.get("eos_token_id", ())
 
     def generate(
         self,
