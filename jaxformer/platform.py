@@ -1,7 +1,6 @@
 """What a run stands on: the flags of XLA, a canary that no run starts without, memory that stays with the process, and
 whether a notebook shows it."""
 
-import contextlib
 import ctypes
 import os
 import sys
@@ -14,13 +13,13 @@ import jax.numpy as jnp
 from jaxformer.spec import InputError
 
 MAPS = 20_000  # of compiled programs, from which on they are forgotten; Linux gives a process 65,530
-KEPT = 64 << 20  # bytes of the largest freed block that stays: threads' heaps of glibc have no room for larger ones
-MALLOPT = {-3: KEPT, -2: KEPT, -1: 4 * KEPT}  # M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD of malloc.h
+MALLOPT = {-4: 0, -2: 64 << 20, -1: -1}  # of malloc.h: M_MMAP_MAX, no mmap; M_TOP_PAD; M_TRIM_THRESHOLD, no trimming
 
 
 def prepare() -> None:
     """What comes before a run: flags, memory that is kept, a check of this build's sums, room for compiled programs."""
     set_flags()
+    call_inline()
     keep_memory()
     check_numerics()
     spare_memory_maps()
@@ -36,31 +35,49 @@ def set_flags() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
+def call_inline() -> None:
+    """Has programs on CPU, whose inputs are ready, run in the thread that calls them; Python's other threads do not
+    wait. JAX reads it at its first computation.
+
+    What XLA takes in a thread of its own `keep_memory` cannot keep; and several calls in flight on simulated devices
+    may wait for each other for ever.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def keep_memory() -> None:
     """Asks glibc to keep what is freed. XLA on CPU takes its temporary memory anew at each call, and what has gone back
-    to the system comes again as pages to be filled with zeros: a third of a small step's time, of one step per call.
+    to the system comes again as pages to be filled with zeros: a sixth to a third of a step's time, of one step per
+    call (BENCHMARKS.md). Other threads than the first have heaps with room for 64 MiB: their larger blocks go back.
 
-    Whatever the environment says of malloc stays; other C libraries are not asked, and glibc before 2.35 refuses the
-    first number, since its threads' heaps are smaller.
+    Whatever the environment says of malloc stays, and other C libraries are not asked.
     """
+    if libc := _glibc():
+        for parameter, value in MALLOPT.items():
+            libc.mallopt(parameter, value)
+
+
+def trim_memory() -> None:
+    """Gives back what is free of the memory that is kept: what took it, compilation or an evaluation, is over."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """The C library, if it is glibc, and nothing in the environment says how it is to allocate."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     told = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
-    if sys.platform == "linux" and not told:
-        with contextlib.suppress(AttributeError):  # musl has no such function
-            mallopt = ctypes.CDLL(None).mallopt
-            all(mallopt(parameter, value) for parameter, value in MALLOPT.items())  # up to one that is refused
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and not told else None
+    return libc if hasattr(libc, "mallopt") else None  # musl has no such function
 
 
 def simulate_devices(count: int) -> None:
-    """Makes so many devices of the CPU, for what is to be tried without accelerators, before JAX computes anything.
-
-    Calls wait for their results: several in flight on simulated devices may wait for each other for ever.
-    """
+    """Makes so many devices of the CPU, for what is to be tried without accelerators, before JAX computes anything."""
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-    for name, value in {"jax_platforms": "cpu", "jax_cpu_enable_async_dispatch": False}.items():
-        os.environ[name.upper()] = str(value).lower()  # of processes that this one starts
-        jax.config.update(name, value)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that this one starts
+    jax.config.update("jax_platforms", "cpu")
+    call_inline()
 
 
 def check_numerics() -> None:

@@ -184,7 +184,8 @@ def test_each_chunk_has_draws_of_its_own(monkeypatch):
 
 
 def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch):
-    """An evaluation has one product with the table, not three; neither keeps the logits of all places."""
+    """An evaluation has one product with the table, not three; neither keeps the logits of all places, nor has an
+    argmax, whose loop XLA on CPU would take for the maximum, too."""
     at_once(monkeypatch, 1)
     model, objective = Layer(D, T, V), NextToken()
     params = {"embedding": {"table": jnp.ones((V, D))}, "matrix": jnp.eye(D)}
@@ -193,7 +194,7 @@ def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch):
     count = lambda f: str(jax.make_jaxpr(f)(params)).count("dot_general")
     assert count(loss) == 2 and count(jax.grad(loss)) > 4
     for f in (loss, jax.grad(loss)):
-        assert f"{B},{T},{V}" not in str(jax.make_jaxpr(f)(params))
+        assert f"{B},{T},{V}" not in (program := str(jax.make_jaxpr(f)(params))) and "argmax" not in program
 
 
 def test_chunks_are_alike_where_that_is_possible():
@@ -204,10 +205,10 @@ def test_chunks_are_alike_where_that_is_possible():
 
 def test_accelerators_hold_more_logits_at_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [chunks.chunk_size(1024, share * chunks.MOST) for share in (16, 33)] == [1024, 256]
+    assert [chunks.chunk_size(1024, share * chunks.MOST) for share in (8, 17)] == [1024, 256]
 
 
-@pytest.mark.parametrize(("backend", "least"), [("cpu", 2), ("gpu", 16)])
+@pytest.mark.parametrize(("backend", "least"), [("cpu", 2), ("gpu", 8)])
 def test_two_chunks_are_one_on_a_cpu(monkeypatch, backend, least):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(chunks, "MOST", 4 * B * T * V // least)
@@ -225,11 +226,11 @@ def test_small_vocabularies_and_logits_that_are_there_already_are_left_whole():
 
 @pytest.mark.slow
 def test_a_step_with_a_large_vocabulary_takes_a_quarter_of_the_memory(monkeypatch):
-    """The temporary memory of the compiled step, 2,048 tokens and GPT-2's vocabulary."""
+    """The temporary memory of the compiled step, 4,096 tokens and GPT-2's vocabulary."""
     recipe = Recipe(decoder(vocab_size=50_257, n_layers=1, d_model=64, n_heads=2, n_kv_heads=None, context_length=128))
     hyper, tokens = (
         Hyper(np.uint32(0), np.int32(9), AdamW(Constant(1e-2))),
-        {"tokens": np.zeros((1, 16, 129), np.int32)},
+        {"tokens": np.zeros((1, 32, 129), np.int32)},
     )
     state = jax.eval_shape(lambda: init_state(recipe, hyper))
 

@@ -234,6 +234,14 @@ def test_probabilities_and_what_is_right(case):
         close(head.probabilities(*j(z)).sum(-1), 1)
 
 
+def test_the_likeliest_of_equals_is_the_first():
+    logits = rng.integers(0, 3, (101, N)).astype(np.float32)
+    for label in range(N):
+        labels = np.full(101, label)
+        assert np.array_equal(heads.is_likeliest(*j(labels, logits)), logits.argmax(-1) == labels)
+    assert not heads.is_likeliest(jnp.arange(2), jnp.full((2, 2), jnp.nan)).any()
+
+
 def test_what_heads_say_of_a_text():
     """In words; and of each kind the labels that a row of T tokens has."""
     chances, known = np.array([0.1, 0.6, 0.7], np.float32), {"label": ("a", "b", "c")}

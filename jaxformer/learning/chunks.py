@@ -1,8 +1,8 @@
 """A loss in chunks of places, so that the logits of one chunk are alive at a time, and its gradient beside it.
 
-Of a small model with GPT-2's vocabulary a training step of 8,192 tokens has 0.26 times the temporary memory, of 2,048
-tokens 0.36 times, and takes as long: 0.91 and 1.06 times, within what neighbouring runs differ by (`python
-benchmarks/memory.py 5 64` and `9`; 2 cores of an AMD EPYC, jax 0.10.1). What is left is other than logits.
+Of a small model with GPT-2's vocabulary a training step has so much of the temporary memory, and takes so much of the
+time, that one without chunks does (`python benchmarks/memory.py 6 16 32 64`; 2 cores of an AMD EPYC, jax 0.10.1): of
+2,048 tokens 0.39 and 1.02, of 4,096 0.25 and 1.02, of 8,192 0.18 and 0.97. What is left is other than logits.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxformer.keys import fold
 
-MOST = 64 * 2**20  # bytes of float32 logits in a chunk, on CPU
+MOST = 128 * 2**20  # bytes of float32 logits in a chunk, on CPU
 CHUNKS = 16  # as many of them at most, but for odd lengths: each adds a gradient of the whole table to the sum
 
 # (h [B, T, D], a tree of arrays [B, T, ...], key) -> (what is minimised, a tree of arrays [B, T, ...], one of numbers)
@@ -22,7 +22,7 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any, Any]]
 
 def most() -> int:
     """Bytes of float32 logits that a chunk may have; 1 GiB on accelerators."""
-    return MOST if jax.default_backend() == "cpu" else 16 * MOST
+    return MOST if jax.default_backend() == "cpu" else 8 * MOST
 
 
 def whole() -> int:

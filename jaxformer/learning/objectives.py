@@ -17,7 +17,14 @@ from jaxformer.learning import chunks
 from jaxformer.learning.chunks import in_chunks
 from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
 from jaxformer.mesh import row_parts
-from jaxformer.model.heads import ClassificationHead, EmbeddingHead, FirstToken, LanguageHead, cross_entropy
+from jaxformer.model.heads import (
+    ClassificationHead,
+    EmbeddingHead,
+    FirstToken,
+    LanguageHead,
+    cross_entropy,
+    is_likeliest,
+)
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Places, one_document, places
 from jaxformer.model.models import HEAD, Model
@@ -213,7 +220,7 @@ class TokenObjective(Objective):
 
     def nats(self, model: Model, params: Any, h: Float[Array, "B T D"], example: Example, key: Key) -> Nats:
         logits = self.logits(model, params, h)
-        plain, right, total = cross_entropy(logits, example.targets), logits.argmax(-1) == example.targets, None
+        plain, right, total = cross_entropy(logits, example.targets), is_likeliest(example.targets, logits), None
         if self.label_smoothing or self.z_loss:
             z = jax.nn.logsumexp(logits, -1) ** 2 if self.z_loss else 0
             total = cross_entropy(logits, example.targets, self.label_smoothing) + self.z_loss * z
@@ -658,7 +665,7 @@ class Contrastive(Objective):
         if self.label_smoothing:  # the target's weight is spread over the choices
             even = [jnp.where(choices, s, 0).sum(1) / n for s in (scores, scores.T)]
             total = plain + self.label_smoothing * (jnp.diagonal(scores) - sum(even) / 2)
-        return Nats(plain, scores.argmax(1) == own, total)
+        return Nats(plain, is_likeliest(own, scores), total)
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "examples": int(sums["weight"])}

@@ -119,19 +119,20 @@ class LanguageHead(Head):
         if self.scaled:
             h = h * h.shape[-1] ** -0.5
         kernel = params.get("transposed") if self.tied else params["kernel"]
-        given = (table, 0, "...D,VD->...V") if kernel is None else (kernel, 1, "...D,DV->...V")
-        logits = _logits(h, *given)
+        given = (table, 0, "ND,VD->NV") if kernel is None else (kernel, 1, "ND,DV->NV")
+        logits = _logits(h.reshape(-1, h.shape[-1]), *given).reshape(*h.shape[:-1], -1)
         if self.bias:
             logits = logits + along(params["bias"], logits)
         return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
 
 
-def _logits(h: Float[Array, "*B D"], matrix: jax.Array, axis: int, subscripts: str) -> Float[Array, "*B V"]:
-    """h times a matrix whose `axis` is the vocabulary's. Many rows on a GPU: with zeros up to a multiple of `ALIGNED`,
-    since products whose rows begin anywhere take several times as long there."""
+def _logits(h: Float[Array, "N D"], matrix: jax.Array, axis: int, subscripts: str) -> Float[Array, "N V"]:
+    """h times a matrix whose `axis` is the vocabulary's, as one product of two matrices: of more axes XLA on CPU copies
+    the gradient of all logits. Many rows on a GPU: with zeros up to a multiple of `ALIGNED`, since products whose rows
+    begin anywhere take several times as long there."""
     V, halves = matrix.shape[axis], axis and matrix.dtype.itemsize < h.dtype.itemsize  # `train.product_dtype`
     multiply = linear if halves else functools.partial(product, subscripts)
-    if jax.default_backend() == "cpu" or V % ALIGNED == 0 or h.size < ALIGNED * h.shape[-1]:
+    if jax.default_backend() == "cpu" or V % ALIGNED == 0 or len(h) < ALIGNED:
         return multiply(h, matrix)
     more = [(0, -V % ALIGNED if i == axis else 0) for i in range(2)]
     return multiply(h, jnp.pad(matrix, more))[..., :V]
@@ -318,7 +319,7 @@ class ClassificationHead(Head):
 
     def right(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."]) -> Bool[Array, "*B"]:
         """Whether the likeliest class is the label."""
-        return logits.argmax(-1) == labels
+        return is_likeliest(labels, logits)
 
     def probabilities(self, logits: Float[Array, "*B N"]) -> Float[Array, "..."]:
         """Of each class."""
@@ -409,6 +410,17 @@ def cross_entropy(
     if smoothing:
         chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
     return total - chosen
+
+
+def is_likeliest(labels: Int[Array, "..."], logits: Float[Array, "*B N"]) -> Bool[Array, "*B"]:
+    """Whether `logits.argmax(-1) == labels`, the first of equals, in one pass over logits that others may share.
+
+    On CPU XLA takes twice the time for an argmax, and makes one of the maximum beside it, too: of the loss's.
+    """
+    labels = labels[..., None]
+    own = jnp.take_along_axis(logits, labels, -1)
+    earlier = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) < labels
+    return jnp.where(earlier, logits < own, logits <= own).all(-1)
 
 
 def binary_cross_entropy(

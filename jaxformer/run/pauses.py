@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxformer import platform
 from jaxformer.config import Config
 from jaxformer.data.batches import Batch
 from jaxformer.run.checkpoint import CheckpointWriter
@@ -48,7 +49,7 @@ class Pauses:
             self._evaluate(step, state, due)
             if due:
                 self._sample(state)
-            self._reports.resume()
+            self._resume()
 
     def before(self, step: int, state: TrainState, buffer: Batch) -> None:
         """What is due before the first call, of that buffer: makes up for evaluations that the step at which the run
@@ -60,14 +61,18 @@ class Pauses:
             self._evaluate(step, state, missing)
         if step < self._config.train.steps and not self._received:
             self.compile(state, buffer)
-        self._reports.resume()
+        self._resume()
 
     def compile(self, state: TrainState, buffer: Batch) -> None:
         """Compiles the program for the buffer's shapes, if it is not, so that no row counts that as training."""
         if not self._members.compiled(buffer):
             self._reports.pause("compiling")
             self._members.call(state, buffer, 0)
-            self._reports.resume()
+            self._resume()
+
+    def _resume(self) -> None:
+        platform.trim_memory()
+        self._reports.resume()
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins to save; waits where the save before is not yet complete (`CheckpointWriter.save`), and for the first
