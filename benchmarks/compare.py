@@ -80,9 +80,15 @@ class Row:
 
 BF16 = {"dtype": "bfloat16"}
 ADAPTIVE = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=false"}
+KEPT = {  # glibc keeps what is freed, as jaxformer asks it to; what is no faster by it, as PyTorch, goes without
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
 TORCH = Contestant("PyTorch, compiled", "pytorch"), Contestant("PyTorch, compiled, bf16", "pytorch", BF16)
 TRANSFORMERS = Contestant("transformers, compiled", "huggingface")
-FLAX = Contestant("Flax, as its examples", "flax_linen")
+FLAX = Contestant("Flax, as its examples", "flax_linen", environment=KEPT)
 GENERATE = (
     Contestant("transformers, generate", "huggingface"),
     Contestant("transformers, static cache, compiled", "huggingface", {"static": True}),
@@ -94,15 +100,16 @@ SAVERS = Contestant("jaxformer", "ours"), Contestant("Orbax, async", "bare_jax")
 def steps(*, several: int) -> tuple[Contestant, ...]:
     """Those of a training step; of JAX with so many steps per call, and with one."""
 
-    def both(name: str, peer: str) -> list[Contestant]:
+    def both(name: str, peer: str, given: Mapping[str, str]) -> list[Contestant]:
         counts = dict.fromkeys((several, 1))
         told = lambda n: f"{name}, {n} step{'s' * (n > 1)} per call"
-        return [Contestant(told(n), peer, {"steps_per_call": n}) for n in counts]
+        return [Contestant(told(n), peer, {"steps_per_call": n}, given) for n in counts]
 
     half = Contestant("jaxformer, bf16", "ours", {"steps_per_call": several, **BF16})
     products = {"steps_per_call": several, "products": True, **BF16}
     halves = Contestant("jaxformer, bf16 products", "ours", products)
-    return *both("jaxformer", "ours"), half, halves, *both("bare JAX", "bare_jax"), FLAX, *TORCH, TRANSFORMERS
+    ours, bare = both("jaxformer", "ours", {}), both("bare JAX", "bare_jax", KEPT)
+    return *ours, half, halves, *bare, FLAX, *TORCH, TRANSFORMERS
 
 
 def decoding(size: str, name: str, minutes: float, *, new: int, batch: int, **more: Any) -> Measurement:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compare import Clock, Contestant, Failed, Measurement, measured, run
+from compare import KEPT, Clock, Contestant, Failed, Measurement, measured, run
 from peers.sizes import SIZES, Texts
 
 FALL = 0.05  # of a ratio, from which on it fails
@@ -24,7 +24,7 @@ Ratios = Mapping[str, Sequence[float]]
 
 def pair(steps_per_call: int | None = None) -> tuple[Contestant, Contestant]:
     arguments = {} if steps_per_call is None else {"steps_per_call": steps_per_call}
-    return Contestant("jaxformer", "ours", arguments), Contestant("bare JAX", "bare_jax", arguments)
+    return Contestant("jaxformer", "ours", arguments), Contestant("bare JAX", "bare_jax", arguments, KEPT)
 
 
 MEASUREMENTS = [
