@@ -19,25 +19,26 @@ MALLOPT = {-4: 0, -2: 64 << 20, -1: -1}  # of malloc.h: M_MMAP_MAX, no mmap; M_T
 def prepare() -> None:
     """What comes before a run: flags, memory that is kept, a check of this build's sums, room for compiled programs."""
     set_flags()
-    call_inline()
     keep_memory()
     check_numerics()
     spare_memory_maps()
 
 
 def set_flags() -> None:
-    """Asks XLA for GPU kernels that give the same bits in every process. XLA reads it at the first computation.
+    """Asks for what JAX reads at its first computation: programs on CPU that run inline (`call_inline`), and of XLA
+    GPU kernels that give the same bits in every process.
 
-    Without it sums are atomic and kernels chosen by a stopwatch. Whatever XLA_FLAGS says of it already stays.
+    Without that sums are atomic and kernels chosen by a stopwatch. Whatever XLA_FLAGS says of it already stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    call_inline()
 
 
 def call_inline() -> None:
-    """Has programs on CPU, whose inputs are ready, run in the thread that calls them; Python's other threads do not
-    wait. JAX reads it at its first computation.
+    """Has programs on CPU run in the thread that calls them, if their inputs are ready and the device is one; Python's
+    other threads do not wait. JAX reads it at its first computation.
 
     What XLA takes in a thread of its own `keep_memory` cannot keep; and several calls in flight on simulated devices
     may wait for each other for ever.
@@ -48,7 +49,7 @@ def call_inline() -> None:
 def keep_memory() -> None:
     """Asks glibc to keep what is freed. XLA on CPU takes its temporary memory anew at each call, and what has gone back
     to the system comes again as pages to be filled with zeros: a sixth to a third of a step's time, of one step per
-    call (BENCHMARKS.md). Other threads than the first have heaps with room for 64 MiB: their larger blocks go back.
+    call (LOG.md). Other threads than the first have heaps with room for 64 MiB: their larger blocks go back.
 
     Whatever the environment says of malloc stays, and other C libraries are not asked.
     """
@@ -68,7 +69,7 @@ def _glibc() -> Any:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     told = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
     libc = ctypes.CDLL(None) if sys.platform == "linux" and not told else None
-    return libc if hasattr(libc, "mallopt") else None  # musl has no such function
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None  # musl has neither
 
 
 def simulate_devices(count: int) -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -536,3 +537,43 @@ def test_a_device_is_idle_from_when_it_was_last_seen_at_work(monkeypatch):
             idle.look()
     idle.begin()
     assert idle.seconds == 0
+
+
+class Awaited(Call):
+    """Is waited for when somebody takes its numbers."""
+
+    def __init__(self, clock, done):
+        super().__init__(clock, done)
+        self._wait = lambda: clock.__setitem__(0, max(clock[0], done))
+
+    def __array__(self, dtype=None, copy=None):
+        self._wait()
+        return np.full((), 7)
+
+
+def test_a_device_works_until_what_is_waited_for_is_there(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(reports.time, "perf_counter", lambda: clock[0])
+    idle = reports.Idle()
+    idle.begin()
+    for began, done, idle_in_all in ((1.0, 9.0, 1.0), (10.0, 12.0, 2.0)):
+        clock[0] = began
+        out = Awaited(clock, done)
+        idle.called(began, out)
+        assert idle.fetched({"loss": out}) == {"loss": 7} and clock[0] == done
+        assert idle.seconds == idle_in_all
+
+
+def test_speed_is_of_the_calls_that_are_done(home, tmp_path, monkeypatch):
+    """Calls that come back done are told at once; those of an accelerator with the next one in flight."""
+    clock = [0.0]
+    monkeypatch.setattr(reports.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(reports, "peak_flops", lambda devices, dtype: None)
+    for backend, told in (("cpu", [10, 10]), ("gpu", [0, 5])):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        shown = reports.Reports([dataclasses.replace(text(home), directory=str(tmp_path))], 0, jax.devices())
+        for call, speed in enumerate(told, 1):
+            _, rows = shown.timed(lambda: (clock.__setitem__(0, clock[0] + 10), {"loss": jnp.ones(1)}))
+            shown.add(call, 1, 100, 0, rows)
+            assert shown._speed == speed
+        shown.close()

@@ -89,7 +89,7 @@ calls(lambda: float(program(np.ones(5_000, np.float32))))
 OURS = system.libc_ver()[0] == "glibc" and [int(n) for n in system.libc_ver()[1].split(".")[:2]] >= [2, 35]
 
 
-@pytest.mark.skipif(not OURS, reason="other C libraries, and glibc before 2.35, are left as they are")
+@pytest.mark.skipif(not OURS, reason="other C libraries are left as they are; older ones of glibc were not tried")
 @pytest.mark.parametrize(
     ("environment", "stays"),
     [
@@ -129,7 +129,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not OURS, reason="other C libraries, and glibc before 2.35, are left as they are")
+@pytest.mark.skipif(not OURS, reason="other C libraries are left as they are; older ones of glibc were not tried")
 def test_a_runs_memory_stays_between_its_pauses(tmp_path):
     """An update's temporary memory, which saves, evaluations and samples give back for their own."""
     often = {"eval_every": 8, "save_every": 8, "steps_per_call": 1, "steps": 24}

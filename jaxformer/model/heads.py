@@ -120,7 +120,8 @@ class LanguageHead(Head):
             h = h * h.shape[-1] ** -0.5
         kernel = params.get("transposed") if self.tied else params["kernel"]
         given = (table, 0, "ND,VD->NV") if kernel is None else (kernel, 1, "ND,DV->NV")
-        logits = _logits(h.reshape(-1, h.shape[-1]), *given).reshape(*h.shape[:-1], -1)
+        logits = _logits(h.reshape(-1, h.shape[-1]), *given)
+        logits = logits.reshape(*h.shape[:-1], logits.shape[-1])
         if self.bias:
             logits = logits + along(params["bias"], logits)
         return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
@@ -413,14 +414,15 @@ def cross_entropy(
 
 
 def is_likeliest(labels: Int[Array, "..."], logits: Float[Array, "*B N"]) -> Bool[Array, "*B"]:
-    """Whether `logits.argmax(-1) == labels`, the first of equals, in one pass over logits that others may share.
+    """Whether `logits.argmax(-1) == labels`, the first of equals, in one pass; NaN is never likeliest.
 
     On CPU XLA takes twice the time for an argmax, and makes one of the maximum beside it, too: of the loss's.
     """
     labels = labels[..., None]
     own = jnp.take_along_axis(logits, labels, -1)
-    earlier = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) < labels
-    return jnp.where(earlier, logits < own, logits <= own).all(-1)
+    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    below = jnp.where(place < labels, logits < own, logits <= own)
+    return (below | (place == labels)).all(-1) & ~jnp.isnan(own[..., 0])  # its own place may be rounded otherwise
 
 
 def binary_cross_entropy(

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from jaxformer.data.files import of_machine, sync
 from jaxformer.data.locks import is_read, reading
-from jaxformer.platform import host
+from jaxformer.platform import host, trim_memory
 from jaxformer.run.manifest import BASE, UNFINISHED, Manifest, gathered, has_manifest, read_manifest, withdraw
 from jaxformer.spec import InputError
 
@@ -298,6 +298,7 @@ class CheckpointWriter(Checkpoints):
                 self._saver.save(path.absolute(), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
         finally:  # Orbax leaves cycles that hold on to it
             jax.tree.map(lambda a: a.delete(), state)
+            trim_memory()
         if (rows := self.directory.parent / "metrics.jsonl").exists():
             sync(rows)
         _sync_all(path)

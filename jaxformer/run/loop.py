@@ -135,6 +135,7 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
             for group in groups(configs):
                 runs = _train([configs[i] for i in group], prepared, origin, trace)
                 found |= zip(group, runs, strict=True)
+        platform.trim_memory()
         return [found[i] for i in range(len(configs))]
 
 
@@ -163,7 +164,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
                 state, rows = reports.timed(members.call, state, buffer, count)
                 tokens, flops = members.real_tokens(buffer, count), members.flops(buffer, count)
                 step += count
-                buffer = members.buffer(step)  # while the device works
+                buffer = members.buffer(step)  # while an accelerator works
                 reports.add(step, count, tokens, flops, rows)
                 profile.reach(step, state, reports)
                 if step == steps:  # what diverged at the end is not kept as a finished run

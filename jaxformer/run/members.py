@@ -97,11 +97,7 @@ class Members:
             lead = 2 if self._several else 1
             batch = {name: jax.ShapeDtypeStruct(a.shape[lead:], a.dtype) for name, a in buffer.items()}
             self._flops[shapes] = len(self.configs) * model_flops(self.recipe, batch)
-        if not count:
-            return state, None
-        if jax.default_backend() == "cpu":  # what has to wait for its input is not called inline
-            jax.block_until_ready((state, buffer))
-        return self._compiled[shapes](state, buffer, np.int32(count), self._hyper)
+        return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
 
     def skipped(self, state: TrainState) -> float:
         """How many updates there were that the guard has skipped."""

@@ -78,8 +78,9 @@ class Reports:
     """Takes the metrics of calls as they are dispatched, and writes them to the rows of each run and the bar as they
     arrive. Metrics of several runs have a leading axis for them.
 
-    Never more than two calls are in flight: with more, simulated devices deadlock. Speed and seconds are those of
-    training alone, of all runs together; pauses (evaluation, sampling, saving) are left out.
+    Never more than two calls are in flight: with more, simulated devices deadlock. On CPU it is one, since what waits
+    for its input does not run inline (`platform.call_inline`). Speed and seconds are those of training alone, of all
+    runs together; pauses (evaluation, sampling, saving) are left out.
     """
 
     def __init__(self, configs: Sequence[Config], step: int, devices: Sequence[Any], skipped: float = 0.0):
@@ -92,7 +93,7 @@ class Reports:
         self._bar = tqdm(total=knobs.steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
         self._log_every = knobs.log_every
         self._in_flight: collections.deque[tuple[int, int, int, int, Mapping[str, Any]]] = collections.deque()
-        self._idle = Idle()
+        self._idle, self._ahead = Idle(), 1 if jax.default_backend() == "cpu" else 2
         self._seconds, self._elapsed = self._runs[0].seconds, 0.0
         self._first, self._begun = step, self._seconds
         self._steps, self._step, self._loss, self._speed = knobs.steps, step, math.nan, 0.0
@@ -126,10 +127,10 @@ class Reports:
 
     def add(self, step: int, count: int, tokens: int, flops: int, rows: Mapping[str, Any]) -> None:
         """A call of `count` steps up to `step`, of so many tokens and operations, was dispatched; waits until at most
-        one is in flight."""
+        one is in flight, on CPU none."""
         self._idle.look()
         self._in_flight.append((step, count, tokens, flops, rows))
-        if len(self._in_flight) == 2:
+        if len(self._in_flight) == self._ahead:
             self._report()
 
     def write(self, step: int, split: str, found: Sequence[Mapping[str, Any]]) -> None:
@@ -154,8 +155,7 @@ class Reports:
 
     def _report(self) -> None:
         last, count, tokens, flops, arrays = self._in_flight.popleft()
-        rows = jax.tree.map(np.asarray, arrays)  # waits
-        self._idle.look()
+        rows = self._idle.fetched(arrays)
         weights = rows.pop("weight", None)
         self._tokens, self._flops = self._tokens + tokens, self._flops + flops
         self._elapsed = time.perf_counter() - self._since
@@ -230,7 +230,7 @@ class Reports:
 
 class Idle:
     """How long the device has had nothing to do since `begin`: at most, for that it is through with a call is seen only
-    when someone looks. Nothing is waited for."""
+    when someone looks. Nothing is waited for but what is `fetched`."""
 
     def begin(self) -> None:
         self._newest: Any = None
@@ -246,6 +246,15 @@ class Idle:
         if self._free():  # a call that comes back done was at work in its dispatch
             self.seconds += (began if out.is_ready() else now) - self._busy
         self._newest, self._busy = out, now
+
+    def fetched(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call gives, on the host, which waits for it."""
+        done = rows["loss"].is_ready()
+        found = jax.tree.map(np.asarray, dict(rows))
+        if not done:
+            self._busy = time.perf_counter()
+        self.look()
+        return found
 
     def _free(self) -> bool:
         return self._newest is None or self._newest.is_ready()
