@@ -16,7 +16,9 @@ from jaxformer.learning.guards import Diverged, Guard
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
+from jaxformer.run import loop
 from jaxformer.run.checkpoint import CheckpointWriter
+from jaxformer.run.reports import Reports
 from jaxformer.run.step import Hyper, Recipe, init_state, train_steps
 
 FAULTS = 3, 4, 11, 57, 58, 59, 99  # steps, counted from 0
@@ -154,13 +156,23 @@ def test_a_run_that_diverges_at_its_end_is_not_finished(tmp_path):
         assert (rows_of(tmp_path / "a")[-1]["step"], rows_of(tmp_path / "a")[-1]["split"]) == (40, "diverged")
 
 
-def test_too_many_in_a_row_end_the_run_and_what_is_saved_is_good(tmp_path):
+@pytest.mark.parametrize(("in_flight", "saved", "skipped"), [(1, 20, 0), (2, 30, 8)])
+def test_too_many_in_a_row_end_the_run_and_what_is_saved_is_good(tmp_path, monkeypatch, in_flight, saved, skipped):
+    """On CPU they are known when the call is over; of accelerators a step is saved while the row is on its way."""
+
+    class Accelerators(Reports):
+        def __init__(self, *args):
+            super().__init__(*args)
+            assert self._ahead == 1
+            self._ahead = in_flight
+
+    monkeypatch.setattr(loop, "Reports", Accelerators)
     with pytest.raises(
         Diverged, match="4 updates in a row skipped, the last at step 26: the loss is nan, and the grad"
     ):
         jaxformer.train(config(tmp_path / "a", tuple(range(22, 40)), guard=Guard(most=4)))
     run = jaxformer.open_run(tmp_path / "a")
-    assert int(run.state.step) == 30 and int(run.state.skips.total) == 8  # saved while the row was on its way
+    assert (int(run.state.step), int(run.state.skips.total)) == (saved, skipped)
     assert all(np.isfinite(array).all() for array in jax.tree.leaves((run.state.params, run.state.opt_state)))
 
 
