@@ -80,7 +80,7 @@ class Row:
 
 BF16 = {"dtype": "bfloat16"}
 ADAPTIVE = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=false"}
-KEPT = {  # glibc keeps what is freed, as jaxformer has it do otherwise; PyTorch, which is no faster by it, goes without
+KEPT = {  # glibc keeps what is freed, as jaxformer asks it to by `mallopt`; PyTorch, no faster by it, goes without
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(64 << 20),

@@ -35,7 +35,7 @@ def compare(rounds: int, rows: int) -> None:
     hyper = Hyper(np.uint32(0), np.int32(100), AdamW(Constant(1e-3)))
     tokens = {"tokens": np.random.default_rng(0).integers(0, 50_257, (1, rows, 129), dtype=np.int32)}
     compiled: dict[str, Any] = {}
-    for name, most in {"at once": 2**40, "in chunks": chunks.MOST}.items():
+    for name, most in {"at once": 2**40, "in chunks": chunks.MOST}.items():  # what is usual last: it stays
         chunks.MOST = most
         jax.clear_caches()
         compiled[name] = train_steps.lower(recipe, init_state(recipe, hyper), tokens, np.int32(1), hyper).compile()
