@@ -22,6 +22,7 @@ from jaxformer.generation.logits_processors import (
     TopP,
 )
 from jaxformer.learning.objectives import NextToken, PrefixLM
+from jaxformer.model import cache
 from jaxformer.model.baselines import GRU, LSTM, Bigram
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.masks import Causal, Window, one_document
@@ -82,7 +83,7 @@ def test_the_cache_grows_with_the_text(rows):
     """A text that passes every size of the cache has the probabilities of one full pass: with a window that rolls from
     the first size on, one that begins to in the second, and heads that share keys."""
     masks = Window(50), Window(100), Causal()
-    model = decoder(n_layers=3, context_length=300, position=Rotary(), mask=masks, n_kv_heads=2, n_heads=6)
+    model = decoder(n_layers=6, context_length=300, position=Rotary(), mask=masks, n_kv_heads=2, n_heads=6)
     params, prompts = loud(model), [ids(7).tolist(), ids(3).tolist()] * (rows // 2)
     request = Request(NextToken(), model, params, prompts, 290, row_keys(3, 0, rows))
     new, found = (np.concatenate(arrays, 1) for arrays in zip(*LeftToRight()(request), strict=True))
@@ -91,6 +92,14 @@ def test_the_cache_grows_with_the_text(rows):
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
     assert len({*new[0].tolist()}) > 5
     assert np.array_equal(generate(model, params, prompts, 70, (), 3, stretch=3), new[:, :70])
+
+
+def test_places_are_kept_once_for_all_layers_of_a_kind():
+    """To write one costs as much as to write keys."""
+    model = decoder(n_layers=6, mask=(Window(4), Causal()))
+    kept = [{name: {*slots} for name, slots in group.items()} for group in model.apart(model.cache(3, 11))]
+    first, other = ({"block0": slots, "block1": slots} for slots in ({"k", "v", *cache.PLACE}, {"k", "v"}))
+    assert kept == [first, other, other]
 
 
 @pytest.mark.parametrize("model", [Bigram, GRU, LSTM, Decoder], ids=lambda model: model.__name__)

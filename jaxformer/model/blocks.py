@@ -215,13 +215,17 @@ class Stack(nn.Module):
         return unroll, self.remat or ("dots_with_no_batch_dims_saveable" if scanned_on_gpu else None)
 
     def _apart(self, turns: int, stream: Any, cache: Any, memory: Any, *more: Any) -> Any:
-        """The same with parameters `for_decoding`, and a cache and a memory cut likewise."""
+        """The same with parameters `for_decoding`, and a cache and a memory cut likewise: what a group has none of it
+        finds in the first."""
         caches, losses, sums = [], [], []
         for i in range(turns):
             group = Group(self.kinds, self.n_layers, name=f"layers{i}")
-            scanned = jnp.int32(i * len(self.kinds)), cache and cache[i], memory and memory[i]
+            filled = lambda kept, i=i: kept and {name: {**kept[0][name], **own} for name, own in kept[i].items()}
+            scanned = jnp.int32(i * len(self.kinds)), filled(cache), filled(memory)
             stream, (written, *found) = group(stream, scanned, *more)
-            caches.append(written)
+            caches.append(
+                cache and {name: {slot: written[name][slot] for slot in own} for name, own in cache[i].items()}
+            )
             losses.append(found[0])
             sums.append(found[1])
         stacked = lambda trees: jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)

@@ -444,13 +444,22 @@ class Decoder(Model):
         """Each layer's by themselves: a loop that cut them out of the stack would copy them for each token."""
         kinds = {f"block{i}": kind for i, kind in enumerate(self.kinds("decoder"))}
         decoder = dict(params["decoder"])
-        for i, layer in enumerate(self.apart(decoder.pop("layers"))):
-            decoder[f"layers{i}"] = {name: kinds[name].for_decoding(block) for name, block in layer.items()}
+        for i, group in enumerate(self._groups(decoder.pop("layers"))):
+            decoder[f"layers{i}"] = {name: kinds[name].for_decoding(block) for name, block in group.items()}
         return {**super().for_decoding(params), "decoder": decoder}
 
     def apart(self, stacked: Any) -> Any:
+        """Each group's by itself; places, which are the same in all, only in the first: writing them costs as much as
+        writing keys."""
+        if not stacked:
+            return stacked
+        first, *others = self._groups(stacked)
+        own = lambda slots: {name: array for name, array in slots.items() if name not in cache_lib.PLACE}
+        return first, *({block: own(slots) for block, slots in group.items()} for group in others)
+
+    def _groups(self, stacked: Any) -> list[Any]:
         turns = self.n_layers // len(self.kinds("decoder"))
-        return stacked and tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(turns))
+        return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(turns)]
 
 
 class Encoder(Decoder):
