@@ -81,6 +81,7 @@ class Slot:
     fill: float = 0
     dtype: Any = None  # None: the compute dtype
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of letters that this part alone knows
+    same: bool = False  # in all layers of a kind: while text is written, the first one's is kept for all
 
 
 class Declared(struct.PyTreeNode, nn.meta.AxisMetadata):

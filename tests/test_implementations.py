@@ -61,13 +61,14 @@ def as_blocked(model, size):
     return dataclasses.replace(model, kernel=new if isinstance(model.kernel, tuple) else new[0])
 
 
-def values(model, params, dtype=jnp.float32):
+def values(model, params, dtype=jnp.float32, segments=PACKED):
     """A scalar of the hidden states of packed rows, and its gradients."""
-    at = places(PACKED, jnp.broadcast_to(jnp.int32(jnp.arange(T) > 6)[None], PACKED.shape))
-    weights = jnp.cos(jnp.arange(84.0))[None, None] * (PACKED > 0)[..., None]
+    rows, length = segments.shape
+    at = places(segments, jnp.broadcast_to(jnp.int32(jnp.arange(length) > 6)[None], segments.shape))
+    weights = jnp.cos(jnp.arange(84.0))[None, None] * (segments > 0)[..., None]
 
     def loss(params):
-        h = model.hidden(jax.tree.map(lambda a: a.astype(dtype), params), ids(3, T), at).h
+        h = model.hidden(jax.tree.map(lambda a: a.astype(dtype), params), ids(rows, length), at).h
         return (h.astype(jnp.float32) * weights).sum() / 100
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -85,12 +86,26 @@ def test_blocked_equals_plain_with_gradients(fields, size):
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize(("rows", "length", "size"), [(1, 2, 1), (2, 13, 5), (5, 17, 16), (1, 19, 6)])
+@pytest.mark.parametrize("kind", ["causal, learned", "window, rotary, one key head", "local, relative, soft-capped"])
+def test_blocked_equals_plain_with_gradients_of_other_shapes(kind, rows, length, size):
+    """A block for each token, one of a token less than the row, even and odd rests; a document that ends early."""
+    model = decoder(**({"n_layers": 1} | KINDS[kind]))
+    segments = jnp.ones((rows, length), jnp.int32).at[0, length - length // 3 :].set(2)
+    params = loud(model)
+    both = [values(m, params, segments=segments) for m in (model, as_blocked(model, size))]
+    scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(both[0][1]))
+    chex.assert_trees_all_close(both[1], both[0], rtol=1e-5, atol=1e-5 * scale)
+
+
 def test_blocked_looks_at_what_a_layer_below_hands_on():
     """Of which it knows no axis to cut, so that every block looks at all of it."""
     model = decoder(n_layers=2, n_heads=2, n_kv_heads=None, kernel=(Softmax(), Borrow()))
     params = loud(model)
-    plain, blocked = (values(m, params)[0] for m in (model, as_blocked(model, 7)))
+    (plain, wanted), (blocked, found) = (values(m, params) for m in (model, as_blocked(model, 7)))
     np.testing.assert_allclose(blocked, plain, rtol=1e-5)
+    scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(wanted))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.slow
@@ -110,13 +125,20 @@ def test_blocked_crosses_texts_of_other_lengths(length):
     blocked = dataclasses.replace(as_blocked(model, 5), cross_kernel=Softmax(implementation=Blocked(5)))
     params, source = loud(model), (ids(2, length, seed=5), one_document(length))
 
-    def h(model):
+    def h(model, params):
         memory = model.encode(params, *source).h
         out = model.hidden(params, ids(2, T), one_document(T), memory=memory)
         cached = model.hidden(params, ids(2, T), one_document(T), memory=memory, cache=model.cache(2, T))
         return out.h, cached.h
 
-    chex.assert_trees_all_close(jax.jit(h, static_argnums=0)(blocked), h(model), rtol=1e-4, atol=1e-4)
+    def gradients(model):
+        weights = jnp.cos(jnp.arange(14.0))[None, None]
+        return jax.jit(jax.grad(lambda params: sum((a * weights).sum() for a in h(model, params))))(params)
+
+    chex.assert_trees_all_close(jax.jit(h, static_argnums=0)(blocked, params), h(model, params), rtol=1e-4, atol=1e-4)
+    wanted = gradients(model)
+    scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(wanted))
+    chex.assert_trees_all_close(gradients(blocked), wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.slow

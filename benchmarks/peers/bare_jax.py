@@ -49,8 +49,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return values.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
 
+def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x · matrix as one product of two matrices, which XLA on CPU is faster at than at those of more axes."""
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+
+
 def feed_forward(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(norm(x, layer["norm_feed"]) @ layer["up"]) @ layer["down"]
+    return times(jax.nn.gelu(times(norm(x, layer["norm_feed"]), layer["up"])), layer["down"])
 
 
 def hidden(params: dict[str, Any], ids: jax.Array, heads: int) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
@@ -58,9 +63,9 @@ def hidden(params: dict[str, Any], ids: jax.Array, heads: int) -> tuple[jax.Arra
     T = ids.shape[1]
     x, mask, seen = params["tokens"][ids] + params["positions"][:T], jnp.tri(T, dtype=bool), []
     for layer in params["layers"]:
-        q, k, v = heads_of(norm(x, layer["norm_attention"]) @ layer["qkv"], heads)
+        q, k, v = heads_of(times(norm(x, layer["norm_attention"]), layer["qkv"]), heads)
         seen.append((k, v))
-        x = x + attention(q, k, v, mask) @ layer["out"]
+        x = x + times(attention(q, k, v, mask), layer["out"])
         x = x + feed_forward(layer, x)
     return norm(x, params["norm"]), seen
 
@@ -74,7 +79,7 @@ def step(size: Size, seconds: float, steps_per_call: int) -> Found:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
-        logits = hidden(params, rows[:, :-1], size.heads)[0] @ params["tokens"].T
+        logits = times(hidden(params, rows[:, :-1], size.heads)[0], params["tokens"].T)
         return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
 
     def one(state: Any, rows: jax.Array) -> Any:
@@ -112,10 +117,10 @@ def generated(params: Any, ids: jax.Array, lengths: jax.Array, size: Size, new: 
         x, mask = (params["tokens"][last] + params["positions"][at])[:, None], (slots <= at[:, None])[:, None, None]
         after = []
         for layer, (k, v) in zip(params["layers"], cache, strict=True):
-            q, new_k, new_v = heads_of(norm(x, layer["norm_attention"]) @ layer["qkv"], size.heads)
+            q, new_k, new_v = heads_of(times(norm(x, layer["norm_attention"]), layer["qkv"]), size.heads)
             k, v = k.at[rows, :, at].set(new_k[:, :, 0]), v.at[rows, :, at].set(new_v[:, :, 0])
             after.append((k, v))
-            x = x + attention(q, k, v, mask) @ layer["out"]
+            x = x + times(attention(q, k, v, mask), layer["out"])
             x = x + feed_forward(layer, x)
         following = drawn(norm(x[:, 0], params["norm"]), key)
         return (following, at + 1, after), following

@@ -199,8 +199,8 @@ class Probe:
             return None
         return encoded(self.model, self.loud, self.ids(1, segment.shape[1], seed=9).repeat(len(segment), 0), segment)
 
-    def hidden(self, ids: Any, at: Places, memory: Any = None, cache: Any = None) -> Any:
-        return _hidden(self.model, self.loud, jnp.asarray(ids), at, cache, memory)
+    def hidden(self, ids: Any, at: Places, memory: Any = None, cache: Any = None, params: Any = None) -> Any:
+        return _hidden(self.model, params or self.loud, jnp.asarray(ids), at, cache, memory)
 
     @functools.cached_property
     def example(self) -> Any:

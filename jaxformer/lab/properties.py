@@ -91,7 +91,7 @@ def answer_unseen(probe: Probe) -> str:
 
 
 def cache_is_full_pass(probe: Probe) -> str:
-    """A ragged prefill, then two tokens at once, then one at a time, against all tokens at once."""
+    """A ragged prefill, then two tokens at once, then one at a time, layer by layer, against all tokens at once."""
     model, n = probe.model, min(probe.length, 13)
     if not model.writes or n < 8:
         raise Inapplicable("it does not write token after token" if n >= 8 else "its window is too short")
@@ -102,10 +102,12 @@ def cache_is_full_pass(probe: Probe) -> str:
     at = Places(position, jnp.asarray(segment), (position >= 2).astype(jnp.int32))
     memory = probe.memory(jnp.ones((3, n), jnp.int32))
     full = probe.hidden(text, at, memory)[0]
-    cache, outs, start = model.cache(3, n), [], 0
+    cache, outs, start, params = model.cache(3, n), [], 0, probe.loud
     for size in (n - 4, 2, 1, 1):  # a single token reads what it has written, so the last slot is read, too
+        if size == 1 and params is probe.loud:  # as a sampler does
+            params, memory, cache = model.for_decoding(params), model.apart(memory), model.apart(cache)
         cut = jax.tree.map(lambda a, piece=slice(start, start + size): a[:, piece], at)
-        h, cache = probe.hidden(text[:, start : start + size], cut, memory, cache)
+        h, cache = probe.hidden(text[:, start : start + size], cut, memory, cache, params)
         outs.append(h)
         start += size
     real = segment[..., None]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxformer.declarations import Arrays, Declarations, declare
 from jaxformer.keys import fold
 from jaxformer.mesh import constrained
+from jaxformer.model import cache as cache_lib
 from jaxformer.model.implementations import CuDNN
 from jaxformer.model.layers import FeedForward, LayerNorm, Norm, Out, dropout
 from jaxformer.model.masks import Places
@@ -52,6 +53,12 @@ class BlockSpec(Spec):
         """Of the residual stream, those that there are."""
         return (*self.mixers, *(() if self.feed_forward is None else ("feed_forward",)))
 
+    @property
+    def same(self) -> frozenset[str]:
+        """Slots of the cache that are declared the same in all layers."""
+        slots = {} if self.mixer is None else self.mixer.slots(self.parts)
+        return frozenset(name for name, slot in slots.items() if slot.same)
+
     def for_decoding(self, params: Arrays) -> Any:
         """A layer's parameters as a loop over tokens reads them fastest."""
         mixers = {name: mixer for name, (mixer, _) in self.mixers.items() if name in params}
@@ -79,8 +86,8 @@ class Block(nn.Module):
             stream = s.residual.after(stream, dropout(branch, outs[name].h, s.dropout), site)
             record(self, **{f"after_{name}": stream, name: {"out": outs[name].h, **outs[name].activations}})
         sums = {name: out.sums for name, out in outs.items() if out.sums}
-        cache = outs["attention"].cache if "attention" in outs else context.cache
-        return Out(stream, cache, sums=sums).beside(stream, *outs.values())
+        written = outs["attention"].cache if "attention" in outs else None
+        return Out(stream, context.cache if written is None else written, sums=sums).beside(stream, *outs.values())
 
     def _branch(self, name: str, h: jax.Array, context: Context) -> Out:
         """What a part gives for its branch."""
@@ -215,17 +222,13 @@ class Stack(nn.Module):
         return unroll, self.remat or ("dots_with_no_batch_dims_saveable" if scanned_on_gpu else None)
 
     def _apart(self, turns: int, stream: Any, cache: Any, memory: Any, *more: Any) -> Any:
-        """The same with parameters `for_decoding`, and a cache and a memory cut likewise: what a group has none of it
-        finds in the first."""
+        """The same with parameters `for_decoding`, and a cache and a memory `apart`."""
         caches, losses, sums = [], [], []
         for i in range(turns):
             group = Group(self.kinds, self.n_layers, name=f"layers{i}")
-            filled = lambda kept, i=i: kept and {name: {**kept[0][name], **own} for name, own in kept[i].items()}
-            scanned = jnp.int32(i * len(self.kinds)), filled(cache), filled(memory)
+            scanned = jnp.int32(i * len(self.kinds)), cache_lib.whole(cache, i), cache_lib.whole(memory, i)
             stream, (written, *found) = group(stream, scanned, *more)
-            caches.append(
-                cache and {name: {slot: written[name][slot] for slot in own} for name, own in cache[i].items()}
-            )
+            caches.append(cache and cache_lib.own(written, cache[i]))
             losses.append(found[0])
             sums.append(found[1])
         stacked = lambda trees: jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)

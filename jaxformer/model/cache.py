@@ -1,6 +1,6 @@
 """The cache: one dict of slots per layer. Prefill, decoding, ragged rows and windows all take this one path."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxformer.declarations import Arrays, Slot
 
-PLACE = {"position": Slot("BS", 0, jnp.int32), "segment": Slot("BS", 0, jnp.int32)}  # segment 0: an empty slot
+PLACE = {name: Slot("BS", 0, jnp.int32, same=True) for name in ("position", "segment")}  # segment 0: an empty slot
 
 
 def empty(slots: Mapping[str, Slot], dims: Mapping[str, int], dtype: Any) -> dict[str, jax.Array]:
@@ -61,3 +61,24 @@ def _write(cache: Arrays, new: Arrays, slots: Mapping[str, Slot]) -> dict[str, j
         return old.at[index].set(jnp.moveaxis(new, axis, 1).astype(old.dtype), mode="drop")
 
     return {name: one(cache[name], new[name], s.letters) for name, s in slots.items()}
+
+
+# --- the slots of a stack's groups of layers while text is written: {block: {slot: array}} of each
+
+
+def apart(groups: Sequence[Mapping[str, Arrays]], same: Mapping[str, Collection[str]]) -> tuple[Any, ...]:
+    """Without the slots of a block that are the `same` in all groups, but in the first: to write one costs as much as
+    to write keys."""
+    first, *others = groups
+    own = lambda block, slots: {name: array for name, array in slots.items() if name not in same[block]}
+    return first, *({block: own(block, slots) for block, slots in group.items()} for group in others)
+
+
+def whole(groups: Sequence[Mapping[str, Arrays]] | None, i: int) -> Any:
+    """The i-th of groups `apart`, with what it lacks of the first, which it will write as the first does."""
+    return groups and {block: {**groups[0][block], **slots} for block, slots in groups[i].items()}
+
+
+def own(written: Mapping[str, Arrays], group: Mapping[str, Arrays]) -> dict[str, Arrays]:
+    """Of what a group has written, what it keeps."""
+    return {block: {name: written[block][name] for name in slots} for block, slots in group.items()}

@@ -105,7 +105,7 @@ class Prefix(Mask):
         return False
 
     def slots(self) -> dict[str, Slot]:
-        return {"part": Slot("BS", 1, jnp.int32)}
+        return {"part": Slot("BS", 1, jnp.int32, same=True)}
 
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         past = key.position <= query.position

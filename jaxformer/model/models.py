@@ -449,13 +449,8 @@ class Decoder(Model):
         return {**super().for_decoding(params), "decoder": decoder}
 
     def apart(self, stacked: Any) -> Any:
-        """Each group's by itself; places, which are the same in all, only in the first: writing them costs as much as
-        writing keys."""
-        if not stacked:
-            return stacked
-        first, *others = self._groups(stacked)
-        own = lambda slots: {name: array for name, array in slots.items() if name not in cache_lib.PLACE}
-        return first, *({block: own(slots) for block, slots in group.items()} for group in others)
+        same = {f"block{i}": kind.same for i, kind in enumerate(self.kinds("decoder"))}
+        return stacked and cache_lib.apart(self._groups(stacked), same)
 
     def _groups(self, stacked: Any) -> list[Any]:
         turns = self.n_layers // len(self.kinds("decoder"))
