@@ -104,6 +104,17 @@ def test_parameters_are_laid_out_once_for_all_texts(monkeypatch):
     assert all(one.ids == row[: len(one.ids)].tolist() for one, row in zip(found[1], ids, strict=False))
 
 
+def test_text_is_written_in_the_dtype_of_the_computation_but_on_a_cpu(monkeypatch):
+    run = writer("decoder")
+    halves = dataclasses.replace(run.config.train, compute_dtype="bfloat16")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=halves))
+    assert {a.dtype.name for a in jax.tree.leaves(run._prepared)} == {"float32"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run = dataclasses.replace(run)
+    assert {a.dtype.name for a in jax.tree.leaves(run._prepared)} == {"bfloat16"}
+    assert len(run.generate("abc", 9, 1)[0].ids) == 9
+
+
 def test_what_begins_a_text_is_no_repetition():
     """Where the start is the end, too, a penalty would keep texts from ending; of a prompt the same token counts."""
     run = writer("decoder")

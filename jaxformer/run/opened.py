@@ -216,8 +216,11 @@ class Run:
 
     @functools.cached_property
     def _prepared(self) -> tuple[Any, Any]:
-        """The parameters and what the sampler makes of them, kept from the first text that is written on."""
+        """The parameters, off the CPU in the dtype of the computation, and what the sampler makes of them: kept from the
+        first text that is written on."""
         params = self.eval_params
+        if self.recipe.compute_dtype != "float32" and jax.default_backend() != "cpu":  # halves are slower on a CPU
+            params = jax.jit(self.recipe.cast)(params)
         return params, self.sampler.prepared(self.model, params)
 
     def _tell_cut(self, texts: Sequence[Sequence[int]]) -> None:
