@@ -216,7 +216,7 @@ class Run:
 
     @functools.cached_property
     def _prepared(self) -> tuple[Any, Any]:
-        """The parameters, off the CPU in the dtype of the computation, and what the sampler makes of them: kept from the
+        """The parameters, off a CPU in the dtype of the computation, and what the sampler makes of them, kept from the
         first text that is written on."""
         params = self.eval_params
         if self.recipe.compute_dtype != "float32" and jax.default_backend() != "cpu":  # halves are slower on a CPU
