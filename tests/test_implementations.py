@@ -21,7 +21,7 @@ from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model import implementations
 from jaxformer.model.blocks import Stack
-from jaxformer.model.implementations import Asked, Auto, Blocked, CuDNN, Plain
+from jaxformer.model.implementations import BESIDE, Asked, Auto, Blocked, CuDNN, Plain
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform, ValueResidual
 from jaxformer.model.layers import RMSNorm
 from jaxformer.model.masks import Bidirectional, Both, Causal, Either, Local, Prefix, Window, one_document, places
@@ -235,11 +235,15 @@ def test_auto_takes_cudnn_for_all_that_it_can_do(hopper, monkeypatch):
     sizes = {"head_width": 8, "context_length": 1024}
     again = "layers with the same mask are in one turn of the scan, which XLA fails at"
     for fields, name, why in (
-        ({}, CuDNN, "it can do what is asked"),
-        ({"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2}, CuDNN, "it can do what is asked"),
+        ({}, CuDNN, f"it can do what is asked; {BESIDE}"),
+        (
+            {"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2},
+            CuDNN,
+            f"it can do what is asked; {BESIDE}",
+        ),
         ({"position": ALiBi()}, Plain, "not CuDNN: ALiBi changes the formula"),
-        ({"mixer": (MultiHead(), GatedLinear()), "n_layers": 2}, CuDNN, "it can do what is asked"),
-        ({"mask": (Causal(), Window(7)), "n_layers": 2, "unroll": 9}, CuDNN, "it can do what is asked"),
+        ({"mixer": (MultiHead(), GatedLinear()), "n_layers": 2}, CuDNN, f"it can do what is asked; {BESIDE}"),
+        ({"mask": (Causal(), Window(7)), "n_layers": 2, "unroll": 9}, CuDNN, f"it can do what is asked; {BESIDE}"),
         ({"n_layers": 4, "unroll": 2}, Plain, f"not CuDNN: 2 {again}"),
         ({"position": (Rotary(), NoPosition()), "n_layers": 2}, Plain, f"not CuDNN: 2 {again}"),
         ({"mask": (Causal(), Causal(), Window(7)), "n_layers": 3}, Plain, f"not CuDNN: 2 {again}"),
@@ -282,7 +286,7 @@ SLOW = [pytest.param(mask, marks=pytest.mark.slow) for mask in (Causal(), Bidire
 
 @pytest.mark.parametrize("mask", [Window(5), *SLOW], ids=lambda mask: type(mask).__name__)
 def test_cudnn_equals_plain_where_it_is_called(monkeypatch, mask):
-    """With gradients; rows with segments, odd rows, a cache and dropout are computed by the formula."""
+    """With gradients; rows with segments, odd rows and a cache are computed by the formula; dropout is refused."""
     kernel = Softmax(scale=0.3)
     plain = decoder(n_layers=1, head_width=8, kernel=kernel, mask=mask)
     fused = dataclasses.replace(plain, kernel=dataclasses.replace(kernel, implementation=CuDNN()))
@@ -304,8 +308,24 @@ def test_cudnn_equals_plain_where_it_is_called(monkeypatch, mask):
         chex.assert_trees_all_equal(*(loss(m, at, length) for m in (plain, fused)))
     fused.hidden(params, ids(3, 22), one_document(22))  # float32
     halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    with pytest.raises(ValueError, match=r"^implementation=CuDNN: dropout=0.1 of weights is not in it"):
+        dataclasses.replace(fused, dropout=0.1).hidden(halves, ids(3, 22), one_document(22), jax.random.key(0))
     if mask.causal:
         fused.hidden(halves, ids(3, 22), one_document(22), cache=fused.cache(3, T))
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"mask": Prefix()}, {"position": ALiBi()}, {"position": RelativeBias()}, {"kernel": SoftCapped(cap=1.0)}],
+    ids=str,
+)
+def test_cudnn_computes_no_formula_but_its_own(monkeypatch, fields):
+    """A model by itself, which no plan refuses."""
+    plain = decoder(n_layers=1, head_width=8, **fields)
+    fused = dataclasses.replace(plain, kernel=dataclasses.replace(plain.kernel, implementation=CuDNN()))
+    params, found = jax.tree.map(lambda a: (a / 3).astype(jnp.bfloat16), loud(plain)), calls(monkeypatch)
+    chex.assert_trees_all_equal(*(m.hidden(params, ids(3, 22), one_document(22)).h for m in (plain, fused)))
     assert not found
 
 
@@ -338,11 +358,12 @@ def test_a_step_for_cuda_calls_cudnn_and_multiplies_halves_alone(hopper, monkeyp
 
 
 def test_layers_are_laid_out_by_the_device(monkeypatch):
-    """(groups in a turn, what is kept): unrolled up to 8, but for calls of cuDNN; a GPU's scan keeps products."""
+    """(groups in a turn, what is kept): unrolled up to 12 on a CPU and to 8 on a GPU, but for calls of cuDNN; a GPU's
+    scan keeps products."""
     fused, products = Softmax(implementation=CuDNN()), "dots_with_no_batch_dims_saveable"
     for backend, fields, n_layers, found in (
-        ("cpu", {}, 8, (8, None)),
-        ("cpu", {}, 9, (1, None)),
+        ("cpu", {}, 12, (12, None)),
+        ("cpu", {}, 13, (1, None)),
         ("gpu", {}, 8, (8, None)),
         ("gpu", {}, 9, (1, products)),
         ("gpu", {"unroll": 9}, 9, (9, None)),

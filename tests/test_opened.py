@@ -266,11 +266,14 @@ def test_what_an_evaluation_cuts_is_told(trained, caplog):
     assert "valid: 1 of 3 examples are longer than data.window=11, and are cut" in caplog.messages
 
 
-def test_a_run_of_an_implementation_that_is_not_here_is_opened(trained):
+def test_a_run_of_an_implementation_that_is_not_here_is_opened(trained, caplog):
+    told = "implementation=CuDNN of attention: it needs an NVIDIA GPU; this is cpu; Auto takes its place"
     kernels = Softmax(implementation=CuDNN()), SoftCapped(implementation=Plain())
     for kernel, found in ((kernels, [Auto, Plain]), (kernels[1], [Plain])):
         config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, kernel=kernel))
+        caplog.clear()
         here = opened._here(config).model.kernel
+        assert caplog.messages == ([told] if Auto in found else [])
         assert [type(each.implementation) for each in (here if isinstance(here, tuple) else (here,))] == found
 
 

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import B, T, decoder, loud
 
@@ -24,7 +25,7 @@ from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.groups import Everything, Group, Groups, Hidden, Lettered, Path
 from jaxformer.learning.muon import Muon, NewtonSchulz, PolarExpress, orthogonalized
 from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
-from jaxformer.learning.optimizers import SGD, AdamW, Frozen, Lion
+from jaxformer.learning.optimizers import BLOCK, SGD, AdamW, Frozen, Lion, clip_by_global_norm, global_norm
 from jaxformer.learning.schedule_free import ScheduleFree
 from jaxformer.learning.schedules import Constant, Product, WarmupCosine
 from jaxformer.model.baselines import LSTM
@@ -251,6 +252,22 @@ def test_the_first_group_that_has_an_array_moves_it():
     less, _ = clipped.update(grads, clipped.init(grads), grads)
     norm = np.sqrt(sum(a.size for a in jax.tree.leaves(grads)))
     chex.assert_trees_all_close(less, jax.tree.map(lambda a: a * 0.5 / norm, change), rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e4])
+def test_the_norm_by_blocks_clips_as_optax_does(limit):
+    rng = np.random.default_rng(0)
+    tree = {"blocks": rng.normal(size=(17, 257, 263)), "short": rng.normal(size=(5,)), "whole": np.ones((16, BLOCK))}
+    wanted = np.sqrt(sum((a / 3).ravel() @ (a / 3).ravel() for a in tree.values()))
+    grads = jax.tree.map(jnp.float32, tree)
+    norm = jax.jit(global_norm)(grads, jnp.float32(3))
+    assert float(norm) == pytest.approx(wanted, rel=1e-6)
+    own, mean = clip_by_global_norm(limit), jax.tree.map(lambda a: a / 3, grads)
+    reference = optax.clip_by_global_norm(limit).update(mean, optax.EmptyState())[0]
+    told, untold = own.update(mean, own.init(mean), grad_norm=norm)[0], own.update(mean, own.init(mean))[0]
+    chex.assert_trees_all_close(told, reference, rtol=1e-5)
+    chex.assert_trees_all_close(told, untold, rtol=1e-6)
+    assert (limit < wanted) == bool((told["whole"] < mean["whole"]).all())
 
 
 def test_one_group_of_everything_is_its_optimizer_to_the_bit():

@@ -8,7 +8,7 @@ import jax
 
 from jaxformer.declarations import Declared, by_path, selected, trained, updated
 from jaxformer.learning.muon import Muon
-from jaxformer.learning.optimizers import AdamW, Frozen, Optimizer, check_clip
+from jaxformer.learning.optimizers import AdamW, Frozen, Optimizer, check_clip, clip_by_global_norm
 from jaxformer.learning.schedules import Constant, Product, Schedule, WarmupCosine
 from jaxformer.spec import Spec
 
@@ -114,16 +114,16 @@ class Groups(Optimizer):
         def init(params: Any) -> Any:
             return tuple(own.init(part) for own, part in zip(each, parts(params), strict=True))
 
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def update(updates: Any, state: Any, params: Any = None, **told: Any) -> tuple[Any, Any]:
             if self.clip is not None:
-                updates, _ = optax.clip_by_global_norm(self.clip).update(updates, optax.EmptyState())
+                updates, _ = clip_by_global_norm(self.clip).update(updates, optax.EmptyState(), **told)
             whole, states = updates, []
             for own, *args in zip(each, parts(updates), state, parts(params), strict=True):
                 changes, new = own.update(*args)
                 whole, states = updated(whole, changes), [*states, new]
             return whole, tuple(states)
 
-        return optax.GradientTransformation(init, update)
+        return optax.GradientTransformationExtraArgs(init, update)
 
     def eval_params(self, opt_state: Any, params: Any) -> Any:
         for group, state in zip(self.groups, opt_state, strict=True):

@@ -22,6 +22,7 @@ from jaxformer.model.residuals import PreNorm, Residual, Site
 from jaxformer.spec import Spec
 
 EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE, RULE = range(8)  # of dropout, and of other draws
+LAID_OUT = {"cpu": 12, "gpu": 8}  # groups of layers at most that are not scanned
 SITES = {"attention": ATTENTION, "cross_attention": CROSS, "feed_forward": FEED}
 
 
@@ -146,8 +147,8 @@ class Stack(nn.Module):
 
     Parameters, cache and memory of each kind lie stacked along a leading axis L; `unroll` groups are laid out in each
     turn of the scan, over the same parameters and with the same result. More are faster, since a scan copies what each
-    turn reads, and slower to compile: None takes all up to 8 on CPUs and GPUs, and 1 elsewhere, with `remat`, and of
-    fused attention (jax 0.11.2 crashes on unrolled calls of cuDNN).
+    turn reads, and slower to compile: None takes all, up to 12 on CPUs and 8 on GPUs, and 1 elsewhere, with `remat`, and
+    of fused attention (jax 0.11.2 crashes on unrolled calls of cuDNN).
 
     With `remat`, the name of one of jax.checkpoint_policies, a group keeps for the backward pass only what that policy
     says, and computes the rest anew. None keeps all; but where a GPU scans, what products of matrices give: what a scan
@@ -216,7 +217,7 @@ class Stack(nn.Module):
     def _laid_out(self, turns: int) -> tuple[int, str | None]:
         """Groups in a turn of the scan, and what is kept for the backward pass."""
         backend, fused = jax.default_backend(), any(kind.fused for kind in self.kinds)
-        few = turns <= 8 and not self.remat and (backend == "cpu" or (backend == "gpu" and not fused))
+        few = turns <= LAID_OUT.get(backend, 0) and not self.remat and not (backend == "gpu" and fused)
         unroll = min(self.unroll or (turns if few else 1), turns)
         scanned_on_gpu = backend == "gpu" and unroll < turns
         return unroll, self.remat or ("dots_with_no_batch_dims_saveable" if scanned_on_gpu else None)

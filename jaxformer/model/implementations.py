@@ -19,6 +19,9 @@ from jaxformer.spec import Spec
 GROUPS = 4  # of queries at most, each with a range of keys of its own: so many programs are compiled for a layer
 BLOCKS = "blocks"  # the scope of what computes by blocks: the products of the formula count, not these
 HALVES = "bfloat16", "float16"
+FUSED = Causal, Window, Bidirectional  # masks that cuDNN computes
+BESIDE = "padded rows of evaluations, and texts, by the formula"
+NO_DROPOUT = "dropout={} of weights is not in it"
 PADDED = 1024  # queries at a time of rows that cuDNN does not take
 LONG = 256  # tokens of a row from which on `Blocked` is faster on CPU: benchmarks/attention.py
 
@@ -42,6 +45,9 @@ class Computed(Protocol):
 
     @property
     def scale(self) -> float | None: ...
+
+    @property
+    def changed(self) -> str | None: ...
 
     def formula(self, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out: ...
 
@@ -82,7 +88,9 @@ class Auto(Plain):
     def chosen(self, asked: Asked) -> tuple[Implementation, str]:
         if jax.default_backend() != "cpu":
             reason = CuDNN().refuses(asked)
-            return (CuDNN(), "it can do what is asked") if reason is None else (Plain(), f"not CuDNN: {reason}")
+            return (
+                (CuDNN(), f"it can do what is asked; {BESIDE}") if reason is None else (Plain(), f"not CuDNN: {reason}")
+            )
         if asked.tokens < LONG:
             return Plain(), f"rows of {asked.tokens} tokens"
         if reason := Blocked().refuses(asked):
@@ -93,8 +101,9 @@ class Auto(Plain):
 class CuDNN(Implementation):
     """NVIDIA's fused attention, which keeps no scores: memory grows with T (as arXiv:2307.08691).
 
-    Half precision, rows of one document each, masks `Causal`, `Window` and `Bidirectional`. Where a model is given
-    something else, as in an evaluation or while text is written, it computes the formula; of long rows block by block.
+    Half precision, rows of one document each, masks `Causal`, `Window` and `Bidirectional`, no dropout of weights. A run
+    that trains on something else is refused. Where a model is given it beside training, as the padded rows of an
+    evaluation or a cache, it computes the formula; of long rows block by block.
     """
 
     def refuses(self, asked: Asked) -> str | None:
@@ -103,10 +112,10 @@ class CuDNN(Implementation):
         if asked.dtype not in HALVES:
             return f"train.compute_dtype={asked.dtype} must be one of {', '.join(HALVES)}"
         if asked.dropout:
-            return f"dropout={asked.dropout} of weights is not in it"
+            return NO_DROPOUT.format(asked.dropout)
         if asked.changed:
             return f"{asked.changed} changes the formula"
-        if other := [type(mask).__name__ for mask in asked.masks if type(mask) not in (Causal, Window, Bidirectional)]:
+        if other := [type(mask).__name__ for mask in asked.masks if type(mask) not in FUSED]:
             return f"the mask {other[0]} must be Causal, Window or Bidirectional"
         if not asked.whole:
             return "rows have padding or several documents"
@@ -119,13 +128,19 @@ class CuDNN(Implementation):
             return f"heads {asked.width} wide must be a multiple of 8, of at most {widest}"
         return None
 
+    def chosen(self, asked: Asked) -> tuple[Implementation, str]:
+        own, why = super().chosen(asked)
+        return own, f"{why}; {BESIDE}"
+
     def __call__(self, kernel: Computed, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
-        q, k, v, view = look.q, look.seen["k"], look.seen["v"], look.view
-        whole = view.query.rows.whole and view.key.rows.whole and q.shape[2] % 2 == 0
+        view = look.view
         if key is not None and rate:
-            return kernel.formula(params, look, key, rate)
-        if not whole or q.dtype.name not in HALVES:
+            raise ValueError(f"implementation={type(self).__name__}: {NO_DROPOUT.format(rate)}")
+        whole = view.query.rows.whole and view.key.rows.whole and look.q.shape[2] % 2 == 0
+        fused = whole and type(view.rule) in FUSED and isinstance(look.bias, float) and kernel.changed is None
+        if not fused or look.q.dtype.name not in HALVES:
             return Blocked(PADDED)(kernel, params, look, key, rate)
+        q, k, v = look.q, look.seen["k"], look.seen["v"]
         with jax.named_scope(BLOCKS):
             h = jax.nn.dot_product_attention(
                 *(a.swapaxes(1, 2) for a in (q, k, v)),

@@ -60,11 +60,16 @@ class Softmax(Kernel):
     def slots(self) -> dict[str, Slot]:
         return {"k": Slot("BGSK"), "v": Slot("BGSK")}
 
+    @property
+    def changed(self) -> str | None:
+        """The class, if it is one whose formula is another."""
+        steps = "scores", "weights", "masked_scores", "formula"
+        other = any(getattr(type(self), step) is not getattr(Softmax, step) for step in steps)
+        return type(self).__name__ if other else None
+
     def implemented(self, asked: Asked) -> tuple["Softmax", str]:
-        name, steps = type(self).__name__, ("scores", "weights", "masked_scores", "formula")
-        if any(getattr(type(self), step) is not getattr(Softmax, step) for step in steps):
-            asked = asked._replace(changed=asked.changed or name)
-        asked = asked._replace(ours=asked.ours and type(self).__module__ == __name__)
+        name, ours = type(self).__name__, asked.ours and type(self).__module__ == __name__
+        asked = asked._replace(changed=asked.changed or self.changed, ours=ours)
         own = type(self).__call__ is not Softmax.__call__
         implementation, why = (Plain(), "its own") if own else self.implementation.chosen(asked)
         if own and not isinstance(self.implementation, Auto | Plain):

@@ -508,11 +508,14 @@ EASY = Asked(64, dtype="bfloat16", whole=True)  # what any implementation can do
 
 
 def _here(config: Config) -> Config:
-    """With `Auto` in place of implementations that this machine has not: they compute the same."""
+    """With `Auto` in place of implementations that this machine has not, which is told: they compute the same."""
 
     def lacks(spec: Any) -> bool:
         own = getattr(spec, "implementation", None)
-        return isinstance(own, Implementation) and own.refuses(EASY) is not None
+        reason = own.refuses(EASY) if isinstance(own, Implementation) else None
+        if reason:
+            log.warning("implementation=%s of attention: %s; Auto takes its place", type(own).__name__, reason)
+        return reason is not None
 
     return dataclasses.replace(
         config, model=changed(config.model, lambda spec: {"implementation": Auto()} if lacks(spec) else {})

@@ -14,7 +14,7 @@ from jaxformer.learning.adapters import Adapter
 from jaxformer.learning.chunks import loss_scale
 from jaxformer.learning.guards import Guard, guarded
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
-from jaxformer.learning.optimizers import Optimizer
+from jaxformer.learning.optimizers import Optimizer, global_norm
 from jaxformer.mesh import constrained, split
 from jaxformer.model.models import Model
 from jaxformer.spec import Spec
@@ -111,13 +111,16 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     declared = hyper.optimizer.frozen(own)
     sums, grads = _gradients(recipe, state, declared, example, key)
     count = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch of padding alone changes nothing but the decay
-    grads = split(jax.tree.map(lambda g: g / count, grads), own)
+    grads = split(grads, own)
+    mean = lambda: jax.tree.map(lambda g: g / count, grads)  # made where it is read: no pass over memory of its own
+    grad_norm = global_norm(grads, count)
 
     def update(old: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         params, opt_state, ema = old
         moved = trained(params, declared)
         transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
-        updates, opt_state = transform.update(grads, opt_state, moved)
+        told = optax.with_extra_args_support(transform)
+        updates, opt_state = told.update(mean(), opt_state, moved, grad_norm=grad_norm)
         new = updated(params, optax.apply_updates(moved, updates))
         new = updated(new, _advanced(own, params, sums.state, sums.weight > 0))
         if hyper.ema_decay is not None:
@@ -131,15 +134,15 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
         metrics["objective_loss"] = of_token(sums.total)
     if sums.losses:
         metrics["losses"] = jax.tree.map(of_token, sums.losses)
-    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": hyper.optimizer.rate(state.step, hyper.steps)}
+    metrics |= {"grad_norm": grad_norm, "learning_rate": hyper.optimizer.rate(state.step, hyper.steps)}
     if recipe.grad_norms:
-        metrics["grad_norms"] = norms(trained(declared, declared), grads)
+        metrics["grad_norms"] = norms(trained(declared, declared), mean())
     old, skips = (state.params, state.opt_state, state.ema), state.skips
     if recipe.guard is None:
         params, opt_state, ema = update(old)
     else:
         loss = sums.minimised / count
-        passes = recipe.guard.passes(skips, loss, metrics["grad_norm"])
+        passes = recipe.guard.passes(skips, loss, grad_norm)
         params, opt_state, ema = guarded(passes, update, old)
         skips = recipe.guard.counted(skips, passes, loss, sums.weight)
         metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
