@@ -23,13 +23,14 @@ from jaxformer import Config, Data, Decoder, Train
 from jaxformer.data.corpora import Mixture, TextFiles
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.learning.schedules import Constant
-from jaxformer.run import loop, plan, reports
+from jaxformer.run import loop, peaks, plan, reports
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
 from jaxformer.run.inspection import model_flops
 from jaxformer.run.manifest import read_manifest, sha256
 from jaxformer.run.members import Members
 from jaxformer.run.metrics import CLOCK, Rows
 from jaxformer.run.signals import ENDING, Interrupted, Received, collected
+from jaxformer.run.starts import last_start
 from jaxformer.spec import InputError
 
 SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 14, "d_ff": 11, "context_length": 7}
@@ -492,11 +493,14 @@ def test_the_lines_are_for_no_terminal(home, tmp_path, monkeypatch):
     shown.close()
 
 
-def test_rows_tell_the_share_of_the_peak_and_of_the_host(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(reports, "peak_flops", lambda devices, dtype: {"float32": 1e9}[dtype])
+def test_rows_tell_the_share_of_the_peak_and_of_the_host(home, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(peaks, "peak_flops", lambda devices, dtype: {"float32": 1e9}[dtype])
     monkeypatch.setattr(reports, "peak_memory", lambda devices: 77 * len(devices))
     config = text(home)
-    jaxformer.train(config, directory=tmp_path / "run")
+    with caplog.at_level(logging.INFO):
+        jaxformer.train(config, directory=tmp_path / "run")
+    assert "peak       0.001 TFLOP/s of products, measured" in caplog.messages
+    assert last_start(tmp_path / "run" / "starts.jsonl")["peak_flops"] == 1e9
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     run = jaxformer.open_run(tmp_path / "run")
     recipe = plan.recipe_of(run.config, run.tokenizer, run.classes)
@@ -568,7 +572,7 @@ def test_speed_is_of_the_calls_that_are_done(home, tmp_path, monkeypatch):
     """Calls that come back done are told at once; those of an accelerator with the next one in flight."""
     clock = [0.0]
     monkeypatch.setattr(reports.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(reports, "peak_flops", lambda devices, dtype: None)
+    monkeypatch.setattr(peaks, "peak_flops", lambda devices, dtype: None)
     for backend, told in (("cpu", [10, 10]), ("gpu", [0, 5])):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         shown = reports.Reports([dataclasses.replace(text(home), directory=str(tmp_path))], 0, jax.devices())

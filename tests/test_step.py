@@ -24,6 +24,7 @@ from jaxformer.model.heads import (
 )
 from jaxformer.model.layers import MLP
 from jaxformer.model.positions import Learned
+from jaxformer.run.inspection import _jaxprs
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state, train_members, train_step, train_steps
 
 pytestmark = pytest.mark.exact
@@ -82,6 +83,26 @@ def test_accumulation_equals_the_full_batch():
     for params, row in zip(states[1:], rows[1:], strict=True):
         assert row == pytest.approx(rows[0], rel=1e-5)
         chex.assert_trees_all_close(params, states[0], atol=2e-5)
+
+
+def casts(jaxpr, shape):
+    """How many times float32 of a shape is made bfloat16."""
+    found = 0
+    for equation in jaxpr.eqns:
+        inner = sum(casts(each, shape) for each in _jaxprs(equation.params.values()))
+        found += inner * equation.params.get("length", 1)
+        if equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == jnp.bfloat16:
+            found += (equation.invars[0].aval.shape, equation.invars[0].aval.dtype) == (shape, jnp.float32)
+    return found
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", None), ("float32", "bfloat16")], ids=str)
+def test_weights_are_cast_once_whatever_the_number_of_slices(dtypes):
+    recipe = dataclasses.replace(RECIPE, slices=3, compute_dtype=dtypes[0], product_dtype=dtypes[1])
+    state, batch = init_state(recipe, hyper()), at(0, batches(1, 6))
+    jaxpr = jax.make_jaxpr(train_step, static_argnums=0)(recipe, state, batch, hyper()).jaxpr
+    shapes = [a.shape for a in jax.tree.leaves(state.params) if a.ndim > 2]
+    assert len(shapes) > 5 and sum(casts(jaxpr, shape) for shape in {*shapes}) == len(shapes)
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ class Stack(nn.Module):
 
     Parameters, cache and memory of each kind lie stacked along a leading axis L; `unroll` groups are laid out in each
     turn of the scan, over the same parameters and with the same result. More are faster, since a scan copies what each
-    turn reads, and slower to compile: None takes all, up to 12 on CPUs and 8 on GPUs, and 1 elsewhere, with `remat`, and
+    turn reads, and slower to compile: None takes all up to 12 on CPUs and 8 on GPUs, and 1 elsewhere, with `remat`, and
     of fused attention (jax 0.11.2 crashes on unrolled calls of cuDNN).
 
     With `remat`, the name of one of jax.checkpoint_policies, a group keeps for the backward pass only what that policy

@@ -101,9 +101,9 @@ class Auto(Plain):
 class CuDNN(Implementation):
     """NVIDIA's fused attention, which keeps no scores: memory grows with T (as arXiv:2307.08691).
 
-    Half precision, rows of one document each, masks `Causal`, `Window` and `Bidirectional`, no dropout of weights. A run
-    that trains on something else is refused. Where a model is given it beside training, as the padded rows of an
-    evaluation or a cache, it computes the formula; of long rows block by block.
+    Half precision, rows of one document each, masks `Causal`, `Window` and `Bidirectional`, no dropout of weights: a
+    run that trains on something else is refused. What a model is given beside training, as the padded rows of an
+    evaluation or a cache, is computed by the formula, long rows block by block.
     """
 
     def refuses(self, asked: Asked) -> str | None:

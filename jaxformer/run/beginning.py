@@ -17,6 +17,7 @@ from jaxformer.run.directory import has_begun, has_checkpoint
 from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.notices import devices_of, summarize, tell_beginning, tell_changes
 from jaxformer.run.opened import Run
+from jaxformer.run.peaks import peak_of
 from jaxformer.run.plan import abstract_state, hyper_of, recipe_of
 from jaxformer.run.starts import last_seeds, record_start, starts_of
 from jaxformer.run.step import TrainState, init_state
@@ -116,13 +117,14 @@ def record(runs: Sequence[Run], prepared: Prepared, saved: Sequence[CheckpointWr
     """Tells what the runs are from here on, and stores it."""
     config, step = runs[0].config, int(runs[0].state.step)
     seeds, devices = [run.config.train.seed for run in runs], devices_of([run.state for run in runs])
+    peak = peak_of(config.train, devices)
     tell_changes(config, step, devices, seeds)
     for run, checkpoints in zip(runs, saved, strict=True):
         stored = Path(run.config.directory) / "config.json"
         config_lib.save(run.config, stored, config_lib.format_of(stored))
-        record_start(run.config, step, seeds, devices)
+        record_start(run.config, step, seeds, devices, peak)
         checkpoints.forget_after(step)
-    summarize(runs, prepared)
+    summarize(runs, prepared, peak)
     if origin is not None:
         for run in runs:
             tell(origin[1], Path(run.config.directory))

@@ -55,16 +55,18 @@ def tell_beginning(config: Config) -> None:
             log.warning("%s.%s", path, notice)
 
 
-def summarize(runs: Sequence[Run], prepared: Prepared) -> None:
+def summarize(runs: Sequence[Run], prepared: Prepared, peak_flops: float | None) -> None:
     run, devices = runs[0], devices_of(runs[0].state)
     config, model, device = run.config, run.model, devices[0]
     size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))
     n_trained, n_base = size(run.state.params), size(run.state.base)
     counts, per_call = prepared.manifest, counted(config.train.steps_per_call, "step")
+    peak_source = "measured" if device.platform == "cpu" else "by its data sheet"
     rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
     rows |= {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{len(devices)} × {device.platform} ({device.device_kind})",
+        **({"peak": f"{peak_flops / 1e12:.3g} TFLOP/s of products, {peak_source}"} if peak_flops else {}),
         **({"mesh": ", ".join(f"{axis} {n}" for axis, n in sizes.items())} if (sizes := axis_sizes()) else {}),
         "model": f"{type(model).__name__}, {n_trained + n_base:,} parameters, vocabulary {model.vocab_size}",
         **({"adapter": f"{config.adapter}: {n_trained:,} are trained"} if config.adapter else {}),

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxformer.config import Train
 from jaxformer.data.files import cache_directory, write
 from jaxformer.run.starts import features, processor
 
@@ -37,6 +38,11 @@ def peak_flops(devices: Sequence[Any], dtype: str) -> float | None:
         return _measured(dtype)
     found = next((peaks for name, peaks in PEAKS.items() if re.fullmatch(name, devices[0].device_kind)), {})
     return len(devices) * found[dtype] if dtype in found else None
+
+
+def peak_of(train: Train, devices: Sequence[Any]) -> float | None:
+    """That of a run, in the dtype of its products."""
+    return peak_flops(devices, train.product_dtype or train.compute_dtype)
 
 
 @functools.cache

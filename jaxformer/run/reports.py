@@ -18,7 +18,7 @@ from tqdm import tqdm
 from jaxformer.config import Config
 from jaxformer.platform import in_notebook
 from jaxformer.run.metrics import DIVERGED, Rows
-from jaxformer.run.peaks import peak_flops, peak_memory
+from jaxformer.run.peaks import peak_memory, peak_of
 from jaxformer.spec import counted
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Reports:
     def __init__(self, configs: Sequence[Config], step: int, devices: Sequence[Any], skipped: float = 0.0):
         """`skipped` is how many updates of the steps before were."""
         knobs = configs[0].train
-        self._devices, self._peak = devices, peak_flops(devices, knobs.product_dtype or knobs.compute_dtype)
+        self._devices, self._peak = devices, peak_of(knobs, devices)
         self._runs = [Rows(config, step) for config in configs]
         self._seeds = [config.train.seed for config in configs]
         hidden = False if in_notebook() else None  # None: where stderr is no terminal

@@ -22,8 +22,11 @@ from jaxformer.user_code import digests
 PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 
 
-def record_start(config: Config, step: int, seeds: Sequence[int], devices: Sequence[Any]) -> None:
-    """Appends a row; `seeds` are those of the runs trained together, its own among them, `devices` those used."""
+def record_start(
+    config: Config, step: int, seeds: Sequence[int], devices: Sequence[Any], peak_flops: float | None
+) -> None:
+    """Appends a row; `seeds` are those of the runs trained together, its own among them, `devices` those used,
+    `peak_flops` what `mfu` is a share of."""
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
@@ -32,6 +35,7 @@ def record_start(config: Config, step: int, seeds: Sequence[int], devices: Seque
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in PACKAGES},
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        "peak_flops": peak_flops,
         "idle_devices": jax.device_count() - len(devices),
         "processor": processor(),
         "processor_features": features(),
