@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # All that is to be measured on one GPU, in at most ten minutes, on a machine that reaches no network:
 #
-#     bash benchmarks/gpu.sh OUT [PART...]        parts: check speed shakespeare ladder, which run without any; and
-#                                                 mesh adapters, which take five minutes more
+#     bash benchmarks/gpu.sh OUT [PART...]        parts: check attention speed shakespeare ladder, which run without
+#                                                 any; and mesh adapters, which take five minutes more
 #
-# Nothing is installed but the wheels of a folder, if one is named; the package is this checkout. OUT gets a log of each
-# part, speed.json, BENCHMARKS.md with the block of this GPU, and the runs. A run that was cut short goes on where it
-# stopped when its part is asked for again.
+# Nothing is installed but the wheels of a folder, if one is named; the package is this checkout. What the machine lacks
+# of `dependencies` in pyproject.toml, and transformers, travels so: `pip download --no-deps -d FOLDER flax optax ...`
+# where there is a network, with the Python version of that machine. OUT gets a log of each part, speed.json,
+# BENCHMARKS.md with the block of this GPU, and the runs. A run that was cut short goes on where it stopped when its
+# part is asked for again.
 #
 #     PYTHON=python3     the interpreter that holds jax, flax, optax, orbax-checkpoint, torch and transformers
 #     WHEELS=FOLDER      wheels of what it lacks
@@ -18,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?which folder gets what is found?}" && cd "$1" && pwd)
 parts=("${@:2}")
-[ ${#parts[@]} -gt 0 ] || parts=(check speed shakespeare ladder)
+[ ${#parts[@]} -gt 0 ] || parts=(check attention speed shakespeare ladder)
 python=${PYTHON:-python3}
 
 if [ -n "${WHEELS:-}" ]; then
@@ -58,8 +60,10 @@ print("the canary's sums are right")
 PYTHON
 }
 
+attention() { within 40 "$python" benchmarks/attention.py; } # implementations compared, with gradients
+
 speed() {
-    within 330 "$python" benchmarks/compare.py gpu "${quick[@]}" "${also[@]}" --within=320 --json="$out/speed.json" \
+    within 300 "$python" benchmarks/compare.py gpu "${quick[@]}" "${also[@]}" --within=290 --json="$out/speed.json" \
         --markdown="$out/BENCHMARKS.md"
 }
 
@@ -93,7 +97,7 @@ adapters() {
 
 failed=0
 for part in "${parts[@]}"; do
-    [[ $part =~ ^(check|speed|shakespeare|ladder|mesh|adapters)$ ]] || { echo "$part: there is no such part" >&2; exit 2; }
+    [[ $part =~ ^(check|attention|speed|shakespeare|ladder|mesh|adapters)$ ]] || { echo "$part: there is no such part" >&2; exit 2; }
     began=$SECONDS
     echo "== $part"
     "$part" > "$out/$part.log" 2>&1

@@ -1,5 +1,6 @@
 """`jaxformer check`: every preset can be made small, known mistakes are found, and no sound part raises an alarm."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from jaxformer.lab.probe import ROWS, Inapplicable, Probe, Wrong, small, with_pa
 from jaxformer.lab.properties import CHECKS
 from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.groups import Everything, Group, Groups
+from jaxformer.model.implementations import Blocked, CuDNN
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
 from jaxformer.run.starts import moved, starts_of
@@ -133,6 +135,18 @@ def test_batches_of_a_sampling_that_depends_on_the_call_are_found():
             run(probe)
     finally:
         kind.full_pass = whole
+
+
+@pytest.mark.parametrize("implementation", [Blocked(), CuDNN()], ids=lambda each: type(each).__name__)
+def test_an_implementation_without_dropout_is_checked_with_dropout(implementation):
+    """By another; evaluations by its own."""
+    config = config_lib.resolve("quickstart", {"model.n_layers": 2})
+    kernel = dataclasses.replace(config.model.kernel, implementation=implementation)
+    probe = Probe(small(dataclasses.replace(config, model=dataclasses.replace(config.model, kernel=kernel))))
+    assert type(probe.model.kernel.implementation) is type(implementation)
+    run = {name: function for name, _, function in CHECKS}
+    for name in ("scan = unrolled", "dropout as told"):
+        run[name](probe)
 
 
 @pytest.mark.parametrize(

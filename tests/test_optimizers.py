@@ -25,7 +25,7 @@ from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.groups import Everything, Group, Groups, Hidden, Lettered, Path
 from jaxformer.learning.muon import Muon, NewtonSchulz, PolarExpress, orthogonalized
 from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
-from jaxformer.learning.optimizers import BLOCK, SGD, AdamW, Frozen, Lion, clip_by_global_norm, global_norm
+from jaxformer.learning.optimizers import BLOCK, SGD, AdamW, Frozen, GradNorm, Lion, clip_by_global_norm, global_norm
 from jaxformer.learning.schedule_free import ScheduleFree
 from jaxformer.learning.schedules import Constant, Product, WarmupCosine
 from jaxformer.model.baselines import LSTM
@@ -264,10 +264,35 @@ def test_the_norm_by_blocks_clips_as_optax_does(limit):
     assert float(norm) == pytest.approx(wanted, rel=1e-6)
     own, mean = clip_by_global_norm(limit), jax.tree.map(lambda a: a / 3, grads)
     reference = optax.clip_by_global_norm(limit).update(mean, optax.EmptyState())[0]
-    told, untold = own.update(mean, own.init(mean), grad_norm=norm)[0], own.update(mean, own.init(mean))[0]
-    chex.assert_trees_all_close(told, reference, rtol=1e-5)
-    chex.assert_trees_all_close(told, untold, rtol=1e-6)
+    told = lambda of: own.update(mean, own.init(mean), grad_norm=of and GradNorm(of, norm))[0]
+    chex.assert_trees_all_close(told(mean), reference, rtol=1e-5)
+    chex.assert_trees_all_close(told(None), reference, rtol=1e-5)
+    chex.assert_trees_all_equal(told(jax.tree.map(jnp.copy, mean)), told(None))  # of something else
+    told = told(mean)
     assert (limit < wanted) == bool((told["whole"] < mean["whole"]).all())
+
+
+class Scaled(AdamW):
+    """What it clips is not what the step has the norm of."""
+
+    def transform(self, declared, step, steps):
+        return optax.chain(optax.scale(1e-3), super().transform(declared, step, steps))
+
+
+class Optaxs(AdamW):
+    def transform(self, declared, step, steps):
+        rest = AdamW(eps=self.eps, clip=None).transform(declared, step, steps)
+        return optax.chain(optax.scale(1e-3), optax.clip_by_global_norm(self.clip), rest)
+
+
+def test_a_clip_is_by_the_norm_of_what_it_is_given():
+    found = []
+    for optimizer in (Scaled(eps=1e-2, clip=0.5), Optaxs(eps=1e-2, clip=0.5)):
+        recipe, own = Recipe(decoder(n_layers=1)), hyper(optimizer)
+        state, rows = train_steps(recipe, init_state(recipe, own), batches(2), np.int32(2), own)
+        found.append(state.params)
+    assert rows["grad_norm"][0] > 0.5
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-7)
 
 
 def test_one_group_of_everything_is_its_optimizer_to_the_bit():

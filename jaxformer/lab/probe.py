@@ -17,6 +17,7 @@ from jaxformer.learning.objectives import Classification, Masked
 from jaxformer.learning.optimizers import AdamW, Optimizer
 from jaxformer.learning.schedules import WarmupCosine
 from jaxformer.model.heads import ClassificationHead
+from jaxformer.model.implementations import Auto
 from jaxformer.model.masks import Local, Places, places
 from jaxformer.model.models import Decoder, Encoder, Model
 from jaxformer.run.step import Hyper, Recipe, TrainState, init_state
@@ -214,6 +215,12 @@ class Probe:
 def _without_dropout(model: Model) -> Model:
     """Nor have its parts any."""
     return changed(model, lambda spec: {"dropout": 0.0} if hasattr(spec, "dropout") else {})
+
+
+def with_dropout(model: Any, rate: float) -> Any:
+    """Its attention is computed by what has dropout of weights, as not all implementations have."""
+    formula = lambda spec: {"implementation": Auto()} if hasattr(spec, "implementation") else {}
+    return dataclasses.replace(changed(model, formula), dropout=rate)
 
 
 @functools.partial(jax.jit, static_argnums=0)

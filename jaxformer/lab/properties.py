@@ -16,7 +16,18 @@ from jaxformer.data.sources import Source
 from jaxformer.declarations import by_path, path_name, trained, whole
 from jaxformer.generation.decode import LeftToRight, Request, choose, row_keys
 from jaxformer.generation.logits_processors import Temperature
-from jaxformer.lab.probe import ORDINARY, ROWS, VOCABULARY, Inapplicable, Probe, Wrong, close, encoded, gradient
+from jaxformer.lab.probe import (
+    ORDINARY,
+    ROWS,
+    VOCABULARY,
+    Inapplicable,
+    Probe,
+    Wrong,
+    close,
+    encoded,
+    gradient,
+    with_dropout,
+)
 from jaxformer.learning.objectives import TokenObjective
 from jaxformer.learning.optimizers import SGD
 from jaxformer.learning.schedules import Constant
@@ -118,7 +129,7 @@ def scan_is_unrolled(probe: Probe) -> str:
     model = probe.model
     if not isinstance(model, Decoder) or model.n_layers == len(model.kinds(model.stacks[-1])):
         raise Inapplicable("there is no scan over several layers")
-    dropped = dataclasses.replace(model, dropout=0.2)
+    dropped = with_dropout(model, 0.2)
     both = [dataclasses.replace(dropped, unroll=n) for n in (1, model.n_layers)]
     results = [gradient(probe.objective, each, probe.loud, probe.example, jax.random.key(5)) for each in both]
     return close(results[0], results[1], "loss and gradients, with dropout,")
@@ -239,7 +250,7 @@ def dropout_as_told(probe: Probe) -> str:
     """None in an evaluation; in training other masks at every step."""
     if not hasattr(probe.model, "dropout"):
         raise Inapplicable("the model has no dropout")
-    dropped = dataclasses.replace(probe.model, dropout=0.5)  # pyright: ignore[reportCallIssue]
+    dropped = with_dropout(probe.model, 0.5)
 
     def evaluated_by(model: Model) -> float:
         recipe, lengths = Recipe(model, probe.objective), np.ones(VOCABULARY, np.float32)

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -80,22 +80,31 @@ def global_norm(tree: Any, count: Any = 1.0) -> Float[Array, ""]:
 def _squared(a: jax.Array, count: Any) -> jax.Array:
     """Σ (a / count)². Of one sum XLA on CPU writes all squares to memory before it adds them; blocks stay in its
     cache."""
-    square = lambda a: jnp.square(a / count)
+    square = lambda a: jnp.square(a.astype(jnp.float32) / count)
     if a.size < 16 * BLOCK or axis_sizes() or jax.default_backend() != "cpu":
         return square(a).sum()
     flat, blocks = a.reshape(-1), a.size // BLOCK
     block = lambda i: square(jax.lax.dynamic_slice_in_dim(flat, i * BLOCK, BLOCK))
-    total = jax.lax.fori_loop(0, blocks, lambda i, total: total + block(i), jnp.zeros(BLOCK, a.dtype))
+    total = jax.lax.fori_loop(0, blocks, lambda i, total: total + block(i), jnp.zeros(BLOCK))
     return total.sum() + square(flat[blocks * BLOCK :]).sum()
 
 
+class GradNorm(NamedTuple):
+    """The global norm of a tree, which the step tells transformations that take extra arguments, as `grad_norm`."""
+
+    of: Any
+    norm: Float[Array, ""]
+
+
 def clip_by_global_norm(limit: float) -> "optax.GradientTransformation":
-    """Optax's, but for the norm, which the step tells as `grad_norm`; it is computed where nobody does."""
+    """Optax's, but for the norm, which is the one told if it is of these very updates: none before it changed them."""
     import optax
 
     def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
-        norm = global_norm(updates) if grad_norm is None else grad_norm
-        return jax.tree.map(lambda a: jnp.where(norm < limit, a, a / norm * limit), updates), state
+        own, told = jax.tree.leaves(updates), jax.tree.leaves(grad_norm and grad_norm.of)
+        same = len(own) == len(told) and all(a is b for a, b in zip(own, told, strict=True))
+        norm = grad_norm.norm if same else global_norm(updates)
+        return jax.tree.map(lambda a: jnp.where(norm < limit, a, (a / norm * limit).astype(a.dtype)), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -20,7 +20,6 @@ GROUPS = 4  # of queries at most, each with a range of keys of its own: so many 
 BLOCKS = "blocks"  # the scope of what computes by blocks: the products of the formula count, not these
 HALVES = "bfloat16", "float16"
 FUSED = Causal, Window, Bidirectional  # masks that cuDNN computes
-BESIDE = "padded rows of evaluations, and texts, by the formula"
 NO_DROPOUT = "dropout={} of weights is not in it"
 PADDED = 1024  # queries at a time of rows that cuDNN does not take
 LONG = 256  # tokens of a row from which on `Blocked` is faster on CPU: benchmarks/attention.py
@@ -88,9 +87,7 @@ class Auto(Plain):
     def chosen(self, asked: Asked) -> tuple[Implementation, str]:
         if jax.default_backend() != "cpu":
             reason = CuDNN().refuses(asked)
-            return (
-                (CuDNN(), f"it can do what is asked; {BESIDE}") if reason is None else (Plain(), f"not CuDNN: {reason}")
-            )
+            return (CuDNN(), "it can do what is asked") if reason is None else (Plain(), f"not CuDNN: {reason}")
         if asked.tokens < LONG:
             return Plain(), f"rows of {asked.tokens} tokens"
         if reason := Blocked().refuses(asked):
@@ -102,8 +99,8 @@ class CuDNN(Implementation):
     """NVIDIA's fused attention, which keeps no scores: memory grows with T (as arXiv:2307.08691).
 
     Half precision, rows of one document each, masks `Causal`, `Window` and `Bidirectional`, no dropout of weights: a
-    run that trains on something else is refused. What a model is given beside training, as the padded rows of an
-    evaluation or a cache, is computed by the formula, long rows block by block.
+    run that trains on something else is refused. Evaluations, whose rows have segments, and texts, which have a cache,
+    are computed by the formula, long rows block by block.
     """
 
     def refuses(self, asked: Asked) -> str | None:
@@ -127,10 +124,6 @@ class CuDNN(Implementation):
         if asked.width % 8 or asked.width > widest:
             return f"heads {asked.width} wide must be a multiple of 8, of at most {widest}"
         return None
-
-    def chosen(self, asked: Asked) -> tuple[Implementation, str]:
-        own, why = super().chosen(asked)
-        return own, f"{why}; {BESIDE}"
 
     def __call__(self, kernel: Computed, params: Arrays, look: Look, key: jax.Array | None, rate: float) -> Out:
         view = look.view

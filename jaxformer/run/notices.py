@@ -61,17 +61,19 @@ def summarize(runs: Sequence[Run], prepared: Prepared, peak_flops: float | None)
     size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))
     n_trained, n_base = size(run.state.params), size(run.state.base)
     counts, per_call = prepared.manifest, counted(config.train.steps_per_call, "step")
+    beside = "; evaluations and texts by the formula"
+    dtype = config.train.product_dtype or config.train.compute_dtype
     peak_source = "measured" if device.platform == "cpu" else "by its data sheet"
     rows = {"together": "seeds " + ", ".join(str(run.config.train.seed) for run in runs)} if len(runs) > 1 else {}
     rows |= {
         "run": f"{config.directory}, step {int(run.state.step)} of {config.train.steps}",
         "device": f"{len(devices)} × {device.platform} ({device.device_kind})",
-        **({"peak": f"{peak_flops / 1e12:.3g} TFLOP/s of products, {peak_source}"} if peak_flops else {}),
+        **({"peak": f"{peak_flops / 1e12:,.3f} TFLOP/s of {dtype} products, {peak_source}"} if peak_flops else {}),
         **({"mesh": ", ".join(f"{axis} {n}" for axis, n in sizes.items())} if (sizes := axis_sizes()) else {}),
         "model": f"{type(model).__name__}, {n_trained + n_base:,} parameters, vocabulary {model.vocab_size}",
         **({"adapter": f"{config.adapter}: {n_trained:,} are trained"} if config.adapter else {}),
         **model.summary(),
-        **({"computed": how} if (how := implemented(config, config.model)[1]) else {}),
+        **({"computed": how + beside * ("CuDNN (" in how)} if (how := implemented(config, config.model)[1]) else {}),
         "dtypes": f"parameters float32, compute {config.train.compute_dtype}"
         + (f", products {config.train.product_dtype}" if config.train.product_dtype else ""),
         "data": f"{counted(counts['train_tokens'], 'token')} for training, {counts['valid_tokens']:,} for validation",

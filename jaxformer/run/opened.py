@@ -510,16 +510,18 @@ EASY = Asked(64, dtype="bfloat16", whole=True)  # what any implementation can do
 def _here(config: Config) -> Config:
     """With `Auto` in place of implementations that this machine has not, which is told: they compute the same."""
 
+    reasons: dict[str, str] = {}
+
     def lacks(spec: Any) -> bool:
         own = getattr(spec, "implementation", None)
         reason = own.refuses(EASY) if isinstance(own, Implementation) else None
-        if reason:
-            log.warning("implementation=%s of attention: %s; Auto takes its place", type(own).__name__, reason)
+        reasons.update({type(own).__name__: reason} if reason else {})
         return reason is not None
 
-    return dataclasses.replace(
-        config, model=changed(config.model, lambda spec: {"implementation": Auto()} if lacks(spec) else {})
-    )
+    model = changed(config.model, lambda spec: {"implementation": Auto()} if lacks(spec) else {})
+    for name, reason in reasons.items():
+        log.warning("implementation=%s of attention: %s; Auto takes its place", name, reason)
+    return dataclasses.replace(config, model=model)
 
 
 def finite(state: TrainState) -> bool:

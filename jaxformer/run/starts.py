@@ -26,7 +26,7 @@ def record_start(
     config: Config, step: int, seeds: Sequence[int], devices: Sequence[Any], peak_flops: float | None
 ) -> None:
     """Appends a row; `seeds` are those of the runs trained together, its own among them, `devices` those used,
-    `peak_flops` what `mfu` is a share of."""
+    `peak_flops` what they can do together, of which `mfu` is a share."""
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,

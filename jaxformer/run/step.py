@@ -14,7 +14,7 @@ from jaxformer.learning.adapters import Adapter
 from jaxformer.learning.chunks import loss_scale
 from jaxformer.learning.guards import Guard, guarded
 from jaxformer.learning.objectives import Batch, Example, NextToken, Objective, Sums
-from jaxformer.learning.optimizers import Optimizer, global_norm
+from jaxformer.learning.optimizers import GradNorm, Optimizer, global_norm
 from jaxformer.mesh import constrained, split
 from jaxformer.model.models import Model
 from jaxformer.spec import Spec
@@ -119,8 +119,8 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
         params, opt_state, ema = old
         moved = trained(params, declared)
         transform = hyper.optimizer.transform(trained(declared, declared), state.step, hyper.steps)
-        told = optax.with_extra_args_support(transform)
-        updates, opt_state = told.update(mean(), opt_state, moved, grad_norm=grad_norm)
+        by, told = optax.with_extra_args_support(transform), GradNorm(mean(), grad_norm)
+        updates, opt_state = by.update(told.of, opt_state, moved, grad_norm=told)
         new = updated(params, optax.apply_updates(moved, updates))
         new = updated(new, _advanced(own, params, sums.state, sums.weight > 0))
         if hyper.ema_decay is not None:
