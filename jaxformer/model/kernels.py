@@ -79,8 +79,7 @@ class Softmax(Kernel):
     def scores(self, params: Arrays, q: Float[Array, "B H T K"], new: Arrays, seen: Arrays) -> Float[Array, "B H T S"]:
         """float32 scores before bias and mask; `new` is remembered of the queries' tokens, `seen` of the keys'."""
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale  # of q: T·K products instead of T·S
-        scores = _scores(_grouped(q * scale, seen["k"].shape[1]), seen["k"])
-        return scores.reshape(q.shape[0], -1, *scores.shape[3:])
+        return _scores(_grouped(q * scale, seen["k"].shape[1]), seen["k"], q.shape[2]).reshape(*q.shape[:3], -1)
 
     def weights(
         self, params: Arrays, scores: Float[Array, "B H T S"]
@@ -107,8 +106,7 @@ class Softmax(Kernel):
         powers, total = self.weights(params, scores)
         q, v, total = look.q, look.seen["v"], jnp.where(total > 0, total, 1)  # 1: a query that sees nothing
         weights = _grouped(dropout(key, powers, rate).astype(q.dtype), v.shape[1])
-        values = product("BGRTS,BGSK->BGRTK", weights, v)
-        h = (values.reshape(*q.shape[:3], -1) / total).astype(q.dtype)
+        h = (product("BGTS,BGSK->BGTK", weights, v).reshape(*q.shape[:3], -1) / total).astype(q.dtype)
         return Out(h, activations={"scores": scores, "weights": powers / total})
 
 
@@ -161,15 +159,16 @@ class Uniform(Softmax):
         return jnp.where(look.view.mask(), jnp.zeros(shape, jnp.float32), -jnp.inf)  # whatever the position's bias
 
 
-def _scores(q: Float[Array, "B G R T K"], k: Float[Array, "B G S K"]) -> Float[Array, "B G R T S"]:
+def _scores(q: Float[Array, "B G RT K"], k: Float[Array, "B G S K"], T: int) -> Float[Array, "B G RT S"]:
     """QKᵀ. On CPU, of one token, as while text is written, a matrix times a vector for each query: of a product of
     matrices XLA lays out all keys anew."""
-    if q.shape[3] > 1 or jax.default_backend() != "cpu":
-        return product("BGRTK,BGSK->BGRTS", q, k)
-    one = lambda r: jnp.einsum("BGSK,BGK->BGS", k, q[:, :, r, 0], preferred_element_type=jnp.float32)
-    return jnp.stack([one(r) for r in range(q.shape[2])], 2)[..., None, :]
+    if T > 1 or jax.default_backend() != "cpu":
+        return product("BGTK,BGSK->BGTS", q, k)
+    one = lambda r: jnp.einsum("BGSK,BGK->BGS", k, q[:, :, r], preferred_element_type=jnp.float32)
+    return jnp.stack([one(r) for r in range(q.shape[2])], 2)
 
 
-def _grouped(x: jax.Array, groups: int) -> jax.Array:
-    """[B, H, ...] -> [B, G, H/G, ...]: query heads beside the key/value head that they share."""
-    return x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+def _grouped(x: Float[Array, "B H T N"], groups: int) -> Float[Array, "B G RT N"]:
+    """The queries of R = H / G heads one behind the other, beside the key/value head that they share. With R as an axis of
+    its own, even of 1, gradients on CPU take twice the time (LOG.md)."""
+    return x.reshape(x.shape[0], groups, -1, x.shape[-1])
