@@ -63,8 +63,8 @@ MUTATIONS = {
     "heads_regrouped": Mutation(
         "query heads go to the wrong key head",
         "model/kernels.py",
-        "return x.reshape(x.shape[0], groups, -1, *x.shape[2:])",
-        "return x.reshape(x.shape[0], -1, groups, *x.shape[2:]).swapaxes(1, 2)",
+        "return x.reshape(x.shape[0], groups, -1, x.shape[-1])",
+        "x = x.reshape(x.shape[0], -1, groups, *x.shape[2:]); return x.swapaxes(1, 2).reshape(len(x), groups, -1, x.shape[-1])",
         (TINY, "model.n_heads=4", "model.n_kv_heads=2"),
     ),
     "cache_slot_late": Mutation(

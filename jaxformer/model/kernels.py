@@ -169,6 +169,6 @@ def _scores(q: Float[Array, "B G RT K"], k: Float[Array, "B G S K"], T: int) -> 
 
 
 def _grouped(x: Float[Array, "B H T N"], groups: int) -> Float[Array, "B G RT N"]:
-    """The queries of R = H / G heads one behind the other, beside the key/value head that they share. With R as an axis of
-    its own, even of 1, gradients on CPU take twice the time (LOG.md)."""
+    """The queries of R = H / G heads one behind the other, beside the key/value head that they share. With R as an axis
+    of its own, even of 1, gradients on CPU take up to twice the time (LOG.md)."""
     return x.reshape(x.shape[0], groups, -1, x.shape[-1])
