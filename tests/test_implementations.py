@@ -236,11 +236,7 @@ def test_auto_takes_cudnn_for_all_that_it_can_do(hopper, monkeypatch):
     again = "layers with the same mask are in one turn of the scan, which XLA fails at"
     for fields, name, why in (
         ({}, CuDNN, "it can do what is asked"),
-        (
-            {"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2},
-            CuDNN,
-            "it can do what is asked",
-        ),
+        ({"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2}, CuDNN, "it can do what is asked"),
         ({"position": ALiBi()}, Plain, "not CuDNN: ALiBi changes the formula"),
         ({"mixer": (MultiHead(), GatedLinear()), "n_layers": 2}, CuDNN, "it can do what is asked"),
         ({"mask": (Causal(), Window(7)), "n_layers": 2, "unroll": 9}, CuDNN, "it can do what is asked"),

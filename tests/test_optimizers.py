@@ -268,8 +268,7 @@ def test_the_norm_by_blocks_clips_as_optax_does(limit):
     chex.assert_trees_all_close(told(mean), reference, rtol=1e-5)
     chex.assert_trees_all_close(told(None), reference, rtol=1e-5)
     chex.assert_trees_all_equal(told(jax.tree.map(jnp.copy, mean)), told(None))  # of something else
-    told = told(mean)
-    assert (limit < wanted) == bool((told["whole"] < mean["whole"]).all())
+    assert (limit < wanted) == bool((told(mean)["whole"] < mean["whole"]).all())
 
 
 class Scaled(AdamW):
@@ -279,7 +278,7 @@ class Scaled(AdamW):
         return optax.chain(optax.scale(1e-3), super().transform(declared, step, steps))
 
 
-class Optaxs(AdamW):
+class ClippedByOptax(AdamW):
     def transform(self, declared, step, steps):
         rest = AdamW(eps=self.eps, clip=None).transform(declared, step, steps)
         return optax.chain(optax.scale(1e-3), optax.clip_by_global_norm(self.clip), rest)
@@ -287,7 +286,7 @@ class Optaxs(AdamW):
 
 def test_a_clip_is_by_the_norm_of_what_it_is_given():
     found = []
-    for optimizer in (Scaled(eps=1e-2, clip=0.5), Optaxs(eps=1e-2, clip=0.5)):
+    for optimizer in (Scaled(eps=1e-2, clip=0.5), ClippedByOptax(eps=1e-2, clip=0.5)):
         recipe, own = Recipe(decoder(n_layers=1)), hyper(optimizer)
         state, rows = train_steps(recipe, init_state(recipe, own), batches(2), np.int32(2), own)
         found.append(state.params)

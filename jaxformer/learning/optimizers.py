@@ -13,10 +13,10 @@ from jaxformer.learning.schedules import Constant, Product, Schedule, WarmupCosi
 from jaxformer.mesh import axis_sizes
 from jaxformer.spec import Spec
 
-BLOCK = 1 << 16  # numbers
-
 if TYPE_CHECKING:  # a config costs no import of Optax
     import optax
+
+BLOCK = 1 << 16  # sums side by side of the squares of a large array
 
 
 class Optimizer(Spec):
