@@ -42,7 +42,8 @@ def compiled(kernel: Softmax, shape: Any) -> tuple[jax.stages.Compiled, float]:
     """Its gradients by queries, keys and values, [B, H, T, K]; and the seconds that compiling took."""
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        left, at = {"k": k, "v": v}, one_document(shape.shape[2])
+        at = one_document(shape.shape[2])
+        left = {"k": k, "v": v, "position": at.position}  # as a mixer leaves it
         look = Look(q, left, left, View(at, at, Causal(), shape.shape[1]), kernel.slots())
         return jnp.square(kernel({}, look, None, 0.0).h.astype(jnp.float32)).sum()
 
