@@ -133,6 +133,18 @@ def test_dropout():
     assert not jnp.array_equal(y, layers.dropout(jax.random.key(1), x, 0.3))
 
 
+@pytest.mark.parametrize("shape", [(7,), (101, 103), (3, 2, 11, 13)])
+def test_dropout_draws_what_jax_draws(shape):
+    """Also where a rate lies between two of the numbers that are drawn, or is one of them."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+    last = np.float32(drawn.ravel()[-1])
+    for share in (1 - 1e-7, 0.9, 0.5, 1e-4, last, np.nextafter(last, 1), np.nextafter(last, 0)):
+        rate = 1 - float(share)
+        kept = jax.vmap(lambda key, rate=rate: layers.dropout(key, jnp.ones(shape), rate) > 0)(keys)
+        assert np.array_equal(kept, [jax.random.bernoulli(key, 1 - rate, shape) for key in keys])
+
+
 def test_rotary():
     """Pairs of halves are turned by position · base^(−2i/K), as complex numbers."""
     x, position = draws(2, 3, 5, 14), rng.integers(0, 50, (2, 5))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.declarations import Arrays, ByLayer, Declarations, Declared, Draw, Param
 from jaxformer.model.masks import Places
+from jaxformer.platform import unfused
 from jaxformer.spec import Spec
 
 ONE_HOT = 1024  # ids up to which a product makes their sums: beyond, the ones take more memory than the rows
@@ -502,4 +503,10 @@ def dropout(key: jax.Array | None, x: Float[Array, "*B"], rate: float) -> Float[
     """Zeroes a share of x and scales the rest up (arXiv:1207.0580). A key of None means evaluation: x as it is."""
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    return jnp.where(unfused(_kept, key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _kept(key: jax.Array, share: float, shape: tuple[int, ...]) -> Bool[Array, "*B"]:
+    """jax.random.bernoulli(key, share, shape), which compares a number of 23 bits with the share as a float32."""
+    return jax.random.bits(key, shape, jnp.uint32) >> 9 < math.ceil(np.float32(share) * np.float32(2**23))

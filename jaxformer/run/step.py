@@ -210,17 +210,17 @@ def train_steps(
     recipe: Recipe, state: TrainState, batches: Batch, count: jax.Array, hyper: Hyper
 ) -> tuple[TrainState, dict[str, Any]]:
     """The first `count` batches of a buffer [K, B, ...], a run-time number; metrics are [K], NaN where not reached."""
-    size, first = jax.tree.leaves(batches)[0].shape[0], jax.tree.map(lambda a: a[0], batches)
+    size, at = jax.tree.leaves(batches)[0].shape[0], lambda i: jax.tree.map(lambda a: a[i], batches)
     step = jax.jit(train_step, static_argnums=0, inline=True)  # traced once, for the shapes and for the loop
 
     def body(i: jax.Array, carry: Any) -> Any:
-        state, metrics = carry
-        state, row = step(recipe, state, jax.tree.map(lambda a: a[i], batches), hyper)
-        return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, row)
+        state, metrics, batch = carry  # were it cut here, XLA would cut its segments anew for each score
+        state, row = step(recipe, state, batch, hyper)
+        return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, row), at(i + 1)
 
-    row = jax.eval_shape(lambda: step(recipe, state, first, hyper)[1])
+    row = jax.eval_shape(lambda: step(recipe, state, at(0), hyper)[1])
     metrics = jax.tree.map(lambda a: jnp.full((size, *a.shape), jnp.nan), row)
-    state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
+    state, metrics, _ = jax.lax.fori_loop(0, count, body, (state, metrics, at(0)))
     return split(state, recipe.every_declared()), metrics
 
 
