@@ -118,7 +118,7 @@ MUTATIONS = {
         "every step has the same dropout", "keys.py", "jax.random.fold_in(jax.random.key(seed), step)", "jax.random.fold_in(jax.random.key(seed), 0 * step)"
     ),
     "first_batch_always": Mutation(
-        "a call trains on its first batch only", "run/step.py", "jax.tree.map(lambda a: a[i], batches), hyper)", "jax.tree.map(lambda a: a[0], batches), hyper)"
+        "a call trains on its first batch only", "run/step.py", "metrics, row), at(i + 1)", "metrics, row), at(0)"
     ),
     "step_stands_still": Mutation("the step does not advance", "run/step.py", "TrainState(state.step + 1,", "TrainState(state.step + 0,"),
     "gradient_uphill": Mutation(

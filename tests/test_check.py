@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from jaxformer.learning.groups import Everything, Group, Groups
 from jaxformer.model.implementations import Blocked, CuDNN
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
+from jaxformer.run import starts
 from jaxformer.run.starts import moved, starts_of
 from jaxformer.spec import InputError
 
@@ -196,10 +198,24 @@ def test_every_mutation_still_fits_the_source():
 def test_a_run_that_moves_to_another_machine_says_so(tmp_path):
     config = config_lib.Config(str(tmp_path), Decoder(**SIZES))
     assert moved(config, (), (0,)) is None
-    row = {"processor": "Another, 64 cores", "versions": {"jax": "0.0.1"}, "devices": ["gpu:H100"]}
-    starts_of(config).write_text(json.dumps(row) + "\n")
+    row = {"processor": "Another, 64 cores", "versions": {"jax": "0.0.1"}, "devices": ["gpu:H100"], "code": "0f"}
+    starts_of(config).write_text(json.dumps(row | {"XLA_FLAGS": "--of=another"}) + "\n")
     told = moved(config, jax.devices()[:1], (0,))
-    assert told.startswith("processor Another, 64 cores then, ") and "devices" in told and "versions" in told
+    assert told.startswith("processor Another, 64 cores then, ")
+    assert all(name in told for name in ("devices", "versions", "XLA_FLAGS", "the code of jaxformer"))
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, monkeypatch):
+    """Of the package's files, whose version may be the same: of those that a step depends on, not of commands."""
+    package, config = tmp_path / "jaxformer", config_lib.Config(str(tmp_path), Decoder(**SIZES))
+    shutil.copytree(ROOT / "jaxformer", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(starts, "__file__", str(package / "run" / "starts.py"))
+    starts.record_start(config, 0, (0,), jax.devices(), None)
+    for file, told in {"commands/train.py": None, "model/layers.py": "the code of jaxformer"}.items():
+        assert moved(config, jax.devices(), (0,)) is None
+        with open(package / file, "a") as written:
+            written.write("# changed\n")
+        assert moved(config, jax.devices(), (0,)) == told
 
 
 @pytest.mark.parametrize("devices", range(1, 9))

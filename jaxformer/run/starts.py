@@ -1,6 +1,7 @@
 """The record of each start of a run, `starts.jsonl`: what its numbers may depend on besides its config."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from jaxformer.config import Config
 from jaxformer.run.plan import implemented
 from jaxformer.user_code import digests
 
+COMPUTING = "data/*.py", "model/*.py", "learning/*.py", "run/step.py", "keys.py", "mesh.py", "platform.py"  # a step
 PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 
 
@@ -42,6 +44,7 @@ def record_start(
         "attention": implemented(config, config.model)[1],
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
+        "code": code(),
         "sources": digests(config),
     }
     path = starts_of(config)
@@ -98,9 +101,17 @@ def features() -> list[str]:
     return sorted(name for name in found[1].split() if name.startswith(units)) if found else []
 
 
+def code() -> str:
+    """SHA-256 of those files of the package that a step is computed by: its version may stay where they change."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(path for pattern in COMPUTING for path in root.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str | None:
-    """How processor, devices, versions of XLA, the implementation of attention and the seeds trained together differ
-    from those of the run's last start; None if they do not."""
+    """How processor, devices, versions and flags of XLA, the package's code, the implementation of attention and the
+    seeds trained together differ from those of the run's last start; None if they do not."""
     try:
         before = last_start(starts_of(config))
     except (OSError, ValueError, LookupError):
@@ -111,12 +122,18 @@ def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str |
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
         "versions": {name: _version(name) for name in ("jax", "jaxlib")},
         "attention": implemented(config, config.model)[1],
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "code": code(),
         "seeds": [*seeds],
     }
     versions = before.get("versions")
     old = {**before, "versions": {name: versions.get(name) for name in now["versions"]} if versions else None}
     changed = [name for name, value in now.items() if old.get(name) not in (None, value)]
-    names = {"processor_features": "the processor's features", "versions": "the versions of jax and jaxlib"}
+    names = {
+        "processor_features": "the processor's features",
+        "versions": "the versions of jax and jaxlib",
+        "code": "the code of jaxformer",
+    }
     told = [
         f"{name} {old[name]} then, {now[name]} now"
         if name in ("processor", "attention", "seeds")
