@@ -405,12 +405,23 @@ class TokenClassificationHead(ClassificationHead):
 def cross_entropy(
     logits: Float[Array, "*B N"], labels: Int[Array, "..."], smoothing: float = 0.0
 ) -> Float[Array, "*B"]:
-    """Nats; of the target's weight, `smoothing` is spread evenly over all classes (arXiv:1512.00567, section 7)."""
+    """Nats; of the target's weight, `smoothing` is spread evenly over all classes (arXiv:1512.00567, section 7).
+
+    Elsewhere than on CPU the label's logit is a masked sum, whose gradient is made in one pass with that of the rest:
+    of a lookup's XLA writes the gradients of all logits once more, and makes no one pass of it and of their padding.
+    """
     total = jax.nn.logsumexp(logits, -1)
-    chosen = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    if jax.default_backend() == "cpu":
+        chosen = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    else:
+        chosen = jnp.where(_places(logits) == labels[..., None], logits, 0).sum(-1)
     if smoothing:
         chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
     return total - chosen
+
+
+def _places(logits: Float[Array, "*B N"]) -> Int[Array, "*B N"]:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 def is_likeliest(labels: Int[Array, "..."], logits: Float[Array, "*B N"]) -> Bool[Array, "*B"]:
@@ -420,7 +431,7 @@ def is_likeliest(labels: Int[Array, "..."], logits: Float[Array, "*B N"]) -> Boo
     """
     labels = labels[..., None]
     own = jnp.take_along_axis(logits, labels, -1)
-    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    place = _places(logits)
     below = jnp.where(place < labels, logits < own, logits <= own)
     return (below | (place == labels)).all(-1) & ~jnp.isnan(own[..., 0])  # its own place may be rounded otherwise
 
