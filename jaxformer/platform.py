@@ -16,6 +16,7 @@ from jax.interpreters import mlir
 
 from jaxformer.spec import InputError
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 MAPS = 20_000  # of compiled programs, from which on they are forgotten; Linux gives a process 65,530
 MALLOPT = {-4: 0, -2: 64 << 20, -1: -1}  # of malloc.h: M_MMAP_MAX, no mmap; M_TOP_PAD; M_TRIM_THRESHOLD, no trimming
 ROTATIONS = (17, 29, 16, 24), (13, 15, 26, 6)  # of Threefry-2x32, in groups of four rounds that take turns
@@ -38,7 +39,7 @@ def set_flags() -> None:
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
     call_inline()
 
 

@@ -10,7 +10,7 @@ import outside
 import pytest
 from tiny import decoder, generate, hidden, ids, log_softmax, loud
 
-from jaxformer.generation import decode
+from jaxformer.generation import decode, logits_processors
 from jaxformer.generation.decode import MANY, LeftToRight, Request, choose, row_keys
 from jaxformer.generation.logits_processors import (
     LogitsProcessor,
@@ -245,9 +245,13 @@ def test_processors():
     assert kept(Temperature(0.0)) == [[False, True, False, False], [True, False, False, False]]
 
 
-@pytest.mark.parametrize("levels", [3, 1000])
-def test_top_k_and_top_p_against_a_sort(levels):
-    """Of equally likely tokens those of lower id are kept, as a stable sort has them."""
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("levels", [3, 30, 1000])
+def test_top_k_and_top_p_against_a_sort(monkeypatch, levels, backend):
+    """Of equally likely tokens those of lower id are kept, as a stable sort has them; on a GPU, of blocks of 5."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(logits_processors, "BLOCK", 5)
+    assert ("sort" in str(jax.make_jaxpr(lambda: TopK(17)(jnp.zeros((1, 211))))())) is (backend == "gpu")
     rng = np.random.default_rng(0)
     logits = (rng.integers(0, levels, (6, 211)) * 5 / levels).astype(np.float32)
     logits[0, 3:] = -np.inf

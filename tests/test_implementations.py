@@ -19,7 +19,7 @@ from jaxformer.config import resolve
 from jaxformer.learning.objectives import NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
-from jaxformer.model import implementations
+from jaxformer.model import blocks, implementations
 from jaxformer.model.blocks import Stack
 from jaxformer.model.implementations import Asked, Auto, Blocked, CuDNN, Plain
 from jaxformer.model.kernels import SoftCapped, Softmax, Uniform, ValueResidual
@@ -211,7 +211,6 @@ REFUSED = {
     "rows have padding or several documents": {"whole": False},
     "rows of 1023 tokens must have an even number of them": {"tokens": 1023},
     "heads 12 wide must be a multiple of 8, of at most 256": {"width": 12},
-    "2 layers with the same mask are in one turn of the scan, which XLA fails at": {"repeated": 2},
     "heads 264 wide must be a multiple of 8, of at most 256": {"width": 264},
 }
 
@@ -233,7 +232,7 @@ def test_there_is_no_cudnn_here():
 def test_auto_takes_cudnn_for_all_that_it_can_do(hopper, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     sizes = {"head_width": 8, "context_length": 1024}
-    again = "layers with the same mask are in one turn of the scan, which XLA fails at"
+    again = "layers with the same mask are in one turn of the scan, which was never run"
     for fields, name, why in (
         ({}, CuDNN, "it can do what is asked"),
         ({"position": Rotary(0.5), "mask": (Causal(), Window(7)), "n_layers": 2}, CuDNN, "it can do what is asked"),
@@ -353,10 +352,32 @@ def test_a_step_for_cuda_calls_cudnn_and_multiplies_halves_alone(hopper, monkeyp
     assert len(operands) > 12 and set(operands) == {("bf16", "bf16")}
 
 
+@pytest.mark.parametrize(("flags", "says"), [("--xla_gpu_deterministic_ops=true", True), ("", False)])
+def test_each_gradient_of_cudnn_says_that_it_is_deterministic(hopper, monkeypatch, flags, says):
+    """Of several layers in a turn of the scan; lowered, not compiled."""
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    model = decoder(head_width=8, n_layers=4, unroll=2, context_length=38, kernel=Softmax(implementation=CuDNN()))
+    model, told = model.implemented(38, "bfloat16", True)
+    assert told == "CuDNN (as asked)"
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), loud(model))
+    loss = lambda params: model.hidden(params, ids(2, 38), one_document(38)).h.astype(jnp.float32).sum()
+    text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmaxBackward" in line]
+    assert calls and all(("force_deterministic" in call) is says for call in calls)
+
+
+def test_several_layers_in_a_turn_are_refused_where_jax_cannot_be_told(hopper, monkeypatch):
+    monkeypatch.setattr(implementations, "_says_deterministic", lambda: False)
+    asked = HALF._replace(repeated=2)
+    assert CuDNN().refuses(asked) == "2 layers with the same mask are in one turn of the scan, which XLA fails at"
+
+
 def test_layers_are_laid_out_by_the_device(monkeypatch):
     """(groups in a turn, what is kept): unrolled up to 12 on a CPU and to 8 on a GPU, but for calls of cuDNN; a GPU's
-    scan keeps products."""
-    fused, products = Softmax(implementation=CuDNN()), "dots_with_no_batch_dims_saveable"
+    scan keeps products and what these calls give."""
+    fused, products = Softmax(implementation=CuDNN()), blocks._products_and_attention
     for backend, fields, n_layers, found in (
         ("cpu", {}, 12, (12, None)),
         ("cpu", {}, 13, (1, None)),
@@ -364,7 +385,7 @@ def test_layers_are_laid_out_by_the_device(monkeypatch):
         ("gpu", {}, 9, (1, products)),
         ("gpu", {"unroll": 9}, 9, (9, None)),
         ("gpu", {"kernel": fused}, 8, (1, products)),
-        ("gpu", {"remat": "everything_saveable"}, 8, (1, "everything_saveable")),
+        ("gpu", {"remat": "everything_saveable"}, 8, (1, jax.checkpoint_policies.everything_saveable)),
         ("tpu", {}, 8, (1, None)),
     ):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)

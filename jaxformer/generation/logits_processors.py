@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.spec import Spec, checked
 
 ONE = 0x3F800000  # the bits of the float32 1.0
+BLOCK = 128  # tokens whose largest logit is found first, on a GPU
 
 
 class Text(NamedTuple):
@@ -89,10 +90,23 @@ class TopK(LogitsProcessor):
             raise ValueError(f"{at}top_k={self.top_k} must be at least 1; 1 always takes the likeliest token")
 
     def __call__(self, logits: Float[Array, "B V"], text: Text | None = None) -> Float[Array, "B V"]:
-        values, ids = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))
+        values, ids = _largest(logits, min(self.top_k, logits.shape[-1]))
         least = values.min(-1, keepdims=True)  # values[:, -1:] would keep XLA from its fast program for top_k
         last = jnp.where(values == least, ids, -1).max(-1, keepdims=True)  # of those as likely as the least
         return jnp.where((logits > least) | ((logits == least) & (_ids(logits) <= last)), logits, -jnp.inf)
+
+
+def _largest(logits: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+    """jax.lax.top_k. It sorts all of a row on a GPU; the k largest are in the k blocks with the largest maxima, which
+    are a few thousand numbers, in the order of their ids."""
+    B, V = logits.shape
+    if jax.default_backend() == "cpu" or 2 * k * BLOCK >= V:
+        values, ids = jax.lax.top_k(logits, k)
+        return values, ids
+    blocks = jnp.pad(logits, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf).reshape(B, -1, BLOCK)
+    chosen = jnp.sort(jax.lax.top_k(blocks.max(-1), k)[1])
+    values, places = jax.lax.top_k(jnp.take_along_axis(blocks, chosen[..., None], 1).reshape(B, -1), k)
+    return values, jnp.take_along_axis(chosen, places // BLOCK, 1) * BLOCK + places % BLOCK
 
 
 class TopP(LogitsProcessor):

@@ -55,7 +55,9 @@ def compact(
     ids: Int[Array, "B N"], segments: Int[Array, "B N"], kept: Bool[Array, "B N"], width: int
 ) -> tuple[Int[Array, "B W"], Int[Array, "B W"]]:
     """What is kept, moved to the left of rows of `width`; the rest is padding."""
-    place = jnp.where(kept, jnp.cumsum(kept, 1) - 1, width)
+    beyond = width + jnp.arange(kept.shape[1])  # out of range: dropped
+    place = jnp.where(kept, jnp.cumsum(kept, 1) - 1, beyond)
     row = jnp.arange(len(ids))[:, None]
     empty = jnp.zeros((len(ids), width), jnp.int32)
-    return tuple(empty.at[row, place].set(a, mode="drop") for a in (ids, segments))  # pyright: ignore
+    put = lambda a: empty.at[row, place].set(a, mode="drop", unique_indices=True)
+    return put(ids), put(segments)

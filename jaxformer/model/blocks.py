@@ -148,12 +148,12 @@ class Stack(nn.Module):
     Parameters, cache and memory of each kind lie stacked along a leading axis L; `unroll` groups are laid out in each
     turn of the scan, over the same parameters and with the same result. More are faster, since a scan copies what each
     turn reads, and slower to compile: None takes all up to 12 on CPUs and 8 on GPUs, and 1 elsewhere, with `remat`, and
-    of fused attention (jax 0.11.2 crashes on unrolled calls of cuDNN).
+    of fused attention (unrolled calls of cuDNN crashed with jax 0.11.2; since `_says_deterministic` they were not run).
 
     With `remat`, the name of one of jax.checkpoint_policies, a group keeps for the backward pass only what that policy
-    says, and computes the rest anew. None keeps all; but where a GPU scans, what products of matrices give: what a scan
-    keeps it writes and reads once more (LOG.md has the times; `python benchmarks/compare.py gpu step
-    --also model.remat=everything_saveable`).
+    says, and computes the rest anew. None keeps all; but where a GPU scans, what products of matrices give and fused
+    attention: what a scan keeps it writes and reads once more (LOG.md has the times; `python benchmarks/compare.py gpu
+    step --also model.remat=everything_saveable`).
     """
 
     kinds: tuple[BlockSpec, ...]
@@ -201,7 +201,7 @@ class Stack(nn.Module):
         group: Any = Group
         unroll, remat = self._laid_out(turns)
         if remat:  # the scan keeps XLA from merging what is computed anew with what was computed at first
-            group = nn.remat(Group, policy=getattr(jax.checkpoint_policies, remat), prevent_cse=False)
+            group = nn.remat(Group, policy=remat, prevent_cse=False)
         layers = nn.scan(
             group,
             variable_axes={"params": 0, "activations": 0},
@@ -214,13 +214,14 @@ class Stack(nn.Module):
         )(self.kinds, self.n_layers, name="layers")
         return layers(stream, (jnp.arange(0, self.n_layers, len(self.kinds)), cache, memory), *more)
 
-    def _laid_out(self, turns: int) -> tuple[int, str | None]:
-        """Groups in a turn of the scan, and what is kept for the backward pass."""
+    def _laid_out(self, turns: int) -> tuple[int, Any]:
+        """Groups in a turn of the scan, and the policy of what is kept for the backward pass; None: all."""
         backend, fused = jax.default_backend(), any(kind.fused for kind in self.kinds)
         few = turns <= LAID_OUT.get(backend, 0) and not self.remat and not (backend == "gpu" and fused)
         unroll = min(self.unroll or (turns if few else 1), turns)
         scanned_on_gpu = backend == "gpu" and unroll < turns
-        return unroll, self.remat or ("dots_with_no_batch_dims_saveable" if scanned_on_gpu else None)
+        asked = self.remat and getattr(jax.checkpoint_policies, self.remat)
+        return unroll, asked or (_products_and_attention if scanned_on_gpu else None)
 
     def _apart(self, turns: int, stream: Any, cache: Any, memory: Any, *more: Any) -> Any:
         """The same with parameters `for_decoding`, and a cache and a memory `apart`."""
@@ -238,6 +239,12 @@ class Stack(nn.Module):
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         s = self.kinds[0]
         return s.norm(declare(self, name, s.norm.params(), s.parts.dims), x)
+
+
+def _products_and_attention(primitive: Any, *operands: Any, **how: Any) -> Any:
+    """A policy of jax.checkpoint: keeps what products of matrices give, and what cuDNN's attention does."""
+    attention = primitive.name.startswith("dot_product_attention_fwd")
+    return attention or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **how)
 
 
 def position_names(kinds: Sequence[BlockSpec]) -> dict[Position, str]:

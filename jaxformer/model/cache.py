@@ -47,8 +47,11 @@ def _write(cache: Arrays, new: Arrays, slots: Mapping[str, Slot]) -> dict[str, j
     position, size, real = new["position"], cache["position"].shape[1], new["segment"] > 0
     last = jnp.max(position, axis=1, keepdims=True, where=real, initial=0)
     kept = real & (position > last - size)  # else two tokens share a slot, and which one stays is undefined
-    slot = jnp.where(kept, position % size, size)  # `size` is out of range: dropped
+    beyond = size + jnp.arange(position.shape[1])  # out of range: dropped
+    slot = jnp.where(kept, position % size, beyond)
     row = jnp.arange(len(slot))[:, None]
+    # A GPU's deterministic kernels sort the places of every write that may have two at one.
+    how: dict[str, Any] = {"mode": "drop", "unique_indices": True}
 
     def one(old: jax.Array, new: jax.Array, letters: str) -> jax.Array:
         if "S" not in letters:
@@ -56,9 +59,9 @@ def _write(cache: Arrays, new: Arrays, slots: Mapping[str, Slot]) -> dict[str, j
         axis = letters.index("S")
         if len(slot) == 1:  # without the axis for texts, XLA on CPU writes in place
             index = (*[slice(None)] * (axis - 1), slot[0])
-            return old[0].at[index].set(new[0].astype(old.dtype), mode="drop")[None]
+            return old[0].at[index].set(new[0].astype(old.dtype), **how)[None]
         index = (row, *[slice(None)] * (axis - 1), slot)
-        return old.at[index].set(jnp.moveaxis(new, axis, 1).astype(old.dtype), mode="drop")
+        return old.at[index].set(jnp.moveaxis(new, axis, 1).astype(old.dtype), **how)
 
     return {name: one(cache[name], new[name], s.letters) for name, s in slots.items()}
 

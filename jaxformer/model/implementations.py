@@ -1,7 +1,11 @@
 """Implementations of softmax attention: how a kernel's formula is computed, with the same result but for rounding."""
 
 import abc
+import functools
+import importlib
+import inspect
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +18,7 @@ from jaxformer.declarations import Arrays
 from jaxformer.model.cache import PLACE
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Bidirectional, Causal, Look, Mask, Range, Window
+from jaxformer.platform import DETERMINISTIC
 from jaxformer.spec import Spec
 
 GROUPS = 4  # of queries at most, each with a range of keys of its own: so many programs are compiled for a layer
@@ -86,7 +91,8 @@ class Auto(Plain):
 
     def chosen(self, asked: Asked) -> tuple[Implementation, str]:
         if jax.default_backend() != "cpu":
-            reason = CuDNN().refuses(asked)
+            untried = f"{asked.repeated} layers with the same mask are in one turn of the scan, which was never run"
+            reason = CuDNN().refuses(asked) or (untried if asked.repeated > 1 else None)
             return (CuDNN(), "it can do what is asked") if reason is None else (Plain(), f"not CuDNN: {reason}")
         if asked.tokens < LONG:
             return Plain(), f"rows of {asked.tokens} tokens"
@@ -118,7 +124,7 @@ class CuDNN(Implementation):
             return "rows have padding or several documents"
         if asked.tokens % 2:
             return f"rows of {asked.tokens} tokens must have an even number of them"
-        if asked.repeated > 1:  # with deterministic kernels XLA of jax 0.11.2 has no plan of the second backward pass
+        if asked.repeated > 1 and not _says_deterministic():
             return f"{asked.repeated} layers with the same mask are in one turn of the scan, which XLA fails at"
         widest = 256 if _capability() >= (9, 0) else 128
         if asked.width % 8 or asked.width > widest:
@@ -134,6 +140,7 @@ class CuDNN(Implementation):
         if not fused or look.q.dtype.name not in HALVES:
             return Blocked(PADDED)(kernel, params, look, key, rate)
         q, k, v = look.q, look.seen["k"], look.seen["v"]
+        _says_deterministic()
         with jax.named_scope(BLOCKS):
             h = jax.nn.dot_product_attention(
                 *(a.swapaxes(1, 2) for a in (q, k, v)),
@@ -152,6 +159,31 @@ def _no_cudnn() -> str | None:
     if _capability() < (8, 0):
         return f"it needs a GPU of compute capability 8.0; {jax.devices()[0].device_kind} is older"
     return None
+
+
+@functools.cache
+def _says_deterministic() -> bool:
+    """Has each backward pass of cuDNN say that it is deterministic, where XLA's kernels are. False: JAX cannot be told.
+
+    XLA writes it to the first of several alike, and then has no plan of the others: a process dies at its first step
+    (openxla/xla#46500).
+    """
+    try:
+        within: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+        config = within.create_dot_product_attention_backend_config_base
+        signature = inspect.signature(config)
+    except (ImportError, AttributeError):  # it is none of JAX's interface
+        return False
+
+    @functools.wraps(config)
+    def saying(*given: Any, **named: Any) -> dict[str, Any]:
+        found = config(*given, **named)
+        if signature.bind(*given, **named).arguments["is_bwd"] and DETERMINISTIC in os.environ.get("XLA_FLAGS", ""):
+            found["cudnn_fmha_backend_config"]["force_deterministic"] = True
+        return found
+
+    within.create_dot_product_attention_backend_config_base = saying
+    return "is_bwd" in signature.parameters
 
 
 def _capability() -> tuple[int, ...]:
