@@ -118,9 +118,10 @@ def _moved(each: Operation, called: list[str], computations: dict[str, list[Oper
     for one in inside:
         if one.kind == "parameter":
             users = [user for user in inside if one.name in user.operands]
-            if users and all(user.kind in ("dynamic-slice", "slice") for user in users):
+            kinds = {user.kind if user.operands[0] == one.name else "" for user in users}  # "": it says where
+            if kinds and kinds <= {"dynamic-slice", "slice"}:
                 total += sum(_bytes(user.shape) for user in users)
-            elif not (users and all(user in updates and user.operands[0] == one.name for user in users)):
+            elif kinds != {"dynamic-update-slice"}:
                 total += _bytes(one.shape)
     return total + sum(_bytes(own[one.operands[1]].shape) - _bytes(one.shape) for one in updates)
 

@@ -11,21 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.random import threefry2x32_p
-from jax.interpreters import mlir
 
 from jaxformer.spec import InputError
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 MAPS = 20_000  # of compiled programs, from which on they are forgotten; Linux gives a process 65,530
 MALLOPT = {-4: 0, -2: 64 << 20, -1: -1}  # of malloc.h: M_MMAP_MAX, no mmap; M_TOP_PAD; M_TRIM_THRESHOLD, no trimming
-ROTATIONS = (17, 29, 16, 24), (13, 15, 26, 6)  # of Threefry-2x32, in groups of four rounds that take turns
 
 
 def prepare() -> None:
     """What comes before a run: flags, memory that is kept, a check of this build's sums, room for compiled programs."""
     set_flags()
-    unroll_threefry()
     keep_memory()
     check_numerics()
     spare_memory_maps()
@@ -106,31 +102,14 @@ def check_numerics() -> None:
     )
 
 
-def unroll_threefry() -> None:
-    """Has XLA on CPU compute the 20 rounds of Threefry, which every random number comes of, in one pass over memory.
-
-    JAX takes five, with a loop around them. The bits are the same.
-    """
-    mlir.register_lowering(threefry2x32_p, mlir.lower_fun(threefry, multiple_results=True), platform="cpu")
-
-
-def threefry(k0: jax.Array, k1: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 of 20 rounds: counters of the same shape, encrypted (Salmon and others, "Parallel random numbers:
-    as easy as 1, 2, 3", 2011)."""
-    keys = k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA)
-    x0, x1 = x0 + k0, x1 + k1
-    for i in range(1, 6):
-        for bits in ROTATIONS[i % 2]:
-            x0 = x0 + x1
-            x1 = (x1 << bits | x1 >> 32 - bits) ^ x0
-        x0, x1 = x0 + keys[i % 3], x1 + keys[(i + 1) % 3] + jnp.uint32(i)
-    return x0, x1
+def on_one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def unfused(function: Callable[..., Any], *operands: Any) -> Any:
-    """What a jitted function gives. XLA on CPU fuses it neither with what it reads nor with its readers: it is computed
-    once, and does not keep them from whole vectors. Elsewhere, and on several devices, XLA decides."""
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    """What a jitted function gives. `on_one_cpu` XLA fuses it neither with what it reads nor with its readers: it is
+    computed once, and does not keep them from whole vectors. Elsewhere XLA decides."""
+    if not on_one_cpu():
         return function(*operands)
     with set_xla_metadata(inlineable="false"):
         return function(*operands)

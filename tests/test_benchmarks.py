@@ -25,6 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
 import gate  # noqa: E402
+import gpu_traffic  # noqa: E402
 import recipe  # noqa: E402
 from peers import bare_jax, flax_linen, ours, sizes, timing  # noqa: E402
 from peers.recipes import Recipe  # noqa: E402
@@ -307,3 +308,62 @@ def test_pytorch_has_the_same_loss():
     theirs = pytorch_recipe.evaluated(peer, torch.from_numpy(tokens).long(), given.context)
     assert theirs["tokens"] == found["tokens"] == 1002
     assert theirs["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%cut (param_0.1: f32[12,64], param_1.1: s32[]) -> f32[1,64] {
+  %param_0.1 = f32[12,64]{1,0} parameter(0)
+  %param_1.1 = s32[] parameter(1)
+  ROOT %cut.1 = f32[1,64]{1,0} dynamic-slice(%param_0.1, %param_1.1), dynamic_slice_sizes={1,64}
+}
+
+%write (param_0.2: bf16[12,64], param_1.2: bf16[1,64], param_2.2: s32[]) -> bf16[12,64] {
+  %param_0.2 = bf16[12,64]{1,0} parameter(0)
+  %param_1.2 = bf16[1,64]{1,0} parameter(1)
+  %param_2.2 = s32[] parameter(2)
+  ROOT %write.1 = bf16[12,64]{1,0} dynamic-update-slice(%param_0.2, %param_1.2, %param_2.2)
+}
+
+%product (param_0.3: bf16[64,64], param_1.3: bf16[64,64]) -> (bf16[64,64], s8[4096]) {
+  %param_0.3 = bf16[64,64]{1,0} parameter(0)
+  %param_1.3 = bf16[64,64]{1,0} parameter(1)
+  %gemm.1 = (bf16[64,64]{1,0}, s8[4096]{0}) custom-call(%param_0.3, %param_1.3), custom_call_target="__cublas$lt$matmul"
+  %first.1 = bf16[64,64]{1,0} get-tuple-element(%gemm.1), index=0
+  %room.1 = s8[4096]{0} get-tuple-element(%gemm.1), index=1
+  ROOT %both.1 = (bf16[64,64]{1,0}, s8[4096]{0}) tuple(%first.1, %room.1)
+}
+
+%body (at: (s32[], f32[12,64], bf16[12,64], bf16[64,64])) -> (s32[], f32[12,64], bf16[12,64], bf16[64,64]) {
+  %at = (s32[], f32[12,64]{1,0}, bf16[12,64]{1,0}, bf16[64,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%at), index=0
+  %stack = f32[12,64]{1,0} get-tuple-element(%at), index=1
+  %halves = bf16[12,64]{1,0} get-tuple-element(%at), index=2
+  %square = bf16[64,64]{1,0} get-tuple-element(%at), index=3
+  %cut-start = ((f32[12,64]{1,0}, s32[]), f32[1,64]{1,0}, u32[]) fusion-start(%stack, %i), kind=kLoop, calls=%cut
+  %cut-done = f32[1,64]{1,0} fusion-done(%cut-start)
+  %half = bf16[1,64]{1,0} convert(%cut-done), metadata={op_name="jit(train_step)/convert"}
+  %written = bf16[12,64]{1,0} fusion(%halves, %half, %i), kind=kLoop, calls=%write
+  %gemm = (bf16[64,64]{1,0}, s8[4096]{0}) fusion(%square, %square), kind=kCustom, calls=%product
+  %found = bf16[64,64]{1,0} get-tuple-element(%gemm), index=0
+  ROOT %next = (s32[], f32[12,64]{1,0}, bf16[12,64]{1,0}, bf16[64,64]{1,0}) tuple(%i, %stack, %written, %found)
+}
+
+ENTRY %main (p: (s32[], f32[12,64], bf16[12,64], bf16[64,64])) -> (s32[], f32[12,64], bf16[12,64], bf16[64,64]) {
+  %p = (s32[], f32[12,64]{1,0}, bf16[12,64]{1,0}, bf16[64,64]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[12,64]{1,0}, bf16[12,64]{1,0}, bf16[64,64]{1,0}) while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+}
+"""  # noqa: E501
+
+
+def test_traffic_of_a_program_for_a_gpu():
+    """Of slices what is cut or written, in all turns of a loop; of a product no room to work in."""
+    found = {each.name: each for each in gpu_traffic.traffic(PROGRAM)}
+    assert {name: each.bytes / 12 for name, each in found.items()} == {
+        "cut-start": 64 * 4 + 64 * 4 + 4,
+        "half": 64 * 4 + 64 * 2,
+        "written": 64 * 2 + 64 * 2 + 4,
+        "gemm": 3 * 64 * 64 * 2,
+    }
+    assert {each.turns for each in found.values()} == {12} and found["half"].source == "jit(train_step)/convert"
+    assert {name for name, each in found.items() if each.of} == {"gemm"}

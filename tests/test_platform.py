@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.random import threefry_2x32
 
 import jaxformer
 from jaxformer import platform
@@ -108,32 +107,6 @@ def test_freed_memory_stays_with_the_process(environment, stays):
     }
     done = subprocess.run([sys.executable, "-c", PAGES], env=own | environment, capture_output=True, text=True)
     assert [float(pages) < 5_000 for pages in done.stdout.split()] == [stays] * 2, done
-
-
-@pytest.mark.parametrize(
-    ("key", "counter", "bits"),
-    [
-        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
-        ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
-        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
-    ],
-)
-def test_threefry_gives_the_bits_of_its_authors(key, counter, bits):
-    """Known answers of Random123, by the function and by JAX once it computes with it, in one pass without a loop."""
-    words = jax.tree.map(jnp.uint32, (*key, *counter))
-    assert tuple(int(word) for word in platform.threefry(*words)) == bits
-    platform.unroll_threefry()
-    by_jax = jax.jit(threefry_2x32).lower(jnp.uint32(key), jnp.uint32(counter)).compile()
-    assert tuple(int(word) for word in by_jax(jnp.uint32(key), jnp.uint32(counter))) == bits
-    assert "while" not in by_jax.as_text()
-
-
-def test_random_numbers_of_many_keys_are_those_of_each():
-    platform.unroll_threefry()
-    keys = jax.random.split(jax.random.key(3), 5)
-    together = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 7), (11, 13)))(keys)
-    alone = [jax.random.uniform(jax.random.fold_in(key, 7), (11, 13)) for key in keys]
-    assert np.array_equal(together, alone)
 
 
 def test_what_is_unfused_is_computed_by_itself():

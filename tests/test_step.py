@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import B, T, decoder, loud, totals
 
-from jaxformer.keys import PURPOSES, fold, key_for
+from jaxformer.keys import PURPOSES, fold, key_for, random_bits, threefry
 from jaxformer.learning.objectives import Classification, Contrastive, NextToken
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WarmupCosine
@@ -311,6 +311,34 @@ def test_gradients_in_half_precision_are_those_of_full():
     for (path, full), half in zip(paths, jax.tree.leaves(found[1]), strict=True):
         if "k_bias" not in str(path):  # softmax does not see it: its gradient is 0
             assert jnp.linalg.norm(half - full) < 0.03 * jnp.linalg.norm(full), path
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "bits"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_gives_the_bits_of_its_authors(key, counter, bits):
+    """Known answers of Random123."""
+    found = threefry(*jax.tree.map(jnp.uint32, (*key, *counter)))
+    assert tuple(int(word) for word in found) == bits
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (11, 13), (2, 3, 5, 7), (3, 0, 2)])
+def test_random_bits_are_those_of_jax(shape):
+    keys = jax.random.split(jax.random.key(3), 5)
+    assert np.array_equal(
+        jax.vmap(lambda key: random_bits(key, shape))(keys), [jax.random.bits(k, shape) for k in keys]
+    )
+    program = lambda key: jax.jit(random_bits, static_argnums=1).lower(key, shape).compile().as_text()
+    other = jax.random.key(3, impl="rbg")
+    assert np.array_equal(random_bits(other, shape), jax.random.bits(other, shape))
+    with jax.threefry_partitionable(False):
+        assert np.array_equal(random_bits(keys[0], shape), jax.random.bits(keys[0], shape))
+    assert "while" not in program(keys[0])
 
 
 def test_keys():

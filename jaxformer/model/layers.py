@@ -14,6 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.declarations import Arrays, ByLayer, Declarations, Declared, Draw, Param
+from jaxformer.keys import random_bits
 from jaxformer.model.masks import Places
 from jaxformer.platform import unfused
 from jaxformer.spec import Spec
@@ -509,4 +510,4 @@ def dropout(key: jax.Array | None, x: Float[Array, "*B"], rate: float) -> Float[
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _kept(key: jax.Array, share: float, shape: tuple[int, ...]) -> Bool[Array, "*B"]:
     """jax.random.bernoulli(key, share, shape), which compares a number of 23 bits with the share as a float32."""
-    return jax.random.bits(key, shape, jnp.uint32) >> 9 < math.ceil(np.float32(share) * np.float32(2**23))
+    return random_bits(key, shape) >> 9 < math.ceil(np.float32(share) * np.float32(2**23))
