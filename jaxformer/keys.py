@@ -36,7 +36,8 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def threefry(k0: jax.Array, k1: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32 of 20 rounds: counters x, encrypted by a key (Salmon and others, "Parallel random numbers: as easy
-    as 1, 2, 3", 2011). JAX's keys are made by it, too; of one within another XLA of jax 0.12 makes no program (LOG.md)."""
+    as 1, 2, 3", 2011). Not for JAX's keys, which are made by it, too: XLA of jax 0.12 does not come to an end of one
+    within another (LOG.md)."""
     keys = k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA)
     x0, x1 = x0 + k0, x1 + k1
     for i in range(1, 6):

@@ -3,6 +3,7 @@ whether a notebook shows it."""
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -14,7 +15,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxformer.spec import InputError
 
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+DETERMINISTIC = re.compile(
+    r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=(true|1))?(\s|$)"
+)  # as it is asked for
 MAPS = 20_000  # of compiled programs, from which on they are forgotten; Linux gives a process 65,530
 MALLOPT = {-4: 0, -2: 64 << 20, -1: -1}  # of malloc.h: M_MMAP_MAX, no mmap; M_TOP_PAD; M_TRIM_THRESHOLD, no trimming
 
@@ -35,7 +38,7 @@ def set_flags() -> None:
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     call_inline()
 
 
@@ -103,7 +106,8 @@ def check_numerics() -> None:
 
 
 def on_one_cpu() -> bool:
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    """Whether programs are for a CPU, and no mesh is entered."""
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
 
 
 def unfused(function: Callable[..., Any], *operands: Any) -> Any:

@@ -68,7 +68,7 @@ MUTATIONS = {
         (TINY, "model.n_heads=4", "model.n_kv_heads=2"),
     ),
     "cache_slot_late": Mutation(
-        "the cache is written a slot late", "model/cache.py", "jnp.where(kept, position % size, size)", "jnp.where(kept, position % size + 1, size)"
+        "the cache is written a slot late", "model/cache.py", "jnp.where(kept, position % size, beyond)", "jnp.where(kept, position % size + 1, beyond)"
     ),
     "cache_stale": Mutation("the cache that was read is returned unwritten", "model/cache.py", "return seen, written", "return seen, cache"),
     "positions_run_on": Mutation(

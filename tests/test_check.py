@@ -205,17 +205,27 @@ def test_a_run_that_moves_to_another_machine_says_so(tmp_path):
     assert all(name in told for name in ("devices", "versions", "XLA_FLAGS", "the code of jaxformer"))
 
 
-def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_with_other_code_or_flags_says_so(tmp_path, monkeypatch):
     """Of the package's files, whose version may be the same: of those that a step depends on, not of commands."""
-    package, config = tmp_path / "jaxformer", config_lib.Config(str(tmp_path), Decoder(**SIZES))
-    shutil.copytree(ROOT / "jaxformer", package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(starts, "__file__", str(package / "run" / "starts.py"))
+    config = config_lib.Config(str(tmp_path), Decoder(**SIZES))
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --b=2")
     starts.record_start(config, 0, (0,), jax.devices(), None)
-    for file, told in {"commands/train.py": None, "model/layers.py": "the code of jaxformer"}.items():
-        assert moved(config, jax.devices(), (0,)) is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x  --b=2 --a=1")
+    assert moved(config, jax.devices(), (0,)) is None
+    monkeypatch.setenv("XLA_FLAGS", "--a=1")
+    assert moved(config, jax.devices(), (0,)) == "XLA_FLAGS --a=1 --b=2 then, --a=1 now"
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --b=2")
+    row = json.loads(starts_of(config).read_text())
+    starts_of(config).write_text(json.dumps({name: value for name, value in row.items() if name != "code"}) + "\n")
+    assert moved(config, jax.devices(), (0,)) == "the code of jaxformer"  # of then nothing is known
+
+    package = tmp_path / "jaxformer"
+    shutil.copytree(ROOT / "jaxformer", package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, other in {"commands/train.py": False, "declarations.py": True, "model/layers.py": True}.items():
+        before = starts.code(package)
         with open(package / file, "a") as written:
             written.write("# changed\n")
-        assert moved(config, jax.devices(), (0,)) == told
+        assert (starts.code(package) != before) is other
 
 
 @pytest.mark.parametrize("devices", range(1, 9))

@@ -171,14 +171,18 @@ def test_cross_entropy_is_the_same_where_no_label_is_looked_up(monkeypatch, smoo
     logits, labels = 3 * draws(B, T, V), rng.integers(0, V, (B, T))
     if not smoothing:
         logits[0, 0, (labels[0, 0] + 1) % V] = -np.inf
+    none = labels.copy()
+    none[1, 1] = V
     given = j(logits, labels, draws(B, T))
 
     def run():
         return jax.value_and_grad(lambda z, y, g: (heads.cross_entropy(z, y, smoothing) * g).sum())(*given)
 
+    of_none = lambda: np.isnan(heads.cross_entropy(*j(logits, none), smoothing))
     scatters = lambda: "scatter" in str(jax.make_jaxpr(lambda: run())())
-    plain, before = run(), scatters()
+    plain, before, nowhere = run(), scatters(), of_none()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert np.array_equal(of_none(), nowhere) and nowhere.sum() == 1
     for a, b in zip(run(), plain, strict=True):
         assert jnp.isfinite(a).all()
         close(a, b, 1e-6)

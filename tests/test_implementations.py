@@ -368,6 +368,19 @@ def test_each_gradient_of_cudnn_says_that_it_is_deterministic(hopper, monkeypatc
     assert calls and all(("force_deterministic" in call) is says for call in calls)
 
 
+def test_a_gpus_scan_keeps_what_cudnn_gives(hopper, monkeypatch):
+    """Lowered, not compiled: attention is called once for each layer, and not again for the gradient."""
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fields = {"head_width": 8, "n_layers": 3, "unroll": None, "context_length": 38}
+    model = decoder(**fields, kernel=Softmax(implementation=CuDNN()))
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), loud(model))
+    loss = lambda params: model.hidden(params, ids(2, 38), one_document(38)).h.astype(jnp.float32).sum()
+    text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"__cudnn\$fmhaSoftmax\b(?!B)", text)) == len(re.findall("fmhaSoftmaxBackward", text)) == 1
+
+
 def test_several_layers_in_a_turn_are_refused_where_jax_cannot_be_told(hopper, monkeypatch):
     monkeypatch.setattr(implementations, "_says_deterministic", lambda: False)
     asked = HALF._replace(repeated=2)

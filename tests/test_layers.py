@@ -145,6 +145,18 @@ def test_dropout_draws_what_jax_draws(shape):
         assert np.array_equal(kept, [jax.random.bernoulli(key, 1 - rate, shape) for key in keys])
 
 
+@pytest.mark.exact
+def test_a_mask_of_dropout_is_computed_by_itself():
+    """In a scan, with its gradient: a call of its own, once for forward and backward."""
+
+    def loss(x, key):
+        body = lambda x, i: (layers.dropout(jax.random.fold_in(key, i), jnp.sin(x), 0.3), None)
+        return jax.lax.scan(body, x, jnp.arange(5))[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(jnp.ones((101, 103)), jax.random.key(0)).compile().as_text()
+    assert len(re.findall(r"= pred\[101,103\]\S* call\(", text)) == 1
+
+
 def test_rotary():
     """Pairs of halves are turned by position · base^(−2i/K), as complex numbers."""
     x, position = draws(2, 3, 5, 14), rng.integers(0, 50, (2, 5))

@@ -415,6 +415,7 @@ def cross_entropy(
         chosen = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
     else:
         chosen = jnp.where(_places(logits) == labels[..., None], logits, 0).sum(-1)
+        chosen = jnp.where(labels < logits.shape[-1], chosen, jnp.nan)  # of no class, as a lookup
     if smoothing:
         chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
     return total - chosen

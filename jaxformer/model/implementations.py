@@ -27,7 +27,7 @@ HALVES = "bfloat16", "float16"
 FUSED = Causal, Window, Bidirectional  # masks that cuDNN computes
 NO_DROPOUT = "dropout={} of weights is not in it"
 PADDED = 1024  # queries at a time of rows that cuDNN does not take
-LONG = 256  # tokens of a row from which on `Blocked` is faster on CPU: benchmarks/attention.py
+LONG = 256  # tokens of a row from which on a step on CPU gains by `Blocked` (LOG.md)
 
 
 class Asked(NamedTuple):
@@ -172,18 +172,19 @@ def _says_deterministic() -> bool:
         within: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
         config = within.create_dot_product_attention_backend_config_base
         signature = inspect.signature(config)
-    except (ImportError, AttributeError):  # it is none of JAX's interface
+        signature.parameters["is_bwd"]
+    except (ImportError, AttributeError, KeyError):  # it is none of JAX's interface
         return False
 
     @functools.wraps(config)
     def saying(*given: Any, **named: Any) -> dict[str, Any]:
-        found = config(*given, **named)
-        if signature.bind(*given, **named).arguments["is_bwd"] and DETERMINISTIC in os.environ.get("XLA_FLAGS", ""):
-            found["cudnn_fmha_backend_config"]["force_deterministic"] = True
+        found, asked = config(*given, **named), signature.bind(*given, **named).arguments
+        if asked.get("is_bwd") and DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")):
+            found.get("cudnn_fmha_backend_config", {})["force_deterministic"] = True
         return found
 
     within.create_dot_product_attention_backend_config_base = saying
-    return "is_bwd" in signature.parameters
+    return True
 
 
 def _capability() -> tuple[int, ...]:

@@ -20,7 +20,15 @@ from jaxformer.config import Config
 from jaxformer.run.plan import implemented
 from jaxformer.user_code import digests
 
-COMPUTING = "data/*.py", "model/*.py", "learning/*.py", "run/step.py", "keys.py", "mesh.py", "platform.py"  # a step
+# The files by which a step is computed, of a batch of ids.
+COMPUTING = (
+    *("declarations.py", "keys.py", "mesh.py", "platform.py", "data/batches.py", "data/sources.py", "model/*.py"),
+    *("learning/*.py", "run/members.py", "run/plan.py", "run/step.py"),
+)
+NO_MATTER = (
+    "--xla_dump",
+    "--xla_force_host_platform_device_count",
+)  # flags that change no numbers, or are told as devices
 PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 
 
@@ -44,7 +52,7 @@ def record_start(
         "attention": implemented(config, config.model)[1],
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
-        "code": code(),
+        "code": CODE,
         "sources": digests(config),
     }
     path = starts_of(config)
@@ -101,12 +109,19 @@ def features() -> list[str]:
     return sorted(name for name in found[1].split() if name.startswith(units)) if found else []
 
 
-def code() -> str:
+def code(root: Path = Path(__file__).parents[1]) -> str:
     """SHA-256 of those files of the package that a step is computed by: its version may stay where they change."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(path for pattern in COMPUTING for path in root.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+CODE = code()  # of what is loaded: in a notebook the files may be newer
+
+
+def _flags(told: str) -> str:
+    return " ".join(sorted(flag for flag in told.split() if not flag.startswith(NO_MATTER)))
 
 
 def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str | None:
@@ -122,12 +137,14 @@ def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str |
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
         "versions": {name: _version(name) for name in ("jax", "jaxlib")},
         "attention": implemented(config, config.model)[1],
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "code": code(),
+        "XLA_FLAGS": _flags(os.environ.get("XLA_FLAGS", "")),
+        "code": CODE,
         "seeds": [*seeds],
     }
     versions = before.get("versions")
     old = {**before, "versions": {name: versions.get(name) for name in now["versions"]} if versions else None}
+    old |= {"XLA_FLAGS": _flags(before["XLA_FLAGS"])} if isinstance(before.get("XLA_FLAGS"), str) else {}
+    old["code"] = before.get("code", "")  # of a run begun before it was recorded: other code
     changed = [name for name, value in now.items() if old.get(name) not in (None, value)]
     names = {
         "processor_features": "the processor's features",
@@ -136,7 +153,7 @@ def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str |
     }
     told = [
         f"{name} {old[name]} then, {now[name]} now"
-        if name in ("processor", "attention", "seeds")
+        if name in ("processor", "attention", "XLA_FLAGS", "seeds")
         else names.get(name, name)
         for name in changed
     ]
