@@ -80,7 +80,7 @@ class Row:
 
 BF16 = {"dtype": "bfloat16"}
 ADAPTIVE = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=false"}
-LAID_OUT = {"model.unroll": "12", "model.kernel.implementation": "CuDNN"}  # `Auto` does not take cuDNN so
+ALL_APART = {"model.unroll": "12", "model.kernel.implementation": "CuDNN"}  # `Auto` does not take cuDNN so
 KEPT = {  # glibc keeps what is freed, as jaxformer asks it to by `mallopt`; PyTorch, no faster by it, goes without
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -135,7 +135,7 @@ def on_gpu(overrides: Sequence[str]) -> list[Measurement]:
         Contestant("jaxformer", "ours", own),
         Contestant("PyTorch, compiled", "pytorch", BF16 | {"padded": 64}),
         Contestant("jaxformer, not deterministic", "ours", own, ADAPTIVE),
-        Contestant("jaxformer, layers laid out", "ours", own | {"overrides": LAID_OUT}),
+        Contestant("jaxformer, layers laid out", "ours", own | {"overrides": ALL_APART}),
         *with_one,
     )
     decoders = tuple(

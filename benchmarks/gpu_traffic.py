@@ -7,7 +7,7 @@ for one where there is none.
 16 rows of 1,024 tokens in bfloat16, as `compare.py gpu step`. Nothing runs: bytes are those of operands and results, of
 slices what is cut or written, times the turns of the loops around them; seconds are what they take at the bandwidth
 that was measured on one (BENCHMARKS.md). Products are those of cuBLAS; what they take is not known here. Tried with jax
-0.11.2 (`cuda12`).
+0.11.2 and 0.12.0.1 (`cuda12`, Python 3.12).
 """
 
 import argparse
@@ -60,6 +60,8 @@ def traffic(program: str) -> list[Moved]:
     def walk(name: str, turns: int) -> None:
         for each in computations[name]:
             called = re.findall(r"(?:body|to_apply|calls|_computation)=%?([\w.\-]+)", each.line)
+            if branches := re.search(r"branch_computations=\{(.*?)\}", each.line):
+                called += re.findall(r"[\w.\-]+", branches[1])
             if each.kind == "while":
                 known = re.search(r'known_trip_count":\{"n":"(\d+)"', each.line)
                 walk(called[0], turns * int(known[1]) if known else turns)
@@ -115,11 +117,18 @@ def _moved(each: Operation, called: list[str], computations: dict[str, list[Oper
     own = {one.name: one for one in inside}
     updates = [one for one in inside if one.kind == "dynamic-update-slice"]
     total = sum(_bytes(one.shape) for one in _results(inside))
+
+    def readers(one: Operation) -> list[tuple[Operation, str]]:
+        """What reads it, but for bitcasts, and as what: "" says where."""
+        users = [user for user in inside if one.name in user.operands]
+        behind = [found for user in users if user.kind == "bitcast" for found in readers(user)]
+        others = [user for user in users if user.kind != "bitcast"]
+        return behind + [(user, user.kind if user.operands[0] == one.name else "") for user in others]
+
     for one in inside:
         if one.kind == "parameter":
-            users = [user for user in inside if one.name in user.operands]
-            kinds = {user.kind if user.operands[0] == one.name else "" for user in users}  # "": it says where
-            if kinds and kinds <= {"dynamic-slice", "slice"}:
+            users, kinds = [user for user, _ in readers(one)], {kind for _, kind in readers(one)}
+            if kinds and kinds <= {"dynamic-slice", "slice", "gather"}:
                 total += sum(_bytes(user.shape) for user in users)
             elif kinds != {"dynamic-update-slice"}:
                 total += _bytes(one.shape)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.spec import Spec, checked
 
 ONE = 0x3F800000  # the bits of the float32 1.0
-BLOCK = 128  # tokens whose largest logit is found first, on a GPU
+BLOCK = 128  # tokens whose largest logit is found first, but on CPU
 
 
 class Text(NamedTuple):
@@ -97,8 +97,8 @@ class TopK(LogitsProcessor):
 
 
 def _largest(logits: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """jax.lax.top_k. It sorts all of a row on a GPU; the k largest are in the k blocks with the largest maxima, which
-    are a few thousand numbers, in the order of their ids."""
+    """jax.lax.top_k, which on a GPU sorts all of a row: the k largest are in the k blocks with the largest maxima, of
+    equal ones those that come first, too, as the blocks stay in the order of their ids."""
     B, V = logits.shape
     if jax.default_backend() == "cpu" or 2 * k * BLOCK >= V:
         values, ids = jax.lax.top_k(logits, k)
