@@ -155,7 +155,7 @@ MEASUREMENTS = [
     Measurement("step small", "step", SIZES["small"], steps(several=10), 6),
     Measurement("step 10.7M", "step", SIZES["10.7M"], steps(several=10), 9),
     Measurement("step 124M", "step", SIZES["124M"], steps(several=1), 6, rounds=1),
-    Measurement("step encoder", "step", SIZES["encoder"], (*steps(several=10)[:2], FLAX, *TORCH, TRANSFORMERS), 4),
+    Measurement("step encoder", "step", SIZES["encoder"], (*steps(several=10)[:4], FLAX, *TORCH, TRANSFORMERS), 5),
     decoding("small, 256", "small 1", 2, new=192, batch=1),
     decoding("small, 256", "small 32", 2, new=192, batch=32),
     decoding("small, 256", "small 32 ragged", 2, new=192, batch=32, ragged=True),
