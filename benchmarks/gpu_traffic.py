@@ -69,20 +69,10 @@ def traffic(program: str) -> list[Moved]:
                 for inner in called:
                     walk(inner, turns)
             elif each.kind not in FREE and not each.kind.endswith("-done"):
-                moved, source = _moved(each, called, computations, name), re.search(r'op_name="([^"]*)"', each.line)
-                lines = (each.line, *(one.line for inner in called for one in computations[inner]))
-                of = re.search(r'custom_call_target="([^"]*)"', "\n".join(lines))
-                shape = re.search(r"\w+\[[\d,]*\]", each.shape)
-                found.append(
-                    Moved(
-                        moved * turns,
-                        turns,
-                        each.name,
-                        shape[0] if shape else "",
-                        of[1] if of else "",
-                        source[1] if source else "",
-                    )
-                )
+                moved = turns * _moved(each, called, computations, name)
+                lines = "\n".join([each.line, *(one.line for inner in called for one in computations[inner])])
+                shape, of = _first(r"(\w+\[[\d,]*\])", each.shape), _first(r'custom_call_target="([^"]*)"', lines)
+                found.append(Moved(moved, turns, each.name, shape, of, _first(r'op_name="([^"]*)"', each.line)))
 
     walk(next(name for name in computations if re.search(rf"^ENTRY %?{re.escape(name)} ", program, re.M)), 1)
     return sorted(found, reverse=True)
@@ -98,6 +88,12 @@ def _computations(program: str) -> dict[str, list[Operation]]:
             name, shape, kind, rest = told.groups()
             within.append(Operation(name, shape, kind, re.findall(r"%([\w.\-]+)", rest.split("), ")[0]), line))
     return found
+
+
+def _first(pattern: str, text: str) -> str:
+    """What the pattern's group matches; "" if it does not."""
+    found = re.search(pattern, text)
+    return found[1] if found else ""
 
 
 def _bytes(shape: str) -> int:
@@ -185,14 +181,11 @@ def main() -> None:
         total = sum(each.bytes for each in some)
         print(f"{told}: {total / 1e9:.1f} GB, {total / BANDWIDTH * 1e3:.1f} ms at {BANDWIDTH / 1e9:,.0f} GB/s")
     calls = sum(each.turns for each in found if "fmha" in each.of)
-    print(
-        f"{calls} calls of cuDNN's attention; {step.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB temporary memory"
-    )
+    temporary = step.memory_analysis().temp_size_in_bytes
+    print(f"{calls} calls of cuDNN's attention; {temporary / 1e9:.2f} GB of temporary memory")
     for each in found[: given.rows]:
-        source = each.source.rpartition("train_step)/")[2][-70:]
-        print(
-            f"{each.bytes / 1e9:7.3f} GB × {each.turns:3} {each.name[:34]:34} {each.shape[:26]:26} {each.of or source}"
-        )
+        what = each.of or each.source.rpartition("train_step)/")[2][-70:]
+        print(f"{each.bytes / 1e9:7.3f} GB × {each.turns:3} {each.name[:34]:34} {each.shape[:26]:26} {what}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ whether a notebook shows it."""
 
 import ctypes
 import os
-import re
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -15,9 +14,6 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxformer.spec import InputError
 
-DETERMINISTIC = re.compile(
-    r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=(true|1))?(\s|$)"
-)  # as it is asked for
 MAPS = 20_000  # of compiled programs, from which on they are forgotten; Linux gives a process 65,530
 MALLOPT = {-4: 0, -2: 64 << 20, -1: -1}  # of malloc.h: M_MMAP_MAX, no mmap; M_TOP_PAD; M_TRIM_THRESHOLD, no trimming
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,6 @@ from jaxformer.declarations import Arrays
 from jaxformer.model.cache import PLACE
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Bidirectional, Causal, Look, Mask, Range, Window
-from jaxformer.platform import DETERMINISTIC
 from jaxformer.spec import Spec
 
 GROUPS = 4  # of queries at most, each with a range of keys of its own: so many programs are compiled for a layer
@@ -27,6 +27,8 @@ HALVES = "bfloat16", "float16"
 FUSED = Causal, Window, Bidirectional  # masks that cuDNN computes
 NO_DROPOUT = "dropout={} of weights is not in it"
 PADDED = 1024  # queries at a time of rows that cuDNN does not take
+# XLA's flags that ask for deterministic kernels
+DETERMINISTIC = re.compile(r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=(true|1))?(\s|$)")
 LONG = 256  # tokens of a row from which on a step on CPU gains by `Blocked` (LOG.md)
 
 

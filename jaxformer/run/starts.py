@@ -25,10 +25,8 @@ COMPUTING = (
     *("declarations.py", "keys.py", "mesh.py", "platform.py", "data/batches.py", "data/sources.py", "model/*.py"),
     *("learning/*.py", "run/members.py", "run/plan.py", "run/step.py"),
 )
-NO_MATTER = (
-    "--xla_dump",
-    "--xla_force_host_platform_device_count",
-)  # flags that change no numbers, or are told as devices
+# Flags of XLA that change no numbers, or are told as devices.
+NO_MATTER = "--xla_dump", "--xla_force_host_platform_device_count"
 PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 
 
@@ -141,10 +139,12 @@ def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str |
         "code": CODE,
         "seeds": [*seeds],
     }
-    versions = before.get("versions")
-    old = {**before, "versions": {name: versions.get(name) for name in now["versions"]} if versions else None}
-    old |= {"XLA_FLAGS": _flags(before["XLA_FLAGS"])} if isinstance(before.get("XLA_FLAGS"), str) else {}
-    old["code"] = before.get("code", "")  # of a run begun before it was recorded: other code
+    versions, flags = before.get("versions"), before.get("XLA_FLAGS")
+    old = before | {
+        "versions": {name: versions.get(name) for name in now["versions"]} if versions else None,
+        "XLA_FLAGS": None if flags is None else _flags(flags),
+        "code": before.get("code", ""),  # it was not always recorded: other code
+    }
     changed = [name for name, value in now.items() if old.get(name) not in (None, value)]
     names = {
         "processor_features": "the processor's features",
