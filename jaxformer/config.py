@@ -114,17 +114,21 @@ FREE = {"directory", "sampler", "writers"} | {
     f"train.{n}" for n in ("log_every", "eval_every", "save_every", "keep", "sample_tokens")
 }
 MOVED = {"data.corpus.path", "data.valid.path", "data.tokenizer.path"}  # what they hold must be the same
-NOTICE = MOVED | {
-    "data.valid_tokens",
-    "train.steps",
-    "train.steps_per_call",
-    "train.grad_norms",
-    *(f"train.guard{more}" for more in ("", ".spike", ".window", ".most")),
-    *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "forced")),
-    "model.unroll",
-    "model.remat",
-    *(f"model.{k}.implementation{more}" for k in ("kernel", "cross_kernel") for more in ("", ".size")),
-}
+GUARD = {f"train.guard{more}" for more in ("", ".spike", ".window", ".most")}
+NOTICE = (
+    MOVED
+    | GUARD
+    | {
+        "data.valid_tokens",
+        "train.steps",
+        "train.steps_per_call",
+        "train.grad_norms",
+        *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "forced")),
+        "model.unroll",
+        "model.remat",
+        *(f"model.{k}.implementation{more}" for k in ("kernel", "cross_kernel") for more in ("", ".size")),
+    }
+)
 
 
 def presets() -> dict[str, Path]:

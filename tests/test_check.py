@@ -14,6 +14,7 @@ from tiny import SIZES
 
 from jaxformer import config as config_lib
 from jaxformer.commands import main
+from jaxformer.data.batches import Examples
 from jaxformer.lab import check as check_lib
 from jaxformer.lab.check import check
 from jaxformer.lab.devices import batches
@@ -21,11 +22,13 @@ from jaxformer.lab.probe import ROWS, Inapplicable, Probe, Wrong, small, with_pa
 from jaxformer.lab.properties import CHECKS
 from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.groups import Everything, Group, Groups
+from jaxformer.learning.optimizers import AdamW
 from jaxformer.model.implementations import Blocked, CuDNN
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
 from jaxformer.run import starts
 from jaxformer.run.starts import moved, starts_of
+from jaxformer.run.step import Recipe
 from jaxformer.spec import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +125,35 @@ def test_fields_are_set_beside_a_part(monkeypatch):
     assert check("outside:LearnedPace").findings[0].detail == "LayerNorm"
 
 
+def test_an_optimizer_that_forgets_its_weight_decay_is_found():
+    probe = Probe(small(config_lib.resolve("quickstart", {"optimizer": AdamW(weight_decay=0.1)})))
+    run = {name: function for name, _, function in CHECKS}["weight decay as declared"]
+    assert "arrays decay" in run(probe)
+    forgets = Probe(small(config_lib.resolve("quickstart", {"optimizer": Forgetful(weight_decay=0.1)})))
+    with pytest.raises(Wrong, match="does not decay, and is declared to"):
+        run(forgets)
+
+
+class Forgetful(AdamW):
+    def transform(self, declared, step, steps):
+        return dataclasses.replace(AdamW(), weight_decay=0.0).transform(declared, step, steps)
+
+
+def test_products_of_no_dtype_that_was_asked_for_are_found(monkeypatch):
+    config = small(config_lib.resolve("quickstart", {"train.product_dtype": "bfloat16"}))
+    run = {name: function for name, _, function in CHECKS}["dtypes as told"]
+    assert "or bfloat16" in run(Probe(config))
+    monkeypatch.setattr(Recipe, "cast", lambda self, params: params)
+    with pytest.raises(Wrong, match=r"none of .* products is in bfloat16"):
+        run(Probe(config))
+
+
+def test_batches_of_unlike_shapes_are_no_mistake():
+    changes = {"data.sampling": Examples(n_buckets=2, bucket_steps=1)}
+    run = {name: function for name, _, function in CHECKS}["batches follow from the step"]
+    run(Probe(small(config_lib.resolve("help_topics", changes))))
+
+
 def test_batches_of_a_sampling_that_depends_on_the_call_are_found():
     """One check as it is run, on a mistake: the cheapest."""
     probe = Probe(small(config_lib.resolve("quickstart")))
@@ -199,7 +231,7 @@ def test_a_run_that_moves_to_another_machine_says_so(tmp_path):
     config = config_lib.Config(str(tmp_path), Decoder(**SIZES))
     assert moved(config, (), (0,)) is None
     row = {"processor": "Another, 64 cores", "versions": {"jax": "0.0.1"}, "devices": ["gpu:H100"], "code": "0f"}
-    starts_of(config).write_text(json.dumps(row | {"XLA_FLAGS": "--of=another"}) + "\n")
+    starts_of(config.directory).write_text(json.dumps(row | {"XLA_FLAGS": "--of=another"}) + "\n")
     told = moved(config, jax.devices()[:1], (0,))
     assert told.startswith("processor Another, 64 cores then, ")
     assert all(name in told for name in ("devices", "versions", "XLA_FLAGS", "the code of jaxformer"))
@@ -215,8 +247,10 @@ def test_a_run_that_goes_on_with_other_code_or_flags_says_so(tmp_path, monkeypat
     monkeypatch.setenv("XLA_FLAGS", "--a=1")
     assert moved(config, jax.devices(), (0,)) == "XLA_FLAGS --a=1 --b=2 then, --a=1 now"
     monkeypatch.setenv("XLA_FLAGS", "--a=1 --b=2")
-    row = json.loads(starts_of(config).read_text())
-    starts_of(config).write_text(json.dumps({name: value for name, value in row.items() if name != "code"}) + "\n")
+    row = json.loads(starts_of(config.directory).read_text())
+    starts_of(config.directory).write_text(
+        json.dumps({name: value for name, value in row.items() if name != "code"}) + "\n"
+    )
     assert moved(config, jax.devices(), (0,)) == "the code of jaxformer"  # of then nothing is known
 
     package = tmp_path / "jaxformer"

@@ -188,6 +188,36 @@ def test_seeds_places_and_what_changes_no_number_make_no_group(tmp_path):
     assert [value.items() >= rotary.items() for value in found.differences["model.position"]] == [False, True, False]
 
 
+def test_runs_of_other_code_are_another_group(tmp_path):
+    """Of one of the user's parts: its class is the same in both configs, and was edited between."""
+    for name in ("a", "b"):
+        put_seeds(tmp_path / name, NEAR)
+        for seed in range(3):
+            start = json.dumps({"step": 0, "sources": {"mine:Part": name * 64}})
+            (tmp_path / name / f"seed-{seed}" / "starts.jsonl").write_text(f"{start}\n")
+    found = jaxformer.compare(tmp_path)
+    assert [row["seeds"] for row in found.rows] == [[0, 1, 2]] * 2
+    assert found.differences == {"sources.mine:Part": ["a" * 12, "b" * 12]}
+
+
+def test_the_first_group_with_a_number_is_compared_with_and_seeds_are_in_order(tmp_path):
+    put(tmp_path / "a" / "seed-0", 0, [2.0])  # unfinished
+    for seed in (2, 0, 1):
+        put(tmp_path / "b" / f"{2 - seed}", seed, [0.0] * 2 + [NEAR[seed]], ROTARY)
+    put_seeds(tmp_path / "c", FAR, {"model.position": ALiBi()})
+    found = jaxformer.compare(tmp_path)
+    assert [row["seeds"] for row in found.rows] == [[0, 1, 2], [0, 1, 2], []]
+    assert found.verdicts[0].said == "lower" and "no run with" in found.verdicts[1].said
+    assert json.loads(found.json())["groups"][0]["final"] == NEAR
+
+
+@pytest.mark.parametrize("changes", [{"train.guard.spike": 3.0}, {"train.guard": None}])
+def test_what_may_change_when_a_run_resumes_but_changes_what_is_learned_makes_a_group(tmp_path, changes):
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, changes)
+    assert [row["seeds"] for row in jaxformer.compare(tmp_path).rows] == [[0, 1, 2]] * 2
+
+
 def test_the_first_that_is_named_comes_first_and_each_counts_once(tmp_path):
     put_seeds(tmp_path / "a", FAR)
     put_seeds(tmp_path / "b", NEAR, ROTARY)

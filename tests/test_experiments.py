@@ -23,6 +23,7 @@ from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.config import resolve
 from jaxformer.data.corpora import TextLines
+from jaxformer.lab import experiments
 from jaxformer.lab.experiments import (
     Result,
     Row,
@@ -40,7 +41,7 @@ from jaxformer.lab.experiments import (
 )
 from jaxformer.lab.tables import markdown_table
 from jaxformer.model.baselines import Bigram
-from jaxformer.spec import dumps, from_json
+from jaxformer.spec import InputError, dumps, from_json
 
 ROOT = Path(__file__).parent.parent
 HOUSE = sorted((ROOT / "experiments").glob("*.py"))
@@ -66,6 +67,7 @@ from jaxformer.data.corpora import TextLines
 from jaxformer.data.tokenizers import Characters
 from jaxformer.lab.experiments import Experiment, Row, late_training_loss, near
 from jaxformer.pictures import lines, panels
+from jaxformer.learning.guards import Guard
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.baselines import Bigram
@@ -283,6 +285,12 @@ CHANGES = {
     "fewer steps": ("steps=22", "steps=11", "train.steps was 22 and is 11"),
     "other rows": ("log_every=1,", "log_every=2,", "train.log_every was 1 and is 2"),
     "other evaluations": ("eval_every=11", "eval_every=22", "train.eval_every was 11 and is 22"),
+    "another cap of evaluations": (
+        "batch_size=3)",
+        "batch_size=3, valid_tokens=7)",
+        "data.valid_tokens was None and is 7",
+    ),
+    "another guard": ("steps=22,", "steps=22, guard=Guard(most=7),", "train.guard.most was 20 and is 7"),
     "another length of a schedule": ("steps=22", "steps=33", "train.steps was 22 and is 33"),
 }
 
@@ -303,6 +311,20 @@ def test_a_run_of_before_that_is_not_what_its_row_would_train_now_is_refused(hom
     told = capfd.readouterr().err
     assert f"runs/tiny/unpublished/seed-0: {message}; delete the folder to train it again" in told
     assert times(tmp_path / "runs") == before
+
+
+def test_a_run_of_other_code_is_refused(home, whole, monkeypatch):
+    monkeypatch.setattr(experiments, "changed_sources", lambda config: [f"mine:Part of {config.directory}"])
+    with contextlib.chdir(home), pytest.raises(InputError, match="mine:Part of kept/tiny/together/seed-0 has changed"):
+        experiments.reproduce("tiny.py", Path("kept"))
+
+
+def test_a_measure_of_numbers_that_no_row_has_is_told_with_those_that_there_are(home):
+    result = Result(Row("One", "quickstart", measure=final_accuracy), [], [[{"split": "valid", "loss": 1.0}]])
+    with pytest.raises(
+        InputError, match=r"row 'One': its measure finds no number .* loss, split .*KeyError: 'accuracy'"
+    ):
+        result.values  # noqa: B018
 
 
 def test_a_row_that_began_with_what_has_changed_since_is_refused(home, tmp_path, capfd):

@@ -364,10 +364,10 @@ def test_half_a_line_in_the_record_of_starts_costs_no_other(home, monkeypatch):
     path = Path("run/starts.jsonl")
     whole = path.read_text()
     path.write_text(whole + whole[: len(whole) // 2])
-    assert last_seeds(path) == (0,)
+    assert last_seeds("run") == (0,)
     jaxformer.train(config("run", 4))
-    assert last_seeds(path) == (0,) and changed_sources(config("run", 4)) == []
+    assert last_seeds("run") == (0,) and changed_sources(config("run", 4)) == []
     lines = path.read_text().splitlines()
     assert len(lines) == 3 and json.loads(lines[0])["step"] == 0 and json.loads(lines[2])["step"] == 2
     path.write_text("half a l")
-    assert last_seeds(path) == ()
+    assert last_seeds("run") == ()

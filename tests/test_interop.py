@@ -341,6 +341,13 @@ def test_what_a_config_leaves_out_is_as_in_transformers():
     rope = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "max_position_embeddings": 64}
     assert _position(Options(rope)).trained == 64
     assert _position(Options(rope | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}})).trained == 64
+    turned = rope["rope_scaling"] | {"partial_rotary_factor": 0.5}
+    for given in (turned, {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}):
+        assert _position(Options({"rope_scaling": given})).fraction == 0.5
+    for kind, given in (("mistral", {"layer_types": ["full_attention"]}), ("qwen2", {"max_window_layers": "1"})):
+        options = Options(window | given)
+        _masks(options, kind, 1)
+        assert options.unknown() if kind == "mistral" else options.problems
     small = {"vocab_size": 29, "hidden_size": 256, "intermediate_size": 7, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 64, "max_position_embeddings": 11}
     for kind, n_kv_heads, head_width in (("llama", 64, 4), ("mistral", 8, 4), ("qwen2", 32, 4), ("qwen3", 32, 128)):

@@ -141,7 +141,7 @@ def test_members_killed_before_all_recorded_their_start(home, whole, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
     jaxformer.train_seeds(text(home), SEEDS, directory=tmp_path)
-    last = [last_start(tmp_path / f"seed-{seed}" / "starts.jsonl")["seeds"] for seed in SEEDS]
+    last = [last_start(tmp_path / f"seed-{seed}")["seeds"] for seed in SEEDS]
     assert last == [list(SEEDS)] * 3
     assert saved(tmp_path) == saved(whole)
 

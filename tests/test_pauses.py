@@ -500,7 +500,7 @@ def test_rows_tell_the_share_of_the_peak_and_of_the_host(home, tmp_path, monkeyp
     with caplog.at_level(logging.INFO):
         jaxformer.train(config, directory=tmp_path / "run")
     assert "peak       0.001 TFLOP/s of float32 products, measured" in caplog.messages
-    assert last_start(tmp_path / "run" / "starts.jsonl")["peak_flops"] == 1e9
+    assert last_start(tmp_path / "run")["peak_flops"] == 1e9
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     run = jaxformer.open_run(tmp_path / "run")
     recipe = plan.recipe_of(run.config, run.tokenizer, run.classes)

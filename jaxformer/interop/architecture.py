@@ -89,12 +89,12 @@ class Options:
         value = self.values.get(name)
         return default if value is None else value
 
-    def count(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        """A whole number from 1 on."""
+    def count(self, name: str, default: int | None = None, most: int = 2**31 - 1, least: int = 1) -> int:
+        """A whole number, at least 1 or what is given."""
         value = self.get(name, default)
-        if type(value) is not int or not 1 <= value <= most:
-            self.problems.append(f"{name}={_short(value)} must be a whole number from 1 to {most:,}")
-            return 1
+        if type(value) is not int or not least <= value <= most:
+            self.problems.append(f"{name}={_short(value)} must be a whole number from {least} to {most:,}")
+            return least
         return value
 
     def layers(self, name: str, default: int | None = None) -> int:

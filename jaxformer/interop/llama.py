@@ -164,12 +164,14 @@ def _position(options: Options) -> Rotary:
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope.read.add("type")
     base = rope.number("rope_theta", 10_000.0)
-    found = Rotary(base=base, fraction=rope.number("partial_rotary_factor", 1.0))
+    fraction = rope.number("partial_rotary_factor", 1.0)
+    found = Rotary(base=base, fraction=fraction)
     if kind == "linear":
-        found = Rotary(base=base, scaling=rope.number("factor", 1.0))
+        found = Rotary(base=base, fraction=fraction, scaling=rope.number("factor", 1.0))
     elif kind == "llama3":
         found = Llama3Rotary(
             base=base,
+            fraction=fraction,
             factor=rope.number("factor", 8.0),
             low=rope.number("low_freq_factor", 1.0),
             high=rope.number("high_freq_factor", 4.0),
@@ -200,16 +202,15 @@ def _masks(options: Options, kind: str, n_layers: int) -> Mask | tuple[Mask, ...
     """Causal, or windows: of every layer in Mistral, of some in Qwen."""
     if kind == "llama":
         return Causal()
-    types, first = options.get("layer_types"), options.get("max_window_layers", 28)
-    options.read.add("sliding_window")
+    options.read |= {"sliding_window"} if kind == "mistral" else {"sliding_window", "layer_types", "max_window_layers"}
     none = "sliding_window" in options.values and options.values["sliding_window"] is None  # else it is 4096
     if none or (kind != "mistral" and not options.flag("use_sliding_window", False)):
         return Causal()
     window = Window(options.count("sliding_window", 4096))
     if kind == "mistral":
         return window
+    types, first = options.get("layer_types"), options.count("max_window_layers", 28, least=0)
     if types is None:
-        first = first if type(first) is int else 0
         types = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(0, n_layers - first)
     known = {"full_attention": Causal(), "sliding_attention": window}
     if not isinstance(types, list) or len(types) != n_layers or any(str(each) not in known for each in types):

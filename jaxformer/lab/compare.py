@@ -18,14 +18,15 @@ from jaxformer.spec import InputError
 def compare(runs: str | Path | Sequence[str | Path], by: str = "loss") -> "Comparison":
     """Compares runs, found in the folders given and in those within, by a number of their evaluations.
 
-    Runs that differ by their seed, and by what does not change their numbers, are a group; the first group is what the
-    others are compared with. Nothing is built or executed. Raises InputError if there is no run or no such number.
+    Runs that differ by their seed, and by what does not change their numbers, are a group; the first group that has a
+    number is what the others are compared with. Nothing is built or executed. Raises InputError if there is no run or
+    no such number.
     """
     records = find_runs([runs] if isinstance(runs, str | Path) else list(runs))
     names = numbers_of(records)
     if by not in names:
         raise InputError(f"by={by!r} must be a number of the runs' evaluations: {', '.join(names) or 'they have none'}")
-    groups = grouped(records, by)
+    groups = sorted(grouped(records, by), key=lambda group: not group.records)  # the first is one with numbers
     first, *others = groups
     reasons = [_why_not(first, other, by) for other in others]
     tests = max(1, reasons.count(""))

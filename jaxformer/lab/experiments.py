@@ -24,13 +24,17 @@ from jaxformer.lab.intervals import estimate
 from jaxformer.lab.tables import markdown_table
 from jaxformer.learning.schedules import Schedule
 from jaxformer.run import warm_start
+from jaxformer.run.directory import as_begun, has_begun
 from jaxformer.run.loop import check_together, train, train_seeds
 from jaxformer.run.metrics import finite, rows_of
 from jaxformer.run.opened import Run
-from jaxformer.run.starts import last_seeds, last_start, starts_of
+from jaxformer.run.starts import changed_sources, last_seeds, last_start
 from jaxformer.spec import InputError, fields
 
 log = logging.getLogger(__name__)
+
+# What a run may resume with, but would then not be what the config comes to by itself, or not have the same rows.
+SAME = {"train.steps", "train.log_every", "train.eval_every", "data.valid_tokens"} | config_lib.GUARD
 
 Metrics = Sequence[Mapping[str, Any]]  # the rows of a run's metrics.jsonl
 
@@ -122,7 +126,14 @@ class Result:
 
     @property
     def values(self) -> list[float]:
-        return [self.row.measure(rows) for rows in self.metrics]
+        try:
+            return [self.row.measure(rows) for rows in self.metrics]
+        except (LookupError, ValueError) as error:
+            names = sorted({name for rows in self.metrics for row in rows for name in row})
+            raise InputError(
+                f"row {self.row.name!r}: its measure finds no number in the rows of its runs, which have "
+                f"{', '.join(names)} ({type(error).__name__}: {error}); give the row another measure"
+            ) from error
 
     @property
     def mean(self) -> float:
@@ -136,8 +147,8 @@ class Result:
     @property
     def seconds(self) -> float:
         """Of training, all seeds together."""
-        starts = [starts_of(run.config) for run in self.runs]
-        ends = {last_seeds(path): rows[-1]["seconds"] for path, rows in zip(starts, self.metrics, strict=True)}
+        places = [run.config.directory for run in self.runs]
+        ends = {last_seeds(place): rows[-1]["seconds"] for place, rows in zip(places, self.metrics, strict=True)}
         return sum(ends.values())  # what was trained together took that time once
 
     @property
@@ -252,13 +263,17 @@ def _resolved(row: Row, directory: Path, seed: int | None = None, lent: int = 1)
 
 def _check_kept(config: Config, home: Path, lent: bool) -> None:
     """Raises InputError for a run of before that is not what this config would come to by itself."""
-    if not (home / "config.json").exists():
+    if not has_begun(home):
         return
-    old, new = config_lib.read(home / "config.json").train, config.train
-    changed = {name: (getattr(old, name), getattr(new, name)) for name in ("steps", "log_every", "eval_every")}
-    if old.steps < new.steps and not _depends_on_steps(config, old.steps, new.steps):
-        del changed["steps"]
-    if told := [f"train.{name} was {was} and is {now}" for name, (was, now) in changed.items() if was != now]:
+    (config,) = as_begun([dataclasses.replace(config, directory=str(home))])
+    old = config_lib.read(home / "config.json")
+    changed = {path: change for path, change in config_lib.differences(old, config).items() if path in SAME}
+    before, after = old.train.steps, config.train.steps
+    if before < after and not _depends_on_steps(config, before, after):
+        del changed["train.steps"]
+    told = [config_lib.told(path, *change) for path, change in changed.items()]
+    told += [f"the code of {name} has changed since" for name in changed_sources(config)]
+    if told:
         raise InputError(f"{home}: {', '.join(told)}; delete the folder to train it again")
     report = home / "init_from.json"
     if lent and config.init_from and report.exists():
@@ -347,7 +362,7 @@ def trained_on(results: Sequence[Result]) -> str:
     """Versions and machines at the last starts of all runs, as starts.jsonl has them."""
     found: dict[str, None] = {}
     for run in (run for result in results for run in result.runs):
-        start = last_start(starts_of(run.config))
+        start = last_start(run.config.directory)
         versions = ", ".join(f"{name} {start['versions'][name]}" for name in ("jax", "flax", "optax"))
         kinds = ", ".join(sorted(set(start["devices"])))
         found[f"{versions}, Python {start['python']}; {kinds}; {start.get('processor', 'processor not recorded')}"] = (

@@ -14,10 +14,12 @@ from jaxformer import config as config_lib
 from jaxformer.data.files import located
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.metrics import DIVERGED, read_rows
+from jaxformer.run.starts import last_sources
 from jaxformer.spec import InputError, Spec, class_name, dumps, known_specs, to_json
 
-# What does not make another group; what texts hold is told by their fingerprints, not by where they stand.
-IGNORED = (config_lib.FREE | config_lib.NOTICE | {"train.seed"}) - {"train.steps"}
+# What does not make another group; what texts hold is told by their fingerprints, not by where they stand. Of what may
+# differ when a run resumes, some changes what is learned.
+IGNORED = (config_lib.FREE | config_lib.NOTICE | {"train.seed"}) - {"train.steps"} - config_lib.GUARD
 NUMBERS_OF_NONE = {"step", "tokens", "seconds"}  # numbers in a row that say nothing of how good a run is
 
 
@@ -29,6 +31,7 @@ class Record:
     config: dict[str, Any]
     texts: dict[str, Any]  # data.json, and the SHA-256 of tokenizer.json
     rows: list[dict[str, Any]]
+    sources: dict[str, str]  # of the code of its parts from outside the package, at its last start
 
     @property
     def seed(self) -> int:
@@ -155,9 +158,8 @@ def _record(directory: Path) -> Record:
     config.pop("format", None)
     texts, tokenizer = _json(directory / "data.json"), directory / "tokenizer.json"
     sha256 = hashlib.sha256(_of_tokenizer(tokenizer)).hexdigest() if tokenizer.exists() else None
-    return Record(
-        str(directory), config, texts | {"tokenizer_sha256": sha256}, read_rows(directory / "metrics.jsonl")[0]
-    )
+    rows, _ = read_rows(directory / "metrics.jsonl")
+    return Record(str(directory), config, texts | {"tokenizer_sha256": sha256}, rows, last_sources(directory))
 
 
 def _of_tokenizer(path: Path) -> bytes:
@@ -187,12 +189,12 @@ class Group:
 
     name: str
     config: dict[str, Any]  # what makes the group: without seed, directory and the like
-    records: list[Record]
+    records: list[Record]  # by seed
     left_out: dict[str, str]  # directory -> why
 
     @property
     def seeds(self) -> list[int]:
-        return sorted(record.seed for record in self.records)
+        return [record.seed for record in self.records]
 
     @property
     def diverged(self) -> int:
@@ -289,7 +291,7 @@ def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
             if "path" in part and prints[which] is not None:
                 part["path"] = paths.setdefault((which, i, prints[which]), part["path"])
     config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}
-    return config
+    return config | {"sources": {name: sha256[:12] for name, sha256 in record.sources.items()}}
 
 
 def _group(records: Sequence[Record], config: dict[str, Any], by: str) -> Group:
@@ -302,7 +304,8 @@ def _group(records: Sequence[Record], config: dict[str, Any], by: str) -> Group:
             left_out[record.directory] = f"seed {record.seed} counts already, in {counted[record.seed].directory}"
         else:
             counted[record.seed] = record
-    return Group(_name([record.directory for record in records]), config, list(counted.values()), left_out)
+    by_seed = [counted[seed] for seed in sorted(counted)]
+    return Group(_name([record.directory for record in records]), config, by_seed, left_out)
 
 
 def _name(directories: Sequence[str]) -> str:

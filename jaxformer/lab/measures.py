@@ -83,6 +83,7 @@ def gradient_by_distance(run: Run, count: int = 256) -> Float[np.ndarray, "T"]:
 
     The mean over `count` windows of the norm of the gradient of its nats by that token's embedding.
     """
+    _check_causal(run)
     rows = validation_rows(run, count)
     return np.asarray(_reach(run.model, run.eval_params, rows))[::-1]
 
@@ -142,6 +143,7 @@ def differences_by_layer(values: Float[np.ndarray, "L B T D"]) -> Float[np.ndarr
 
 def gradient_norms(run: Run, count: int = 32) -> dict[str, np.ndarray]:
     """Name → the norm of the gradient of the mean nats over windows of the validation split; stacked arrays [L]."""
+    _check_causal(run)
     rows = validation_rows(run, count)
     grads = jax.grad(lambda params: nats(run.model, params, rows).mean())(run.eval_params)
     return {name: np.asarray(value) for name, value in norms(run.model.declared(), grads).items()}

@@ -360,7 +360,7 @@ def decays_as_declared(probe: Probe) -> str:
     updates = by_path(_updates(probe, jax.tree.map(jnp.zeros_like, trained(probe.loud, probe.moving))))
     moved = {path: bool(np.abs(update).max() > 0) for path, update in updates.items()}
     own = [getattr(owner, name) for _, owner, name in fields(probe.config.optimizer) if name == "weight_decay"]
-    expected = any(moved.values()) and all(own)  # of several groups some may have none
+    expected = (bool(own) or any(moved.values())) and all(own)  # of several groups some may have none
     for path, box in by_path(moving).items():
         if moved[path] and not box.decay:
             raise Wrong(f"{path} decays, and is declared not to")
@@ -415,6 +415,8 @@ def dtypes_as_told(probe: Probe) -> str:
     wrong = [shown for operands, shown in products if not {*operands} <= {dtype, halves}]
     if wrong:
         raise Wrong(f"{len(wrong)} of {len(products)} products are not in {dtype}, the first {wrong[0]}")
+    if products and not any({*operands} == {halves} for operands, _ in products):
+        raise Wrong(f"none of {len(products)} products is in {halves}")
     return f"{len(products)} products in {dtype}" + (f" or {halves}" if halves != dtype else "")
 
 
@@ -479,11 +481,7 @@ def batches_are_pure(probe: Probe) -> str:
         one, two = batches.at(step), batches.at(step)
         if any((one[name] != two[name]).any() for name in one):
             raise Wrong(f"the batch of step {step} is another one at the second call")
-    if all(
-        (a == b).all()
-        for a, b in zip(batches.at(0).values(), batches.at(3).values(), strict=True)
-        if a.shape == b.shape
-    ):
+    if all(np.array_equal(a, b) for a, b in zip(batches.at(0).values(), batches.at(3).values(), strict=True)):
         raise Wrong("steps 0 and 3 have the same batch")
     seen = np.zeros(len(source.tokens) + 1, int)
     for batch in sampling.full_pass(source, size, ROWS):

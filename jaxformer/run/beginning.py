@@ -56,7 +56,8 @@ def groups(configs: Sequence[Config]) -> list[list[int]]:
     Others would have other steps, and other bits than if nothing had interrupted them. Where none of those of a start
     has saved anything they begin anew: perhaps the process died before each had recorded its start.
     """
-    starts = [last_seeds(starts_of(config)) if starts_of(config).exists() else None for config in configs]
+    places = [config.directory for config in configs]
+    starts = [last_seeds(place) if starts_of(place).exists() else None for place in places]
     saved = {start for start, each in zip(starts, configs, strict=True) if has_checkpoint(Path(each.directory))}
     found: dict[tuple[int, ...] | None, list[int]] = {}
     for i, start in enumerate(starts):

@@ -17,8 +17,9 @@ from jaxformer.run.manifest import BASE, UNFINISHED, has_manifest
 from jaxformer.spec import InputError, dumps
 
 FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  # field -> its name in data.json
+ORIGINS = "init_from.json", "imported.json"  # where parameters came from
 OURS = {
-    *("lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", "init_from.json", "checkpoints", BASE),
+    *("lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", *ORIGINS, "checkpoints", BASE),
     *("metrics.jsonl", "tensorboard", "wandb", "wandb.id", "profile"),  # opened before the first step
 }
 WILD = set("*?[\\")  # Orbax looks for the files that it merges by a pattern that the whole path is part of
@@ -32,6 +33,8 @@ def claimed(configs: Sequence[Config], prepared: Prepared) -> Iterator[None]:
             locks.enter_context(locked(Path(config.directory) / "lock", functools.partial(_refuse_taken, config)))
         for config in [each for each in configs if not check_directory(each, prepared)]:  # again, behind the locks
             directory = Path(config.directory)
+            for name in ORIGINS:  # of what was to be here, and has not begun
+                (directory / name).unlink(missing_ok=True)
             write(directory / "data.json", json.dumps(prepared.manifest, indent=1) + "\n")
             write(directory / "tokenizer.json", dumps(prepared.tokenizer))
             config_lib.save(config, directory / "config.json")  # last: it makes the directory a run

@@ -30,6 +30,8 @@ def tell_changes(config: Config, step: int, devices: Sequence[Any], seeds: Seque
     for path, (old, new) in noticed(config).items():
         more = _rates(config, step, old, new) if path == "train.steps" else ""
         log.warning("%s was %s and is %s from here on%s", path, old, new, more)
+    if step == 0:  # nothing of an earlier start is left
+        return
     if where := moved(config, devices, seeds):
         log.warning(
             "other than at the run's last start: %s; sums may round otherwise, so bits may differ from here on", where

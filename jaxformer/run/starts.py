@@ -22,8 +22,8 @@ from jaxformer.user_code import digests
 
 # The files by which a step is computed, of a batch of ids.
 COMPUTING = (
-    *("declarations.py", "keys.py", "mesh.py", "platform.py", "data/batches.py", "data/sources.py", "model/*.py"),
-    *("learning/*.py", "run/members.py", "run/plan.py", "run/step.py"),
+    *("declarations.py", "keys.py", "mesh.py", "platform.py", "data/batches.py", "data/hashes.py"),
+    *("data/sources.py", "model/*.py", "learning/*.py", "run/members.py", "run/plan.py", "run/step.py"),
 )
 # Flags of XLA that change no numbers, or are told as devices.
 NO_MATTER = "--xla_dump", "--xla_force_host_platform_device_count"
@@ -53,7 +53,7 @@ def record_start(
         "code": CODE,
         "sources": digests(config),
     }
-    path = starts_of(config)
+    path = starts_of(config.directory)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")  # as a killed process or a full disk leaves it
     with open(path, "a") as file:
         file.write("\n" * torn + json.dumps(row) + "\n")
@@ -61,34 +61,39 @@ def record_start(
         os.fsync(file.fileno())
 
 
-def starts_of(config: Config) -> Path:
-    return Path(config.directory) / "starts.jsonl"
+def starts_of(directory: str | Path) -> Path:
+    return Path(directory) / "starts.jsonl"
 
 
-def last_start(path: Path) -> dict[str, Any]:
-    """What `record_start` appended last, of the rows that can be read. Raises LookupError if there is none."""
-    for line in reversed(path.read_text(errors="replace").split("\n")):
+def last_start(directory: str | Path) -> dict[str, Any]:
+    """What `record_start` appended last, of the rows that can be read; {} if there is none."""
+    try:
+        lines = starts_of(directory).read_text(errors="replace").split("\n")
+    except OSError:
+        return {}
+    for line in reversed(lines):
         with contextlib.suppress(ValueError):
             if isinstance(row := json.loads(line), dict):
                 return row
-    raise LookupError(path)
+    return {}
 
 
-def last_seeds(path: Path) -> tuple[int, ...]:
+def last_seeds(directory: str | Path) -> tuple[int, ...]:
     """The seeds of the last start, () if none can be read."""
-    try:
-        return tuple(last_start(path)["seeds"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ()
+    seeds = last_start(directory).get("seeds")
+    return tuple(seeds) if isinstance(seeds, list) else ()
+
+
+def last_sources(directory: str | Path) -> dict[str, str]:
+    """Class or module → SHA-256 of its code at the last start, of the run's parts from outside the package."""
+    sources = last_start(directory).get("sources")
+    return sources if isinstance(sources, dict) else {}
 
 
 def changed_sources(config: Config) -> list[str]:
     """The parts from outside the package whose code is not that of the run's last start."""
-    try:
-        before = last_start(starts_of(config))["sources"]
-        return sorted(name for name, digest in digests(config).items() if before.get(name, digest) != digest)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # of a run that recorded none
-        return []
+    before = last_sources(config.directory)
+    return sorted(name for name, digest in digests(config).items() if before.get(name, digest) != digest)
 
 
 def processor() -> str:
@@ -125,9 +130,8 @@ def _flags(told: str) -> str:
 def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str | None:
     """How processor, devices, versions and flags of XLA, the package's code, the implementation of attention and the
     seeds trained together differ from those of the run's last start; None if they do not."""
-    try:
-        before = last_start(starts_of(config))
-    except (OSError, ValueError, LookupError):
+    before = last_start(config.directory)
+    if not before:
         return None
     now = {
         "processor": processor(),
