@@ -120,6 +120,9 @@ def declare(module: nn.Module, name: str, params: Declarations, dims: Mapping[st
 
     def box(p: Param) -> Declared:
         letters, sizes = Letters.of(p.letters), {**dims, **p.sizes}
+        if unknown := sorted({*letters.all, *p.fan_in} - sizes.keys()):
+            example = f'Param("{p.letters}", sizes={{"{unknown[0]}": 32}})'
+            raise ValueError(f"{name}: Param({p.letters!r}) has letters of no known size, {unknown}; give {example}")
         shape = tuple(sizes[letter] for letter in letters.all)
         decay = bool(letters.into) and p.trained if p.decay is None else p.decay
         summed = letters.into or p.fan_in

@@ -15,7 +15,7 @@ from jaxformer.model.heads import cross_entropy
 from jaxformer.model.kernels import Look, Softmax
 from jaxformer.model.layers import Activation, FeedForward, Loss, Out, RMSNorm, SiLU, linear, ones, zeros
 from jaxformer.model.masks import places
-from jaxformer.model.mixers import Mixer, place, view_of
+from jaxformer.model.mixers import Mixer, place, place_slots, view_of
 from jaxformer.model.models import Decoder
 from jaxformer.model.residuals import Residual
 
@@ -88,7 +88,7 @@ class Latent(Mixer):
             "latent": Slot("BSR", sizes={"R": self.latent}),
             "turned": Slot("BSJ", sizes={"J": self.turned}),
         }
-        return cache.PLACE | parts.mask.slots() | own
+        return place_slots(parts) | own
 
     def __call__(self, params, parts, x, context):
         w, at = params["project"], context.at

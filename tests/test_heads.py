@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import decoder, loud
 
+from jaxformer.declarations import Param
 from jaxformer.generation.predict import predict
 from jaxformer.model import heads
 from jaxformer.model.layers import GELU, Identity, LayerNorm, ReLU, Tanh
@@ -339,6 +340,45 @@ def test_dropout_before_the_last_layer():
     plain, outs = head(*j(p, h, REAL)), [head(*j(p, h, REAL), jax.random.key(i)) for i in range(300)]
     assert jnp.abs(outs[0] - plain).max() > 0.1
     close(np.mean(outs, 0), plain, 0.35)
+
+
+def test_logits_of_classes_keep_what_half_precision_would_round():
+    head = heads.ClassificationHead(classes=CLASSES, pooling=heads.FirstToken())
+    p, h = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (filled(head), draws(B, T, D)))
+    first = np.stack([np.asarray(h[b, REAL[b].argmax()], np.float32) for b in range(B)])
+    whole = first @ np.asarray(p["kernel"], np.float32) + np.asarray(p["bias"], np.float32)
+    found = head(p, h, jnp.asarray(REAL))
+    assert found.dtype == jnp.float32
+    close(found, whole)
+
+
+class Scaled(heads.MeanPooling):
+    """A stranger's, with a name that heads have, too."""
+
+    def params(self):
+        return {"kernel": Param("D->D")}
+
+
+@pytest.mark.parametrize(
+    "head", [heads.EmbeddingHead(Scaled(), M), heads.ClassificationHead(classes=CLASSES, pooling=Scaled())]
+)
+def test_a_pooling_with_a_name_of_its_head_is_refused(head):
+    assert heads.EmbeddingHead(Scaled()).params().keys() == {"kernel"}
+    with pytest.raises(ValueError, match="Scaled declares kernel, as its head does"):
+        head.params()
+
+
+@pytest.mark.parametrize(
+    ("head", "sentence"),
+    [
+        (heads.EmbeddingHead(activation=Tanh()), "acts behind a projection; set width"),
+        (heads.ClassificationHead(activation=ReLU()), "is of a layer before the last; set hidden"),
+        (heads.TokenClassificationHead(pooling=heads.LastToken()), "each token has a class here"),
+    ],
+)
+def test_what_has_no_effect_in_a_head_is_refused(head, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        head.check()
 
 
 def test_heads_refuse():

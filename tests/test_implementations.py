@@ -12,7 +12,7 @@ import outside
 import pytest
 from ideas import Borrow, GatedLinear
 from jax._src.cudnn import fused_attention_stablehlo as stablehlo
-from tiny import decoder, ids, loud
+from tiny import SIZES, decoder, ids, loud
 
 from jaxformer import EncoderDecoder
 from jaxformer.config import resolve
@@ -190,6 +190,13 @@ def test_what_auto_chooses():
         found, told = decoder(**fields).implemented(tokens)
         assert backend == "cpu" and type(found.kernel.implementation) is name and told == f"{name.__name__} ({why})"
     assert decoder().kernel.implementation == Auto()  # a model by itself
+    for mixer in (None, Same()):
+        both = EncoderDecoder(**SIZES, n_encoder_layers=2, encoder_mixer=mixer)
+        assert ("a part of your own" in both.implemented(256)[1]) == (mixer is not None)
+
+
+class Same(MultiHead):
+    """A stranger's, by its module alone."""
 
 
 # --- cuDNN: its call is not made here, but all that leads to it

@@ -103,7 +103,7 @@ def test_feed_forward():
     spec = layers.MLP(layers.Identity(), bias=True)
     close(token_wise(spec, params, x), (x @ up + b) @ down + c, 1e-4)
     assert spec.params().keys() == params.keys()
-    gelu = layers.GELU()
+    gelu, params = layers.GELU(), {"up": up, "down": down}
     close(token_wise(layers.MLP(), params, x), np.asarray(gelu(*j(x @ up))) @ down, 1e-4)
 
 

@@ -12,7 +12,8 @@ from tiny import SIZES, B, T, block, decoder, hidden, ids, loud, mixed
 from jaxformer import Config, Data, EncoderDecoder
 from jaxformer.data.batches import Examples
 from jaxformer.data.tables import Table
-from jaxformer.declarations import Slot
+from jaxformer.declarations import Param, Slot
+from jaxformer.generation.decode import LeftToRight
 from jaxformer.keys import fold
 from jaxformer.lab.probe import small
 from jaxformer.learning.objectives import Classification, Masked
@@ -96,6 +97,56 @@ def test_post_norm_by_hand():
         x = model.norm(layer["norm_attention"], x + h)
         x = model.norm(layer["norm_feed_forward"], x + model.feed_forward(layer["feed_forward"], x, at, None).h)
     close(x, hidden(model, params, text, at)[0], 2e-5)
+
+
+class Thrice(PreNorm):
+    """A stranger's rule, with three norms for each branch."""
+
+    n_norms = 3
+
+    def after(self, stream, h, site):
+        return stream + site.norms[2](site.norms[1](h))
+
+
+def test_a_rule_has_as_many_norms_as_it_asks_for():
+    model = decoder(residual=Thrice(), n_layers=1)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    names = {"norm_attention", "norm_attention_out", "norm_attention_2"}
+    assert {n for n in params["decoder"]["layers"]["block0"] if n.startswith("norm_attention")} == names
+    layer = jax.tree.map(lambda a: a[0], params["decoder"]["layers"]["block0"])
+    found = model.activations(params, text, at)
+    x = found["decoder/embedded"]
+    h = mixed(model.kinds("decoder")[0], layer["attention"], model.norm(layer["norm_attention"], x), at)
+    after = found["decoder/layers/block0/after_attention"][0]
+    close(after, x + model.norm(layer["norm_attention_2"], model.norm(layer["norm_attention_out"], h)), 2e-5)
+
+
+class Unknown(MLP):
+    def params(self):
+        return {**super().params(), "more": Param("Q->D")}
+
+
+def test_a_letter_without_a_size_is_told_with_its_part():
+    with pytest.raises(ValueError, match=r"feed_forward: Param\('Q->D'\) has letters of no known size, \['Q'\]; give "):
+        decoder(feed_forward=Unknown()).declared()
+
+
+def test_a_model_that_sees_its_answers_writes_no_text():
+    assert decoder().writes and decoder(mask=Prefix()).writes and not decoder(mask=Bidirectional()).writes
+    with pytest.raises(ValueError, match="must have a decoder with a LanguageHead"):
+        LeftToRight().check_model(Masked(), decoder(mask=Bidirectional()))
+
+
+def test_one_token_type_is_that_of_both_texts_and_learns_from_both():
+    model = decoder(embedding=Embedding(token_types=1), n_layers=1)
+    params, text, at = loud(model), ids(B, T), one_document(T)
+    both = at._replace(part=(jnp.arange(T) > 5)[None].astype(jnp.int32))
+    found = [
+        jax.grad(lambda p, at=at: (model.hidden(p, text, at)[0] ** 2).sum())(params)["embedding"]["parts"]
+        for at in (at, both)
+    ]
+    close(found[0], found[1], 1e-3)
+    assert jnp.abs(found[0]).max() > 1
 
 
 @pytest.mark.parametrize("residual", [PreNorm(), PostNorm()], ids=["pre", "post"])

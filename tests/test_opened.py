@@ -19,7 +19,7 @@ from jaxformer.data.batches import Examples
 from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Characters, TokenizerFile
 from jaxformer.generation import decode
-from jaxformer.generation.logits_processors import LogitsProcessor, Temperature
+from jaxformer.generation.logits_processors import LogitsProcessor, Temperature, TopK
 from jaxformer.learning.objectives import Masked, NextToken, SequenceToSequence
 from jaxformer.model.baselines import GRU
 from jaxformer.model.implementations import Auto, CuDNN, Plain
@@ -204,6 +204,14 @@ def test_a_device_without_room_is_told_in_a_sentence(monkeypatch, capsys):
 def test_what_the_command_refuses(arguments, sentence, monkeypatch, capsys):
     status, out, error = sampled(monkeypatch, capsys, *arguments.split())
     assert (status, out) == (2, "") and sentence in error
+
+
+def test_what_is_asked_of_a_run_in_python_is_checked(trained):
+    with pytest.raises(InputError, match=r"top_k=0 must be at least 1"):
+        trained.sample("a", processors=(TopK(0),))
+    config = dataclasses.replace(trained.config, data=Data(sampling=Examples(joined=True)))
+    with pytest.raises(InputError, match="2 second texts must be as many as the 1 first ones"):
+        dataclasses.replace(trained, config=config).predict(["a"], ["b", "c"])
 
 
 def test_a_sampler_of_a_strangers_draws_texts_of_an_encoder():

@@ -111,7 +111,8 @@ class Block(nn.Module):
 
     def _site(self, name: str, layer: Any, key: jax.Array | None) -> Site:
         s = self.spec
-        labels = [f"norm_{name}", f"norm_{name}_out"][: s.residual.n_norms]
+        more = ["", "_out", *(f"_{i}" for i in range(2, s.residual.n_norms))]
+        labels = [f"norm_{name}{each}" for each in more[: s.residual.n_norms]]
         norms = tuple(functools.partial(s.norm, self._declare(label, s.norm.params())) for label in labels)
         params = self._declare(f"residual_{name}", s.residual.params(name, self.n_layers))
         return Site(name, layer, params, key, norms)

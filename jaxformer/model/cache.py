@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxformer.declarations import Arrays, Slot
 
 PLACE = {name: Slot("BS", 0, jnp.int32, same=True) for name in ("position", "segment")}  # segment 0: an empty slot
+PART = {"part": Slot("BS", 1, jnp.int32, same=True)}
 
 
 def empty(slots: Mapping[str, Slot], dims: Mapping[str, int], dtype: Any) -> dict[str, jax.Array]:

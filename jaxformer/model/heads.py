@@ -21,8 +21,7 @@ from jaxformer.model.layers import (
     LayerNorm,
     Norm,
     Tanh,
-    add,
-    along,
+    biased,
     dropout,
     linear,
     product,
@@ -120,23 +119,21 @@ class LanguageHead(Head):
             h = h * h.shape[-1] ** -0.5
         kernel = params.get("transposed") if self.tied else params["kernel"]
         given = (table, 0, "ND,VD->NV") if kernel is None else (kernel, 1, "ND,DV->NV")
-        logits = _logits(h.reshape(-1, h.shape[-1]), *given)
-        logits = logits.reshape(*h.shape[:-1], logits.shape[-1])
-        if self.bias:
-            logits = logits + along(params["bias"], logits)
+        logits = biased(_logits(h, *given), params, "bias")
         return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
 
 
-def _logits(h: Float[Array, "N D"], matrix: jax.Array, axis: int, subscripts: str) -> Float[Array, "N V"]:
-    """h times a matrix whose `axis` is the vocabulary's, as one product of two matrices: of more axes XLA on CPU copies
-    the gradient of all logits. Many rows on a GPU: with zeros up to a multiple of `ALIGNED`, since products whose rows
-    begin anywhere take several times as long there."""
+def _logits(h: Float[Array, "*B D"], matrix: jax.Array, axis: int, subscripts: str) -> Float[Array, "*B V"]:
+    """float32: h times a matrix whose `axis` is the vocabulary's or that of classes, as one product of two matrices: of
+    more axes XLA on CPU copies the gradient of all logits. Many rows on a GPU: with zeros up to a multiple of
+    `ALIGNED`, since products whose rows begin anywhere take several times as long there."""
+    h, rows = h.reshape(-1, h.shape[-1]), h.shape[:-1]
     V, halves = matrix.shape[axis], axis and matrix.dtype.itemsize < h.dtype.itemsize  # `train.product_dtype`
     multiply = linear if halves else functools.partial(product, subscripts)
     if jax.default_backend() == "cpu" or V % ALIGNED == 0 or len(h) < ALIGNED:
-        return multiply(h, matrix)
+        return multiply(h, matrix).reshape(*rows, V)
     more = [(0, -V % ALIGNED if i == axis else 0) for i in range(2)]
-    return multiply(h, jnp.pad(matrix, more))[..., :V]
+    return multiply(h, jnp.pad(matrix, more))[..., :V].reshape(*rows, V)
 
 
 class MaskedLanguageHead(LanguageHead):
@@ -152,7 +149,7 @@ class MaskedLanguageHead(LanguageHead):
 
     def __call__(self, params: Arrays, h: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
         h = linear(h, params["between"])
-        h = self.activation(add(h, along(params["between_bias"], h)))
+        h = self.activation(biased(h, params, "between_bias"))
         norm = {name.removeprefix("norm_"): array for name, array in params.items() if name.startswith("norm_")}
         return super().__call__(params, self.norm(norm, h), table)
 
@@ -216,6 +213,15 @@ class AttentionPooling(Pooling):
         return jnp.einsum("BTD,BT->BD", h, weights, preferred_element_type=jnp.float32).astype(h.dtype)
 
 
+def _beside(pooling: Pooling, own: dict[str, Param]) -> dict[str, Param]:
+    """The declarations of both. Raises ValueError for a name that both have."""
+    declared = pooling.params()
+    if both := sorted(declared.keys() & own.keys()):
+        names = ", ".join(both)
+        raise ValueError(f"{type(pooling).__name__} declares {names}, as its head does; give them other names")
+    return declared | own
+
+
 class EmbeddingHead(Head):
     """A unit vector for each text: pooled and, if there is a width, projected (arXiv:1908.10084)."""
 
@@ -231,19 +237,18 @@ class EmbeddingHead(Head):
     def check(self, at: str = "") -> None:
         if self.width is not None and self.width < 1:
             raise ValueError(f"{at}width={self.width} must be at least 1; None leaves the pooled vector as it is")
+        if self.width is None and self.activation != Identity():
+            raise ValueError(f"{at}activation={self.activation} acts behind a projection; set {at}width")
 
     def params(self) -> dict[str, Param]:
-        if self.width is None:
-            return self.pooling.params()
-        sizes = {"M": self.width}
-        more = {"kernel": Param("D->M", sizes=sizes), "bias": Param("M", sizes=sizes, fan_in="D")}
-        return self.pooling.params() | more
+        sizes = {"M": self.width or 0}
+        own = {"kernel": Param("D->M", sizes=sizes), "bias": Param("M", sizes=sizes, fan_in="D")}
+        return _beside(self.pooling, {} if self.width is None else own)
 
     def __call__(self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B M"]:
         x = self.pooling(params, h, real)
         if self.width is not None:
-            x = linear(x, params["kernel"])
-            x = self.activation(add(x, along(params["bias"], x)))
+            x = self.activation(biased(linear(x, params["kernel"]), params, "bias"))
         x = x.astype(jnp.float32)
         square = jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24)  # the root of 0 has no gradient
         return x * jax.lax.rsqrt(square) if self.unit else x
@@ -288,6 +293,8 @@ class ClassificationHead(Head):
             raise ValueError(f"{at}classes={self.classes} must differ, and not be empty; None takes the table's")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"{at}hidden={self.hidden} must be at least 1; None leaves that layer out")
+        if self.hidden is None and self.activation != Tanh():
+            raise ValueError(f"{at}activation={self.activation} is of a layer before the last; set {at}hidden")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
 
@@ -298,7 +305,7 @@ class ClassificationHead(Head):
         fan_in = {"between_bias": "D", "bias": last}
         letters = between | {"kernel": f"{last}->N", "bias": "N"}
         own = {name: Param(value, sizes=sizes, fan_in=fan_in.get(name, "")) for name, value in letters.items()}
-        return self.pooling.params() | own
+        return _beside(self.pooling, own)
 
     def __call__(
         self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None
@@ -309,10 +316,8 @@ class ClassificationHead(Head):
     def last(self, params: Arrays, x: Float[Array, "*B D"], key: jax.Array | None) -> Float[Array, "*B N"]:
         """The layers behind the pooling."""
         if self.hidden is not None:
-            x = linear(x, params["between"])
-            x = self.activation(add(x, along(params["between_bias"], x)))
-        logits = linear(dropout(key, x, self.dropout), params["kernel"]).astype(jnp.float32)
-        return logits + along(params["bias"], logits)
+            x = self.activation(biased(linear(x, params["between"]), params, "between_bias"))
+        return biased(_logits(dropout(key, x, self.dropout), params["kernel"], 1, "ND,DV->NV"), params, "bias")
 
     def nats(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."], smoothing: float) -> Float[Array, "*B"]:
         """−log of the probability of the label, its target spread by label smoothing (arXiv:1512.00567)."""
@@ -388,6 +393,11 @@ class TokenClassificationHead(ClassificationHead):
     """One class for each token, as for named entities. Labels are int32[B, T], −1 where a token has none."""
 
     of_tokens = True
+
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.pooling != MeanPooling():
+            raise ValueError(f"{at}pooling={self.pooling} makes one vector of a text, and each token has a class here")
 
     def __call__(
         self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None

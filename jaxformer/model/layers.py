@@ -304,6 +304,11 @@ def along(v: Float[Array, "*N"], x: Float[Array, "..."]) -> Float[Array, "..."]:
     return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
 
 
+def biased(h: Float[Array, "..."], params: Arrays, name: str) -> Float[Array, "..."]:
+    """h plus the bias of that name, over its last axes, if there is one."""
+    return add(h, along(params[name], h)) if name in params else h
+
+
 class Norm(Spec):
     """What brings numbers to a common scale."""
 
@@ -461,13 +466,11 @@ class MLP(FeedForward):
 
     def inner(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """What the last matrix is given."""
-        h = linear(x, params["up"])
-        return self.activation(add(h, along(params["up_bias"], h)) if self.bias else h)
+        return self.activation(biased(linear(x, params["up"]), params, "up_bias"))
 
     def __call__(self, params: Arrays, x: Float[Array, "B T D"], at: Places, key: jax.Array | None) -> Out:
         inner = self.inner(params, x)
-        h = linear(inner, params["down"])
-        return Out(add(h, along(params["down_bias"], h)) if self.bias else h, activations={"inner": inner})
+        return Out(biased(linear(inner, params["down"]), params, "down_bias"), activations={"inner": inner})
 
 
 class OneLayer(FeedForward):
@@ -480,8 +483,7 @@ class OneLayer(FeedForward):
         return {"kernel": Param("D->D")} | ({"bias": Param("D", fan_in="D")} if self.bias else {})
 
     def __call__(self, params: Arrays, x: Float[Array, "B T D"], at: Places, key: jax.Array | None) -> Out:
-        h = linear(x, params["kernel"])
-        return Out(self.activation(add(h, along(params["bias"], h)) if self.bias else h))
+        return Out(self.activation(biased(linear(x, params["kernel"]), params, "bias")))
 
 
 class GatedFeedForward(MLP):
@@ -494,9 +496,7 @@ class GatedFeedForward(MLP):
         return {**super().params(), **gate}
 
     def inner(self, params: Arrays, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        gate, h = linear(x, params["gate"]), linear(x, params["up"])
-        if self.bias:
-            gate, h = add(gate, along(params["gate_bias"], gate)), add(h, along(params["up_bias"], h))
+        gate, h = (biased(linear(x, params[name]), params, f"{name}_bias") for name in ("gate", "up"))
         return self.activation(gate) * h
 
 

@@ -57,15 +57,12 @@ class Mask(Spec):
     """A rule of who sees whom within a document; padding sees padding only, whatever the rule."""
 
     causal = False  # True: nothing later is ever seen
+    reads_part = False  # True: `sees` reads `part`, which cached tokens then keep
 
     @property
     def sees_answers(self) -> bool:
         """Whether a token may see later ones that are not of the first part."""
         return not self.causal
-
-    def slots(self) -> dict[str, Slot]:
-        """What the rule needs to know of a cached token besides its position and segment."""
-        return {}
 
     @abc.abstractmethod
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
@@ -100,12 +97,11 @@ class Causal(Mask):
 class Prefix(Mask):
     """Causal, but the first part of a document is seen by all of its tokens (arXiv:1910.10683, section 3.2.1)."""
 
+    reads_part = True
+
     @property
     def sees_answers(self) -> bool:
         return False
-
-    def slots(self) -> dict[str, Slot]:
-        return {"part": Slot("BS", 1, jnp.int32, same=True)}
 
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         past = key.position <= query.position
@@ -118,8 +114,8 @@ class Local(Mask):
     size: int = 128  # how many tokens away the first unseen one is
 
     def check(self, at: str = "") -> None:
-        if self.size < 1:
-            raise ValueError(f"{at}size={self.size} must be at least 1; 1 sees the token itself alone")
+        if not 1 <= self.size < 2**31:
+            raise ValueError(f"{at}size={self.size} must be at least 1, the token itself, and less than 2**31")
 
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         return jnp.abs(query.position - key.position) < self.size
@@ -147,7 +143,7 @@ class Both(Mask):
 
     def check(self, at: str = "") -> None:
         if not self.rules:
-            raise ValueError(f"{at}rules must not be empty; give two or more")
+            raise ValueError(f"{at}rules must not be empty; give one or more")
 
     @property
     def causal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -157,8 +153,9 @@ class Both(Mask):
     def sees_answers(self) -> bool:
         return all(rule.sees_answers for rule in self.rules)
 
-    def slots(self) -> dict[str, Slot]:
-        return {name: slot for rule in self.rules for name, slot in rule.slots().items()}
+    @property
+    def reads_part(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(rule.reads_part for rule in self.rules)
 
     def sees(self, query: Places, key: Places) -> Bool[Array, "..."] | bool:
         return functools.reduce(operator.and_, (rule.sees(query, key) for rule in self.rules))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.declarations import Arrays, Declarations, Param, Slot
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.kernels import Kernel
-from jaxformer.model.layers import NoNorm, Norm, Out, add, along, linear, lookup, ones, weighted
+from jaxformer.model.layers import NoNorm, Norm, Out, biased, linear, lookup, ones, weighted
 from jaxformer.model.masks import ANY, Look, Mask, Places, Rows, View
 from jaxformer.model.positions import Position
 from jaxformer.spec import Spec
@@ -110,7 +110,7 @@ class MultiHead(Mixer):
 
     def slots(self, parts: Parts) -> dict[str, Slot]:
         own = parts.kernel.slots()
-        return cache_lib.PLACE | parts.mask.slots() | own | parts.position.slots() if own else {}
+        return place_slots(parts) | own | parts.position.slots() if own else {}
 
     def for_decoding(self, params: Any) -> Any:
         """With matrices of two axes: XLA on CPU fuses a reshape into a product of one row, then ten times slower."""
@@ -148,8 +148,7 @@ class MultiHead(Mixer):
         B, H, T, K = out.h.shape
         h = out.h.swapaxes(1, 2).reshape(B, T, H * K)
         if parts.output_projection:
-            h = linear(h, params["project"]["o"].reshape(H * K, -1))
-            h = add(h, along(params["project"]["o_bias"], h)) if parts.output_bias else h
+            h = biased(linear(h, params["project"]["o"].reshape(H * K, -1)), params["project"], "o_bias")
         else:
             h = jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
         kept = {"q": q, "k": seen.get("k"), "v": seen.get("v"), "values": out.h, **out.activations}
@@ -186,9 +185,14 @@ def view_of(parts: Parts, at: Places, seen: Arrays, rows: Rows = ANY) -> View:
     return View(at, Places(seen["position"], seen["segment"], seen.get("part"), rows), parts.mask, parts.dims["H"])
 
 
+def place_slots(parts: Parts) -> dict[str, Slot]:
+    """Those in which a cached token's place is kept, as the mask reads it."""
+    return cache_lib.PLACE | (cache_lib.PART if parts.mask.reads_part else {})
+
+
 def place(parts: Parts, at: Places) -> dict[str, jax.Array]:
-    """What tokens leave in the slots `cache.PLACE` and in those of the mask."""
-    second = {"part": jnp.ones_like(at.segment)} if "part" in parts.mask.slots() else {}
+    """What tokens leave in `place_slots`."""
+    second = {"part": jnp.ones_like(at.segment)} if parts.mask.reads_part else {}
     own = {"position": at.position, "segment": at.segment, "part": at.part}
     return second | {name: array for name, array in own.items() if array is not None}
 
@@ -209,4 +213,4 @@ def _heads(params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], na
     if name not in own:  # the kernel does not look at it
         return jnp.zeros((len(x), parts.dims["H" if name == "q" else "G"], x.shape[1], parts.dims["K"]), x.dtype)
     h = linear(x, own[name]).reshape(*x.shape[:2], -1, parts.dims["K"])
-    return (add(h, along(own[f"{name}_bias"], h)) if parts.qkv_bias else h).swapaxes(1, 2)
+    return biased(h, own, f"{name}_bias").swapaxes(1, 2)

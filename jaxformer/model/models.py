@@ -35,6 +35,7 @@ from jaxformer.model.layers import (
     Square,
     SquaredReLU,
     ZeroOutputs,
+    add,
     lookup,
 )
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
@@ -95,8 +96,8 @@ class Model(Spec):
 
     @property
     def writes(self) -> bool:
-        """Whether it writes text."""
-        return self.generates and any(head.writes for head in self.heads)
+        """Whether it writes text, token after token: one that sees its answers has learned no next token."""
+        return self.generates and not self.sees_answers and any(head.writes for head in self.heads)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -264,7 +265,8 @@ class Embedding(Spec):
         if self.scaled:
             x = x * x.shape[-1] ** 0.5
         if self.token_types:
-            x = x + lookup(params["parts"], jnp.zeros_like(at.segment) if at.part is None else at.part)
+            part = jnp.zeros_like(at.segment) if at.part is None else jnp.minimum(at.part, self.token_types - 1)
+            x = add(x, lookup(params["parts"], part))
         return x
 
 
@@ -348,7 +350,8 @@ class Decoder(Model):
         return {"attention": ", ".join(names)} if names else {}
 
     def implemented(self, tokens: int, dtype: str = "float32", whole: bool = False) -> tuple[Self, str]:
-        parts = [part for each in (self.position, self.mask, self.mixer) for part in _as_tuple(each)]
+        own = self.position, self.mask, self.mixer, *(getattr(self, f"encoder_{n}", ()) for n in ("mask", "mixer"))
+        parts = [part for each in own for part in _as_tuple(each) if part is not None]
         ours = all(type(part).__module__.startswith("jaxformer.") for part in parts)
         biased = [type(p).__name__ for p in _as_tuple(self.position) if type(p).bias is not Position.bias]
         masks, width = _as_tuple(self.mask), self.widths["K"]

@@ -177,7 +177,7 @@ class Run:
         if tokens < 0:
             raise InputError(f"tokens={tokens} must be at least 0")
         stop = checked_ends(seed, stop)
-        processors = (*processors, *usual_processors(**how))
+        processors = (*map(checked, processors), *usual_processors(**how))
         try:
             ids = self.tokenizer.encode(prompt or "").tolist()
         except InputError as error:
@@ -276,6 +276,8 @@ class Run:
         texts = [texts] if isinstance(texts, str) else texts
         seconds = [seconds] if isinstance(seconds, str) else seconds
         self._check_second(seconds is not None)
+        if seconds is not None and len(seconds) != len(texts):
+            raise InputError(f"seconds: {len(seconds)} second texts must be as many as the {len(texts)} first ones")
         for text in [*texts, *(seconds or ())]:
             if not text.strip():
                 raise InputError("text: must not be empty; give one")
