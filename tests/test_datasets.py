@@ -1,5 +1,6 @@
 """Prepared tokens: the ids of the text, kept, verified, and gone on with after a kill."""
 
+import dataclasses
 import errno
 import hashlib
 import importlib
@@ -193,6 +194,20 @@ def test_ids_that_lie_ready_are_taken_as_they_are(tmp_path, cache):
     with pytest.raises(InputError, match=r"train.bin.*token id 256 must be at least 0 and less than vocab_size=256"):
         prepare(TokenFile(str(tmp_path / "train.bin")), Bytes())
     assert encode(Documents(("x",)), Bytes()).starts.tolist() == [0]
+
+
+def test_ids_of_another_dtype_are_refused(tmp_path, cache):
+    """Read as uint16, an id of 128,000 would be two of the vocabulary."""
+    ids = np.array([128_000, 7, 65_536], np.uint32)
+    ids.tofile(tmp_path / "train.bin")
+    wrong, tokenizer = TokenFile(str(tmp_path / "train.bin")), NoTokenizer(128_256)
+    assert wrong.ids().max() < tokenizer.vocab_size
+    for read in (encode, prepare):
+        with pytest.raises(InputError, match=r"ids up to 128255 do not fit into uint16; .* data.corpus.dtype=uint32"):
+            read(wrong, tokenizer)
+        read(wrong, NoTokenizer(65_536))  # which are all that fit
+    right = dataclasses.replace(wrong, dtype="uint32")
+    assert encode(right, tokenizer).tokens.tolist() == whole(prepare(right, tokenizer)).tolist() == ids.tolist()
 
 
 # --- the cache

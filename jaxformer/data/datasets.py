@@ -151,13 +151,25 @@ def encode(corpus: Corpus, tokenizer: Tokenizer, classes: Mapping[str, tuple[str
     """The ids of a corpus in memory; with classes, as examples."""
     if told := corpus.summary():
         log.info("%s", told)
-    ready, answers = corpus.ids(), None
+    ready, answers = _ready(corpus, tokenizer), None
     if ready is None:
         tokens, starts, answers = _in_memory(corpus, tokenizer)
     else:
         tokens, starts = ready, np.concatenate([np.empty(0, np.int64), *_starts(ready, tokenizer)])
     source = Source(tokens, starts, tokenizer.padding, _shared(corpus, tokenizer), answers=answers)
     return _as_examples(source, corpus, tokenizer, classes, "corpus")
+
+
+def _ready(corpus: Corpus, tokenizer: Tokenizer) -> NDArray[Any] | None:
+    """The ids that a corpus holds already. Raises InputError if they cannot be the tokenizer's: another dtype reads two
+    small ids where one large one stands."""
+    ids, last = corpus.ids(), (tokenizer.vocab_size or 1) - 1
+    if ids is not None and last > np.iinfo(ids.dtype).max:
+        raise InputError(
+            f"ids up to {last} do not fit into {ids.dtype}; give the dtype of the file, as data.corpus.dtype=uint32, or "
+            "the data.tokenizer of its ids"
+        )
+    return ids
 
 
 def _in_memory(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Ids, NDArray[np.int64], NDArray[np.uint8] | None]:
@@ -230,7 +242,7 @@ def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str)
                 shutil.rmtree(directory) if directory.is_dir() else directory.unlink()
         part.mkdir(parents=True, exist_ok=True)
         try:
-            ids = corpus.ids()
+            ids = _ready(corpus, tokenizer)
             dtype = _write(corpus, tokenizer, part) if ids is None else _scan(ids, tokenizer, part)
             if corpus.fingerprint() != fingerprint:
                 raise InputError(CHANGED)
@@ -276,7 +288,7 @@ def _open(directory: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenize
     for name, digest in manifest["sha256"].items():
         if file_sha256(directory / name) != digest:
             raise InputError(f"{name} is not what manifest.json says")
-    tokens, digest = corpus.ids(), fingerprint
+    tokens, digest = _ready(corpus, tokenizer), fingerprint
     if tokens is None:
         digest = manifest["sha256"]["tokens.bin"]
         tokens = _mapped(directory / "tokens.bin", np.dtype(manifest["dtype"]))
