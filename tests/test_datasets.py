@@ -74,6 +74,28 @@ class Documents(Corpus):
         yield from self.texts
 
 
+class Judged(Corpus):
+    """One text or two of each example, and its class; by default a document without an id is none."""
+
+    some: tuple[str, ...]
+    classes: tuple[str, ...]
+    each: int = 1
+
+    @property
+    def texts(self):
+        return self.each
+
+    def documents(self):
+        yield from self.some
+
+    def label_values(self):
+        return {"class": list(self.classes)} if self.classes else {}
+
+
+class Aligned(Judged):
+    aligned = True
+
+
 def whole(prepared):
     """All ids, of training and validation."""
     return np.concatenate([s.tokens for pair in zip(prepared.train, prepared.valid, strict=True) for s in pair])
@@ -208,6 +230,35 @@ def test_ids_of_another_dtype_are_refused(tmp_path, cache):
         read(wrong, NoTokenizer(65_536))  # which are all that fit
     right = dataclasses.replace(wrong, dtype="uint32")
     assert encode(right, tokenizer).tokens.tolist() == whole(prepare(right, tokenizer)).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("corpus", "wrong"),
+    [
+        (
+            Judged(("good", "", "bad"), ("1", "0", "1")),
+            r"2 documents with ids .* as labels, {'class': 3}; with aligned",
+        ),
+        (Aligned(("good", "bad"), ("1", "0", "1")), "2 documents with ids must be 1 for"),
+        (Aligned(("a", "b", "c"), (), 2), "3 documents with ids must be 2 for"),
+        (Judged(("a", "", "b", "c", "", "d"), (), 2), "document 2, line 1: a text of an example has no id"),
+        (Aligned(("good", "", "bad"), ("1", "0", "1")), None),
+        (Aligned(("a", "", "b", "c", "", "d"), ("0", "1", "1"), 2), None),
+        (Judged(("good", "bad"), ("1", "0")), None),
+    ],
+)
+def test_no_text_or_label_moves_to_another_example(cache, corpus, wrong):
+    for read in (
+        lambda: encode(corpus, Bytes(), datasets.classes_of(corpus)),
+        lambda: prepare(corpus, Bytes(), corpus, examples=True).train[0],
+    ):
+        if wrong:
+            with pytest.raises(InputError, match=wrong):
+                read()
+            continue
+        source = read()
+        texts = [Bytes().decode(text) for i in range(source.n_examples) for text in source.example(i)]
+        assert texts == list(corpus.some) and all(len(v) == source.n_examples for v in source.labels.values())
 
 
 # --- the cache

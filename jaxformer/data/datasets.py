@@ -26,7 +26,7 @@ from jaxformer.data.locks import locked
 from jaxformer.data.sources import Source, check_ids
 from jaxformer.data.tables import Fold, Table
 from jaxformer.data.tokenizers import Ids, Tokenizer, Unknown, read_tokenizer
-from jaxformer.spec import InputError, dumps
+from jaxformer.spec import InputError, counted, dumps
 from jaxformer.user_code import modules, source
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ def _ready(corpus: Corpus, tokenizer: Tokenizer) -> NDArray[Any] | None:
     ids, last = corpus.ids(), (tokenizer.vocab_size or 1) - 1
     if ids is not None and last > np.iinfo(ids.dtype).max:
         raise InputError(
-            f"ids up to {last} do not fit into {ids.dtype}; give the dtype of the file, as data.corpus.dtype=uint32, or "
-            "the data.tokenizer of its ids"
+            f"ids up to {last} do not fit into {ids.dtype}; give the dtype of the file, as data.corpus.dtype=uint32, "
+            "or the data.tokenizer of its ids"
         )
     return ids
 
@@ -222,8 +222,15 @@ def _as_examples(
     """The source with labels of these classes; None: its documents are text and no more."""
     if classes is None:
         return source
+    labels, n = _labels(corpus, classes, field), len(source.starts)
+    rows = {name: len(values) for name, values in labels.items()}
+    if n % corpus.texts or {*rows.values()} - {n // corpus.texts}:
+        raise InputError(
+            f"{field}={corpus}: {counted(n, 'document')} with ids must be {corpus.texts} for each example, and as "
+            f"many examples as labels, {rows or 'none'}; with aligned = True in the class, those without an id count"
+        )
     more = {"texts": corpus.texts, "prefix": len(tokenizer.prefix), "examples": True}
-    return dataclasses.replace(source, **more, labels=_labels(corpus, classes, field))
+    return dataclasses.replace(source, **more, labels=labels)
 
 
 def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str) -> Source:
@@ -417,6 +424,10 @@ def _framed(
         inside = inside or begins
         ends = inside and piece.ends
         inside = inside and not piece.ends
+        if piece.ends and not ends and corpus.texts > 1:  # the texts behind it would move to other examples
+            raise InputError(
+                f"{piece.place()}: a text of an example has no id; set aligned = True in the corpus's class"
+            )
         whole = np.concatenate([before if begins else before[:0], ids, after if ends else after[:0]])
         yield whole, piece.answer, begins, inside
 
