@@ -29,6 +29,7 @@ from jaxformer.data.corpora import (
     JSONLines,
     Mixture,
     Parquet,
+    Piece,
     TextFiles,
     TextLines,
     TinyShakespeare,
@@ -68,10 +69,10 @@ class Restless(TextFiles):
 
 
 class Documents(Corpus):
-    texts: tuple[str, ...]
+    some: tuple[str, ...]
 
     def documents(self):
-        yield from self.texts
+        yield from self.some
 
 
 class Judged(Corpus):
@@ -136,12 +137,13 @@ def test_one_document_is_cut_whatever_its_share():
     assert np.array_equal(train.tokens, np.arange(40)) and np.array_equal(valid.tokens, np.arange(40, 100))
 
 
+class Framed(Bytes):
+    """The start is 1, the end 2."""
+
+    start, end = 1, 2
+
+
 def test_starts_and_ends_of_their_own(cache):
-    class Framed(Bytes):
-        """The start is 1, the end 2."""
-
-        start, end = 1, 2
-
     same = encode(Documents(("a", "", "bc")), Framed())
     assert same.tokens.tolist() == [1, 97, 2, 1, 98, 99, 2] and same.starts.tolist() == [0, 3] and same.shared == 0
 
@@ -411,6 +413,27 @@ def test_what_an_answer_is_belongs_to_the_marks(cache):
     begun = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
     marks = [prepare(PythonQuestions(template=each), Bytes()).train[0].answers.sum() for each in (turns, begun)]
     assert marks[0] > marks[1] > 0
+
+
+class Marked(Corpus):
+    """Questions, each with its answer behind it, without the ids between documents."""
+
+    marked = True
+
+    def documents(self):
+        yield from ("why" + "so",) * 2
+
+    def pieces(self):
+        for _ in self.documents():
+            yield from (Piece("why", False, answer=False), Piece("so", True))
+
+
+def test_an_end_has_the_mark_of_its_own_document(cache):
+    source = encode(Marked(), Framed())
+    assert source.tokens.tolist() == [1, *b"whyso", 2] * 2 and source.answers.tolist() == [0, 0, 0, 0, 1, 1, 1] * 2
+    for read in (encode, prepare):
+        with pytest.raises(InputError, match="answers are marked, and Bytes ends a document with the id that begins"):
+            read(Marked(), Bytes(end_token=True))
 
 
 def test_a_tokenizer_of_text_that_changed_is_not_kept(tmp_path, cache):

@@ -416,8 +416,14 @@ def _framed(
     """Ids between those that stand before and after a document; whether they are to be predicted; whether one begins
     with them; whether it continues.
 
-    A document without an id is none, unless the corpus is aligned.
+    A document without an id is none, unless the corpus is aligned. Raises InputError where an id that two documents
+    share would have the mark of one.
     """
+    if corpus.marked and _shared(corpus, tokenizer):
+        raise InputError(
+            f"answers are marked, and {type(tokenizer).__name__} ends a document with the id that begins the next; set "
+            "framed = False in the class, so that its pieces hold that id"
+        )
     before, after = (np.array(ids if corpus.framed else (), np.uint32) for ids in (tokenizer.prefix, tokenizer.suffix))
     for piece, ids in encoded:
         begins = not inside and (corpus.aligned or len(ids) > 0)
