@@ -186,6 +186,30 @@ def test_a_wrong_template_is_told_and_bounded(wrong, monkeypatch):
     assert Template.of(Bytes()).prompt(TALK[:1])  # another is rendered all the same
 
 
+class Interrupted:
+    """A pipe at which the user presses Ctrl-C."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+    def readline(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_template_answers_nothing_later(monkeypatch):
+    ask = lambda text: Template.of(Bytes(), "{{ messages[0].content }}").prompt([TALK[0] | {"content": text}])[0].text
+    assert ask("one") == "one"
+    process = templates._RENDERER._process
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "stdout", Interrupted(process.stdout))  # pyright: ignore[reportOptionalMemberAccess]
+        with pytest.raises(KeyboardInterrupt):
+            ask("two")
+    assert ask("three") == "three"
+
+
 def test_no_file_of_the_users_passes_for_a_module_of_the_process(tmp_path, monkeypatch):
     """Opening a run executes nothing that it holds, whatever the working directory."""
     templates._RENDERER.close()

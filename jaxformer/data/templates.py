@@ -189,6 +189,9 @@ class _Renderer:
             answer = process.stdout.readline()
         except BrokenPipeError:
             answer = b""
+        except BaseException:  # as Ctrl-C: the answer to come is that to no later question
+            self.close()
+            raise
         finally:
             in_time = late.is_alive()
             late.cancel()
