@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import importlib
+import io
 import linecache
 import logging
 import os
@@ -22,7 +23,7 @@ import test_tokenizers
 
 import jaxformer
 from jaxformer import Config, Data, Train
-from jaxformer.data import datasets
+from jaxformer.data import datasets, files
 from jaxformer.data.corpora import (
     PIECE,
     Corpus,
@@ -460,6 +461,29 @@ def test_a_disk_that_fails_for_a_while_damages_nothing(tmp_path, cache, monkeypa
             with pytest.raises(kind, match="Input/output error"):
                 prepare(corpus(tmp_path), Bytes())
     assert before == {path: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_disk_that_fails_for_a_while_costs_no_work(tmp_path, cache, monkeypatch, caplog):
+    """What was encoded is kept, and the rest is read once the disk is well."""
+
+    class Failing(io.FileIO):
+        def read(self, size=-1):
+            raise OSError(errno.EIO, "Input/output error")
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(datasets, "SAVE_EVERY", 1000)
+    (tmp_path / "folder").mkdir()
+    texts = ["".join(f"{name} {i}\n" for i in range(2000)) for name in "ab"]
+    for name, text in zip("ab", texts, strict=True):
+        (tmp_path / "folder" / f"{name}.txt").write_text(text)
+    lines = TextLines(str(tmp_path / "folder"), suffixes=(".txt",))
+    with monkeypatch.context() as patch:
+        failing = lambda path, *a, **k: (Failing if path.name == "b.txt" else open)(path, *a, **k)
+        patch.setattr(files, "open", failing, raising=False)
+        with pytest.raises(InputError, match=r"b\.txt cannot be read: Input/output error"):
+            prepare(lines, Bytes())
+    assert Bytes().decode(whole(prepare(lines, Bytes()))) == "".join(texts).replace("\n", "")
+    assert "resuming the preparation of the corpus" in caplog.text
 
 
 def test_what_is_killed_at_its_very_end_goes_on(tmp_path, cache, monkeypatch, caplog):

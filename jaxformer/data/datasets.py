@@ -254,7 +254,8 @@ def _prepare(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, field: str)
             if corpus.fingerprint() != fingerprint:
                 raise InputError(CHANGED)
         except InputError as error:
-            shutil.rmtree(part)
+            if not of_machine(error):
+                shutil.rmtree(part)
             raise InputError(f"{field}={corpus}: {error}") from None
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(error.filename or part)) from error
