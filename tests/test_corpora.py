@@ -1,5 +1,6 @@
 """Corpora and files: what is read, in which order, in which pieces; and what is said of what cannot be read."""
 
+import errno
 import gzip
 import hashlib
 import http.client
@@ -370,6 +371,12 @@ def test_the_hash_of_a_large_file_is_kept_until_the_file_changes(tmp_path, cache
         file.write(b"x")
     assert files.file_sha256(path) != first and len(reads) == 2
 
+    def fails(self, **how):
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    monkeypatch.setattr(type(path), "read_text", fails)  # of what is kept
+    assert files.file_sha256(path) != first and len(reads) == 3
+
 
 # --- mixtures and ids
 
@@ -466,6 +473,13 @@ def test_a_download_that_fails_leaves_nothing(monkeypatch, cache, data, breaks):
     with pytest.raises(InputError, match=r"a.txt could not be downloaded .*; put it at .*cache.a.txt"):
         fetch(monkeypatch, data, breaks=breaks)
     assert list(cache.iterdir()) == []
+
+
+def test_a_published_file_is_found_in_a_folder_named_from_home(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAXFORMER_DATA", "~/data")
+    path = put(tmp_path / "data", "a.txt", "right")
+    assert str(corpora.fetch("a.txt", "https://example.org/a", hashlib.sha256(b"right").hexdigest())) == path
 
 
 def test_a_wrong_file_in_the_cache_is_named(monkeypatch, cache):

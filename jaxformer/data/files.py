@@ -1,6 +1,7 @@
 """Files: found, downloaded, hashed, and read as bytes, lines or text whatever their size."""
 
 import codecs
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -66,10 +67,9 @@ def fetch(name: str, url: str, sha256: str) -> Path:
     """
     shared = os.environ.get("JAXFORMER_DATA")
     cached = cache_directory() / name
-    for path in ([Path(shared) / name] if shared else []) + [cached]:
+    for path in ([located(shared) / name] if shared else []) + [cached]:
         if path.is_file():
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if found != sha256:
+            if (found := file_sha256(path)) != sha256:
                 raise InputError(f"{path} has SHA-256 {found}, not {sha256}; remove it, or put the right file there")
             return path
     log.info("downloading %s to %s", url, cached)
@@ -79,8 +79,7 @@ def fetch(name: str, url: str, sha256: str) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
                 shutil.copyfileobj(response, file)
-            found = hashlib.sha256(part.read_bytes()).hexdigest()
-            if found != sha256:
+            if (found := file_sha256(part)) != sha256:
                 raise ValueError(f"it came with SHA-256 {found}, not {sha256}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
@@ -96,9 +95,10 @@ def file_sha256(path: Path) -> str:
         kept = cache_directory() / "sha256" / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
         state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} "
         large = status.st_size >= 1 << 26
-        line = kept.read_text(errors="replace") if large and kept.exists() else ""
-        if line.startswith(state) and len(line) == len(state) + 64:
-            return line.removeprefix(state)
+        with contextlib.suppress(OSError):  # one that cannot be read is none
+            line = kept.read_text(errors="replace") if large else ""
+            if line.startswith(state) and len(line) == len(state) + 64:
+                return line.removeprefix(state)
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
