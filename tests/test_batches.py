@@ -10,7 +10,7 @@ from jaxformer.data.corpora import Clozes
 from jaxformer.data.hashes import permuted
 from jaxformer.data.sources import Source
 from jaxformer.learning.objectives import NextToken
-from jaxformer.spec import InputError, known_specs
+from jaxformer.spec import InputError, checked, known_specs
 
 TOKENS = np.arange(101, dtype=np.uint16)
 STARTS = np.array([0, 1, 3, 9, 10, 30, 31, 33, 60, 77, 99])
@@ -287,6 +287,15 @@ def test_each_example_once_in_an_epoch(n_buckets):
         (row,) = rows_of(batch)
         assert len(row) == SIZES[row[0] // 100] and batch["labels_x"].tolist() == [row[0] // 100]
     assert [r.tolist() for s in range(10) for r in rows_of(many.at(s))] != [r.tolist() for r in seen[10:20]]
+
+
+def test_each_bucket_has_a_turn_and_more_than_may_have_one_are_refused():
+    for n in range(13, 53):
+        sizes = tuple(len(part) for part in np.array_split(np.arange(n), 13))
+        assert set(batches._turns(sizes, period=13)[0]) == {*range(13)}
+    checked(Examples(n_buckets=batches.PERIOD))
+    with pytest.raises(InputError, match="n_buckets=10001 must lie between 1 and 10000; with more, some get no turn"):
+        checked(Examples(n_buckets=batches.PERIOD + 1))
 
 
 def test_a_buckets_width_is_that_of_its_longest():

@@ -404,7 +404,7 @@ def test_token_files(tmp_path):
     assert corpus.fingerprint() != TokenFile(corpus.path, "uint8").fingerprint()
     for wrong, message in (
         (TokenFile(corpus.path, "uint32"), "has 6 bytes, which are no uint32 ids"),
-        (TokenFile(put(tmp_path, "empty.bin", "")), "has 0 bytes"),
+        (TokenFile(put(tmp_path, "empty.bin", "")), "has 0 bytes, which are no uint16 ids; give a file of ids"),
         (TokenFile(str(tmp_path)), "is no file"),
     ):
         with pytest.raises(InputError, match=message):

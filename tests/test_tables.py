@@ -267,7 +267,7 @@ def test_a_translation_follows_its_rules():
         (tasks.Reverse(examples=1), "examples=1 must be at least 2"),
         (tasks.Addition(symbols=2), "symbols=2 must be 10"),
         (tasks.Copy(seed=-1), "seed=-1 must be at least 0"),
-        (tasks.Alternating(seed=1), "symbols and seed must be as they were"),
+        (tasks.Alternating(seed=1), "symbols=2 and seed=1 must be 2 and 0"),
     ],
 )
 def test_tasks_refuse(task, message):

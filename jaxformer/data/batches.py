@@ -18,6 +18,7 @@ from jaxformer.data.sources import Source
 from jaxformer.spec import InputError, Spec, counted
 
 Batch = dict[str, NDArray[np.int32]]
+PERIOD = 10_000  # rows, or turns of buckets, after which those who take turns begin anew
 
 
 class RowSize(NamedTuple):
@@ -140,9 +141,12 @@ class Examples(Sampling):
     examples = True
 
     def check(self, at: str = "") -> None:
-        for name in ("n_buckets", "bucket_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{at}{name}={getattr(self, name)} must be at least 1")
+        if not 1 <= self.n_buckets <= PERIOD:
+            raise ValueError(
+                f"{at}n_buckets={self.n_buckets} must lie between 1 and {PERIOD}; with more, some get no turn"
+            )
+        if self.bucket_steps < 1:
+            raise ValueError(f"{at}bucket_steps={self.bucket_steps} must be at least 1; 10 is usual")
 
     def check_corpus(self, corpus: Corpus, valid: Corpus | None, at: str) -> None:
         if len(corpus.parts()) > 1:
@@ -405,7 +409,7 @@ class Batches:
 
 
 @functools.lru_cache(maxsize=16)
-def _turns(weights: tuple[float, ...], period: int = 10_000) -> tuple[NDArray[np.int64], Hashes]:
+def _turns(weights: tuple[float, ...], period: int = PERIOD) -> tuple[NDArray[np.int64], Hashes]:
     """Whose turn each row of a period is, and how many rows each source had before each of them (and in all).
 
     At every row each source has had its share to within one row: of those that would not overtake their share, the

@@ -396,7 +396,8 @@ class TokenFile(Corpus):
             raise InputError(f"corpus {self.path!r} is no file; give the path of a file of ids")
         size = path.stat().st_size
         if not size or size % dtype.itemsize:
-            raise InputError(f"corpus {self.path!r} has {size} bytes, which are no {dtype} ids; give its dtype")
+            remedy = "give its dtype" if size else "give a file of ids"
+            raise InputError(f"corpus {self.path!r} has {size} bytes, which are no {dtype} ids; {remedy}")
         return np.memmap(path, dtype, "r")
 
 

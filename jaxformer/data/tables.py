@@ -141,7 +141,7 @@ class Table(TextFiles):
         how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
         text = (line.decode("utf-8", "surrogateescape") + "\n" for line in lines(path))
         first = next(text, "")
-        csv.field_size_limit(1 << 31 - 1)  # of a cell: longer texts than 128 KiB are texts
+        csv.field_size_limit(2**31 - 1)  # of a cell: longer texts than 128 KiB are texts
         reader = csv.reader(itertools.chain([first.removeprefix("\ufeff")] if first else [], text), **how)
         names = self.columns
         while True:

@@ -93,7 +93,10 @@ class Alternating(Copy):
     def check(self, at: str = "") -> None:
         super().check(at)
         if self.symbols != 2 or self.seed:
-            raise ValueError(f"{at}symbols and {at}seed must be as they were: there are two such texts of each length")
+            raise ValueError(
+                f"{at}symbols={self.symbols} and {at}seed={self.seed} must be 2 and 0, as there are two such texts of "
+                "each length; leave them out"
+            )
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         shortest = self.length if self.shortest is None else self.shortest
