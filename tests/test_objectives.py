@@ -201,6 +201,9 @@ def test_masked_takes_the_tokenizers_ids():
     )
     with pytest.raises(ValueError, match="needs a mask token"):
         Masked().filled(special | {"mask": ()}, V, T)
+    with pytest.raises(ValueError, match=r"objective.special=\(0, 1, 2\) are all ids; leave one out"):
+        Masked(special=(0, 2)).filled(special | {"mask": (1,)}, 3, T)
+    assert Masked(special=(0, 2)).filled(special | {"mask": (1,)}, 4, T).special == (0, 1, 2)
 
 
 def test_sums_of_masked_tokens():
@@ -457,6 +460,16 @@ def test_as_many_sentinels_as_a_text_may_need(density, mean_span, several, lengt
     tokens = integers(0, 97, 700, 64)
     source = np.asarray(corrupted(filled, tokens, np.broadcast_to(packed(lengths), tokens.shape), KEY).source.ids)
     assert (source == SENTINELS[n - 1]).sum(1).max() == 1
+
+
+def test_a_sentinel_stands_for_nothing_else():
+    for twice in (SENTINELS[3], START, END):
+        with pytest.raises(ValueError, match=rf"objective.sentinels=.*, {twice}\) must differ, and none be the start"):
+            SpanCorruption(sentinels=(*SENTINELS, twice)).filled(SPECIAL, 300, 64)
+    shared = SPECIAL | {"end": (START,)}
+    assert SpanCorruption().filled(shared, 300, 64).end == START
+    with pytest.raises(ValueError, match="must differ"):
+        SpanCorruption(sentinels=(*SENTINELS, START)).filled(shared, 300, 64)
 
 
 def test_whether_rows_hold_several_documents_is_the_samplings():

@@ -323,6 +323,8 @@ class Masked(TokenObjective):
         given = (i for ids in special.values() for i in ids) if self.special is None else self.special
         every = tuple(sorted({mask, *given}))
         _check_ids("objective.mask and objective.special", every, vocab_size)
+        if len(every) == vocab_size:
+            raise ValueError(f"objective.special={every} are all ids; leave one out, as only others are predicted")
         if self.vocab_size not in (None, vocab_size):
             raise ValueError(f"objective.vocab_size={self.vocab_size} must be {vocab_size}, the tokenizer's, or None")
         return dataclasses.replace(self, mask=mask, special=every, vocab_size=vocab_size)
@@ -436,6 +438,11 @@ class SpanCorruption(TokenObjective):
             )
         ids = (*fields["sentinels"], fields["start"], fields["end"])
         _check_ids("objective.sentinels, start and end", ids, vocab_size)
+        if len({*ids}) < len(ids) - (fields["start"] == fields["end"]):
+            raise ValueError(
+                f"objective.sentinels={fields['sentinels']} must differ, and none be the start {fields['start']} or "
+                f"the end {fields['end']}; leave out what comes twice"
+            )
         if several and self.several is False:
             raise ValueError("objective.several=False must be True: rows of data.sampling hold several documents")
         found = dataclasses.replace(self, **fields, several=several if self.several is None else self.several)
