@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxformer.data.corpora import Corpus, Piece, cut, name_class
-from jaxformer.data.hashes import mix, permuted
+from jaxformer.data.hashes import Hashes, mix, permuted
 from jaxformer.spec import InputError
 
 SYMBOLS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -27,9 +27,18 @@ class Copy(Corpus):
     texts = 2
     aligned = True
 
+    @property
+    def least(self) -> int:
+        """The fewest symbols of a first text."""
+        return self.length if self.shortest is None else self.shortest
+
+    @functools.cached_property
+    def hashed(self) -> Hashes:
+        """uint64[1]: what the draws of every example begin with."""
+        return mix(mix(np.array([self.seed], np.uint64)))
+
     def check(self, at: str = "") -> None:
-        least = self.length if self.shortest is None else self.shortest
-        if not 1 <= least <= self.length:
+        if not 1 <= self.least <= self.length:
             raise ValueError(f"{at}shortest={self.shortest} must lie between 1 and {at}length={self.length}")
         if not 1 <= self.symbols <= len(SYMBOLS):
             raise ValueError(f"{at}symbols={self.symbols} must lie between 1 and {len(SYMBOLS)}")
@@ -49,12 +58,10 @@ class Copy(Corpus):
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """First and second text of each example."""
-        seed = mix(mix(np.array([self.seed], np.uint64)))
         for first in range(0, self.examples, 4096):  # in blocks, to hash them together
             number = np.arange(first, min(first + 4096, self.examples), dtype=np.uint64)
-            draws = mix(mix(seed + number)[:, None] + np.arange(self.length + 1, dtype=np.uint64))
-            shortest = self.length if self.shortest is None else self.shortest
-            lengths = shortest + (draws[:, 0] % np.uint64(self.length + 1 - shortest)).astype(int)
+            draws = mix(mix(self.hashed + number)[:, None] + np.arange(self.length + 1, dtype=np.uint64))
+            lengths = self.least + (draws[:, 0] % np.uint64(self.length + 1 - self.least)).astype(int)
             for row, length in zip(draws[:, 1:], lengths, strict=True):
                 text = self.drawn(row[:length])
                 yield text, self.answer(text)
@@ -99,10 +106,9 @@ class Alternating(Copy):
             )
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        shortest = self.length if self.shortest is None else self.shortest
         for i in range(self.examples):
             text = "".join(SYMBOLS[(i + j + 1) % 2] for j in range(self.length + 1))
-            length = shortest + i // 2 % (self.length + 1 - shortest)
+            length = self.least + i // 2 % (self.length + 1 - self.least)
             yield text[:length], text[1 : length + 1]
 
 
@@ -119,17 +125,14 @@ class Translation(Copy):
 
     def check(self, at: str = "") -> None:
         super().check(at)
-        least = self.length if self.shortest is None else self.shortest
-        if least < 5:
+        if self.least < 5:
             field = "length" if self.shortest is None else "shortest"
-            raise ValueError(f"{at}{field}={least} must be at least 5: two articles, two nouns and a verb")
+            raise ValueError(f"{at}{field}={self.least} must be at least 5: two articles, two nouns and a verb")
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        seed = mix(mix(np.array([self.seed], np.uint64)))
-        shortest = self.length if self.shortest is None else self.shortest
         for i in range(self.examples):
-            draws = mix(mix(seed + np.uint64(i)) + np.arange(self.length, dtype=np.uint64)).tolist()
-            adjectives = shortest - 5 + draws[0] % (self.length + 1 - shortest)
+            draws = mix(mix(self.hashed + np.uint64(i)) + np.arange(self.length, dtype=np.uint64)).tolist()
+            adjectives = self.least - 5 + draws[0] % (self.length + 1 - self.least)
             first = draws[1] % (adjectives + 1)
             words = [number % self.symbols for number in draws[2 : 5 + adjectives]]
             parts = self.phrase(words[1 : 2 + first]), dictionary("verbs")[words[0]], self.phrase(words[2 + first :])
@@ -163,7 +166,8 @@ def dictionary(kind: str) -> list[tuple[str, str]]:
 class Addition(Copy):
     """Two numbers of `length` digits at most, as "12+345", and their sum."""
 
-    length: int = 3
+    length: int = 3  # digits of a number, at most
+    shortest: int | None = None  # fewest digits of a number, all numbers as often; None: 1
 
     def check(self, at: str = "") -> None:
         super().check(at)
@@ -173,11 +177,10 @@ class Addition(Copy):
             raise ValueError(f"{at}length={self.length} must be at most 18 digits")
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        seed = mix(mix(np.array([self.seed], np.uint64)))
         least = 0 if self.shortest in (None, 1) else 10 ** (int(self.shortest or 1) - 1)
         for i in range(self.examples):
-            drawn = mix(mix(seed + np.uint64(i)) + np.arange(2, dtype=np.uint64)) % np.uint64(10**self.length - least)
-            a, b = (int(number) + least for number in drawn)
+            drawn = mix(mix(self.hashed + np.uint64(i)) + np.arange(2, dtype=np.uint64))
+            a, b = (int(number) + least for number in drawn % np.uint64(10**self.length - least))
             yield f"{a}+{b}", str(a + b)
 
 
