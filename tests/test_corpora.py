@@ -254,9 +254,9 @@ def test_json_lines(tmp_path):
     ("line", "message"),
     [
         (b"{", "Expecting property name"),
-        (b'{"body": "x"}', "no object with a 'text'"),
-        (b'["text"]', "no object with a 'text'"),
-        (b"7", "no object with a 'text'"),
+        (b'{"body": "x"}', "no object with 'text'"),
+        (b'["text"]', "no object with 'text'"),
+        (b"7", "no object with 'text'"),
         (b'{"text": 7}', "'text' is int, not a string"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": "\xff"}', "codec can't decode"),

@@ -330,20 +330,7 @@ class JSONLines(TextFiles):
     suffixes: tuple[str, ...] = dataclasses.field(default=(".jsonl", ".ndjson"), kw_only=True, repr=False)
 
     def read(self, path: Path) -> Iterator[Piece]:
-        for number, line in enumerate(lines(path), 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                text = value[self.field]
-                if not isinstance(text, str | None):
-                    raise ValueError(f"{self.field!r} is {type(text).__name__}, not a string")
-                (text or "").encode()
-            except UnicodeEncodeError:
-                raise InputError(f"{path}, line {number}: half of a surrogate pair; fix the line") from None
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                reason = f"no object with a {self.field!r}" if isinstance(error, KeyError | TypeError) else error
-                raise InputError(f"{path}, line {number}: {reason}; fix the line, or leave it out") from None
+        for number, text in json_lines(path, self.field, str | None, "a string"):
             yield from cut([text or ""], ("line", number))
 
 
@@ -491,6 +478,24 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 def name_class(path: str, example: str = "data.corpus=JSONLines", more: str = "") -> str:
     """The end of a sentence about a file of which it is not known how to read it."""
     return f"name the class that reads the file, as {example} data.corpus.path={path}{more}"
+
+
+def json_lines(path: Path, field: str, kind: Any, kind_name: str) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not blank, and what its object has in a field. Raises InputError for others."""
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[field]
+            if not isinstance(value, kind):
+                raise ValueError(f"{field!r} is {type(value).__name__}, not {kind_name}")
+            json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            none = f"no object with {field!r}"
+            known = {KeyError: none, TypeError: none, UnicodeEncodeError: "half of a surrogate pair"}
+            reason = known.get(type(error), error)
+            raise InputError(f"{path}, line {number}: {reason}; fix the line, or leave it out") from None
+        yield number, value
 
 
 def cut(chunks: Iterable[str], record: tuple[str, int] | None = None) -> Iterator[Piece]:

@@ -4,13 +4,11 @@ import abc
 import dataclasses
 import inspect
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from jaxformer.data.corpora import Corpus, Piece, TextFiles
-from jaxformer.data.files import lines
+from jaxformer.data.corpora import Corpus, Piece, TextFiles, json_lines
 from jaxformer.data.tables import Table
 from jaxformer.data.templates import ANSWERS, PLAIN, Message, Template
 from jaxformer.data.tokenizers import END_OF_TEXT, Tokenizer
@@ -77,24 +75,8 @@ class Dialogues(Conversations, TextFiles):
 
     def dialogues(self) -> Iterator[tuple[list[Message], Piece]]:
         for path in self.files():
-            for number, line in enumerate(lines(path), 1):
-                if line.strip():
-                    yield self._messages(line, at := Piece("", True, 1, ("line", number), str(path))), at
-
-    def _messages(self, line: bytes, at: Piece) -> list[Message]:
-        try:
-            value = json.loads(line)
-            found = value[self.field]
-            line.decode()
-            json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{at.place()}: half of a surrogate pair; fix the line, or leave it out") from None
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = f"no object with {self.field!r}" if isinstance(error, KeyError | TypeError) else error
-            raise InputError(f"{at.place()}: {reason}; fix the line, or leave it out") from None
-        if not isinstance(found, list) or not found:
-            raise InputError(f"{at.place()}: {self.field!r} must be a list of messages; fix the line, or leave it out")
-        return found
+            for number, messages in json_lines(path, self.field, list, "a list of messages"):
+                yield messages, Piece("", True, 1, ("line", number), str(path))
 
 
 class Instructions(Conversations, Table):
