@@ -160,6 +160,11 @@ def test_a_full_pass_predicts_each_token_once(sampling, n):
     assert sorted(seen) == sorted(set(range(n)) - starts)
 
 
+def test_padding_may_be_an_id_that_the_tokens_have_no_room_for():
+    (batch,) = RandomWindows().full_pass(Source(np.arange(5, dtype=np.uint8), np.array([0]), 256), SEVEN, 1)
+    assert batch["tokens"].tolist() == [[0, 1, 2, 3, 4, 256, 256, 256]] and batch["segments"].sum() == 5
+
+
 def asked_for(batch, lookahead):
     """The tokens that an objective of this lookahead asks for."""
     tokens, segments = batch["tokens"], batch.get("segments", np.ones_like(batch["tokens"]))

@@ -7,7 +7,7 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +104,8 @@ class RandomWindows(Sampling):
             return {"tokens": source.tokens[index].astype(np.int32)} | marks(index)
         real = index < len(source.tokens)
         index = np.minimum(index, len(source.tokens) - 1)
-        found = _batch(np.where(real, source.tokens[index], source.padding), real)
+        tokens = np.where(real, source.tokens[index].astype(np.int32), source.padding)
+        found = {"tokens": tokens, "segments": real.astype(np.int32)}
         return found | {name: array * real for name, array in marks(index).items()}
 
 
@@ -294,7 +295,8 @@ class _Plan(NamedTuple):
                 if source.answers is not None:
                     weights[i, at : at + count] = source.answers[first : first + count]
                 at += count
-        return _batch(ids, segments) | ({} if source.answers is None else {"weights": weights})
+        found = {"tokens": ids, "segments": segments}
+        return found if source.answers is None else found | {"weights": weights}
 
 
 @functools.lru_cache(maxsize=64)
@@ -345,10 +347,6 @@ def pack(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     return row
 
 
-def _batch(ids: NDArray[Any], segments: NDArray[Any]) -> Batch:
-    return {"tokens": ids.astype(np.int32), "segments": segments.astype(np.int32)}
-
-
 # --- mixtures
 
 
@@ -377,8 +375,7 @@ class Batches:
             here = whose[turn] == i
             if here.any():
                 own = numbers[here] // np.uint64(len(whose)) * counts[i, -1] + counts[i, turn[here]]
-                key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
-                parts.append((here, self.sampling.rows(source, self.size, key, own)))
+                parts.append((here, self.sampling.rows(source, self.size, self._key(i), own)))
         if any(source.answers is not None for source in self.sources):  # all of text that is no dialogue is learned
             parts = [(here, {"weights": np.ones_like(part["tokens"])} | part) for here, part in parts]
         batch = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in parts[0][1].items()}
@@ -403,9 +400,12 @@ class Batches:
         round_, turn = divmod(turn, len(whose))
         i = int(whose[turn])
         own = (round_ * int(counts[i, -1]) + int(counts[i, turn])) * self.sampling.bucket_steps + place
-        key = mix(mix(np.array([self.seed], np.uint64)) + np.uint64(i))
         numbers = (own * self.batch_size + rows.astype(np.int64)).astype(np.uint64)
-        return self.sampling.rows(buckets[i], self.size, key, numbers)
+        return self.sampling.rows(buckets[i], self.size, self._key(i), numbers)
+
+    def _key(self, number: int) -> Hashes:
+        """That of a source, or of a bucket."""
+        return mix(mix(np.array([self.seed], np.uint64)) + np.uint64(number))
 
 
 @functools.lru_cache(maxsize=16)
