@@ -1,4 +1,5 @@
-"""Every random number of a run: its key follows from the seed, the step and a purpose listed here."""
+"""Random numbers of training, for initial values, dropout and objectives: a key follows from the seed, the step and a
+purpose listed here. Rows are drawn by data/hashes.py."""
 
 import math
 

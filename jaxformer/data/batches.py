@@ -77,8 +77,8 @@ class Sampling(Spec):
 
     @abc.abstractmethod
     def full_pass(self, source: Source, size: RowSize, batch_size: int, share: float = 1.0) -> Iterator[Batch]:
-        """Batches of one shape, in order, in which each token, but for the `lookahead` first, is asked for exactly
-        once; or a share of their rows, spread over them."""
+        """Batches in order, those of a bucket of one shape, in which each token, but for the `lookahead` first, is
+        asked for exactly once; or a share of their rows, spread over them."""
 
 
 class RandomWindows(Sampling):
@@ -134,7 +134,7 @@ class Examples(Sampling):
     `labels_COLUMN`.
     """
 
-    joined: bool = False  # a second text follows the first in the same row
+    joined: bool = False  # a sentence pair is one sequence: the second text follows the first
     n_buckets: int = 1  # how many widths of rows there are
     bucket_steps: int = 10  # how many steps a bucket has its turn
 

@@ -1,4 +1,4 @@
-"""Corpora as ids on disk: encoded by all cores in bounded memory, and memory-mapped."""
+"""Corpora as ids on disk: encoded by all cores, in bounded memory if the tokenizer takes pieces, and memory-mapped."""
 
 import collections
 import contextlib

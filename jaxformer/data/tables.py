@@ -188,7 +188,7 @@ class Fold(Table):
 
     fold: int = 0  # the number of the fold, from 0
     folds: int = 5  # how many folds there are
-    inside: bool = False  # True: the rows of the fold; False: all others
+    inside: bool = False  # True: the held-out fold alone; False: all rows but it
 
     def check(self, at: str = "") -> None:
         super().check(at)
@@ -211,7 +211,8 @@ class Halves(Fold):
     """The halves of each text as a pair, for contrastive learning: parts of a text belong together (arXiv:2006.03659).
 
     They are cut at the middle one of the spaces between words of ASCII letters, and are the text together, so that a
-    tokenizer learns the same of them as of whole texts. A text without such a space has an empty second half.
+    tokenizer learns the same of them as of whole texts. A text without such a space has an empty second half. A
+    fifth of the rows is left out, as by `Fold`; `folds=1, inside=True` takes all.
     """
 
     def check(self, at: str = "") -> None:
