@@ -399,6 +399,27 @@ def test_the_head_alone_is_trained_where_all_layers_stay():
     assert all((np.asarray(a) == -1).all() for a in found.values())
 
 
+def test_what_is_above_a_short_stack_moves():
+    model = EncoderDecoder(d_model=12, context_length=T, vocab_size=29, n_encoder_layers=2, n_layers=4)
+    boxes = by_path(ByDepth(still=3).frozen(model.declared()))
+    assert boxes["encoder/norm/scale"].trained and boxes["decoder/norm/scale"].trained
+    assert not any(box.trained for path, box in boxes.items() if path.startswith(("encoder/layers", "embedding")))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        Groups(groups=(Group(Hidden(), ByDepth(still=2)), Group())),
+        ByDepth(optimizer=Groups(groups=(Group(Path("embedding/*"), AdamW()), Group())), still=1),
+    ],
+)
+def test_a_group_may_be_left_without_arrays(optimizer):
+    model = decoder(n_layers=2)
+    optimizer.check_declared(trained(model.declared(), model.declared()))
+    own = optimizer.frozen(model.declared())
+    assert np.isfinite([np.asarray(a).sum() for _, a in changes(optimizer, trained(own, own))]).all()
+
+
 def changes(optimizer, boxes):
     ones = jax.tree.map(lambda box: jnp.ones(box.value.shape), boxes, is_leaf=lambda x: isinstance(x, Declared))
     transform = optimizer.transform(boxes, STEP, STEPS)
@@ -420,6 +441,7 @@ def test_refusals():
     for wrong, sentence in (
         (Groups(groups=()), "at least one"),
         (Groups(groups=(Group(factor=0.0),)), "groups.0.factor=0.0 must be more than 0"),
+        (Groups(groups=(Group(optimizer=Frozen(), factor=0.5),)), "factor=0.5 must be 1: groups.0.optimizer=Frozen"),
         (Groups(clip=0.0), "clip=0.0"),
         (Muon(momentum=1.0), "momentum=1.0"),
         (Muon(steps=0), "steps=0"),
@@ -475,12 +497,13 @@ def test_frozen_arrays_stay_to_the_bit_and_cost_nothing(dtype):
     recipe = Recipe(model, compute_dtype=dtype, grad_norms=True)
 
     def trained_by(optimizer, count):
-        state = init_state(recipe, hyper(optimizer)).replace(params=loud(model))
-        return train_steps(recipe, state, batches(2), np.int32(count), hyper(optimizer))
+        own = hyper(optimizer)._replace(ema_decay=np.float32(0.3))
+        return train_steps(recipe, init_state(recipe, own, loud(model)), batches(2), np.int32(count), own)
 
     (state, rows), (_, whole), first = trained_by(FREEZES, 2), trained_by(AdamW(), 1), loud(model)
-    chex.assert_trees_all_equal(state.params["decoder"]["layers"], first["decoder"]["layers"])
-    assert not np.array_equal(state.params["embedding"]["table"], first["embedding"]["table"])
+    for tree in (state.params, state.ema):
+        chex.assert_trees_all_equal(tree["decoder"]["layers"], first["decoder"]["layers"])
+        assert not np.array_equal(tree["embedding"]["table"], first["embedding"]["table"])
     np.testing.assert_allclose(rows["loss"][0], whole["loss"][0], rtol=1e-6)  # frozen matrices, too, are cast
     names = rows["grad_norms"].keys()
     assert not any("layers" in name for name in names) and names < whole["grad_norms"].keys()

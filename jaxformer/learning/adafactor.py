@@ -28,7 +28,7 @@ class Adafactor(Optimizer):
     threshold: float = 1.0  # largest root mean square of a matrix's update, before the learning rate
     relative: bool = True  # updates are times the root mean square of their parameters
     least: float = 1e-3  # of those root mean squares
-    weight_decay: float = 0.0  # what is taken off matrices in each step, times the learning rate
+    weight_decay: float = 0.0  # what is taken off matrices and embedding tables in each step, times the learning rate
 
     def check(self, at: str = "") -> None:
         for name, usual in (("decay_power", 0.8), ("eps", 1e-30), ("threshold", 1), ("least", 1e-3)):

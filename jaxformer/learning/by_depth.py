@@ -61,8 +61,7 @@ class ByDepth(Optimizer):
     def frozen(self, declared: Any) -> Any:
         def one(path: Any, box: Declared) -> Declared:
             name = path_name(path)
-            layers = self._layers(name, box, depths[_stack(name)])
-            return box.replace(trained=box.trained and bool((layers >= self.still).any())) if self.still else box
+            return box.replace(trained=box.trained and not self._still(name, box, depths[_stack(name)]).all())
 
         declared, depths = self.optimizer.frozen(declared), self._depths(declared)
         return jax.tree_util.tree_map_with_path(one, declared, is_leaf=is_declared)
@@ -91,9 +90,13 @@ class ByDepth(Optimizer):
 
     def _factors(self, path: str, box: Declared, n_layers: int) -> jax.Array:
         """Of an array's updates: [L] where layers lie stacked, else []."""
+        above = np.maximum(n_layers - 1 - self._layers(path, box, n_layers), 0).astype(np.float32)
+        return jnp.where(self._still(path, box, n_layers), 0.0, self.decay**above)
+
+    def _still(self, path: str, box: Declared, n_layers: int) -> Any:
+        """Whether it stays as it is, or each layer that lies stacked; never what is above the last."""
         layers = self._layers(path, box, n_layers)
-        still = (layers < min(self.still, n_layers)) & (self.still > 0)  # of layers that are all frozen n_layers is 0
-        return jnp.where(still, 0.0, self.decay ** np.maximum(n_layers - 1 - layers, 0).astype(np.float32))
+        return (layers < min(self.still, n_layers)) & (self.still > 0)  # of layers that are all frozen n_layers is 0
 
     def _layers(self, path: str, box: Declared, n_layers: int) -> Any:
         """The number of its layer, or of each that lies stacked; -1 of what is below the first, n_layers of what is

@@ -102,7 +102,7 @@ def clip_by_global_norm(limit: float) -> "optax.GradientTransformation":
 
     def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
         own, told = jax.tree.leaves(updates), jax.tree.leaves(grad_norm and grad_norm.of)
-        same = len(own) == len(told) and all(a is b for a, b in zip(own, told, strict=True))
+        same = bool(told) and len(own) == len(told) and all(a is b for a, b in zip(own, told, strict=True))
         norm = grad_norm.norm if same else global_norm(updates)
         return jax.tree.map(lambda a: jnp.where(norm < limit, a, (a / norm * limit).astype(a.dtype)), updates), state
 
@@ -146,7 +146,7 @@ class AdamW(Optimizer):
     b1: float = 0.9  # decay of the average of gradients
     b2: float = 0.99  # decay of the average of their squares
     eps: float = 1e-8  # is added to the root of that average
-    weight_decay: float = 0.1  # what is taken off matrices in each step, times the learning rate
+    weight_decay: float = 0.1  # what is taken off matrices and embedding tables in each step, times the learning rate
     clip: float | None = 1.0  # largest global norm of gradients; None: any
 
     def check(self, at: str = "") -> None:
@@ -170,7 +170,7 @@ class Lion(Optimizer):
     learning_rate: Schedule = WarmupCosine(peak=3e-4, final=3e-5)  # the learning rate of each step
     b1: float = 0.9  # share of the momentum in the mix
     b2: float = 0.99  # decay of the momentum
-    weight_decay: float = 1.0  # what is taken off matrices in each step, times the learning rate
+    weight_decay: float = 1.0  # what is taken off matrices and embedding tables in each step, times the learning rate
 
     def check(self, at: str = "") -> None:
         check_averages(self, at, "b1", "b2")

@@ -101,7 +101,8 @@ def check_optimizer(config: Config, recipe: Recipe) -> None:
     if not jax.tree.leaves(trained(left, left)):
         kind = type(config.optimizer).__name__
         raise InputError(
-            f"optimizer={kind} freezes every parameter; give a group of optimizer=Groups another optimizer"
+            f"optimizer={kind} freezes every parameter; give a group of optimizer=Groups another optimizer, or ByDepth "
+            "a smaller still"
         )
 
 

@@ -110,7 +110,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
     key, own = key_for(hyper.seed, state.step, "dropout"), recipe.declared()
     declared = hyper.optimizer.frozen(own)
     sums, grads = _gradients(recipe, state, declared, example, key)
-    count = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch of padding alone changes nothing but the decay
+    count = jnp.where(sums.weight > 0, sums.weight, 1)  # of a batch of padding alone the gradient is 0
     grads = split(grads, own)
     mean = lambda: jax.tree.map(lambda g: g / count, grads)  # made where it is read: no pass over memory of its own
     grad_norm = global_norm(grads, count)
@@ -125,7 +125,8 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, hyper: Hyper) ->
         new = updated(new, _advanced(own, params, sums.state, sums.weight > 0))
         if hyper.ema_decay is not None:
             decay = jnp.minimum(hyper.ema_decay, (1 + state.step) / (10 + state.step))
-            ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, new)
+            average = lambda mean, new, old: mean if new is old else decay * mean + (1 - decay) * new
+            ema = jax.tree.map(average, ema, new, params)  # of what nothing moves it stays, too, to the bit
         return new, opt_state, ema
 
     of_token = lambda total: jnp.where(sums.weight > 0, total / count, jnp.nan)
