@@ -263,9 +263,24 @@ def test_a_batch_without_what_the_objective_needs(home):
     for name, needed in (("tokens", "tokens"), ("labels_long", "labels of the column 'long'")):
         with pytest.raises(InputError, match=f"objective=Classification needs {needed}, and a batch has no {name}; "):
             step(state, {other: array for other, array in batch.items() if other != name})
+    with pytest.raises(InputError, match=r"labels_long: 2 must be less than 2, how many classes model.head has"):
+        step(state, batch | {"labels_long": 2 + 0 * batch["labels_long"]})
     run = Run(config, SPECIAL.fit(["abeiou"]), state, {"long": ("0", "1")})
     with pytest.raises(InputError, match="labels of the column 'long', and a batch has no labels_long"):
         run.evaluate(Source(np.zeros(9, np.int64), np.zeros(1, np.int64)))
+
+
+def test_batches_of_a_loop_of_ones_own(home):
+    data = Data(table(home, target="upper"), tokenizer=SPECIAL, sampling=Examples())
+    model, slices = EncoderDecoder(**SIZE), Train(accumulation=4)
+    config = Config(str(home / "never"), model, data, SequenceToSequence(), ADAM, train=slices)
+    state, step, batch_at = jaxformer.build(config)
+    batch = batch_at(0)
+    with pytest.raises(InputError, match=r"token id 999 must be at least 0 and less than vocab_size"):
+        step(state, batch | {"source": 999 + 0 * batch["source"]})
+    for rows in (1, 6):
+        with pytest.raises(InputError, match=f"a batch of {rows} rows must be a multiple of train.accumulation=4"):
+            step(state, {name: array[:rows] for name, array in batch.items()})
 
 
 def test_best_by_must_be_there(home):

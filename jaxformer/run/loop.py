@@ -106,7 +106,10 @@ def build(
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
         check_batch(recipe, batch)
-        check_ids(np.asarray(batch["tokens"]), recipe.model.vocab_size)
+        if (rows := len(batch["tokens"])) % recipe.slices:
+            raise InputError(f"a batch of {rows} rows must be a multiple of train.accumulation={recipe.slices}")
+        for name in {"tokens", "source"} & batch.keys():
+            check_ids(np.asarray(batch[name]), recipe.model.vocab_size)
         with config.mesh.entered():
             one = placed({name: array[None] for name, array in batch.items()}, 1)
             state, metrics = train_steps(recipe, state, one, np.int32(1), hyper)

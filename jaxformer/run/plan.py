@@ -19,7 +19,7 @@ from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.declarations import by_path, trained
 from jaxformer.mesh import ROWS, partition, placed, shardings
-from jaxformer.model.heads import Classes
+from jaxformer.model.heads import Classes, MultiLabelHead
 from jaxformer.model.models import Model
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, evaluate_members, init_state
 from jaxformer.spec import InputError
@@ -151,7 +151,8 @@ def abstract_state(config: Config, recipe: Recipe) -> Any:
 
 def check_batch(recipe: Recipe, batch: Mapping[str, Any]) -> None:
     """Raises InputError for a batch without an array that the objective needs, or with labels that no head has."""
-    name = type(recipe.objective).__name__
+    name, heads = type(recipe.objective).__name__, recipe.model.heads
+    n_classes = {h.column: len(h.classes) for h in heads if h.classes and not isinstance(h, MultiLabelHead)}
     if missing := [array for array in recipe.objective.needs if array not in batch]:
         raise InputError(
             f"objective={name} needs {', '.join(recipe.objective.needs)}, and a batch has no {', '.join(missing)}; "
@@ -168,6 +169,11 @@ def check_batch(recipe: Recipe, batch: Mapping[str, Any]) -> None:
             raise InputError(
                 f"labels_{column} must have the shape {shape} in a row, but has {labels.shape[1:]}: () of one class, "
                 "(classes,) of any number, as of data.corpus.several and MultiLabelHead, (tokens,) of each token"
+            )
+        if (most := np.asarray(labels).max(initial=-1)) >= n_classes.get(column, math.inf):
+            raise InputError(
+                f"labels_{column}: {most} must be less than {n_classes[column]}, how many classes model.head has; give "
+                "their numbers from 0 on, and -1 where there is none"
             )
 
 
