@@ -77,6 +77,12 @@ def row_parts() -> int:
     return math.prod(sizes[axis] for axis in ROWS) if sizes else 1
 
 
+def vocabulary_part(size: int, parts: int | None = None) -> int:
+    """How many of so many ids a device has logits of, of so many along `tensor`; None: those of the mesh entered."""
+    parts = axis_sizes().get("tensor", 1) if parts is None else parts
+    return size // parts if size % parts == 0 else size
+
+
 # --- parameters, and what follows them
 
 

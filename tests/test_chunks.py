@@ -9,6 +9,7 @@ import pytest
 from ideas import MaskedDiffusion
 from tiny import decoder, ids
 
+from jaxformer import mesh
 from jaxformer.declarations import Letters
 from jaxformer.learning import chunks
 from jaxformer.learning.objectives import NextToken, SequenceToSequence
@@ -222,6 +223,16 @@ def test_small_vocabularies_and_logits_that_are_there_already_are_left_whole():
     assert NextToken().chunk_size(Layer(D, T, V), jnp.ones((B, T, D)), example) is None
     assert NextToken().chunk_size(Layer(D, T, 2**30), jnp.ones((B, T, D)), example) is not None
     assert NextToken().chunk_size(Layer(D, T, 2**30), (jnp.ones((B, T, D)), 0), example) is None
+
+
+def test_chunks_are_of_the_logits_of_a_device(monkeypatch):
+    """As a plan counts them; a vocabulary that the axis does not divide is whole on each."""
+    example, h = NextToken().prepare(ROWS, jax.random.key(0)), jnp.ones((B, T, D))
+    size = lambda vocabulary: NextToken().chunk_size(Layer(D, T, vocabulary), h, example)
+    monkeypatch.setattr(chunks, "MOST", 2 * B * T * V)
+    alone = [size(V), size(8 * V), size(8 * V + 1)]
+    monkeypatch.setattr(mesh, "axis_sizes", lambda: {"data": 1, "fsdp": 1, "tensor": 8})
+    assert [size(8 * V), size(64 * V), size(8 * V + 1)] == alone and alone[0] is None
 
 
 @pytest.mark.slow

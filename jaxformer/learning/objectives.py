@@ -16,7 +16,7 @@ from jaxformer.keys import fold
 from jaxformer.learning import chunks
 from jaxformer.learning.chunks import in_chunks
 from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
-from jaxformer.mesh import row_parts
+from jaxformer.mesh import row_parts, vocabulary_part
 from jaxformer.model.heads import (
     ClassificationHead,
     EmbeddingHead,
@@ -212,7 +212,7 @@ class TokenObjective(Objective):
         arrays, ready = jax.tree.leaves(example._replace(source=None)), any(head.reads_logits for head in model.heads)
         if ready or not isinstance(h, jax.Array) or any(a.shape[1:2] != h.shape[1:2] for a in arrays):
             return None
-        n_bytes = 4 * h.shape[0] * h.shape[1] * (model.vocab_size or 0) // row_parts()  # of a device
+        n_bytes = 4 * h.shape[0] * h.shape[1] * vocabulary_part(model.vocab_size or 0) // row_parts()  # of a device
         return None if n_bytes <= chunks.whole() else chunks.chunk_size(h.shape[1], n_bytes)
 
     def logits(self, model: Model, params: Any, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

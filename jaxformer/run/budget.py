@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.declarations import by_path, map_declared, selected, trained, updated
-from jaxformer.mesh import AXES, ROWS, partition, partitions
+from jaxformer.mesh import AXES, ROWS, partition, partitions, vocabulary_part
 from jaxformer.model.models import Decoder, Model
 from jaxformer.run.inspection import human, model_flops
 from jaxformer.run.plan import abstract_batches, abstract_state, check_mesh, implemented, planned_recipe
@@ -222,14 +222,14 @@ def _share(model: Model, tensor: int) -> Model:
     """The model of what one device of the axis computes."""
     if tensor == 1 or not isinstance(model, Decoder):
         return model
-    of, vocabulary = model.widths, model.vocab_size or 0
+    of = model.widths
     return dataclasses.replace(
         model,
         n_heads=of["H"] // tensor,
         n_kv_heads=of["G"] // tensor,
         head_width=of["K"],
         d_ff=of["F"] // tensor,
-        vocab_size=vocabulary // tensor if vocabulary % tensor == 0 else vocabulary,
+        vocab_size=vocabulary_part(model.vocab_size or 0, tensor),
     )
 
 
