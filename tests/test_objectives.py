@@ -26,7 +26,7 @@ from jaxformer.model import heads
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Bidirectional, Either, Local, Prefix, Window
 from jaxformer.model.models import Encoder, EncoderDecoder, Model
-from jaxformer.run.plan import recipe_of
+from jaxformer.run.plan import filled, recipe_of
 from jaxformer.spec import InputError
 
 rng = np.random.default_rng(0)
@@ -617,6 +617,21 @@ def test_padding_pairs_change_nothing(smoothing):
         outs.append([total, gradient["table"], *sums.values()])
     for padded, alone in zip(*outs, strict=True):
         close(padded, alone, 1e-3)
+
+
+def test_the_last_pairs_of_an_evaluation_are_told_from_as_many_others():
+    """From those of the batch before, which count but once; where none is as wide, from their own batch's."""
+    objective, first, last = Contrastive(), pairs(B), pairs(B)
+    for array in last.values():
+        array[1:] = 0
+    wide = {n: np.pad(a, ((0, 0), (0, 2))) for n, a in last.items()}
+    both = {n: np.concatenate([last[n][:1], a[1:]]) for n, a in first.items()}
+    sums = lambda batch: objective.sums(EMBEDS, j(TABLES), prepared(objective, batch), LENGTHS)
+    expected = sums(both | {"counted": np.arange(B) == 0})
+    assert sums(both)["nats"] > expected["nats"] > 0
+    found = [sums(batch) for batch in filled([first, last, wide])]
+    assert [each["weight"] for each in found] == [B, 1, 1] and found[2]["nats"] == 0
+    close([found[0]["nats"], found[1]["nats"]], [sums(first)["nats"], expected["nats"]])
 
 
 def test_same_texts():

@@ -88,7 +88,7 @@ class Objective(Spec):
     lookahead = 1  # how many tokens more a row has than the model sees
     needs = ("tokens",)  # of a batch
     weighs = False  # it reads the `weights` of a batch, which say what is to be predicted
-    among_rows = False  # what it measures of a row depends on the others of the batch
+    among_rows = False  # what it measures of a row depends on the others of the batch; it reads `counted` of a batch
     one_document = False  # the model sees each row of a batch without `segments` as one document, without padding
     second = False  # whether what it teaches to write is the second text of a row, told by its token type
 
@@ -626,6 +626,9 @@ class Contrastive(Objective):
     A batch holds `source`, `source_segments` int32[B, S] and `tokens`, `segments` int32[B, T], the pairs' two texts.
     A text that belongs to a first text as well is not told from its own: of two pairs whose first or second texts are
     equal, neither has the other's among those to choose from.
+
+    In an evaluation each pair is told from those of a whole batch, unless fewer are as wide (`data.sampling.n_buckets`):
+    the last batch is filled up with pairs of which `counted`, int32[B], is 0, and which are there to choose from only.
     """
 
     label_smoothing: float = 0.0  # share of the target's weight that is spread over the choices (arXiv:1512.00567)
@@ -647,7 +650,8 @@ class Contrastive(Objective):
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         source = Text(batch["source"], places(batch["source_segments"]))
         real = (batch["segments"] > 0).any(1).astype(jnp.float32)
-        return Example(batch["tokens"], places(batch["segments"]), (), real, source)
+        weights = real * batch["counted"] if "counted" in batch else real
+        return Example(batch["tokens"], places(batch["segments"]), (), weights, source)
 
     def check_rows(self, at: str, rows: int, accumulation: int) -> None:
         if accumulation > 1 or rows < 2:
@@ -686,7 +690,7 @@ class Contrastive(Objective):
         head, segments = model.head_of(EmbeddingHead), (example.source.at.segment, example.at.segment)
         vectors = [model.read(params, head, each, s > 0) for each, s in zip(h, segments, strict=True)]
         scores = jnp.einsum("BM,CM->BC", *vectors) / self.temperature
-        real = example.weights > 0
+        real = (segments[1] > 0).any(1)
         same = same_texts(example.source.ids, segments[0]) | same_texts(example.ids, segments[1])
         choices = (real[:, None] & real[None] & ~same) | jnp.eye(len(real), dtype=bool)
         return jnp.where(choices, scores, -1e30), choices

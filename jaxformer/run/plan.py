@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -261,7 +261,8 @@ def _sums(
         part = 1.0 if tokens is None else min(1.0, tokens * share / max(source.n_tokens, 1))
         total: dict[str, Any] = {}
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-        for batch in sampling.full_pass(source, config.row, config.slice_rows, part):
+        batches = sampling.full_pass(source, config.row, config.slice_rows, part)
+        for batch in filled(batches) if recipe.objective.among_rows else batches:
             check_batch(recipe, batch)
             in_flight.append(evaluated(placed(batch), np.int32(next(number)), known))
             if len(in_flight) == 2:
@@ -271,6 +272,18 @@ def _sums(
             _add(total, sums)
         found.append(total)
     return found
+
+
+def filled(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Batches whose rows of padding are taken from the batch before, if its rows are as wide, for others to be told
+    from them; `counted` is 1 of a batch's own rows."""
+    before: Mapping[str, Any] = {}
+    for batch in batches:
+        own = batch["segments"].any(1)
+        if all(name in before and before[name].shape == a.shape for name, a in batch.items()):
+            batch = {n: np.where(own.reshape(-1, *[1] * (a.ndim - 1)), a, before[n]) for n, a in batch.items()}
+        yield {**batch, "counted": own.astype(np.int32)}
+        before = batch
 
 
 def _add(total: dict[str, Any], sums: dict[str, jax.Array]) -> None:
