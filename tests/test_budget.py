@@ -17,7 +17,7 @@ from jaxformer.lab.probe import Probe, small
 from jaxformer.learning.adapters import LoRA
 from jaxformer.learning.by_depth import ByDepth
 from jaxformer.mesh import Mesh
-from jaxformer.run.budget import POLICIES, amount, budget, needs, render, saved
+from jaxformer.run.budget import POLICIES, amount, budget, needs, plan, render, saved
 from jaxformer.run.plan import abstract_batches, abstract_state, hyper_of
 from jaxformer.run.step import Recipe, train_steps
 from jaxformer.spec import InputError
@@ -145,9 +145,34 @@ def test_a_plan_says_what_would_fit():
         assert of(row["rows"])["estimated_bytes"] - slack <= room < of(row["rows"] + 1)["estimated_bytes"]
     assert found["advice"] == "it does not fit; it would with --model.remat=dots_saveable"
     few = found["estimated_bytes"] - found["activations_bytes"] - found["logits_bytes"]
-    assert "not even slices of one row" in budget(config, recipe, 1, few)["advice"]
+    assert (
+        "not even with --train.accumulation=4 --model.remat=nothing_saveable;"
+        in budget(config, recipe, 1, few)["advice"]
+    )
     text = render(found)
     assert "remat=none" in text and f"{'advice':18} it does not fit" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "memory", "advice"),
+    [
+        (
+            "disaster_tweets_contrastive",
+            {"data.tokenizer": "Bytes", "data.tokenizer.mask_token": True},
+            1e6,
+            ", not even with --model.remat=nothing_saveable; take more devices under mesh.fsdp",
+        ),
+        (
+            "shakespeare_cpu",
+            {"data.tokenizer": "Bytes", "model.unroll": 4},
+            30e6,
+            "; it would with --model.remat=nothing_saveable --model.unroll=1",
+        ),
+    ],
+)
+def test_a_plan_advises_nothing_that_is_refused(preset, overrides, memory, advice):
+    """No slices of what compares rows, and a scan for what is computed anew."""
+    assert plan(preset, overrides, device_memory=memory)["advice"] == f"it does not fit{advice}"
 
 
 @pytest.mark.slow

@@ -627,8 +627,8 @@ class Contrastive(Objective):
     A text that belongs to a first text as well is not told from its own: of two pairs whose first or second texts are
     equal, neither has the other's among those to choose from.
 
-    In an evaluation each pair is told from those of a whole batch, unless fewer are as wide (`data.sampling.n_buckets`):
-    the last batch is filled up with pairs of which `counted`, int32[B], is 0, and which are there to choose from only.
+    In an evaluation each pair is told from all of a whole batch, unless fewer are as wide (`data.sampling.n_buckets`):
+    the last batch is filled up with pairs whose `counted`, int32[B], is 0, which are there to choose from.
     """
 
     label_smoothing: float = 0.0  # share of the target's weight that is spread over the choices (arXiv:1512.00567)

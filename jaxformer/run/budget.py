@@ -1,6 +1,7 @@
 """What a run would ask of each of its devices: memory by kind, communication, operations. Nothing is allocated: all is
 read off declarations, abstract shapes and jaxprs."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -305,16 +306,27 @@ def _advice(
     total, rows, slices = found["estimated_bytes"], works.rows, config.train.accumulation
     if total <= memory:
         return f"it fits: {human(total, 'B')} of {human(int(memory), 'B')}"
-    fixed = total - found["activations_bytes"] - found["logits_bytes"]
+    fixed, how = total - found["activations_bytes"] - found["logits_bytes"], ""
     for n in (n for n in range(1, rows + 1) if rows % n == 0):
         room = memory - fixed - (found["gradients_bytes"] if n > 1 and slices == 1 else 0)  # those of all slices
         for row in policies:
+            fields = {"train.accumulation": slices * n} if n > 1 else {}
+            fields |= {"model.remat": row["remat"]} if row["remat"] != remat else {}
+            if (fields := _allowed(config, fields)) is None:
+                continue
+            how = " ".join(f"--{path}={value}" for path, value in fields.items())
             if row["rows"] >= rows // n and sum(works.of(rows // n, row["remat"])) <= room:
-                fields = {"train.accumulation": slices * n} if n > 1 else {}
-                fields |= {"model.remat": row["remat"]} if row["remat"] != remat else {}
-                how = " ".join(f"--{path}={value}" for path, value in fields.items())
                 return f"it does not fit; it would with {how}"
-    return "it does not fit, not even slices of one row with remat=nothing_saveable; take more devices under mesh.fsdp"
+    return f"it does not fit{how and f', not even with {how}'}; take more devices under mesh.fsdp"
+
+
+def _allowed(config: Config, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Fields with which the config passes its checks: these, with layers scanned where they must be; None without."""
+    for more in ({}, {"model.unroll": 1}):
+        with contextlib.suppress(InputError):
+            config_lib.resolve(config, fields | more)
+            return fields | more
+    return None
 
 
 def amount(text: str | None, name: str) -> float | None:
