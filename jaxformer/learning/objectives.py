@@ -344,10 +344,7 @@ class Masked(TokenObjective):
         at = places(segments, batch.get("parts"))
         return Example(jnp.where(chosen, ids, tokens), at, tokens, chosen.astype(jnp.float32))
 
-    def more_sums(
-        self, nats: Nats, weights: Float[Array, "B T"], example: Example, byte_lengths: ByteLengths
-    ) -> dict[str, Number]:
-        return {"right": (nats.right * weights).sum()}
+    more_sums = Objective.more_sums
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         return {"loss": _ratio(sums, "nats"), "accuracy": _ratio(sums, "right"), "tokens": int(sums["weight"])}
@@ -547,7 +544,9 @@ class SpanCorruption(TokenObjective):
 class Classification(Objective):
     """Predict a class for each text, by every classification head of the model: its distribution is that of the head.
 
-    Each text counts as one, however many of its tokens have a class; one without any label (−1) counts nothing.
+    In training each text counts as one, however many of its tokens have a class; without any label (−1) it counts
+    nothing. An evaluation tells the means of each head over what has a class of its column, texts or tokens; `loss` is
+    their sum over heads, `accuracy` their mean.
 
     A batch holds `tokens` and `segments` int32[B, T], and for each head `labels_COLUMN`.
     """
