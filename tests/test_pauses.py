@@ -486,6 +486,17 @@ def test_without_a_terminal_no_minute_is_silent(home, tmp_path, caplog, monkeypa
     assert caplog.messages[-1] == "step 0 of 400: no step is done yet; compiling"
 
 
+def test_runs_of_two_threads_that_end_in_turn_leave_the_handlers_as_they_were():
+    own = logging.getLogger("jaxformer")
+    before = own.handlers, own.propagate, own.level, logging.getLogger().handlers
+    first, second = reports.shown(), reports.shown()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert (own.handlers, own.propagate, own.level, logging.getLogger().handlers) == before
+
+
 def test_the_lines_are_for_no_terminal(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     shown = reports.Reports([dataclasses.replace(text(home), directory=str(tmp_path))], 0, jax.devices())

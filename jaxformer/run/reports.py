@@ -24,6 +24,7 @@ from jaxformer.spec import counted
 log = logging.getLogger(__name__)
 
 QUIET = 50.0  # seconds between two lines where there is no terminal for a bar
+_alone, _handlers, _runs = threading.Lock(), contextlib.ExitStack(), 0
 
 
 @contextlib.contextmanager
@@ -32,8 +33,24 @@ def shown() -> Iterator[None]:
 
     It has if it has set the level of the logger "jaxformer" or of the root, or has given a handler to either; one for
     the console that the root has may be a kernel's, or Orbax's, and says nothing of the program. When the run ends,
-    level and handlers are as they were.
+    of several threads the last one, level and handlers are as they were.
     """
+    global _runs
+    with _alone:
+        if not _runs:
+            _handlers.enter_context(_beside())
+        _runs += 1
+    try:
+        yield
+    finally:
+        with _alone:
+            _runs -= 1
+            if not _runs:
+                _handlers.close()
+
+
+@contextlib.contextmanager
+def _beside() -> Iterator[None]:
     root, own = logging.getLogger(), logging.getLogger("jaxformer")
     before = [(logger, logger.handlers) for logger in (root, own)]
     usual = root.level == logging.WARNING and all(map(_is_console, root.handlers))
