@@ -1,6 +1,7 @@
 """The commands as a user runs them: in processes, killed and started again."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import jaxformer
+from jaxformer.commands import main
 from jaxformer.commands.main import COMMANDS
 from jaxformer.run.directory import has_checkpoint
 from jaxformer.run.inspection import human
@@ -257,13 +259,21 @@ def test_the_page_of_help():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
-@pytest.mark.parametrize("argument", ["presets", "--help"])
-def test_output_that_cannot_be_written_is_told_and_ends_with_status_1(monkeypatch, argument):
+@pytest.mark.parametrize("arguments", ["presets", "--help", "sample --help"])
+def test_output_that_cannot_be_written_is_told_and_ends_with_status_1(monkeypatch, arguments):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "jaxformer", argument]
+        command = [sys.executable, "-m", "jaxformer", *arguments.split()]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "jaxformer: writing: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [("presets >&-", 0), ("nonsense 2>&-", 2), ("new mine <&- >&- 2>&-", 2)]
+)
+def test_a_stream_that_is_closed_is_as_if_nobody_read_it(arguments, status):
+    done = subprocess.run(f"{sys.executable} -m jaxformer {arguments}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
@@ -282,6 +292,15 @@ def test_a_closed_terminal_keeps_the_status():
 
 
 # --- mistakes
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EROFS, 2), (errno.EACCES, 2), (errno.ENOSPC, 1)])
+def test_a_folder_that_cannot_be_written_to_is_a_mistake_and_a_full_disk_is_none(monkeypatch, capsys, number, status):
+    def fails(arguments):
+        raise OSError(number, "no", "runs/a")
+
+    monkeypatch.setattr(main, "_command", lambda name: fails)
+    assert main.run("train", []) == status and "jaxformer: runs/a: no" in capsys.readouterr().err
 
 
 def listing(home):
@@ -433,8 +452,6 @@ def listing(home):
     ],
 )
 def test_a_mistake_gets_one_sentence_and_writes_nothing(home, whole, monkeypatch, capfd, arguments, message):
-    from jaxformer.commands import main
-
     for name, text in {
         "broken.py": "import jaxformer\nx = y\n",
         "syntax.py": "config = (\n",
@@ -640,6 +657,8 @@ def test_opening_a_run_from_within_executes_none_of_its_files(home, whole, tmp_p
     finish(command(tmp_path / "run", "sample", ".", "--tokens=3"))
     (tmp_path / "run" / "own.py").write_text("")
     finish(command(tmp_path / "run", "sample", ".", "--tokens=3", "--import", "own"))
+    module = [sys.executable, "-m", "jaxformer", "sample", ".", "--tokens=3", "--import", "own"]
+    subprocess.run(module, cwd=tmp_path / "run", check=True)
     assert not (tmp_path / "run" / "executed").exists()
 
 

@@ -38,6 +38,9 @@ EXAMPLES = """\
 
 def main(name: str | None = None) -> None:
     """Runs a command and exits with the status that docs/runs.md, "Exit status", promises."""
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed: the next file to be opened would take its number
+            setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA writes a page for each program that it loads from a cache
     for signum in meant():  # until `train` has something to save and collects them itself
         signal.signal(signum, _leave)
@@ -82,18 +85,20 @@ def run(name: str | None, arguments: list[str]) -> int:
         set_flags()  # before the user's modules, which may compute something
         keep_programs()
         arguments, command = imported(arguments), _command(name)
-        if name == "train":
-            command(arguments)
-        else:
-            call(command, arguments, f"jaxformer {name}")
-        sys.stdout.flush()  # a full disk may not be noticed before
+        try:
+            if name == "train":
+                command(arguments)
+            else:
+                call(command, arguments, f"jaxformer {name}")
+        finally:  # of --help, too, which exits
+            sys.stdout.flush()  # a full disk may not be noticed before
     except InputError as error:
         return _fail(str(error), 2)
     except PATH_ERRORS as error:
         return _fail(f"{error.filename}: {error.strerror}; check the path and its permissions", 2)
     except OSError as error:
         message = f"{error.filename or 'writing'}: {error.strerror}" if error.strerror else str(error)
-        return _fail(message, 2 if error.errno == errno.ENAMETOOLONG else 1)
+        return _fail(message, 2 if error.errno in (errno.ENAMETOOLONG, errno.EROFS) else 1)
     except MemoryError as error:
         return _fail(MEMORY.format(error), 1)
     except RuntimeError as error:
