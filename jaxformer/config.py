@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from jaxformer.data import dialogues, tables, tasks
 from jaxformer.data.batches import RandomWindows, RowSize, Sampling
 from jaxformer.data.corpora import Corpus, PythonTopics, TextFiles
-from jaxformer.data.files import expanded, located, write
+from jaxformer.data.files import expanded, located, read_json, write
 from jaxformer.data.tokenizers import Characters, Tokenizer
 from jaxformer.generation.decode import Sampler
 from jaxformer.learning import adafactor, by_depth, groups, schedule_free
@@ -281,10 +281,7 @@ def format_of(path: Path) -> int:
 
 
 def _stored(path: Path) -> tuple[Any, int]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no config can be read ({error}); restore the file, or give another run") from None
+    value = read_json(path)
     since = value.pop("format", 1) if isinstance(value, dict) else 1
     if since not in range(1, FORMAT + 1):
         raise InputError(f"{path}: format={since!r} must be at most {FORMAT}; take the jaxformer that wrote it")

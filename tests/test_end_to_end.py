@@ -403,7 +403,7 @@ def listing(home):
         ("sample run --temperature=nan", "temperature=nan must be a finite number"),
         ("sample run --step=" + "9" * 5000, "must be one of the checkpoints of run: "),
         ("sample damaged", "tokenizer.json: holds a tokenizer that was not fitted"),
-        ("sample long", "config.json: no config can be read"),
+        ("sample long", "config.json: cannot be read"),
         ("sample other", "was saved with other shapes than those of this config and tokenizer"),
         ("train config.py --directory=damaged --train.steps=900", "tokenizer that was not fitted"),
         ("sample run --top_k=0", "top_k=0 must be at least 1"),

@@ -15,6 +15,10 @@ from jaxformer.model.baselines import LSTM
 from jaxformer.model.heads import ClassificationHead, MeanPooling
 from jaxformer.model.layers import MLP, ReLU
 from jaxformer.model.models import Decoder, Embedding, Encoder
+from jaxformer.run.checkpoint import Checkpoints
+from jaxformer.run.directory import read_classes, read_imported, verify_data
+from jaxformer.run.metrics import read_rows
+from jaxformer.run.starts import last_start
 from jaxformer.spec import InputError, Spec, class_name
 
 
@@ -146,3 +150,17 @@ def test_residual_rules_of_before_had_another_file(tmp_path, name):
     rule = getattr(residuals, name)()
     path = stored(tmp_path / "config.json", model={"residual": {"class": f"{M}.blocks:{name}"}})
     assert read(path).model.residual == rule
+
+
+@pytest.mark.parametrize("text", ["{", "9" * 5000, "[" * 100_000])
+def test_a_file_that_is_no_json_is_named_and_a_line_that_is_none_is_left_out(tmp_path, text):
+    (tmp_path / "7").mkdir()
+    for name in ("config.json", "data.json", "imported.json", "metrics.jsonl", "starts.jsonl", "7/manifest.json"):
+        (tmp_path / name).write_text(text)
+    of_config, of_data = lambda folder: read(folder / "config.json"), lambda folder: verify_data(folder, {})
+    for reader in (of_config, of_data, read_classes, read_imported):
+        with pytest.raises(InputError, match=r"json:? cannot be read"):
+            reader(tmp_path)
+    assert read_rows(tmp_path / "metrics.jsonl") == ([], 1) and last_start(tmp_path) == {}
+    with pytest.raises(InputError, match=r"7/manifest\.json is damaged"):
+        Checkpoints(tmp_path).restore({}, 7)

@@ -232,8 +232,8 @@ def test_any_tokenizer_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no tokenizer can be read"),
-        ("{", "no tokenizer can be read"),
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
         ("[]", "holds no tokenizer (no JSON object)"),
         ('{"model": {}}', "holds no tokenizer"),
         ('{"class": "os:system"}', "is no spec of jaxformer"),

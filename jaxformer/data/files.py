@@ -6,6 +6,7 @@ import errno
 import gzip
 import hashlib
 import http.client
+import json
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import urllib.request
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxformer.spec import InputError
 
@@ -39,6 +41,22 @@ def write(path: Path, text: str) -> None:
     except BaseException:  # as of a full disk
         part.unlink(missing_ok=True)
         raise
+
+
+def parsed(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError if it is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON says. Raises InputError if it cannot be read."""
+    try:
+        return parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore the file, or give another") from None
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxformer.data.corpora import Piece
-from jaxformer.data.files import located
+from jaxformer.data.files import located, read_json
 from jaxformer.spec import InputError, Spec, from_json
 
 Ids = NDArray[np.uint32]
@@ -576,7 +576,7 @@ class TokenizerFile(Unfitted):
 
     def fit(self, texts: Iterable[str]) -> Tokenizer:
         path = located(self.path)
-        value = _read_json(path)
+        value = read_json(path)
         given = {name: getattr(self, name) for name in SPECIAL}
         if isinstance(value, dict) and "class" in value:
             for name, token in given.items():
@@ -627,17 +627,10 @@ PADDINGS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer stored in a run. Raises InputError if the file holds none."""
-    tokenizer = from_json(_read_json(path), Tokenizer, str(path))
+    tokenizer = from_json(read_json(path), Tokenizer, str(path))
     if tokenizer.learns or isinstance(tokenizer, TokenizerFile):
         raise InputError(f"{path}: holds a tokenizer that was not fitted to a corpus; restore the file")
     return tokenizer
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no tokenizer can be read ({error}); restore the file, or give another") from None
 
 
 def _canonical(definition: str) -> str:

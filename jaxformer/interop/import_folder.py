@@ -16,7 +16,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config, Data, Train
 from jaxformer.data.batches import Examples, Sampling, ShuffledWindows
 from jaxformer.data.corpora import NoCorpus
-from jaxformer.data.files import located, write
+from jaxformer.data.files import located, parsed, write
 from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import SPECIAL, NoTokenizer, Subwords, Tokenizer, TokenizerFile, defined, read_tokenizer
 from jaxformer.declarations import by_path
@@ -312,9 +312,9 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > JSON:
             raise ValueError(f"it is larger than {JSON:,} bytes")
-        found = json.loads(path.read_bytes())
+        found = parsed(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError("it holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy it again") from None
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer import config as config_lib
-from jaxformer.data.files import located
+from jaxformer.data.files import located, read_json
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.metrics import DIVERGED, read_rows
 from jaxformer.run.starts import last_sources
@@ -171,11 +171,7 @@ def _of_tokenizer(path: Path) -> bytes:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore the file, or leave the run out") from None
-    if not isinstance(found, dict):
+    if not isinstance(found := read_json(path), dict):
         raise InputError(f"{path}: must hold a JSON object; restore the file, or leave the run out")
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.datasets import Prepared
-from jaxformer.data.files import remove_parts, write
+from jaxformer.data.files import read_json, remove_parts, write
 from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.manifest import BASE, UNFINISHED, has_manifest
@@ -122,13 +122,14 @@ def noticed(config: Config) -> dict[str, tuple[Any, Any]]:
 
 def read_classes(directory: Path) -> dict[str, tuple[str, ...]]:
     """The classes of the table's columns that the run was trained on."""
+    found = read_json(directory / "data.json")
     try:
-        found = json.loads((directory / "data.json").read_text()).get("classes", {})
+        found = found.get("classes", {})
         for name, values in found.items():
             if not isinstance(values, list) or {*map(type, values)} - {str} or len(set(values)) != len(values):
                 raise ValueError(f"the classes of {name!r} must be a list of different texts")
         return {name: tuple(values) for name, values in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{directory / 'data.json'}: no classes can be read ({error}); restore the file") from None
 
 
@@ -137,19 +138,19 @@ def read_imported(directory: Path) -> dict[str, Any]:
     the ids by which it ends a text; {} if it was not imported. Raises InputError if that cannot be read."""
     path = directory / "imported.json"
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = read_json(path) if path.is_file() else {}
         return found | {"eos_token_id": [i for i in found.get("eos_token_id", ()) if type(i) is int]} if found else {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path} cannot be read; import the model again") from None
 
 
 def verify_data(directory: Path, found: Mapping[str, Any]) -> None:
     """Raises InputError if fingerprints of the corpora are not those that the run began with."""
     path = directory / "data.json"
+    stored = read_json(path)
     try:
-        stored = json.loads(path.read_text())
         old = {field: stored[name] for field, name in FINGERPRINTS.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path}: no fingerprint of the corpus can be read ({error}); restore the file") from None
     for field, name in FINGERPRINTS.items():
         if old[field] != found[name]:

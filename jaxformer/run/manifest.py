@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxformer.data.files import write
+from jaxformer.data.files import parsed, write
 from jaxformer.declarations import path_name
 from jaxformer.platform import host
 
@@ -118,7 +118,7 @@ def read_manifest(directory: Path) -> Manifest | None:
             text, before = _record_before(directory).read_bytes(), True
         except FileNotFoundError:
             return None
-    found = json.loads(text)
+    found = parsed(text)
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     rank = found.pop("rank", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxformer.config import Config
-from jaxformer.data.files import write
+from jaxformer.data.files import parsed, write
 from jaxformer.spec import to_json
 from jaxformer.writers import Sink
 
@@ -84,7 +84,7 @@ def read_rows(path: Path, upto: float = math.inf) -> tuple[list[dict[str, Any]],
     rows, unread = [], 0
     for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = parsed(line)
             if row["step"] <= upto:
                 rows.append(row)
         except (ValueError, KeyError, TypeError):

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxformer.config import Config
+from jaxformer.data.files import parsed
 from jaxformer.run.plan import implemented
 from jaxformer.user_code import digests
 
@@ -73,7 +74,7 @@ def last_start(directory: str | Path) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
-            if isinstance(row := json.loads(line), dict):
+            if isinstance(row := parsed(line), dict):
                 return row
     return {}
 
