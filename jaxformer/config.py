@@ -1,5 +1,6 @@
 """Every knob of a run on one page; and how a config is loaded, overridden, checked, stored and compared."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -160,13 +161,15 @@ def load(name: str | Path) -> Config:
 
 def execute(path: Path) -> dict[str, Any]:
     """What a Python file of the user's defines. Raises InputError if it raises anything."""
-    sys.path.insert(0, str(path.parent.absolute()))  # as Python does for a script: a config may import its neighbours
+    folder = str(path.parent.absolute())
+    sys.path.insert(0, folder)  # as Python does for a script: a config may import its neighbours
     try:
         return runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's to fix
         raise InputError(f"{_place(path, error)}: {_reason(error)}") from error
     finally:
-        sys.path.pop(0)
+        with contextlib.suppress(ValueError):  # which may have changed it
+            sys.path.remove(folder)
 
 
 def _place(path: Path, error: BaseException) -> str:

@@ -137,7 +137,7 @@ def _override_inside(old: Any, path: str, value: Any, at: str, root: Spec) -> An
     if isinstance(old, Spec):
         return override(old, path, value, at + ".", root)
     place, _, rest = path.partition(".")
-    if isinstance(old, tuple) and rest and place.isdecimal() and int(place) < len(old):
+    if isinstance(old, tuple) and rest and place.isdecimal() and len(place) < 9 and int(place) < len(old):
         i = int(place)
         return (*old[:i], _override_inside(old[i], rest, value, f"{at}.{i}", root), *old[i + 1 :])
     if isinstance(old, tuple) and any(isinstance(part, Spec) for part in old):

@@ -579,6 +579,11 @@ def test_a_line_for_each_run_and_the_curves(three, tmp_path):
         (["empty"], "'empty' holds no run, no config.json beside a data.json"),
         (["a", "--by=acuracy"], "by='acuracy' must be a number of the runs' evaluations: bits_per_byte, loss"),
         (["a", "--json", "--markdown"], "json must not be given beside markdown"),
+        (["a", "--csv=x.csv", "--picture=nowhere/x.png"], "picture='nowhere/x.png' must be a file in a folder that"),
+        (
+            ["a", "--csv=nowhere/x.csv", "--picture=x.png"],
+            "csv='nowhere/x.csv' must be a file in a folder that is there",
+        ),
         (["a", "--csv=x.csv", "--picture=x.docx"], "picture='x.docx' must end in one of ."),
         (["broken"], "broken/config.json: cannot be read"),
         (["strange"], "strange/config.json: holds no config of a run"),

@@ -2,9 +2,12 @@
 
 import ast
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -51,6 +54,25 @@ def test_a_preset_goes_by_its_name_and_a_file_comes_before_it(tmp_path, monkeypa
         "from jaxformer import Config, Decoder\nconfig = Config('a', Decoder(2, 2))"
     )
     assert load("quickstart") == load("quickstart.py") == jaxformer.Config("a", jaxformer.Decoder(2, 2))
+
+
+def test_a_config_that_changes_where_modules_are_looked_for_keeps_its_change_and_no_more(tmp_path, monkeypatch):
+    before = [*sys.path]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own.py").write_text(
+        "import sys\nimport jaxformer\n"
+        "sys.path.insert(0, 'mine')\nconfig = jaxformer.Config('a', jaxformer.Decoder(2, 2))"
+    )
+    load(tmp_path / "own.py")
+    assert sys.path == ["mine", *before]
+
+
+def test_a_full_disk_leaves_no_half_of_a_preset(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main.run("new", [str(tmp_path / "mine.py")]) == 1 and not [*tmp_path.iterdir()]
 
 
 def test_a_wheel_has_the_presets_inside(tmp_path, monkeypatch):

@@ -37,6 +37,9 @@ config = Config(
 """
 
 
+DIGITS = "9" * 5000
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a text and a config."""
@@ -364,11 +367,19 @@ def listing(home):
         ("train config.py --directory=new --init_from=run/checkpoints/17", "step=17 must be one of the checkpoints"),
         ("train config.py --directory=new --seeds=0", "seeds=0 must be how many are trained together"),
         ("train config.py --directory=new --seeds=x", "seeds=x must be how many are trained together"),
-        (
-            "train config.py --directory=new --seeds=2 --profile=3:5",
-            "profile and dry_run are of one run; leave them out",
+        *(
+            (f"train config.py --directory=new {two}", "profile, seeds and dry_run must not be given together")
+            for two in ("--seeds=2 --profile=3:5", "--seeds=2 --dry_run", "--dry_run --profile=3:5")
         ),
-        ("train config.py --directory=new --seeds=2 --dry_run", "profile and dry_run are of one run; leave them out"),
+        *(
+            (f"train config.py --directory=new {field}", message)  # Python reads no number of so many digits
+            for field, message in (
+                (f"--seeds={DIGITS}", f"{DIGITS} must be how many are trained together"),
+                (f"--simulate_devices={DIGITS}", f"{DIGITS} must be how many devices"),
+                (f"--init_from=checkpoints/{DIGITS}", f"{DIGITS}/config.json: File name too long"),
+                (f"--writers=LossCurve --writers.{DIGITS}.x=3", "writers has 1 parts"),
+            )
+        ),
         ("train config.py --directory=new --profile=3", "profile=3 must be START:STOP"),
         ("train config.py --directory=new --profile=5:5", "profile=5:5 must be START:STOP with"),
         ("train config.py --directory=new --profile=5:701", "profile=5:701 must be START:STOP with"),

@@ -138,7 +138,7 @@ def simulated(arguments: Sequence[str]) -> list[str]:
 
     counts, rest = _taken(arguments, "--simulate_devices")
     for count in counts:
-        if not (count.isdecimal() and 0 < int(count) <= 1024):
+        if not (count.isdecimal() and len(count) < 9 and 0 < int(count) <= 1024):
             raise InputError(f"simulate_devices={count} must be how many devices the CPU is to play, such as 8")
         from jaxformer.platform import simulate_devices
 

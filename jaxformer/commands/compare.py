@@ -25,6 +25,9 @@ def compare(
 
     if json and markdown:
         raise InputError("json must not be given beside markdown; leave one of them out")
+    for name, path in (("csv", csv), ("picture", picture)):  # before one of them is written
+        if path is not None and not located(path).parent.is_dir():
+            raise InputError(f"{name}={path!r} must be a file in a folder that is there; make the folder first")
     found = compare(runs, by)
     lines = "" if csv is None else found.csv()
     if picture is not None:

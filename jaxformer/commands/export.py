@@ -22,17 +22,8 @@ def export(
         json: Prints one JSON object.
     """
     from jaxformer.interop.export_folder import export_run
+    from jaxformer.run.budget import amount
     from jaxformer.run.opened import open_run
 
-    print_row(export_run(open_run(run, step_of(step)), folder, dtype, _bytes(shard_size)), json)
-
-
-def _bytes(text: str) -> int:
-    import re
-
-    from jaxformer.spec import InputError
-
-    found = re.fullmatch(r"(\d{1,9})(KB|MB|GB)", text, re.IGNORECASE)
-    if not found or not int(found[1]):
-        raise InputError(f"shard_size={text!r} must be a number of KB, MB or GB, such as 2GB")
-    return int(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2].upper()]
+    size = int(amount(shard_size, "shard_size"))
+    print_row(export_run(open_run(run, step_of(step)), folder, dtype, size), json)

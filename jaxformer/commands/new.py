@@ -11,7 +11,7 @@ def new(path: str, preset: str = "quickstart", /) -> None:
     import difflib
 
     from jaxformer.config import presets
-    from jaxformer.data.files import located
+    from jaxformer.data.files import located, write
     from jaxformer.spec import InputError
 
     file, known = located(path), presets()
@@ -24,9 +24,7 @@ def new(path: str, preset: str = "quickstart", /) -> None:
         )
     text = known[preset].read_text(encoding="utf-8")
     text = text.replace(f'directory="runs/{preset}"', f'directory="runs/{file.stem}"')
-    try:
-        with open(file, "x", encoding="utf-8") as out:
-            out.write(text)
-    except FileExistsError:
-        raise InputError(f"{path} exists already; give another name, or remove it") from None
+    if file.exists():
+        raise InputError(f"{path} exists already; give another name, or remove it")
+    write(file, text)
     print(f"{path} is written; train it with: jaxformer train {path}")

@@ -25,8 +25,9 @@ def plan(
     from jaxformer.run import budget
 
     find_modules_here()
-    memory = budget.amount(device_memory, "device_memory")
-    found = budget.plan(config, overrides, devices, memory, budget.amount(peak_flops, "peak_flops"))
+    texts = {"device_memory": device_memory, "peak_flops": peak_flops}
+    given = {name: budget.amount(text, name) for name, text in texts.items() if text is not None}
+    found = budget.plan(config, overrides, devices, **given)
     if json:
         print_row(found, True)
     else:

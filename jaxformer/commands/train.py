@@ -40,8 +40,8 @@ def train(arguments: Sequence[str]) -> None:
     profile, seeds = _span(overrides.pop("profile", None)), _count(overrides.pop("seeds", None))
     if helps:
         return print(f"{_help()}\n\n{_fields(arguments[0], config_lib.overridden(config, overrides))}")
-    if seeds and (profile or "--dry_run" in arguments):
-        raise InputError("profile and dry_run are of one run; leave them out, or --seeds")
+    if sum(map(bool, (profile, seeds, "--dry_run" in arguments))) > 1:
+        raise InputError("profile, seeds and dry_run must not be given together; leave out all but one")
     if "--dry_run" in arguments:
         from jaxformer.run.dry_run import dry_run
 
@@ -93,6 +93,6 @@ def _count(text: str | None) -> int | None:
     """What --seeds=N says."""
     from jaxformer.spec import InputError
 
-    if text is not None and not (text.isdecimal() and 0 < int(text) < 10_000):
+    if text is not None and not (text.isdecimal() and len(text) < 9 and 0 < int(text) < 10_000):
         raise InputError(f"seeds={text} must be how many are trained together, from train.seed on, such as 8")
     return None if text is None else int(text)

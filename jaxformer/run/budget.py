@@ -329,12 +329,10 @@ def _allowed(config: Config, fields: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def amount(text: str | None, name: str) -> float | None:
+def amount(text: str, name: str) -> float:
     """ "80GB" or "989e12" as a number. Raises InputError for anything else."""
-    if text is None:
-        return None
-    powers = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-    number = text.removesuffix("B")
+    powers = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+    number = text.upper().removesuffix("B")
     power = number[-1:] if number[-1:] in powers else ""
     try:
         value = float(number.removesuffix(power)) * powers[power]

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def open_source(init_from: str) -> Run:
     """The run at its newest checkpoint or, given RUN/checkpoints/STEP, at that one; of its state the parameters."""
     path = Path(init_from)
-    at_step = path.parent.name == "checkpoints" and path.name.isdecimal()
+    at_step = path.parent.name == "checkpoints" and path.name.isdecimal() and len(path.name) < 20
     try:
         run = open_run(path.parent.parent, int(path.name)) if at_step else open_run(path)
     except InputError as error:
