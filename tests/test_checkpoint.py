@@ -214,7 +214,7 @@ def test_a_checkpoint_outlasts_a_power_cut_before_older_ones_go(tmp_path, monkey
     monkeypatch.setattr(checkpoint, "sync", sync)
     fill(folder, {2: None}, keep=1)
     files = {*(folder / "2").rglob("*")} - {folder / "2" / "manifest.json"}  # which syncs itself
-    assert {path for path, whole in synced if not whole} == {rows, folder, folder / "2", *files}
+    assert {path for path, whole in synced if not whole} == {rows, tmp_path, folder, folder / "2", *files}
     assert synced[-1] == (folder / "2", True) and Checkpoints(folder).steps() == [2]
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -484,6 +485,21 @@ def test_without_a_terminal_no_minute_is_silent(home, tmp_path, caplog, monkeypa
     shown.close()
     shown._say()
     assert caplog.messages[-1] == "step 0 of 400: no step is done yet; compiling"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_disk_leaves_no_file_and_no_writer_open(home, tmp_path):
+    configs = [dataclasses.replace(text(home, steps=400), directory=str(tmp_path / name)) for name in "ab"]
+    [(tmp_path / name).mkdir() for name in "ab"]
+    shown, closed = reports.Reports(configs, 0, jax.devices()), []
+    for name, run in zip("ab", shown._runs, strict=True):
+        run._file.close()
+        run._file = open("/dev/full", "w")  # noqa: SIM115
+        run._file.write("a row")
+        run._sinks[name] = types.SimpleNamespace(close=lambda name=name: closed.append(name))
+    with pytest.raises(OSError, match="No space left"):
+        shown.close()
+    assert sorted(closed) == ["a", "b"] and all(run._file.closed for run in shown._runs)
 
 
 def test_runs_of_two_threads_that_end_in_turn_leave_the_handlers_as_they_were():

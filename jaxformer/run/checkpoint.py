@@ -389,7 +389,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_all(path: Path) -> None:
-    for each in (*path.rglob("*"), path, path.parent):
+    for each in (*path.rglob("*"), path, *path.parents[:2]):  # as the run's folder may be new
         sync(each)
 
 

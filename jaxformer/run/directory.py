@@ -13,7 +13,8 @@ from jaxformer.data.datasets import Prepared
 from jaxformer.data.files import read_json, remove_parts, write
 from jaxformer.data.locks import locked
 from jaxformer.data.tokenizers import read_tokenizer
-from jaxformer.run.manifest import BASE, UNFINISHED, has_manifest
+from jaxformer.run.checkpoint import Checkpoints
+from jaxformer.run.manifest import BASE, UNFINISHED
 from jaxformer.spec import InputError, dumps
 
 FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  # field -> its name in data.json
@@ -103,7 +104,7 @@ def as_begun(configs: Sequence[Config]) -> list[Config]:
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether a step was saved whole: until then a run begins as if nothing had been."""
-    return any(path.name.isdecimal() and has_manifest(path) for path in (directory / "checkpoints").glob("*"))
+    return bool(Checkpoints(directory / "checkpoints").steps())
 
 
 def other_run(config: Config) -> str | None:

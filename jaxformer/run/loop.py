@@ -42,18 +42,15 @@ def train(
 ) -> Run:
     """Trains a run, or resumes it where it stopped, and returns it.
 
-    `config` is a Config or the path of a file that defines one; `overrides` maps field paths to values
-    ({"model.n_layers": 6}). `profile` asks for a trace of the device from after one step to after another, in the
-    run's folder `profile`. Raises InputError before anything is written, Interrupted after a signal that ends runs, and
-    Diverged once too many updates in a row were skipped (`train.guard`).
+    `config` is a Config, the path of a file that defines one, or the name of a preset; `overrides` maps field paths to
+    values ({"model.n_layers": 6}). `profile` asks for a trace of the device from after one step to after another, in
+    the run's folder `profile`. Raises InputError before anything is written, Interrupted after a signal that ends runs,
+    and Diverged once too many updates in a row were skipped (`train.guard`).
 
     What the run says of itself goes to stderr, unless the program has handlers of its own for logs; fewer lines with
     logging.getLogger("jaxformer").setLevel("WARNING").
     """
-    platform.set_flags()  # before the config's file, which may compute something
-    if directory is not None:
-        overrides = {**(overrides or {}), "directory": str(directory)}
-    config = config_lib.resolve(config, overrides)
+    config = _resolved(config, overrides, directory)
     return _trained([config], Profile(config, profile))[0]
 
 
@@ -69,12 +66,9 @@ def train_seeds(
     accelerator that one small run leaves idle. Those that have a checkpoint resume with those that they were trained
     with last, so that other seeds may be added to them. Raises as `train` does.
     """
-    platform.set_flags()
-    if directory is not None:
-        overrides = {**(overrides or {}), "directory": str(directory)}
+    first = _resolved(config, overrides, directory)
     if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds={seeds!r} must be one or more, each once, such as range(8)")
-    first = config_lib.resolve(config, overrides)
     check_together(first, len(seeds))
     own = [{"train.seed": seed, "directory": str(Path(first.directory) / f"seed-{seed}")} for seed in seeds]
     return _trained([config_lib.resolve(first, each) for each in own], Profile(first, None))
@@ -98,8 +92,7 @@ def build(
     `step(state, batch)` returns the next state and metrics, and donates the old one; `batch_at(i)` is the batch of
     step i. Nothing is written but the prepared corpus in the cache.
     """
-    platform.set_flags()
-    config = config_lib.resolve(config, overrides)
+    config = _resolved(config, overrides)
     platform.prepare()
     prepared = checked_data(config)
     recipe, hyper = recipe_of(config, prepared.tokenizer, prepared.classes), hyper_of(config)
@@ -119,6 +112,15 @@ def build(
     with config.mesh.entered():
         state = begun(config, prepared, origin)
     return state, step, batches_of(config, prepared).at
+
+
+def _resolved(
+    config: Config | str | Path, overrides: Mapping[str, Any] | None, directory: str | Path | None = None
+) -> Config:
+    platform.set_flags()  # before the config's file, which may compute something
+    if directory is not None:
+        overrides = {**(overrides or {}), "directory": str(directory)}
+    return config_lib.resolve(config, overrides)
 
 
 def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
@@ -148,7 +150,8 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
     with collected() as received, config.mesh.entered(), checkpoints_of(configs) as saved:
         runs, origin = restored(configs, prepared, saved, origin)
         step, steps = int(runs[0].state.step), config.train.steps
-        if step >= steps and not any(owed(configs, saved, step)):
+        due = owed(configs, saved, step)
+        if step >= steps and not any(due):
             more = f", more than the {steps:,} asked for" if step > steps else ""
             log.info("%s is finished: it has made %s%s", config.directory, counted(step, "step"), more)
             received.interrupt(step)
@@ -159,7 +162,7 @@ def _train(configs: Sequence[Config], prepared: Prepared, origin: Origin, profil
         with contextlib.closing(reports), contextlib.closing(profile):
             pauses = Pauses(runs, members, saved, reports, received)
             buffer = members.buffer(step)
-            pauses.before(step, state, buffer)
+            pauses.before(step, state, buffer, due)
             profile.reach(step, state, reports)
             while step < steps and not received:
                 pauses.compile(state, buffer)

@@ -51,10 +51,12 @@ class Rows:
                 sink.write(row)
 
     def close(self) -> None:
-        self._file.close()
-        for name, sink in list(self._sinks.items()):
-            with self._surviving(name):
-                sink.close()
+        try:
+            self._file.close()  # raises what the disk does
+        finally:
+            for name, sink in list(self._sinks.items()):
+                with self._surviving(name):
+                    sink.close()
 
     @contextlib.contextmanager
     def _surviving(self, name: str) -> Iterator[None]:

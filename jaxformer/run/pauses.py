@@ -51,10 +51,10 @@ class Pauses:
                 self._sample(state)
             self._resume()
 
-    def before(self, step: int, state: TrainState, buffer: Batch) -> None:
-        """What is due before the first call, of that buffer: makes up for evaluations that the step at which the run
-        resumes lacks and for ranks of its checkpoints, and compiles."""
-        missing, found = owed(self._configs, self._saved, step)
+    def before(self, step: int, state: TrainState, buffer: Batch, due: "Owed") -> None:
+        """What is due before the first call, of that buffer: makes up for what is `owed` to the step at which the run
+        resumes, and compiles."""
+        missing, found = due
         if found:
             self._rank(step, state, found)
         if missing:
@@ -144,9 +144,10 @@ def evaluations(config: Config, step: int) -> list[str]:
     return [*due, "valid_full"] if last and config.data.valid_tokens is not None else due
 
 
-def owed(
-    configs: Sequence[Config], saved: Sequence[CheckpointWriter], step: int
-) -> tuple[list[str], list[dict[str, Any]]]:
+Owed = tuple[list[str], list[dict[str, Any]]]
+
+
+def owed(configs: Sequence[Config], saved: Sequence[CheckpointWriter], step: int) -> Owed:
     """What a process that died owes the step that the runs have come to: the splits of which some run has no row, and
     the rows that tell how good the step is, if a checkpoint does not know."""
     due = evaluations(configs[0], step)

@@ -164,11 +164,12 @@ class Reports:
         return self.failed
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.stop()
-        self._bar.close()
-        for run in self._runs:
-            run.close()
+        with contextlib.ExitStack() as rows:  # each run's, whatever another's raise
+            for run in self._runs:
+                rows.callback(run.close)
+            if self._lines is not None:
+                self._lines.stop()
+            self._bar.close()
 
     def _report(self) -> None:
         last, count, tokens, flops, arrays = self._in_flight.popleft()
