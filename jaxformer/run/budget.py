@@ -36,7 +36,7 @@ def plan(
     peak_flops: float | None = None,
 ) -> dict[str, Any]:
     """`budget` of a config on so many devices (None: those of this machine, by its own mesh); a mesh of one, of which
-    more are asked for, is taken for fsdp=−1. Reads the corpus only if the vocabulary's size depends on it."""
+    more are asked for, is taken for fsdp=−1. Reads the corpus only if sizes depend on it."""
     if devices is not None and devices < 1:
         raise InputError(f"devices={devices} must be at least 1, such as 8; left out, it is those of this machine")
     config, count = config_lib.resolve(config, overrides), devices or jax.device_count()

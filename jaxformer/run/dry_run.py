@@ -28,9 +28,9 @@ def dry_run(config: Config | str | Path, overrides: Mapping[str, Any] | None = N
     """The resolved config as JSON values; what `budget.needs` says of it; and, in bytes of one device, what its step as
     it is compiled here works with besides what it is given, `working_bytes`, and with both, `total_bytes`.
 
-    The corpus is read only if the size of the vocabulary depends on it, or a tokenizer is to be compared with that of
-    `init_from`; nothing is allocated on the device. Raises InputError as `train` would, but for what the corpus itself
-    may bring; a directory that holds another run is a warning.
+    The corpus is read only if sizes depend on it, or a tokenizer is to be compared with that of `init_from`; nothing is
+    allocated on the device. Raises InputError as `train` would, but for what the corpus itself may bring; a directory
+    that holds another run is a warning.
     """
     (config,) = as_begun([config_lib.resolve(config, overrides)])
     for writer in config.writers:

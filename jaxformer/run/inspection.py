@@ -64,7 +64,7 @@ def describe(config: Config, recipe: Recipe) -> dict[str, Any]:
 
 
 def inspect_config(path: str) -> dict[str, Any]:
-    """`Run.inspect` for a config file, without a state; reads the corpus only if its tokenizer learns from it."""
+    """`Run.inspect` for a config file, without a state; reads the corpus only if sizes depend on it."""
     config = config_lib.resolve(path)
     hashes = {"params_sha256": None, "state_sha256": None}
     return {"step": None, **describe(config, planned_recipe(config)), **hashes}
