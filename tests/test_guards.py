@@ -176,6 +176,12 @@ def test_too_many_in_a_row_end_the_run_and_what_is_saved_is_good(tmp_path, monke
     assert all(np.isfinite(array).all() for array in jax.tree.leaves((run.state.params, run.state.opt_state)))
 
 
+def test_a_gradient_is_named_only_where_the_parameters_are_as_they_were(tmp_path):
+    """Steps 4 and 5 of the call have moved them."""
+    with pytest.raises(Diverged, match="1 update in a row skipped, the last at step 3: the loss is nan; look at"):
+        jaxformer.train(config(tmp_path / "a", (2,), guard=Guard(most=1)))
+
+
 def test_the_command_ends_with_status_1_and_one_sentence(tmp_path, monkeypatch, capsys):
     from jaxformer.commands import main
 

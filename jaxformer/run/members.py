@@ -103,17 +103,18 @@ class Members:
         """How many updates there were that the guard has skipped."""
         return float(np.sum(state.skips.total)) if self.recipe.guard else 0.0
 
-    def diverged(self, state: TrainState, step: int, member: int) -> Diverged:
-        """What is wrong with the update of a step, 1 for the first: the skipped ones before it have left the parameters
-        as they were, so that its gradient can be computed again."""
+    def diverged(self, state: TrainState, step: int, member: int, loss: float) -> Diverged:
+        """What is wrong with the update of a step, 1 for the first: if all since were skipped, the parameters are as
+        they were, and its gradient can be computed again."""
         config, own = self.configs[member], [*self.apart(state)][member]
         guard = config.train.guard
         assert guard is not None
-        batch, norms = self._batches[member].at(step - 1), dataclasses.replace(self.recipe, grad_norms=True)
-        before = own.replace(step=np.int32(step - 1))
-        _, found = jax.jit(train_step, static_argnums=0)(norms, before, batch, hyper_of(config))
-        wrong = [path for path, norm in found["grad_norms"].items() if not np.isfinite(norm).all()]
-        what = f"the loss is {float(found['loss']):.4g}"
+        what, wrong = f"the loss is {loss:.4g}", list[str]()
+        if int(own.step) - step < int(own.skips.in_a_row):
+            batch, norms = self._batches[member].at(step - 1), dataclasses.replace(self.recipe, grad_norms=True)
+            before = own.replace(step=np.int32(step - 1))
+            _, found = jax.jit(train_step, static_argnums=0)(norms, before, batch, hyper_of(config))
+            wrong = [path for path, norm in found["grad_norms"].items() if not np.isfinite(norm).all()]
         if wrong:
             what += f", and the gradient of {wrong[0]} is not finite"
             what += f", nor are those of {len(wrong) - 1} other arrays" if wrong[1:] else ""

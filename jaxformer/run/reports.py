@@ -116,7 +116,8 @@ class Reports:
         self._steps, self._step, self._loss, self._speed = knobs.steps, step, math.nan, 0.0
         self._told: set[str] = set()
         self._most, self._skipped = math.inf if knobs.guard is None else knobs.guard.most, skipped
-        self.failed: tuple[int, int] | None = None  # step and member of the first update too many skipped in a row
+        # Step, member and loss of the first update too many that was skipped in a row.
+        self.failed: tuple[int, int, float] | None = None
         self._doing = ""
         self._lines = Every(QUIET, self._say) if self._bar.disable else None
         self.resume()
@@ -156,10 +157,10 @@ class Reports:
             if not run.has(step, split):
                 run.write(step=step, split=split, **row, seconds=round(self._seconds + self._elapsed, 3))
 
-    def diverged(self) -> tuple[int, int]:
-        """Step and member of the first update too many that was skipped in a row; writes it to the member's rows."""
+    def diverged(self) -> tuple[int, int, float]:
+        """`failed`, which is written to the member's rows."""
         assert self.failed is not None
-        step, member = self.failed
+        step, member, _ = self.failed
         self._runs[member].write(step=step, split=DIVERGED, seconds=round(self._seconds + self._elapsed, 3))
         return self.failed
 
@@ -180,7 +181,7 @@ class Reports:
         self._speed = self._tokens / self._elapsed
         speeds = self._speeds()
         self._warn(last - count, rows["loss"][..., :count], weights)
-        self._count_skips(last - count, rows.get("skipped"), rows.pop("skipped_in_a_row", None), count)
+        self._count_skips(last - count, rows["loss"], rows.get("skipped"), rows.pop("skipped_in_a_row", None), count)
         for i, step in enumerate(range(last - count + 1, last + 1)):
             if step % self._log_every == 0:
                 for member, run in enumerate(self._runs):
@@ -222,7 +223,9 @@ class Reports:
                 log.warning("step %d%s: %s", before + i + 1, seed, sentence.format(losses[member, i]))
                 self._told.add(name)
 
-    def _count_skips(self, before: int, skipped: np.ndarray | None, in_a_row: np.ndarray | None, count: int) -> None:
+    def _count_skips(
+        self, before: int, losses: np.ndarray, skipped: np.ndarray | None, in_a_row: np.ndarray | None, count: int
+    ) -> None:
         """Tells how many updates a call has skipped, and notes the first that is one too many."""
         if skipped is None or in_a_row is None:
             return
@@ -235,7 +238,7 @@ class Reports:
         self._skipped = total
         if self.failed is None and (in_a_row >= self._most).any():
             member, i = min(zip(*np.nonzero(in_a_row >= self._most), strict=True), key=lambda at: at[1])
-            self.failed = before + int(i) + 1, int(member)
+            self.failed = before + int(i) + 1, int(member), float(np.atleast_2d(losses)[member, i])
 
     def _say(self) -> None:
         """One line, of what is known by now."""
