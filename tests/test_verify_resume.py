@@ -211,9 +211,10 @@ def test_its_processes_import_what_it_imports(home, monkeypatch):
     assert "--import=their_position" in seen[0]
 
 
+@pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_runs_that_cannot_be_compared_stay(home, monkeypatch, trained):
-    """Unlike those of a config that cannot be trained."""
+def test_runs_that_cannot_be_compared_stay(home, monkeypatch, trained, there):
+    """Unlike those of a config that cannot be trained; a folder that was there stays, too, empty."""
 
     def refuse(*_):
         raise InputError("the corpus has changed")
@@ -221,9 +222,12 @@ def test_runs_that_cannot_be_compared_stay(home, monkeypatch, trained):
     monkeypatch.setattr(Trial, "straight", lambda trial: (1.0, 2.0, 0.1) if trained else refuse())
     monkeypatch.setattr(Trial, "interrupted", lambda *_: iter(()))
     monkeypatch.setattr("jaxformer.lab.verify_resume._checks", refuse)
+    kept = home / f"kept{trained}{there}"
+    if there:
+        kept.mkdir()
     with pytest.raises(InputError, match="the corpus has changed"):
-        verify_resume("config.py", directory=home / "kept")
-    assert (home / "kept").exists() == trained
+        verify_resume("config.py", directory=kept)
+    assert kept.exists() == (trained or there)
 
 
 def test_a_config_in_python_is_refused():

@@ -18,6 +18,8 @@ from jaxformer.data.sources import Source
 from jaxformer.data.tokenizers import NoTokenizer
 from jaxformer.generation.decode import LeftToRight, Request, row_keys
 from jaxformer.generation.logits_processors import usual_processors
+from jaxformer.model.models import Embedding
+from jaxformer.model.positions import Learned
 from jaxformer.platform import prepare
 from jaxformer.run.checkpoint import CheckpointWriter
 from jaxformer.run.plan import hyper_of, planned_recipe
@@ -25,7 +27,7 @@ from jaxformer.run.step import Recipe, init_state, train_steps
 
 
 def planned(size: Size, overrides: Mapping[str, Any]) -> tuple[Config, Recipe]:
-    """A config at its own settings but for the sizes, and what it trains."""
+    """A config at its own settings but for the sizes, and what it trains; an encoder with positions as the others'."""
     prepare()
     sizes = {
         "model.n_layers": size.layers,
@@ -35,8 +37,8 @@ def planned(size: Size, overrides: Mapping[str, Any]) -> tuple[Config, Recipe]:
         "data.batch_size": size.batch,
         "data.window": max(size.tokens, 2),
     }
-    classes = {} if size.causal else {"model.head.classes": ("no", "yes")}
-    config = resolve(size.config, {**sizes, **classes, **overrides})
+    alike = {"model.head.classes": ("no", "yes"), "model.position": Learned(), "model.embedding": Embedding()}
+    config = resolve(size.config, {**sizes, **({} if size.causal else alike), **overrides})
     return config, planned_recipe(config, NoTokenizer(size.vocabulary))
 
 
@@ -54,13 +56,13 @@ def step(
     kind = np.uint8 if size.vocabulary <= 256 else np.uint16
     source = Source(rng.integers(0, size.vocabulary, 1_000_000).astype(kind), np.zeros(1, np.int64))
     drawn = Batches((source,), (1.0,), RandomWindows(), config.row, size.batch, 0)
-    lengths = rng.integers(5, size.tokens + 1, (steps_per_call, size.batch, 1)) if not size.causal else None
     at, state = 0, init_state(recipe, hyper)
 
     def call() -> None:
         nonlocal at, state
         batch = {"tokens": np.stack([drawn.at(at + i)["tokens"] for i in range(steps_per_call)])}
-        if lengths is not None:
+        if not size.causal:
+            lengths = rng.integers(5, size.tokens + 1, (steps_per_call, size.batch, 1))
             batch["segments"] = (np.arange(size.tokens) < lengths).astype(np.int32)
             batch["labels_target"] = lengths[..., 0].astype(np.int32) % 2
         state, metrics = train_steps(recipe, state, batch, np.int32(steps_per_call), hyper)

@@ -30,10 +30,11 @@ def timed(call: Callable[[], Any], seconds: float, per_call: int = 1, after: Cal
 
 
 def stalled(save: Callable[[], Any], step: Callable[[], Any], seconds: float, after: Callable[[], Any]) -> Found:
-    """Seconds by which a save delays the end of a step that overwrites what is saved: it may wait for a copy."""
+    """Seconds by which a save delays the end of a step that overwrites what is saved: it may wait for a copy. Less than
+    a hundredth of a step is noise, and told as that much."""
     alone = timed(step, seconds / 4)["seconds"]
     found = timed(lambda: (save(), step()), seconds / 4, after=after)
-    return found | {"seconds": max(found["seconds"] - alone, 1e-6)}
+    return found | {"seconds": max(found["seconds"] - alone, alone / 100)}
 
 
 def sides_of(dtypes: Iterable[str], count: int, found: Found) -> Iterator[tuple[str, int]]:

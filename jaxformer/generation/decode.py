@@ -85,8 +85,8 @@ class LeftToRight(Sampler):
 
     Token t of a text is drawn with the key fold_in(key of the text, t), so that asking for more tokens leaves the first
     ones as they were. A text that fills the context continues from its last half; the rows of a request do so together,
-    when the longest is full. A prefix mask sees the whole prompt, or the half. Nothing more is drawn once all rows have
-    ended.
+    when the longest is full. A prefix mask sees the whole prompt, or the half, and token types take it for the first
+    text. Nothing more is drawn once all rows have ended.
     """
 
     def check_model(self, objective: Objective, model: Model) -> None:

@@ -92,6 +92,7 @@ def verify_resume(
     KeyboardInterrupt for a signal of one's own.
     """
     first = _checked(config, overrides, kills, signals, seeds)
+    given = directory is not None and located(str(directory)).is_dir()
     folder = _folder(directory)
     names = [""] if seeds is None else [f"seed-{first.train.seed + i}" for i in range(seeds)]
     flags = [f"--{path}={value}" for path, value in (overrides or {}).items()]
@@ -108,6 +109,8 @@ def verify_resume(
                 until_row, in_all, call = straight.straight()
             except InputError:  # of a config that cannot be trained; what is compared later stays
                 shutil.rmtree(folder)
+                if given:
+                    folder.mkdir()
                 raise
             findings.append(f"straight: {counted(first.train.steps, 'step')} in {in_all:.1f} s")
             for each in resumed.interrupted(random.Random(seed), kills, signals, until_row, call):
