@@ -6,10 +6,9 @@
         --data.corpus.path=$JAXFORMER_DATA/disaster_tweets.csv --data.corpus.labels=target --data.corpus.inside=true
 
 It reads $JAXFORMER_DATA/disaster_tweets.csv. 937,729 parameters. A fifth of the tweets is put aside for the last of
-these commands; of the rest 90 % train and 10 % validate. Accuracy of folds, splits and seeds 0 to 4: 0.7772 ± 0.0196 on
-the tweets put aside, best checkpoint; 0.7829 ± 0.0193 in validation, best of 8 evaluations. About 150 s of training
-each on 2 cores (AMD EPYC, jax 0.10.1), while other programs ran beside it. All folds, recipes and pretraining:
-`jaxformer reproduce encoder`.
+these commands; of the rest 90 % train and 10 % validate. Accuracy of folds, splits and seeds 0 to 4: 0.7716 ± 0.0249 on
+the tweets put aside, best checkpoint; 0.7816 ± 0.0168 in validation, best of 8 evaluations. 27 s of training each on 2
+cores (AMD EPYC, family 26, jax 0.10.1). All folds, recipes and pretraining: `jaxformer reproduce encoder`.
 """
 
 from jaxformer import Config, Data, Encoder, Train

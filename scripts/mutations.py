@@ -133,6 +133,9 @@ MUTATIONS = {
     "norms_decay": Mutation(
         "weight decay acts on norms and biases", "learning/optimizers.py", "map_declared(lambda box: box.decay, declared)", "map_declared(lambda box: True, declared)"
     ),
+    "no_decay": Mutation(
+        "weight decay is forgotten", "learning/optimizers.py", "self.eps, weight_decay=self.weight_decay", "self.eps, weight_decay=0.0"
+    ),
     "float32_product": Mutation(
         "scores are a float32 product in bfloat16 training",
         *("model/kernels.py", "_grouped(q * scale,", "_grouped((q * scale).astype(jnp.float32),"),

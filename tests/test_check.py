@@ -21,9 +21,10 @@ from jaxformer.lab.devices import batches
 from jaxformer.lab.probe import ROWS, Inapplicable, Probe, Wrong, small, with_part
 from jaxformer.lab.properties import CHECKS
 from jaxformer.learning.by_depth import ByDepth
-from jaxformer.learning.groups import Everything, Group, Groups
-from jaxformer.learning.optimizers import AdamW
+from jaxformer.learning.groups import Everything, Group, Groups, Lettered
+from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.model.implementations import Blocked, CuDNN
+from jaxformer.model.layers import MLP
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
 from jaxformer.run import starts
@@ -132,6 +133,15 @@ def test_an_optimizer_that_forgets_its_weight_decay_is_found():
     forgets = Probe(small(config_lib.resolve("quickstart", {"optimizer": Forgetful(weight_decay=0.1)})))
     with pytest.raises(Wrong, match="does not decay, and is declared to"):
         run(forgets)
+
+
+def test_groups_of_which_one_decays_nothing_are_no_mistake():
+    """Whose optimizer may be of a kind that has no weight decay."""
+    groups = Group(Lettered(("F",)), AdamW(weight_decay=0.1)), Group(Everything(), SGD())
+    changes = {"optimizer": Groups(groups=groups), "model.feed_forward": MLP(bias=True)}
+    probe = Probe(small(config_lib.resolve("quickstart", changes)))
+    run = {name: function for name, _, function in CHECKS}["weight decay as declared"]
+    assert run(probe).startswith("0 of ")
 
 
 class Forgetful(AdamW):

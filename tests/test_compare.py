@@ -1,6 +1,7 @@
 """Comparing runs: what makes a group, what is said of the difference between two, and what is not."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -27,7 +28,9 @@ from jaxformer.lab.tables import aligned_table
 from jaxformer.learning.objectives import Contrastive, NextToken
 from jaxformer.model.heads import EmbeddingHead
 from jaxformer.model.positions import ALiBi, NoPosition, Rotary
+from jaxformer.run.starts import sources
 from jaxformer.spec import dumps
+from jaxformer.writers import Writer
 
 STEPS, LAST = 60, 3
 BASE = Config(
@@ -186,6 +189,21 @@ def test_seeds_places_and_what_changes_no_number_make_no_group(tmp_path):
         "data.corpus_sha256": ["c0" * 6, "c0" * 6, "d1" * 6],
     }
     assert [value.items() >= rotary.items() for value in found.differences["model.position"]] == [False, True, False]
+
+
+def test_the_code_of_what_does_not_train_is_not_recorded():
+    config = dataclasses.replace(BASE, writers=(Nowhere(),), model=dataclasses.replace(BASE.model, position=Own()))
+    names = sources(config)
+    assert any(name.endswith(":Own") for name in names) and not any("Nowhere" in name for name in names)
+
+
+class Own(NoPosition):
+    """A stranger's."""
+
+
+class Nowhere(Writer):
+    def open(self, directory, config, step):
+        raise NotImplementedError
 
 
 def test_runs_of_other_code_are_another_group(tmp_path):

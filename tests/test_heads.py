@@ -368,19 +368,6 @@ def test_a_pooling_with_a_name_of_its_head_is_refused(head):
         head.params()
 
 
-@pytest.mark.parametrize(
-    ("head", "sentence"),
-    [
-        (heads.EmbeddingHead(activation=Tanh()), "acts behind a projection; set width"),
-        (heads.ClassificationHead(activation=ReLU()), "is of a layer before the last; set hidden"),
-        (heads.TokenClassificationHead(pooling=heads.LastToken()), "each token has a class here"),
-    ],
-)
-def test_what_has_no_effect_in_a_head_is_refused(head, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        head.check()
-
-
 def test_heads_refuse():
     for n, cls in ((3, heads.BinaryHead), (None, heads.ClassificationHead)):
         with pytest.raises(ValueError, match=r"must be two classes|are not known"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxformer.model.layers import Out
 from jaxformer.model.masks import Bidirectional, Either, Local, Prefix, Window
 from jaxformer.model.models import Encoder, EncoderDecoder, Model
 from jaxformer.run.plan import filled, recipe_of
+from jaxformer.run.step import evaluate_batch
 from jaxformer.spec import InputError
 
 rng = np.random.default_rng(0)
@@ -626,7 +628,8 @@ def test_the_last_pairs_of_an_evaluation_are_told_from_as_many_others():
         array[1:] = 0
     wide = {n: np.pad(a, ((0, 0), (0, 2))) for n, a in last.items()}
     both = {n: np.concatenate([last[n][:1], a[1:]]) for n, a in first.items()}
-    sums = lambda batch: objective.sums(EMBEDS, j(TABLES), prepared(objective, batch), LENGTHS)
+    recipe = SimpleNamespace(objective=objective, model=EMBEDS, cast=lambda params: params)
+    sums = lambda batch: evaluate_batch.__wrapped__(recipe, j(TABLES), j(batch), 0, LENGTHS)
     expected = sums(both | {"counted": np.arange(B) == 0})
     assert sums(both)["nats"] > expected["nats"] > 0
     found = [sums(batch) for batch in filled([first, last, wide])]

@@ -441,7 +441,6 @@ def test_refusals():
     for wrong, sentence in (
         (Groups(groups=()), "at least one"),
         (Groups(groups=(Group(factor=0.0),)), "groups.0.factor=0.0 must be more than 0"),
-        (Groups(groups=(Group(optimizer=Frozen(), factor=0.5),)), "factor=0.5 must be 1: groups.0.optimizer=Frozen"),
         (Groups(clip=0.0), "clip=0.0"),
         (Muon(momentum=1.0), "momentum=1.0"),
         (Muon(steps=0), "steps=0"),

@@ -26,7 +26,7 @@ def timed(call: Callable[[], Any], seconds: float, per_call: int = 1, after: Cal
         found.append(time.perf_counter() - started)
         after()
     median = statistics.median(found[1:])
-    return {"seconds": median / per_call, "compile": found[0] - median}
+    return {"seconds": median / per_call, "compile": max(found[0] - median, 0.0)}
 
 
 def stalled(save: Callable[[], Any], step: Callable[[], Any], seconds: float, after: Callable[[], Any]) -> Found:

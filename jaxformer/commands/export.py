@@ -24,6 +24,9 @@ def export(
     from jaxformer.interop.export_folder import export_run
     from jaxformer.run.budget import amount
     from jaxformer.run.opened import open_run
+    from jaxformer.spec import InputError
 
     size = int(amount(shard_size, "shard_size"))
+    if size < 10**6:
+        raise InputError(f"shard_size={shard_size!r} must be at least 1MB; 2GB is usual")
     print_row(export_run(open_run(run, step_of(step)), folder, dtype, size), json)

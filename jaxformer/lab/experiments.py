@@ -18,7 +18,7 @@ import numpy as np
 from jaxformer import config as config_lib
 from jaxformer import pictures
 from jaxformer.config import Config
-from jaxformer.data.files import write
+from jaxformer.data.files import read_json, write
 from jaxformer.data.tokenizers import TokenizerFile
 from jaxformer.lab.intervals import estimate
 from jaxformer.lab.tables import markdown_table
@@ -28,7 +28,7 @@ from jaxformer.run.directory import as_begun, has_begun
 from jaxformer.run.loop import check_together, train, train_seeds
 from jaxformer.run.metrics import finite, rows_of
 from jaxformer.run.opened import Run
-from jaxformer.run.starts import changed_sources, last_seeds, last_start
+from jaxformer.run.starts import changed_sources, last_seeds, last_start, starts_of
 from jaxformer.spec import InputError, fields
 
 log = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ def _check_kept(config: Config, home: Path, lent: bool) -> None:
         raise InputError(f"{home}: {', '.join(told)}; delete the folder to train it again")
     report = home / "init_from.json"
     if lent and config.init_from and report.exists():
-        taken = json.loads(report.read_text(encoding="utf-8"))
+        taken = read_json(report)
         if not warm_start.still_has(warm_start.open_source(config.init_from), taken):
             raise InputError(
                 f"{home}: it began with other parameters than {config.init_from} has now; delete the folder to train "
@@ -363,6 +363,10 @@ def trained_on(results: Sequence[Result]) -> str:
     found: dict[str, None] = {}
     for run in (run for result in results for run in result.runs):
         start = last_start(run.config.directory)
+        if not {"versions", "python", "devices"} <= start.keys():
+            raise InputError(
+                f"{starts_of(run.config.directory)}: no start can be read; delete the folder to train it again"
+            )
         versions = ", ".join(f"{name} {start['versions'][name]}" for name in ("jax", "flax", "optax"))
         kinds = ", ".join(sorted(set(start["devices"])))
         found[f"{versions}, Python {start['python']}; {kinds}; {start.get('processor', 'processor not recorded')}"] = (

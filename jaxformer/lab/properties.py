@@ -29,7 +29,7 @@ from jaxformer.lab.probe import (
     with_dropout,
 )
 from jaxformer.learning.objectives import TokenObjective
-from jaxformer.learning.optimizers import SGD
+from jaxformer.learning.optimizers import SGD, Frozen, Optimizer
 from jaxformer.learning.schedules import Constant
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.kernels import Look, Softmax, plain
@@ -359,8 +359,9 @@ def decays_as_declared(probe: Probe) -> str:
     moving = trained(probe.moving, probe.moving)
     updates = by_path(_updates(probe, jax.tree.map(jnp.zeros_like, trained(probe.loud, probe.moving))))
     moved = {path: bool(np.abs(update).max() > 0) for path, update in updates.items()}
-    own = [getattr(owner, name) for _, owner, name in fields(probe.config.optimizer) if name == "weight_decay"]
-    expected = (bool(own) or any(moved.values())) and all(own)  # of several groups some may have none
+    owners = [owner for _, owner, _ in fields(probe.config.optimizer) if isinstance(owner, Optimizer)]
+    alone = [o for o in owners if not (hasattr(o, "optimizer") or hasattr(o, "groups") or isinstance(o, Frozen))]
+    expected = all(getattr(o, "weight_decay", 0) for o in alone)  # of several groups some may have none
     for path, box in by_path(moving).items():
         if moved[path] and not box.decay:
             raise Wrong(f"{path} decays, and is declared not to")

@@ -68,8 +68,6 @@ class Group(Spec):
     def check(self, at: str = "") -> None:
         if self.factor <= 0:
             raise ValueError(f"{at}factor={self.factor} must be more than 0; {at}optimizer=Frozen changes nothing")
-        if isinstance(self.optimizer, Frozen) and self.factor != 1:
-            raise ValueError(f"{at}factor={self.factor} must be 1: {at}optimizer=Frozen has no learning rate")
 
 
 class Groups(Optimizer):

@@ -88,7 +88,7 @@ class Objective(Spec):
     lookahead = 1  # how many tokens more a row has than the model sees
     needs = ("tokens",)  # of a batch
     weighs = False  # it reads the `weights` of a batch, which say what is to be predicted
-    among_rows = False  # what it measures of a row depends on the others of the batch; it reads `counted` of a batch
+    among_rows = False  # what it measures of a row depends on the others of the batch
     one_document = False  # the model sees each row of a batch without `segments` as one document, without padding
     second = False  # whether what it teaches to write is the second text of a row, told by its token type
 
@@ -627,7 +627,7 @@ class Contrastive(Objective):
     equal, neither has the other's among those to choose from.
 
     In an evaluation each pair is told from all of a whole batch, unless fewer are as wide (`data.sampling.n_buckets`):
-    the last batch is filled up with pairs whose `counted`, int32[B], is 0, which are there to choose from.
+    the last batch is filled up with pairs that do not count and are there to choose from.
     """
 
     label_smoothing: float = 0.0  # share of the target's weight that is spread over the choices (arXiv:1512.00567)
@@ -649,8 +649,7 @@ class Contrastive(Objective):
     def prepare(self, batch: Batch, key: jax.Array, step: jax.Array | None = None) -> Example:
         source = Text(batch["source"], places(batch["source_segments"]))
         real = (batch["segments"] > 0).any(1).astype(jnp.float32)
-        weights = real * batch["counted"] if "counted" in batch else real
-        return Example(batch["tokens"], places(batch["segments"]), (), weights, source)
+        return Example(batch["tokens"], places(batch["segments"]), (), real, source)
 
     def check_rows(self, at: str, rows: int, accumulation: int) -> None:
         if accumulation > 1 or rows < 2:

@@ -237,8 +237,6 @@ class EmbeddingHead(Head):
     def check(self, at: str = "") -> None:
         if self.width is not None and self.width < 1:
             raise ValueError(f"{at}width={self.width} must be at least 1; None leaves the pooled vector as it is")
-        if self.width is None and self.activation != Identity():
-            raise ValueError(f"{at}activation={self.activation} acts behind a projection; set {at}width")
 
     def params(self) -> dict[str, Param]:
         sizes = {"M": self.width or 0}
@@ -293,8 +291,6 @@ class ClassificationHead(Head):
             raise ValueError(f"{at}classes={self.classes} must differ, and not be empty; None takes the table's")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"{at}hidden={self.hidden} must be at least 1; None leaves that layer out")
-        if self.hidden is None and self.activation != Tanh():
-            raise ValueError(f"{at}activation={self.activation} is of a layer before the last; set {at}hidden")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
 
@@ -393,11 +389,6 @@ class TokenClassificationHead(ClassificationHead):
     """One class for each token, as for named entities. Labels are int32[B, T], −1 where a token has none."""
 
     of_tokens = True
-
-    def check(self, at: str = "") -> None:
-        super().check(at)
-        if self.pooling != MeanPooling():
-            raise ValueError(f"{at}pooling={self.pooling} makes one vector of a text, and each token has a class here")
 
     def __call__(
         self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None

@@ -66,8 +66,7 @@ class Mixer(Spec):
         return {}
 
     def slots(self, parts: Parts) -> dict[str, Slot]:
-        """Room in the cache. Entries for tokens need those of their places, too: `cache.PLACE` and the mask's, which
-        `place` fills."""
+        """Room in the cache. Entries for tokens need those of their places, too: `place_slots`, which `place` fills."""
         return {}
 
     def for_decoding(self, params: Any) -> Any:

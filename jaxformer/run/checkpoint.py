@@ -302,6 +302,7 @@ class CheckpointWriter(Checkpoints):
         if (rows := self.directory.parent / "metrics.jsonl").exists():
             sync(rows)
         _sync_all(path)
+        sync(self.directory.parent)  # which has config.json, and metrics.jsonl
         with self._lock:
             manifest.ranked(self._ranks[step]).write(path)
         sync(path)
@@ -389,7 +390,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_all(path: Path) -> None:
-    for each in (*path.rglob("*"), path, *path.parents[:2]):  # as the run's folder may be new
+    for each in (*path.rglob("*"), path, path.parent):
         sync(each)
 
 

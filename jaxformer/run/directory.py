@@ -53,6 +53,8 @@ def check_directory(config: Config, prepared: Prepared) -> bool:
     config_lib.check_storable(config)
     directory = Path(config.directory)
     if not check_begun(config):
+        if has_checkpoint(directory):
+            raise InputError(f"{directory} has checkpoints and no config.json; restore that, or give another directory")
         return False
     verify_data(directory, prepared.manifest)
     if read_tokenizer(directory / "tokenizer.json") != prepared.tokenizer:

@@ -279,10 +279,10 @@ def filled(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     from them; `counted` is 1 of a batch's own rows."""
     before: Mapping[str, Any] = {}
     for batch in batches:
-        own = batch["segments"].any(1)
+        own = batch.get("segments", np.ones_like(batch["tokens"])).any(1)
         if all(name in before and before[name].shape == a.shape for name, a in batch.items()):
             batch = {n: np.where(own.reshape(-1, *[1] * (a.ndim - 1)), a, before[n]) for n, a in batch.items()}
-        yield {**batch, "counted": own.astype(np.int32)}
+        yield {**batch, "counted": own.astype(np.float32)}
         before = batch
 
 

@@ -1,6 +1,7 @@
 """The record of each start of a run, `starts.jsonl`: what its numbers may depend on besides its config."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -52,7 +53,7 @@ def record_start(
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
         "code": CODE,
-        "sources": digests(config),
+        "sources": sources(config),
     }
     path = starts_of(config.directory)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")  # as a killed process or a full disk leaves it
@@ -91,10 +92,15 @@ def last_sources(directory: str | Path) -> dict[str, str]:
     return sources if isinstance(sources, dict) else {}
 
 
+def sources(config: Config) -> dict[str, str]:
+    """`digests` of what a run's numbers depend on."""
+    return digests(dataclasses.replace(config, writers=(), sampler=None))
+
+
 def changed_sources(config: Config) -> list[str]:
     """The parts from outside the package whose code is not that of the run's last start."""
     before = last_sources(config.directory)
-    return sorted(name for name, digest in digests(config).items() if before.get(name, digest) != digest)
+    return sorted(name for name, digest in sources(config).items() if before.get(name, digest) != digest)
 
 
 def processor() -> str:

@@ -244,11 +244,17 @@ def evaluate_batch(
     recipe: Recipe, params: Any, batch: Batch, number: jax.Array, byte_lengths: jax.Array
 ) -> dict[str, jax.Array]:
     """The objective's sums over a batch, of the model's parameters, without dropout. Batch `number` has the same draws
-    at every evaluation.
+    at every evaluation. Where it has `counted`, float32[B], rows count as often.
 
     `byte_lengths` is that of the tokenizer, [V].
     """
+    batch = {**batch}
+    counted = batch.pop("counted", None)
     example = recipe.objective.prepare(batch, jax.random.fold_in(jax.random.key(0), number))
+    if counted is not None:
+        each = lambda weights: weights * counted.reshape(-1, *[1] * (weights.ndim - 1))
+        how = None if example.counted is None else each(example.counted)
+        example = example._replace(weights=each(example.weights), counted=how)
     return recipe.objective.sums(recipe.model, recipe.cast(params), example, byte_lengths)
 
 
