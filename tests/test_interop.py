@@ -49,6 +49,7 @@ from jaxformer.model.layers import MLP, GatedFeedForward, LayerNorm, RMSNorm, Si
 from jaxformer.model.masks import Causal, Window, one_document, places
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import ALiBi, Rotary
+from jaxformer.run import warm_start
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, open_run
 from jaxformer.run.step import TrainState
@@ -466,6 +467,7 @@ def test_a_run_of_dialogues_is_exported_with_its_template_and_the_end_of_its_tur
         files = (json.loads((folder / f"{name}.json").read_text()) for name in ("tokenizer_config", "config"))
         about, config = files
         assert about["chat_template"] == (template or PLAIN) and config["eos_token_id"] == eos
+        assert read_folder(folder).tokenizer == dataclasses.replace(tokenizer, chat_template=template or PLAIN)
 
 
 def test_all_ends_that_a_folder_names_are_written_back(tmp_path):
@@ -476,6 +478,19 @@ def test_all_ends_that_a_folder_names_are_written_back(tmp_path):
         config = json.loads((tmp_path / f"{name}_back" / "config.json").read_text())
         assert config["eos_token_id"] == [*([] if run.tokenizer.end is None else [run.tokenizer.end]), *ends]
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+
+
+def test_what_an_import_ends_texts_by_goes_on_to_what_is_trained_from_it(tmp_path):
+    """If ids mean the same there."""
+    folder = changed(tmp_path / "folder", "llama", lambda config, tensors: config.update(eos_token_id=[3, 4]))
+    run = imported(folder, tmp_path / "run")
+    for same, ends in ((True, [3, 4]), (False, [])):
+        report = warm_start.compare(run.recipe, run, same)
+        tuned = dataclasses.replace(run, config=dataclasses.replace(run.config, directory=str(tmp_path / str(same))))
+        Path(tuned.config.directory).mkdir()
+        warm_start.tell(report, Path(tuned.config.directory))
+        assert tuned.ends == ends and report["otherwise"] == []
+        assert warm_start.compare(run.recipe, tuned, True).get("eos_token_id", []) == ends
 
 
 @pytest.mark.parametrize("several", [True, False])

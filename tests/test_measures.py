@@ -221,6 +221,7 @@ def test_pairs_that_are_joined_are_looked_at_together(run_of):
     assert found.tokens == found.columns == [*"ABCDE"]
     seen = [[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert ((found.weights > 0) == np.array(seen, bool)).all()
+    assert (run.attention("ABC").weights > 0).all()  # a prefix, of which the second text is not there yet
     with pytest.raises(InputError, match="second: run was trained on pairs of texts: give a second one, too"):
         joined.attention("ABC")
     with pytest.raises(InputError, match="second: run was trained on single texts: leave the second out"):

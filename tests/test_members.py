@@ -17,12 +17,13 @@ import pytest
 import jaxformer
 from jaxformer import Config, Data, Decoder, Encoder, EncoderDecoder, Train
 from jaxformer.commands.train import train as train_command
-from jaxformer.data.batches import Examples, PackedDocuments
+from jaxformer.data.batches import Batches, Examples, PackedDocuments
 from jaxformer.data.corpora import TextFiles
 from jaxformer.data.locks import locked
 from jaxformer.data.tables import Table
 from jaxformer.data.tasks import Copy
 from jaxformer.data.tokenizers import Characters
+from jaxformer.learning.guards import Diverged
 from jaxformer.learning.objectives import Classification, SequenceToSequence
 from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import Constant
@@ -270,6 +271,34 @@ def test_tokens_are_those_that_models_see(home, of):
         at = [example.at, *([example.source.at] if example.source else [])]
         seen += sum(int((places.segment > 0).sum()) for places in at)
     assert members.real_tokens(buffer, 3) == seen > 0
+
+
+def test_seeds_that_diverge_keep_no_others_from_training(home, tmp_path, monkeypatch):
+    """Those that train apart from them; what ended them is raised at the end."""
+    trained, found = [], iter([Diverged("first"), [None, None], Diverged("last")])
+
+    def train(configs, *_):
+        trained.append([config.train.seed for config in configs])
+        if isinstance(result := next(found), Diverged):
+            raise result
+        return result
+
+    monkeypatch.setattr(loop, "groups", lambda configs: [[0], [1, 2], [3]])
+    monkeypatch.setattr(loop, "_train", train)
+    with pytest.raises(Diverged, match="first"):
+        jaxformer.train_seeds(text(home), [5, 7, 0, 3], directory=tmp_path)
+    assert trained == [[5], [7, 0], [3]]
+
+
+def test_of_a_call_that_makes_few_steps_few_batches_are_drawn(home, monkeypatch):
+    config = classes(home)
+    sampling = dataclasses.replace(config.data.sampling, n_buckets=2, bucket_steps=3)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling=sampling))
+    members, drawn, at = Members([config], prepare_data(config)), [], Batches.at
+    monkeypatch.setattr(Batches, "at", lambda self, step: drawn.append(step) or at(self, step))
+    buffer = members.buffer(7)
+    assert drawn == [7, 8] and {len(array) for array in buffer.values()} == {3}
+    assert all((array[1] == array[2]).all() for array in buffer.values())
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from jaxformer import Config, Data, Decoder, Encoder, Train
 from jaxformer import config as config_lib
 from jaxformer.data.batches import Examples, PackedDocuments
 from jaxformer.data.corpora import TextFiles, TextLines
+from jaxformer.data.dialogues import Dialogues
 from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import Bytes, Characters
 from jaxformer.generation.decode import Drawn, LeftToRight
@@ -28,12 +29,16 @@ from jaxformer.learning.optimizers import AdamW
 from jaxformer.learning.schedules import WSD, Constant, WarmupCosine, WarmupLinear
 from jaxformer.model.baselines import Bigram
 from jaxformer.model.heads import ClassificationHead, MultiLabelHead
+from jaxformer.model.implementations import Blocked
 from jaxformer.model.kernels import Softmax, Uniform
+from jaxformer.model.positions import Rotary
 from jaxformer.run import notices
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
+from jaxformer.run.checks import _tell_of_templates
 from jaxformer.run.dry_run import dry_run
 from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import prepare_data
+from jaxformer.run.warm_start import _otherwise, tell_other_beginnings
 from jaxformer.spec import InputError
 
 SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 14, "d_ff": 11}
@@ -70,6 +75,40 @@ def table(tmp_path, **fields):
 
 def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+# --- a beginning
+
+
+def test_a_model_that_computes_otherwise_than_what_it_begins_with_says_so():
+    same = {"dropout": 0.3, "unroll": 1, "context_length": 99, "head": ClassificationHead("label")}
+    old = Decoder(**SIZES, context_length=7)
+    other = {"position": Rotary(base=50.0), "kernel": Softmax(scale=0.1, implementation=Blocked())}
+    assert _otherwise(old, Decoder(**SIZES | same)) == []
+    assert _otherwise(old, Decoder(**SIZES | same | other)) == [
+        "model.position was Learned and is Rotary",
+        "model.kernel.scale was None and is 0.1",
+    ]
+    assert _otherwise(old, Encoder(**SIZES, context_length=7)) == ["model was Decoder and is Encoder"]
+
+
+def test_dialogues_that_are_written_in_several_ways_are_told(caplog):
+    own = Dialogues("a.jsonl", template="{{ messages }}", system="Be brief.")
+    for valid, count in ((None, 0), (dataclasses.replace(own, path="b.jsonl"), 0), (Dialogues("b.jsonl"), 2)):
+        caplog.clear()
+        _tell_of_templates(Config("run", Decoder(**SIZES, context_length=7), Data(own, valid=valid)))
+        assert [message.split()[8] for message in warnings_of(caplog)] == ["template;", "system;"][:count]
+
+
+def test_runs_that_began_with_other_parameters_are_told(tmp_path, caplog):
+    configs = [Config(str(tmp_path / name), Decoder(**SIZES, context_length=7)) for name in ("same", "other", "new")]
+    for name in ("same", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "init_from.json").write_text(json.dumps({"taken_sha256": name}))
+    tell_other_beginnings(configs, {"run": "runs/base", "taken_sha256": "same"})
+    assert warnings_of(caplog) == [
+        f"runs/base has trained on since {tmp_path / 'other'} began with it: new runs begin otherwise"
+    ]
 
 
 # --- the split

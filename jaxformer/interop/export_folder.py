@@ -21,7 +21,7 @@ from jaxformer.interop.families import ARCHITECTURES
 from jaxformer.interop.import_folder import ONE, OWN_TOKENIZER, SHARDS
 from jaxformer.interop.tensors import DTYPES, NAMES, Written, write_file
 from jaxformer.model.heads import ClassificationHead
-from jaxformer.model.models import Decoder, Encoder
+from jaxformer.model.models import Decoder, Encoder, without_effect
 from jaxformer.run.opened import Run
 from jaxformer.spec import InputError, dumps
 
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 # How Qwen splits words, which `transformers` does with every tokenizer beside a qwen2.
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Fields that change no number of a trained model.
-FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "position.decay", "head.dropout")
 
 
 def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_size: int = 5 * 10**9) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
     architecture, model = architecture_of(run)
     tensors = _tensors(architecture, model, by_path(run.eval_params))
     kind = DTYPES[NAMES[dtype]]
-    options: dict[str, Any] = architecture.options(model, _like(run)) | {"dtype": dtype} | _ids(run, origin)
+    options: dict[str, Any] = architecture.options(model, _like(run)) | {"dtype": dtype} | _ids(run)
     texts = _tokenizer_files(run, model)
     if options["model_type"] == "qwen2" and "tokenizer.json" in texts and not _is_qwens(run.tokenizer):
         log.warning(
@@ -57,6 +55,8 @@ def export_run(run: Run, folder: str | Path, dtype: str | None = None, shard_siz
             "transformers.PreTrainedTokenizerFast",
             folder,
         )
+    if (own := conversations_of(run.config.data.corpus)) and own.system is not None:
+        log.warning("%s: no file has data.corpus.system=%r, with which the dialogues began", folder, own.system)
     place.mkdir(parents=True, exist_ok=True)
     sizes = _write_tensors(place, tensors, dtype, kind.itemsize, shard_size)
     for name, text in texts.items():
@@ -105,9 +105,8 @@ def _missing(architecture: Architecture, model: Decoder, again: Decoder) -> list
         return [f"model={type(model).__name__}"]
     wrong = list[str]()
     for path, (ours, theirs) in differences(explicit(model), explicit(again)).items():
-        free = any(f"{path}.".startswith(f"{each}.") for each in FREE)
         zeros = path in architecture.optional and ours is False
-        if not (free or zeros):
+        if not (without_effect(path) or zeros):
             wrong.append(f"model.{path}={ours!r}, but {theirs!r}")
     return wrong + architecture.lacks(again)
 
@@ -186,12 +185,12 @@ def _write_tensors(
 # --- the tokenizer
 
 
-def _ids(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
+def _ids(run: Run) -> dict[str, Any]:
     """What ends a text: the end, what ends an answer, and what the folder named that it was imported from."""
     tokenizer, template = run.tokenizer, _template(run)
     (padding,) = tokenizer.special["padding"] or (None,)
     ends = [] if tokenizer.end is None else [tokenizer.end]
-    ends += [*(template.ends.ids if template else ()), *origin.get("eos_token_id", ())]
+    ends += [*(template.ends.ids if template else ()), *run.ends]
     found = list(dict.fromkeys(ends)) or [None]
     end = found[0] if len(found) == 1 else found
     return {"bos_token_id": tokenizer.start, "eos_token_id": end, "pad_token_id": padding}

@@ -243,12 +243,14 @@ def _put(place: Place, array: np.ndarray, first: int, rows: np.ndarray) -> None:
 def _tokenizer(folder: Path, options: Options, architecture: Architecture, model: Decoder) -> Tokenizer:
     """Of tokenizer.json, or of the files before it, with the special tokens that the folder names; without, of ids."""
     size = model.dims["V"]
+    about = _object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     if (folder / OWN_TOKENIZER).is_file():
         found = read_tokenizer(folder / OWN_TOKENIZER)
         if found.vocab_size != size:
             raise InputError(f"{folder / OWN_TOKENIZER} has {found.vocab_size} ids, and the model {size}; remove it")
+        if isinstance(found, Subwords):  # a run may have trained on dialogues of another template
+            found = dataclasses.replace(found, chat_template=_chat_template(folder, about))
         return found
-    about = _object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     token = lambda name: _content(about.get(name))
     start, end = token("bos_token") or token("cls_token"), token("eos_token") or token("sep_token")
     special = dict(zip(SPECIAL, (start, end, token("pad_token"), token("mask_token")), strict=True))

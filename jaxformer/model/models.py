@@ -232,6 +232,15 @@ class Model(Spec):
         return stacked
 
 
+# Fields that change no number of a trained model.
+FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "position.decay", "head.dropout")
+
+
+def without_effect(path: str) -> bool:
+    """Whether a field, or one within it, changes no number of a trained model."""
+    return any(f"{path}.".startswith(f"{each}.") for each in FREE)
+
+
 @functools.lru_cache(maxsize=64)  # a run asks for it a dozen times, and each is a trace of the model
 def _declared(model: Model) -> Any:
     ids, at = jnp.zeros((1, 1), jnp.int32), one_document(1)

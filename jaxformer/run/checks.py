@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from jaxformer.config import Config
 from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
+from jaxformer.data.dialogues import Conversations
 from jaxformer.data.sources import Source
 from jaxformer.run.plan import (
     Judged,
@@ -67,6 +68,7 @@ def checked_data(config: Config) -> Prepared:
     for source, split in ((prepared.train[0], "train"), (prepared.valid[0], "valid")):
         tell_cut(config, source, split)
     _tell_of_ends(config, recipe, prepared)
+    _tell_of_templates(config)
     _tell_of_classes(prepared)
     _tell_of_duplicates(prepared)
     return prepared
@@ -90,6 +92,15 @@ def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
         log.warning("%s: the %s documents run together; %s", tokenizer, f"{documents:,}", remedy)
     elif documents > 1 and recipe.model.writes:
         log.warning("%s: where a document ends is not learned, and samples do not end; %s", tokenizer, remedy)
+
+
+def _tell_of_templates(config: Config) -> None:
+    """Dialogues that are written in several ways, as where only those for training have a template of their own."""
+    corpora = [corpus for corpus in (config.data.corpus, config.data.valid) if corpus is not None]
+    parts = [part for corpus in corpora for part, _ in corpus.parts() if isinstance(part, Conversations)]
+    for name in ("template", "system"):
+        if len({getattr(part, name) for part in parts}) > 1:
+            log.warning("dialogues of data.corpus and data.valid differ in their %s; give all the same", name)
 
 
 def _tell_of_classes(prepared: Prepared) -> None:

@@ -147,6 +147,13 @@ def read_imported(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read; import the model again") from None
 
 
+def read_ends(directory: Path) -> list[int]:
+    """The ids by which the model ends a text that the run was trained from, as `warm_start` has stored them."""
+    path = directory / "init_from.json"
+    found = read_json(path) if path.is_file() else {}
+    return [i for i in found.get("eos_token_id", ()) if type(i) is int] if isinstance(found, dict) else []
+
+
 def verify_data(directory: Path, found: Mapping[str, Any]) -> None:
     """Raises InputError if fingerprints of the corpora are not those that the run began with."""
     path = directory / "data.json"

@@ -16,6 +16,7 @@ from jaxformer.config import Config
 from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.sources import check_ids
+from jaxformer.learning.guards import Diverged
 from jaxformer.mesh import placed
 from jaxformer.run.beginning import Origin, begun, checkpoints_of, groups, origin_of, record, restored
 from jaxformer.run.checks import checked_data
@@ -29,6 +30,7 @@ from jaxformer.run.profile import Profile
 from jaxformer.run.reports import Reports, shown
 from jaxformer.run.signals import collected
 from jaxformer.run.step import TrainState, train_steps
+from jaxformer.run.warm_start import tell_other_beginnings
 from jaxformer.spec import InputError, counted
 
 log = logging.getLogger(__name__)
@@ -135,12 +137,19 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
             check_directory(config, prepared)  # of all, before anything is written to one
         new = any(not has_checkpoint(Path(config.directory)) for config in configs)
         origin = origin_of(configs[0], prepared) if new else None  # what others began with is not needed
-        found: dict[int, Run] = {}
+        if origin is not None:
+            tell_other_beginnings(configs, origin[1])
+        found, diverged = dict[int, Run](), list[Diverged]()
         with claimed(configs, prepared):
             for group in groups(configs):
-                runs = _train([configs[i] for i in group], prepared, origin, trace)
-                found |= zip(group, runs, strict=True)
+                try:
+                    runs = _train([configs[i] for i in group], prepared, origin, trace)
+                    found |= zip(group, runs, strict=True)
+                except Diverged as error:  # is no reason not to train the others
+                    diverged.append(error)
         platform.trim_memory()
+        if diverged:
+            raise diverged[0]
         return [found[i] for i in range(len(configs))]
 
 

@@ -61,9 +61,11 @@ class Members:
 
     def buffer(self, step: int) -> Batch:
         """The batches of the next call, stacked: [K, B, ...]."""
-        knobs, alike = self.configs[0].train, self.same_shapes(step)
-        size = min(knobs.steps_per_call, knobs.steps)  # what comes after those alike waits; its room is filled anyhow
-        found = [_stack([batches.at(step + min(i, alike - 1)) for i in range(size)]) for batches in self._batches]
+        knobs, sampling = self.configs[0].train, self.configs[0].data.sampling
+        size = min(knobs.steps_per_call, knobs.steps, sampling.bucket_steps if sampling.n_buckets > 1 else knobs.steps)
+        alike = min(size, self.same_shapes(step))  # what comes after those waits; its room is filled anyhow
+        drawn = [[batches.at(step + i) for i in range(alike)] for batches in self._batches]
+        found = [_stack([*own, *own[-1:] * (size - alike)]) for own in drawn]
         return _stack(found) if self._several else found[0]
 
     def real_tokens(self, buffer: Batch, count: int) -> int:

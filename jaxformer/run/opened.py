@@ -32,7 +32,7 @@ from jaxformer.pictures import loss_curve
 from jaxformer.run import inspection
 from jaxformer.run.attention import Attention, attention, cross_attention
 from jaxformer.run.checkpoint import Checkpoints
-from jaxformer.run.directory import read_classes, read_imported, verify_data
+from jaxformer.run.directory import read_classes, read_ends, read_imported, verify_data
 from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of, tell_cut
@@ -101,8 +101,9 @@ class Run:
 
     @property
     def ends(self) -> Sequence[int]:
-        """The ids that end a text besides the tokenizer's end: those that an imported model names."""
-        return self.imported.get("eos_token_id", ())
+        """The ids that end a text besides the tokenizer's end: those that an imported model names, it or the one that
+        it was trained from."""
+        return self.imported.get("eos_token_id") or read_ends(Path(self.config.directory))
 
     def generate(
         self,
@@ -427,7 +428,8 @@ class Run:
         ids, how = ids[:window], (self.model, self.eval_params)
         with _naming(self.config.directory):
             if rows is None:
-                weights, layers = attention(*how, ids, None if second is None else start, window)
+                alone = len(ids) if self.config.objective.second else None  # a prefix, as where texts begin
+                weights, layers = attention(*how, ids, alone if second is None else start, window)
             else:
                 weights, layers = cross_attention(*how, ids, rows[:window], window)
         return Attention(self._tokens(ids if rows is None else rows[:window]), self._tokens(ids), weights, layers)

@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxformer.data.files import write
+from jaxformer import config as config_lib
+from jaxformer.config import Config
+from jaxformer.data.files import read_json, write
 from jaxformer.declarations import by_path, path_name
+from jaxformer.model.models import Model, without_effect
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, finite, open_run
 from jaxformer.run.step import Recipe, TrainState
@@ -62,14 +66,26 @@ def compare(recipe: Recipe, run: Run, same_tokenizer: bool) -> dict[str, Any]:
                 f"{type(recipe.adapter).__name__} would leave at random; have it trained, as --adapter.trained=Path, "
                 f"--adapter.trained.0.pattern='{random[0].partition('/')[0]}*'"
             )
+    ends = {"eos_token_id": [*run.ends]} if run.ends and same_tokenizer else {}
     return {
         "run": run.config.directory,
         "step": int(run.state.step),
+        **ends,
         "taken_sha256": sha256({path: old[path] for path in taken}),
         "taken": taken,
         "not_taken": left,
         "unused": sorted(set(old) - set(new)),
+        "otherwise": _otherwise(run.model, model),
     }
+
+
+def _otherwise(old: Model, new: Model) -> list[str]:
+    """How a model computes otherwise than the one whose parameters it takes; what was taken may then be of less use."""
+    if type(old) is not type(new):
+        return [f"model was {type(old).__name__} and is {type(new).__name__}"]
+    sizes = ("vocab_size", "context_length", "head", "kernel.implementation", "cross_kernel.implementation")
+    found = {path: change for path, change in config_lib.differences(old, new).items() if not path.startswith(sizes)}
+    return [config_lib.told(f"model.{path}", *change) for path, change in found.items() if not without_effect(path)]
 
 
 def still_has(run: Run, report: dict[str, Any]) -> bool:
@@ -77,6 +93,14 @@ def still_has(run: Run, report: dict[str, Any]) -> bool:
     own = by_path(run.state.params)
     taken = {path: own[path] for path in report["taken"] if path in own}
     return sha256(taken) == report["taken_sha256"]
+
+
+def tell_other_beginnings(configs: Sequence[Config], report: dict[str, Any]) -> None:
+    """Says which runs of before began with other parameters than that run has now."""
+    for place in (Path(config.directory) for config in configs):
+        path = place / "init_from.json"
+        if path.exists() and read_json(path).get("taken_sha256") != report["taken_sha256"]:
+            log.warning("%s has trained on since %s began with it: new runs begin otherwise", report["run"], place)
 
 
 def take(params: Any, run: Run, report: dict[str, Any]) -> Any:
@@ -93,4 +117,6 @@ def tell(report: dict[str, Any], directory: Path) -> None:
         log.info("%-10s %s: %s", "not taken", path, reason)
     for path in report["unused"]:
         log.info("%-10s %s: not in this model", "unused", path)
+    if report["otherwise"]:
+        log.warning("%s computes otherwise than what it is trained from: %s", directory, "; ".join(report["otherwise"]))
     write(directory / "init_from.json", json.dumps(report, indent=1) + "\n")
