@@ -145,13 +145,14 @@ def test_tables_take_the_places_of_their_own():
 
 @pytest.mark.parametrize("name", sizes.SIZES)
 def test_a_size_is_put_on_a_config_at_its_own_settings(name):
-    """Everything else is as a user has it."""
+    """Everything else is as a user has it; but an encoder has the table of positions that its peers have."""
     size = sizes.SIZES[name]
     config = ours.planned(size, {})[0]
     changed = set(config_lib.differences(config_lib.resolve(size.config), config))
     assert changed <= {
         *(f"model.{field}" for field in ("n_layers", "n_heads", "d_model", "context_length", "head.classes")),
         *(f"data.{field}" for field in ("batch_size", "window")),
+        *(() if size.causal else ("model.position", "model.embedding.scaled")),
     }
 
 
