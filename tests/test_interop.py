@@ -262,6 +262,24 @@ def test_heads_of_bert_are_written_under_the_class_that_has_them(name, tmp_path)
     assert all(np.array_equal(one[plain(path)], array) for path, array in other.items())
 
 
+def test_an_imported_encoder_is_evaluated_on_a_table(tmp_path):
+    """A classifier by its own classes, vectors by pairs."""
+    (tmp_path / "t.csv").write_text("text,label,more\n5 6,b,7\n7 8,a,5 6\n9,b,3 4\n")
+    for name, how, says in (
+        ("BertForSequenceClassification", {"labels": ("label",)}, "accuracy"),
+        ("BertModel", {"target": "more"}, "accuracy"),
+    ):
+        export_run(encoder(tmp_path / "made", HEADS[name]), tmp_path / name)
+        run = imported(tmp_path / name, tmp_path / f"{name}_run", window=16)
+        found = run.evaluate(Table(str(tmp_path / "t.csv"), **how))
+        assert found["examples"] == 3 and 0 <= found[says] <= 1
+        rows = run.predict(["5 6", "7 8", "9"])
+        if how.keys() == {"labels"}:
+            assert found[says] == pytest.approx(
+                np.mean([row["label"] == c for row, c in zip(rows, "bab", strict=True)])
+            )
+
+
 @pytest.mark.parametrize("head", [(MASKED, TOPIC), (FOLLOWS, POOLER), (FOLLOWS, TOPIC)])
 def test_heads_that_no_class_of_bert_has_together_are_refused(head, tmp_path):
     with pytest.raises(InputError, match=r"bert has not .*model\.head=\("):

@@ -597,6 +597,8 @@ def test_contrastive(smoothing):
     ).sum()
     example = prepared(objective, batch)
     plain, weight, total = totals(objective.loss(EMBEDS, j(TABLES), example, None))
+    long = dataclasses.replace(EMBEDS, head=heads.EmbeddingHead(unit=False))
+    close(totals(objective.loss(long, j(TABLES), example, None)), [plain, weight, total])
     close([total, plain], [nats(smoothing) / 2, nats(0) / 2])
     sums = objective.sums(EMBEDS, j(TABLES), example, LENGTHS)
     close(sums["nats"], nats(0) / 2)

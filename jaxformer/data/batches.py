@@ -240,7 +240,7 @@ def _rounded(size: int, most: int) -> int:
     return min(max(2, -(-size // 8) * 8), most)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _buckets(source: Source, count: int) -> tuple[Source, ...]:
     order = np.argsort(source.sizes.sum(1), kind="stable")
     return tuple(source.pick(np.sort(part)) for part in np.array_split(order, count))
@@ -299,7 +299,7 @@ class _Plan(NamedTuple):
         return found if source.answers is None else found | {"weights": weights}
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _plan(source: Source, size: RowSize) -> _Plan:
     sizes = source.ends - source.starts
     starts, sizes = source.starts[sizes > size.lookahead], sizes[sizes > size.lookahead]

@@ -24,6 +24,7 @@ from jaxformer.model.heads import (
     LanguageHead,
     cross_entropy,
     is_likeliest,
+    unit,
 )
 from jaxformer.model.layers import Out
 from jaxformer.model.masks import Places, one_document, places
@@ -687,6 +688,7 @@ class Contrastive(Objective):
         assert example.source is not None
         head, segments = model.head_of(EmbeddingHead), (example.source.at.segment, example.at.segment)
         vectors = [model.read(params, head, each, s > 0) for each, s in zip(h, segments, strict=True)]
+        vectors = vectors if head.unit else [unit(each) for each in vectors]
         scores = jnp.einsum("BM,CM->BC", *vectors) / self.temperature
         real = (segments[1] > 0).any(1)
         same = same_texts(example.source.ids, segments[0]) | same_texts(example.ids, segments[1])

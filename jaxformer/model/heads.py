@@ -248,14 +248,19 @@ class EmbeddingHead(Head):
         if self.width is not None:
             x = self.activation(biased(linear(x, params["kernel"]), params, "bias"))
         x = x.astype(jnp.float32)
-        square = jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24)  # the root of 0 has no gradient
-        return x * jax.lax.rsqrt(square) if self.unit else x
+        return unit(x) if self.unit else x
 
     def says(self, out: Float[Array, "B M"]) -> Float[Array, "B M"]:
         return out
 
     def answer(self, said: NDArray[Any]) -> dict[str, Any]:
         return {"embedding": said.tolist()}
+
+
+def unit(x: Float[Array, "B M"]) -> Float[Array, "B M"]:
+    """Divided by its length."""
+    square = jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24)  # the root of 0 has no gradient
+    return x * jax.lax.rsqrt(square)
 
 
 # --- classes

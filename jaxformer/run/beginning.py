@@ -47,6 +47,7 @@ def begun(config: Config, prepared: Prepared, origin: Origin) -> TrainState:
     if origin is None:
         return state
     params = take(recipe.whole(state.params, state.base), *origin)
+    del state  # the optimizer's numbers need not be there twice
     return init_state(recipe, hyper, laid_out(params, recipe.model.declared()))
 
 

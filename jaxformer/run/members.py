@@ -61,8 +61,8 @@ class Members:
 
     def buffer(self, step: int) -> Batch:
         """The batches of the next call, stacked: [K, B, ...]."""
-        knobs, sampling = self.configs[0].train, self.configs[0].data.sampling
-        size = min(knobs.steps_per_call, knobs.steps, sampling.bucket_steps if sampling.n_buckets > 1 else knobs.steps)
+        knobs = self.configs[0].train
+        size = min(knobs.steps_per_call, knobs.steps)
         alike = min(size, self.same_shapes(step))  # what comes after those waits; its room is filled anyhow
         drawn = [[batches.at(step + i) for i in range(alike)] for batches in self._batches]
         found = [_stack([*own, *own[-1:] * (size - alike)]) for own in drawn]
@@ -115,8 +115,9 @@ class Members:
         if int(own.step) - step < int(own.skips.in_a_row):
             batch, norms = self._batches[member].at(step - 1), dataclasses.replace(self.recipe, grad_norms=True)
             before = own.replace(step=np.int32(step - 1))
-            _, found = jax.jit(train_step, static_argnums=0)(norms, before, batch, hyper_of(config))
-            wrong = [path for path, norm in found["grad_norms"].items() if not np.isfinite(norm).all()]
+            only = jax.jit(lambda *given: train_step(norms, *given)[1]["grad_norms"])  # without room for another state
+            found = only(before, batch, hyper_of(config))
+            wrong = [path for path, norm in found.items() if not np.isfinite(norm).all()]
         if wrong:
             what += f", and the gradient of {wrong[0]} is not finite"
             what += f", nor are those of {len(wrong) - 1} other arrays" if wrong[1:] else ""

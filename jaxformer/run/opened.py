@@ -375,6 +375,8 @@ class Run:
     def _judged(self, corpus: Corpus) -> Judged:
         """The ids of a corpus. Raises InputError if it has not what the run was trained on."""
         sampling, texts = self.config.data.sampling, self.config.data.corpus.texts
+        if isinstance(self.config.data.corpus, NoCorpus) and "source" in self.config.objective.needs:
+            texts = 2  # of an import
         if corpus.texts != texts:
             what = "single texts, and these are pairs" if texts == 1 else "pairs of texts, and these are single ones"
             remedy = "leave the target out" if texts == 1 else "give a corpus of pairs, as a Table with a target"
@@ -384,7 +386,8 @@ class Run:
             raise InputError(
                 f"it says which tokens are answers, and objective={kind} does not read it; give plain text"
             )
-        classes = self.classes if sampling.examples else None
+        classes = {**{h.column: h.classes for h in self.model.heads if h.column and h.classes}, **self.classes}
+        classes = classes if sampling.examples else None
         sources = [encode(part, self.tokenizer, classes) for part, _ in corpus.parts()]
         if sampling.examples and not any(source.n_examples for source in sources):
             raise InputError("it holds no example; give one with rows")
