@@ -95,6 +95,11 @@ class Model(Spec):
         return _as_tuple(self.head)
 
     @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Column → names of its classes, of the heads that know them."""
+        return {head.column: head.classes for head in self.heads if head.column and head.classes}
+
+    @property
     def writes(self) -> bool:
         """Whether it writes text, token after token: one that sees its answers has learned no next token."""
         return self.generates and not self.sees_answers and any(head.writes for head in self.heads)

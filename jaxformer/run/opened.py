@@ -386,8 +386,7 @@ class Run:
             raise InputError(
                 f"it says which tokens are answers, and objective={kind} does not read it; give plain text"
             )
-        classes = {**{h.column: h.classes for h in self.model.heads if h.column and h.classes}, **self.classes}
-        classes = classes if sampling.examples else None
+        classes = {**self.model.classes, **self.classes} if sampling.examples else None
         sources = [encode(part, self.tokenizer, classes) for part, _ in corpus.parts()]
         if sampling.examples and not any(source.n_examples for source in sources):
             raise InputError("it holds no example; give one with rows")

@@ -37,8 +37,7 @@ def planned_tokenizer(config: Config) -> Tokenizer:
 def prepare_data(config: Config, tokenizer: Tokenizer | None = None, classes: Classes | None = None) -> Prepared:
     """The ids that a config asks for; `tokenizer` is a fitted one, `classes` those known, where there are some."""
     data = config.data
-    given = {h.column: h.classes for h in config.model.heads if h.column and h.classes}
-    known = given | dict(classes or {})
+    known = {**config.model.classes, **(classes or {})}
     return prepare(
         data.corpus,
         tokenizer or data.tokenizer,
