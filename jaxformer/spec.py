@@ -363,8 +363,9 @@ def to_json(spec: Spec) -> Any:
             return value
         cls = type(value)
         if cls.__module__ == "__main__" or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+            place = "the config's own file" if cls.__module__ == "<run_path>" else repr(cls.__module__)
             raise InputError(
-                f"{cls.__qualname__} cannot be stored: another process would not find it in {cls.__module__!r}; "
+                f"{cls.__qualname__} cannot be stored: another process would not find it in {place}; "
                 "define it at the top level of a module of its own and import that"
             )
         return {"class": class_name(cls)} | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -391,7 +392,7 @@ def from_json(
         if found is None:
             raise InputError(
                 f"class={value.get('class')!r} is no spec of jaxformer or of an imported module; "
-                "import its module first (--import=MODULE on the command line)"
+                f"import its module first (--import={str(value.get('class')).partition(':')[0]} on the command line)"
             )
         names = [f.name for f in dataclasses.fields(found)]
         given = {n: decode(v, depth + 1) for n, v in value.items() if n != "class"}

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +217,27 @@ def test_runs_of_other_code_are_another_group(tmp_path):
     found = jaxformer.compare(tmp_path)
     assert [row["seeds"] for row in found.rows] == [[0, 1, 2]] * 2
     assert found.differences == {"sources.mine:Part": ["a" * 12, "b" * 12]}
+
+
+def test_a_run_that_went_on_with_other_code_is_of_neither(tmp_path):
+    """A start that made no step, as of a part that failed, does not count."""
+    starts = {
+        "new": [(0, "a"), (0, "b")],
+        "both": [(0, "a"), (20, "b")],
+        "old": [(0, "a"), (20, "a")],
+        "newer": [(0, "b")],
+    }
+    for name, rows in starts.items():
+        put(tmp_path / name, 0 if name != "newer" else 1, [2.0, 2.0, 2.0])
+        lines = [json.dumps({"step": step, "sources": {"mine:Part": code * 64}}) for step, code in rows]
+        (tmp_path / name / "starts.jsonl").write_text("\n".join(lines))
+    found = jaxformer.compare(tmp_path)
+    assert [[Path(record.directory).name for record in group.records] for group in found.groups] == [
+        ["both"],
+        ["new", "newer"],
+        ["old"],
+    ]
+    assert found.differences["sources.mine:Part"][0] == f"{'a' * 12}, then {'b' * 12}"
 
 
 def test_the_first_group_with_a_number_is_compared_with_and_seeds_are_in_order(tmp_path):

@@ -26,7 +26,7 @@ from jaxformer.learning.objectives import Masked, NextToken, PrefixLM
 from jaxformer.run.chat import Chat
 from jaxformer.run.opened import Run
 from jaxformer.run.step import TrainState
-from jaxformer.spec import InputError
+from jaxformer.spec import InputError, checked
 
 CHATML = (
     "{%- for message in messages %}"
@@ -470,6 +470,12 @@ def test_a_run_that_reads_no_weights_is_not_evaluated_on_dialogues(run, file):
     other = dataclasses.replace(run, config=dataclasses.replace(run.config, objective=PrefixLM()))
     with pytest.raises(InputError, match="objective=PrefixLM does not read it; give plain text"):
         other.evaluate(Dialogues(file))
+
+
+def test_the_path_of_a_template_is_no_template():
+    for corpus in (Dialogues("a.jsonl", template="chat.jinja"), PythonQuestions(template="chat.jinja")):
+        with pytest.raises(InputError, match=r"template='chat.jinja' must be a template's text"):
+            checked(corpus)
 
 
 def test_instructions_are_asked_without_their_answers(tmp_path):

@@ -128,10 +128,10 @@ def test_at_is_the_same_kind_of_text_elsewhere():
     for corpus, message in (
         (
             Mixture((a, b, c), (1, 1, 1)),
-            "Mixture has parts of several kinds; name the class that reads the file, as data",
+            "Mixture has parts of several kinds; name the class that reads the file, as by --data",
         ),
-        (Hat(), "Hat is read from no file; name the class .* data.corpus=JSONLines data.corpus.path=y"),
-        (Reverse(), "Reverse is made up; .* as data.corpus=Table data.corpus.path=y data.corpus.text=COLUMN"),
+        (Hat(), "Hat is read from no file; name the class .* --data.corpus=JSONLines --data.corpus.path=y"),
+        (Reverse(), "Reverse is made up; .* as by --data.corpus=Table --data.corpus.path=y --data.corpus.text=COLUMN"),
     ):
         with pytest.raises(InputError, match=message):
             corpus.at("y")

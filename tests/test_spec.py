@@ -17,7 +17,7 @@ from jaxformer.learning.guards import Guard
 from jaxformer.learning.optimizers import SGD, AdamW, Optimizer, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
 from jaxformer.model.implementations import Plain
-from jaxformer.model.kernels import Softmax
+from jaxformer.model.kernels import SoftCapped, Softmax
 from jaxformer.model.masks import Bidirectional, Causal, Window
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import Learned, Position, Rotary
@@ -310,6 +310,8 @@ def test_another_class_keeps_the_fields_that_were_set_and_mean_the_same():
     assert resolve(config, {"optimizer": "SGD"}).optimizer == SGD(config.optimizer.learning_rate)
     assert resolve(config, {"optimizer": SGD()}).optimizer == SGD()
     assert resolve(config, {"optimizer.learning_rate": "Constant"}).optimizer.learning_rate == Constant()
+    fixed = resolve(config, {"model.kernel": Softmax(scale=0.34)})
+    assert resolve(fixed, {"model.kernel": "SoftCapped"}).model.kernel == SoftCapped(scale=0.34)
 
 
 def test_a_base_is_no_choice_even_if_no_method_is_missing():

@@ -122,6 +122,8 @@ def imported(arguments: Sequence[str]) -> list[str]:
     modules, rest = _taken(arguments, "--import")
     IMPORTED.extend(modules)
     for module in modules:
+        if "," in module:
+            raise InputError(f"--import={module} must be one module; give each an --import of its own")
         find_modules_here()
         try:
             importlib.import_module(module)

@@ -7,8 +7,8 @@ from jaxformer.commands.arguments import print_row, step_of
 
 def predict(
     run: str,
-    text: str | None = None,
-    second: str | None = None,
+    text: tuple[str, ...] = (),
+    second: tuple[str, ...] = (),
     file: str | None = None,
     step: str | None = None,
     json: bool = False,
@@ -18,8 +18,8 @@ def predict(
 
     Args:
         run: The run's directory.
-        text: The text to be judged or answered.
-        second: The second text of a pair, for a run that was trained on pairs in one row, or imported.
+        text: The text to be judged or answered; may be given several times.
+        second: The second text of a pair, for a run that was trained on pairs in one row, or imported; of each.
         file: In place of one text a table (.csv, .tsv, .jsonl), or a text in each line; prints a JSON object for each.
         step: A checkpoint's step, or "best"; by default the newest.
         json: Prints one JSON object.
@@ -28,18 +28,18 @@ def predict(
     from jaxformer.run.opened import open_run
     from jaxformer.spec import InputError
 
-    if (text is not None) + (file is not None) + bool(overrides) != 1 or (text is None and second is not None):
+    if bool(text) + (file is not None) + bool(overrides) != 1 or (second and not text):
         raise InputError(
             "predict needs --text TEXT, and --second TEXT for a pair, or --file FILE alone, or --data.corpus=CLASS and "
             "its fields alone"
         )
     opened = open_run(run, step_of(step))
-    if text is None:
+    if not text:
         rows = opened.predict(opened.corpus_of(overrides)) if overrides else opened.predict_file(str(file))
     else:
-        rows = opened.predict([text], None if second is None else [second])
+        rows = opened.predict(text, second or None)
     for row in rows:
-        if not json and text is not None and set(row) == {"text"}:
+        if not json and text and set(row) == {"text"}:
             print(row["text"])
         else:
-            print_row(row, json or text is None)
+            print_row(row, json or not text)

@@ -19,6 +19,9 @@ def presets() -> None:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         count = re.search(r"([\d,]+) parameters", text)
         rows.append(
-            (f"{name:{width}}  {count[1] if count else '':>13}", re.split(r"(?<=[.])\s", text)[0].replace("\n", " "))
+            (
+                f"{name:{width}}  {count[1] if count else '':>13}",
+                re.split(r"(?<=[.])\s", text.partition("\n\n")[0])[0].replace("\n", " "),
+            )
         )
     print(page([(f"{'preset':{width}}     parameters", ""), *rows], indent=""))

@@ -477,7 +477,7 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 
 def name_class(path: str, example: str = "data.corpus=JSONLines", more: str = "") -> str:
     """The end of a sentence about a file of which it is not known how to read it."""
-    return f"name the class that reads the file, as {example} data.corpus.path={path}{more}"
+    return f"name the class that reads the file, as by --{example} --data.corpus.path={path}{more}"
 
 
 def json_lines(path: Path, field: str, kind: Any, kind_name: str) -> Iterator[tuple[int, Any]]:

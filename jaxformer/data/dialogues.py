@@ -27,6 +27,11 @@ class Conversations(Corpus):
     marked = True
     framed = False
 
+    def check(self, at: str = "") -> None:
+        super().check(at)
+        if self.template is not None and "{" not in self.template:
+            raise ValueError(f"{at}template={self.template!r} must be a template's text, in Jinja2, not its file")
+
     @abc.abstractmethod
     def dialogues(self) -> Iterator[tuple[list[Message], Piece]]:
         """The messages of each, and a piece without text that tells where it stands."""
@@ -121,6 +126,7 @@ class PythonQuestions(Conversations):
     turns: int = 2  # how many questions a dialogue has
 
     def check(self, at: str = "") -> None:
+        super().check(at)
         if self.turns < 1:
             raise ValueError(f"{at}turns={self.turns} must be at least 1")
 

@@ -74,7 +74,7 @@ class Copy(Corpus):
         return text
 
     def at(self, path: str) -> Corpus:
-        more = " data.corpus.text=COLUMN data.corpus.target=COLUMN"
+        more = " --data.corpus.text=COLUMN --data.corpus.target=COLUMN"
         raise InputError(f"{type(self).__name__} is made up; {name_class(path, 'data.corpus=Table', more)}")
 
 

@@ -14,7 +14,7 @@ from jaxformer import config as config_lib
 from jaxformer.data.files import located, read_json
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.metrics import DIVERGED, read_rows
-from jaxformer.run.starts import last_sources
+from jaxformer.run.starts import all_sources
 from jaxformer.spec import InputError, Spec, class_name, dumps, known_specs, to_json
 
 # What does not make another group; what texts hold is told by their fingerprints, not by where they stand. Of what may
@@ -31,7 +31,7 @@ class Record:
     config: dict[str, Any]
     texts: dict[str, Any]  # data.json, and the SHA-256 of tokenizer.json
     rows: list[dict[str, Any]]
-    sources: dict[str, str]  # of the code of its parts from outside the package, at its last start
+    sources: dict[str, list[str]]  # SHA-256 of the code of its parts from outside the package, of all that trained it
 
     @property
     def seed(self) -> int:
@@ -159,7 +159,7 @@ def _record(directory: Path) -> Record:
     texts, tokenizer = _json(directory / "data.json"), directory / "tokenizer.json"
     sha256 = hashlib.sha256(_of_tokenizer(tokenizer)).hexdigest() if tokenizer.exists() else None
     rows, _ = read_rows(directory / "metrics.jsonl")
-    return Record(str(directory), config, texts | {"tokenizer_sha256": sha256}, rows, last_sources(directory))
+    return Record(str(directory), config, texts | {"tokenizer_sha256": sha256}, rows, all_sources(directory))
 
 
 def _of_tokenizer(path: Path) -> bytes:
@@ -287,7 +287,7 @@ def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
             if "path" in part and prints[which] is not None:
                 part["path"] = paths.setdefault((which, i, prints[which]), part["path"])
     config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}
-    return config | {"sources": {name: sha256[:12] for name, sha256 in record.sources.items()}}
+    return config | {"sources": {name: ", then ".join(s[:12] for s in each) for name, each in record.sources.items()}}
 
 
 def _group(records: Sequence[Record], config: dict[str, Any], by: str) -> Group:

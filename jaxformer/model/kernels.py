@@ -19,6 +19,7 @@ from jaxformer.spec import Spec
 class Kernel(Spec):
     """How heads of queries make values of what is remembered of the keys' tokens: the function inside attention."""
 
+    keeps_fields = True
     projections = ("q", "k", "v")  # those that it looks at, of queries, keys and values
     shares = False  # True: it uses what layers below in the group have handed on
     whole_stack = False  # True: the group is all layers of the stack

@@ -18,7 +18,8 @@ class Profile:
 
     def __init__(self, config: Config, span: tuple[int, int] | None):
         if span and not 0 <= span[0] < span[1] <= config.train.steps:
-            raise InputError(f"profile={span[0]}:{span[1]} must be START:STOP with 0 ≤ START < STOP ≤ train.steps")
+            most = f"train.steps={config.train.steps}"
+            raise InputError(f"profile={span[0]}:{span[1]} must be START:STOP with 0 ≤ START < STOP ≤ {most}")
         self._directory, self._span, self._running = Path(config.directory) / "profile", span, False
 
     def until_pause(self, step: int, most: int) -> int:

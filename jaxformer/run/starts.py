@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,19 @@ def starts_of(directory: str | Path) -> Path:
     return Path(directory) / "starts.jsonl"
 
 
+def read_starts(directory: str | Path) -> list[dict[str, Any]]:
+    """The rows of `record_start` that can be read."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError):
+        for line in starts_of(directory).read_text(errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):
+                found += [row] if isinstance(row := parsed(line), dict) else []
+    return found
+
+
 def last_start(directory: str | Path) -> dict[str, Any]:
-    """What `record_start` appended last, of the rows that can be read; {} if there is none."""
-    try:
-        lines = starts_of(directory).read_text(errors="replace").split("\n")
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            if isinstance(row := parsed(line), dict):
-                return row
-    return {}
+    """What was appended last; {} if nothing was."""
+    return (read_starts(directory) or [{}])[-1]
 
 
 def last_seeds(directory: str | Path) -> tuple[int, ...]:
@@ -88,8 +91,22 @@ def last_seeds(directory: str | Path) -> tuple[int, ...]:
 
 def last_sources(directory: str | Path) -> dict[str, str]:
     """Class or module → SHA-256 of its code at the last start, of the run's parts from outside the package."""
-    sources = last_start(directory).get("sources")
-    return sources if isinstance(sources, dict) else {}
+    return _sources(last_start(directory))
+
+
+def all_sources(directory: str | Path) -> dict[str, list[str]]:
+    """The same of all starts that made a step, each code once, in their order."""
+    rows, found = read_starts(directory), dict[str, dict[str, None]]()
+    for row, after in itertools.zip_longest(rows, rows[1:]):
+        if after is None or after.get("step") != row.get("step"):
+            for name, sha256 in _sources(row).items():
+                found.setdefault(name, {})[sha256] = None
+    return {name: list(each) for name, each in found.items()}
+
+
+def _sources(row: Mapping[str, Any]) -> dict[str, str]:
+    found = row.get("sources")
+    return found if isinstance(found, dict) else {}
 
 
 def sources(config: Config) -> dict[str, str]:
