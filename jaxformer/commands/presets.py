@@ -18,10 +18,6 @@ def presets() -> None:
     for name, path in found.items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         count = re.search(r"([\d,]+) parameters", text)
-        rows.append(
-            (
-                f"{name:{width}}  {count[1] if count else '':>13}",
-                re.split(r"(?<=[.])\s", text.partition("\n\n")[0])[0].replace("\n", " "),
-            )
-        )
+        first = re.split(r"(?<=[.])\s", text.partition("\n\n")[0])[0].replace("\n", " ")
+        rows.append((f"{name:{width}}  {count[1] if count else '':>13}", first))
     print(page([(f"{'preset':{width}}     parameters", ""), *rows], indent=""))
