@@ -31,6 +31,7 @@ from jaxformer.model.heads import EmbeddingHead
 from jaxformer.model.positions import ALiBi, NoPosition, Rotary
 from jaxformer.run.starts import sources
 from jaxformer.spec import dumps
+from jaxformer.user_code import digests
 from jaxformer.writers import Writer
 
 STEPS, LAST = 60, 3
@@ -195,6 +196,7 @@ def test_seeds_places_and_what_changes_no_number_make_no_group(tmp_path):
 def test_the_code_of_what_does_not_train_is_not_recorded():
     config = dataclasses.replace(BASE, writers=(Nowhere(),), model=dataclasses.replace(BASE.model, position=Own()))
     names = sources(config)
+    assert {**digests(config), **names} == digests(config)
     assert any(name.endswith(":Own") for name in names) and not any("Nowhere" in name for name in names)
 
 
@@ -224,7 +226,7 @@ def test_a_run_that_went_on_with_other_code_is_of_neither(tmp_path):
     starts = {
         "new": [(0, "a"), (0, "b")],
         "both": [(0, "a"), (20, "b")],
-        "old": [(0, "a"), (20, "a")],
+        "old": [(0, "a"), (20, "a"), (STEPS, "b")],  # the last for an evaluation that was owed
         "newer": [(0, "b")],
     }
     for name, rows in starts.items():

@@ -32,7 +32,7 @@ from jaxformer.model.heads import ClassificationHead, MultiLabelHead
 from jaxformer.model.implementations import Blocked
 from jaxformer.model.kernels import Softmax, Uniform
 from jaxformer.model.positions import Rotary
-from jaxformer.run import notices
+from jaxformer.run import notices, warm_start
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
 from jaxformer.run.checks import _tell_of_templates
 from jaxformer.run.dry_run import dry_run
@@ -84,6 +84,9 @@ def test_a_model_that_computes_otherwise_than_what_it_begins_with_says_so():
     same = {"dropout": 0.3, "unroll": 1, "context_length": 99, "head": ClassificationHead("label")}
     old = Decoder(**SIZES, context_length=7)
     other = {"position": Rotary(base=50.0), "kernel": Softmax(scale=0.1, implementation=Blocked())}
+    blocked = Softmax(implementation=Blocked())
+    two = [Decoder(**SIZES, context_length=7, kernel=(Softmax(), kernel)) for kernel in (Softmax(), blocked)]
+    assert _otherwise(*two) == []
     assert _otherwise(old, Decoder(**SIZES | same)) == []
     assert _otherwise(old, Decoder(**SIZES | same | other)) == [
         "model.position was Learned and is Rotary",
@@ -97,12 +100,14 @@ def test_dialogues_that_are_written_in_several_ways_are_told(caplog):
     for valid, count in ((None, 0), (dataclasses.replace(own, path="b.jsonl"), 0), (Dialogues("b.jsonl"), 2)):
         caplog.clear()
         _tell_of_templates(Config("run", Decoder(**SIZES, context_length=7), Data(own, valid=valid)))
-        assert [message.split()[8] for message in warnings_of(caplog)] == ["template;", "system;"][:count]
+        assert [message.split()[4] for message in warnings_of(caplog)] == ["template,", "system,"][:count]
 
 
-def test_runs_that_began_with_other_parameters_are_told(tmp_path, caplog):
-    configs = [Config(str(tmp_path / name), Decoder(**SIZES, context_length=7)) for name in ("same", "other", "new")]
-    for name in ("same", "other"):
+def test_runs_that_began_with_other_parameters_are_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(warm_start, "has_checkpoint", lambda place: place.name != "anew")
+    names = "same", "other", "anew", "new"
+    configs = [Config(str(tmp_path / name), Decoder(**SIZES, context_length=7)) for name in names]
+    for name in names[:3]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "init_from.json").write_text(json.dumps({"taken_sha256": name}))
     tell_other_beginnings(configs, {"run": "runs/base", "taken_sha256": "same"})

@@ -81,7 +81,7 @@ BAD = [
 def test_a_malformed_row_is_told_with_file_line_and_reason(tmp_path, caplog, name, content, line, reason):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match="fix the row, or leave out such by data") as error:
+    with pytest.raises(InputError, match="fix the row, or leave it out by data") as error:
         list(Table(str(path), labels=("class",)).rows())
     assert f"{path}, line {line}: " in str(error.value) and reason in str(error.value)
     corpus = Table(str(path), labels=("class",), malformed="skip")

@@ -18,7 +18,7 @@ def predict(
 
     Args:
         run: The run's directory.
-        text: The text to be judged or answered; may be given several times.
+        text: The text to be judged or answered; given several times, a JSON object is printed for each.
         second: The second text of a pair, for a run that was trained on pairs in one row, or imported; of each.
         file: In place of one text a table (.csv, .tsv, .jsonl), or a text in each line; prints a JSON object for each.
         step: A checkpoint's step, or "best"; by default the newest.
@@ -39,7 +39,7 @@ def predict(
     else:
         rows = opened.predict(text, second or None)
     for row in rows:
-        if not json and text and set(row) == {"text"}:
+        if not json and len(text) == 1 and set(row) == {"text"}:
             print(row["text"])
         else:
-            print_row(row, json or not text)
+            print_row(row, json or len(text) != 1)

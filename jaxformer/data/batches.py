@@ -299,7 +299,7 @@ class _Plan(NamedTuple):
         return found if source.answers is None else found | {"weights": weights}
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _plan(source: Source, size: RowSize) -> _Plan:
     sizes = source.ends - source.starts
     starts, sizes = source.starts[sizes > size.lookahead], sizes[sizes > size.lookahead]

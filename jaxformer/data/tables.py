@@ -109,7 +109,7 @@ class Table(TextFiles):
             except Malformed as error:
                 if self.malformed == "stop":
                     raise InputError(
-                        f"{path}, line {line}: {error}; fix the row, or leave out such by data.corpus.malformed=skip"
+                        f"{path}, line {line}: {error}; fix the row, or leave it out by data.corpus.malformed=skip"
                     ) from None
                 skipped, first = skipped + 1, first or f"line {line}: {error}"
         if skipped and not quiet:

@@ -159,7 +159,13 @@ def _record(directory: Path) -> Record:
     texts, tokenizer = _json(directory / "data.json"), directory / "tokenizer.json"
     sha256 = hashlib.sha256(_of_tokenizer(tokenizer)).hexdigest() if tokenizer.exists() else None
     rows, _ = read_rows(directory / "metrics.jsonl")
-    return Record(str(directory), config, texts | {"tokenizer_sha256": sha256}, rows, all_sources(directory))
+    return Record(
+        str(directory),
+        config,
+        texts | {"tokenizer_sha256": sha256},
+        rows,
+        all_sources(directory, config["train"]["steps"]),
+    )
 
 
 def _of_tokenizer(path: Path) -> bytes:

@@ -361,7 +361,8 @@ def decays_as_declared(probe: Probe) -> str:
     moved = {path: bool(np.abs(update).max() > 0) for path, update in updates.items()}
     owners = [owner for _, owner, _ in fields(probe.config.optimizer) if isinstance(owner, Optimizer)]
     alone = [o for o in owners if not (hasattr(o, "optimizer") or hasattr(o, "groups") or isinstance(o, Frozen))]
-    expected = all(getattr(o, "weight_decay", 0) for o in alone)  # of several groups some may have none
+    rates = [getattr(o, "weight_decay", None) for o in alone]  # of several groups some may have none
+    expected = any(moved.values()) if set(rates) == {None} else all(rates)
     for path, box in by_path(moving).items():
         if moved[path] and not box.decay:
             raise Wrong(f"{path} decays, and is declared not to")

@@ -100,7 +100,9 @@ def _tell_of_templates(config: Config) -> None:
     parts = [part for corpus in corpora for part, _ in corpus.parts() if isinstance(part, Conversations)]
     for name in ("template", "system"):
         if len({getattr(part, name) for part in parts}) > 1:
-            log.warning("dialogues of data.corpus and data.valid differ in their %s; give all the same", name)
+            log.warning(
+                "dialogues differ in their %s, in data.corpus or between it and data.valid; give all the same", name
+            )
 
 
 def _tell_of_classes(prepared: Prepared) -> None:

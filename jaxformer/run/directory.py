@@ -21,15 +21,8 @@ FINGERPRINTS = {"data.corpus": "corpus_sha256", "data.valid": "valid_sha256"}  #
 ORIGINS = "init_from.json", "imported.json"  # where parameters came from
 OURS = {
     *("lock", "data.json", "tokenizer.json", "config.json", "starts.jsonl", *ORIGINS, "checkpoints", BASE),
-    *(
-        "metrics.jsonl",
-        "tensorboard",
-        "wandb",
-        "wandb.id",
-        "profile",
-        "loss.png",
-        "loss.png.new",
-    ),  # opened before the first step
+    # Written before the first checkpoint:
+    *("metrics.jsonl", "tensorboard", "wandb", "wandb.id", "profile", "loss.png", "loss.png.new"),
 }
 WILD = set("*?[\\")  # Orbax looks for the files that it merges by a pattern that the whole path is part of
 

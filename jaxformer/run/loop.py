@@ -146,6 +146,7 @@ def _trained(configs: Sequence[Config], trace: Profile) -> list[Run]:
                     runs = _train([configs[i] for i in group], prepared, origin, trace)
                     found |= zip(group, runs, strict=True)
                 except Diverged as error:  # is no reason not to train the others
+                    log.warning("%s", error)
                     diverged.append(error.with_traceback(None))  # which would keep what they trained in memory
         platform.trim_memory()
         if diverged:

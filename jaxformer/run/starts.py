@@ -94,11 +94,11 @@ def last_sources(directory: str | Path) -> dict[str, str]:
     return _sources(last_start(directory))
 
 
-def all_sources(directory: str | Path) -> dict[str, list[str]]:
-    """The same of all starts that made a step, each code once, in their order."""
+def all_sources(directory: str | Path, steps: int) -> dict[str, list[str]]:
+    """The same of all starts of a run of so many steps that made one, each code once, in their order."""
     rows, found = read_starts(directory), dict[str, dict[str, None]]()
-    for row, after in itertools.zip_longest(rows, rows[1:]):
-        if after is None or after.get("step") != row.get("step"):
+    for row, after in itertools.zip_longest(rows, rows[1:], fillvalue={"step": steps}):
+        if after.get("step") != row.get("step"):
             for name, sha256 in _sources(row).items():
                 found.setdefault(name, {})[sha256] = None
     return {name: list(each) for name, each in found.items()}
@@ -111,7 +111,8 @@ def _sources(row: Mapping[str, Any]) -> dict[str, str]:
 
 def sources(config: Config) -> dict[str, str]:
     """`digests` of what a run's numbers depend on."""
-    return digests(dataclasses.replace(config, writers=(), sampler=None))
+    names = digests(dataclasses.replace(config, writers=(), sampler=None)).keys()
+    return {name: sha256 for name, sha256 in digests(config).items() if name in names}
 
 
 def changed_sources(config: Config) -> list[str]:

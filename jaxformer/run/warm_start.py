@@ -13,11 +13,13 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.files import read_json, write
 from jaxformer.declarations import by_path, path_name
+from jaxformer.model.implementations import Auto
 from jaxformer.model.models import Model, without_effect
+from jaxformer.run.directory import has_checkpoint
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, finite, open_run
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError
+from jaxformer.spec import InputError, changed
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,9 @@ def _otherwise(old: Model, new: Model) -> list[str]:
     """How a model computes otherwise than the one whose parameters it takes; what was taken may then be of less use."""
     if type(old) is not type(new):
         return [f"model was {type(old).__name__} and is {type(new).__name__}"]
-    sizes = ("vocab_size", "context_length", "head", "kernel.implementation", "cross_kernel.implementation")
+    alike = lambda spec: {"implementation": Auto()} if hasattr(spec, "implementation") else {}
+    old, new = changed(old, alike), changed(new, alike)
+    sizes = ("vocab_size", "context_length", "head")
     found = {path: change for path, change in config_lib.differences(old, new).items() if not path.startswith(sizes)}
     return [config_lib.told(f"model.{path}", *change) for path, change in found.items() if not without_effect(path)]
 
@@ -99,7 +103,8 @@ def tell_other_beginnings(configs: Sequence[Config], report: dict[str, Any]) -> 
     """Says which runs of before began with other parameters than that run has now."""
     for place in (Path(config.directory) for config in configs):
         path = place / "init_from.json"
-        if path.exists() and read_json(path).get("taken_sha256") != report["taken_sha256"]:
+        begun = has_checkpoint(place) and path.exists()  # else it begins anew
+        if begun and read_json(path).get("taken_sha256") != report["taken_sha256"]:
             log.warning("%s has trained on since %s began with it: new runs begin otherwise", report["run"], place)
 
 
