@@ -20,6 +20,7 @@ FLOORS = [
             "locks",
             "hashes",
             "corpora",
+            "definitions",
             "tables",
             "tasks",
             "tokenizers",

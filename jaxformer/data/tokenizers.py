@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxformer.data.corpora import Piece
+from jaxformer.data.definitions import (
+    NAMED,
+    Ids,
+    canonical,
+    check_lost,
+    deciding,
+    encoded,
+    is_special,
+    library_of,
+    refuse_special,
+    special_ids,
+    special_tokens,
+    whole,
+)
 from jaxformer.data.files import located, read_json
 from jaxformer.spec import InputError, Spec, from_json
-
-Ids = NDArray[np.uint32]
 
 
 class Unknown(InputError):
@@ -31,9 +42,6 @@ class Unknown(InputError):
             f"{what} {', '.join(named)}{more} {are} not known to the tokenizer; remove {them}, or train with "
             "data.tokenizer=Bytes or BPE, which know every character, or with data.tokenizer.unknown_token=true"
         )
-
-
-NAMED = 50  # at most, of unknown characters
 
 
 class Tokenizer(Spec):
@@ -375,14 +383,14 @@ class Subwords(Tokenizer):
 
     def check(self, at: str = "") -> None:
         try:
-            library = _library(self.definition)
+            library = library_of(self.definition)
         except InputError:
             raise
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{at}definition is none that the library tokenizers can read ({error})") from None
         if self.size < library.get_vocab_size():
             raise ValueError(f"{at}size={self.size} must be at least {library.get_vocab_size()}, the tokens defined")
-        special = _special(library)
+        special = special_ids(library)
         for name in ("start_token", "end_token", "padding_token", "mask_token", "sentinel_tokens"):
             token = getattr(self, name)
             for one in token if isinstance(token, tuple) else (token,):
@@ -406,57 +414,57 @@ class Subwords(Tokenizer):
 
     @property
     def start(self) -> int:
-        return _library(self.definition).token_to_id(self.start_token)
+        return library_of(self.definition).token_to_id(self.start_token)
 
     @property
     def end(self) -> int | None:
-        return None if self.end_token is None else _library(self.definition).token_to_id(self.end_token)
+        return None if self.end_token is None else library_of(self.definition).token_to_id(self.end_token)
 
     @property
     def padding(self) -> int:
-        return (
-            super().padding if self.padding_token is None else _library(self.definition).token_to_id(self.padding_token)
-        )
+        if self.padding_token is None:
+            return super().padding
+        return library_of(self.definition).token_to_id(self.padding_token)
 
     @property
     def special(self) -> dict[str, tuple[int, ...]]:
         named = {"start": self.start_token, "end": self.end_token, "padding": self.padding_token}
         names = {name: () if token is None else (token,) for name, token in named.items()}
         names |= {"mask": () if self.mask_token is None else (self.mask_token,), "sentinels": self.sentinel_tokens}
-        library = _library(self.definition)
+        library = library_of(self.definition)
         found = {name: tuple(library.token_to_id(token) for token in tokens) for name, tokens in names.items()}
-        rest = _special(library) - {i for ids in found.values() for i in ids}
+        rest = special_ids(library) - {i for ids in found.values() for i in ids}
         return found | {"others": tuple(sorted(rest))}
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        return _special_tokens(self.definition)
+        return special_tokens(self.definition)
 
     @property
     def added_tokens(self) -> dict[str, int]:
-        found = _library(self.definition).get_added_tokens_decoder()
+        found = library_of(self.definition).get_added_tokens_decoder()
         return {token.content: i for i, token in found.items() if not token.special}
 
     def same_ids(self, other: Tokenizer) -> bool:
         """Whatever is put around a text, or writes dialogues, and whichever of its tokens are special."""
-        return isinstance(other, Subwords) and _deciding(self.definition) == _deciding(other.definition)
+        return isinstance(other, Subwords) and deciding(self.definition) == deciding(other.definition)
 
     def encode(self, text: str) -> Ids:
-        found = _encoded(_library(self.definition), text)
+        found = encoded(library_of(self.definition), text)
         ids = np.array(found.ids, np.uint32)
-        if (wrong := _never(self.definition)[ids]).any():
-            _refuse_special(_library(self.definition).id_to_token(int(ids[wrong.argmax()])))
-        _check_lost(self.definition, text)
+        if (wrong := is_special(self.definition)[ids]).any():
+            refuse_special(library_of(self.definition).id_to_token(int(ids[wrong.argmax()])))
+        check_lost(self.definition, text)
         return ids
 
     def encode_within(self, text: str, first: int, last: int, special: bool) -> Ids:
         """The library's own of the whole text, as what stands before a stretch may decide about its ids. A token across
         the ends of two stretches is of the second."""
-        ids, places = _whole(self.definition, text)
+        ids, places = whole(self.definition, text)
         return ids[(first <= places) & (places < last)]
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
-        return _library(self.definition).decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
+        return library_of(self.definition).decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
 
     def byte_lengths(self) -> NDArray[np.int64] | None:
         """Exact for bytes as in GPT-2, and to the space before a text where unknown characters fall back to bytes."""
@@ -464,8 +472,8 @@ class Subwords(Tokenizer):
         of_bytes = '"ByteLevel"' in json.dumps(parts.get("decoder"))
         if not (of_bytes or parts["model"].get("byte_fallback")):
             return None
-        library, lengths = _library(self.definition), np.zeros(self.size, np.int64)
-        special, added = _special(library), library.get_added_tokens_decoder()
+        library, lengths = library_of(self.definition), np.zeros(self.size, np.int64)
+        special, added = special_ids(library), library.get_added_tokens_decoder()
         for token, i in library.get_vocab().items():
             if i in special:
                 continue
@@ -555,7 +563,7 @@ class BPE(Unfitted):
         )
         library.train_from_iterator(sample, trainer)
         special = END_OF_TEXT, END_OF_TEXT, None, mask, sentinels
-        return Subwords(_canonical(library.to_str()), self.vocab_size, *special)
+        return Subwords(canonical(library.to_str()), self.vocab_size, *special)
 
 
 class TokenizerFile(Unfitted):
@@ -592,14 +600,14 @@ def defined(definition: str, path: Path, **given: str | None) -> Subwords:
     try:
         import tokenizers
 
-        library = tokenizers.Tokenizer.from_str(_canonical(definition))
+        library = tokenizers.Tokenizer.from_str(canonical(definition))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{path}: holds no tokenizer ({error}); give another file") from None
     for name, token in given.items():
         if token is not None and library.token_to_id(token) is None:
             raise InputError(f"data.tokenizer.{name}={token!r} must be a token of {path}; None if it has none")
     library.add_special_tokens([token for token in given.values() if token is not None])  # they keep their ids
-    special = {library.id_to_token(i) for i in _special(library)}
+    special = {library.id_to_token(i) for i in special_ids(library)}
     usual = lambda name, names: given[name] or next((token for token in names if token in special), None)
     end = usual("end_token", ENDS)
     start = usual("start_token", STARTS) or end
@@ -609,7 +617,7 @@ def defined(definition: str, path: Path, **given: str | None) -> Subwords:
     size = max(library.get_vocab(with_added_tokens=True).values()) + 1
     others = usual("padding_token", PADDINGS), usual("mask_token", MASKS)
     sentinels = tuple(itertools.takewhile(special.__contains__, (f"<extra_id_{i}>" for i in itertools.count())))
-    return Subwords(_canonical(library.to_str()), size, start, end, *others, sentinels)
+    return Subwords(canonical(library.to_str()), size, start, end, *others, sentinels)
 
 
 SPECIAL = ("start_token", "end_token", "padding_token", "mask_token")
@@ -631,133 +639,3 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if tokenizer.learns or isinstance(tokenizer, TokenizerFile):
         raise InputError(f"{path}: holds a tokenizer that was not fitted to a corpus; restore the file")
     return tokenizer
-
-
-def _canonical(definition: str) -> str:
-    """The same JSON in one form, without what would cut or pad texts."""
-    if not isinstance(json.loads(definition), dict):
-        raise ValueError("no JSON object")
-    return json.dumps(json.loads(definition) | {"truncation": None, "padding": None}, ensure_ascii=False)
-
-
-def _deciding(definition: str) -> dict[str, Any]:
-    """What of a definition decides about the ids of a text."""
-    parts = {name: part for name, part in json.loads(definition).items() if name not in ("post_processor", "decoder")}
-    free = {"special": None, "normalized": None}  # special tokens are found before text is normalized
-    return parts | {"added_tokens": [token | free for token in parts.get("added_tokens", ())]}
-
-
-def _special(library: Any) -> set[int]:
-    return {i for i, token in library.get_added_tokens_decoder().items() if token.special}
-
-
-@functools.lru_cache(maxsize=8)
-def _library(definition: str, special: bool = False) -> Any:
-    """`special`: the text "<|endoftext|>" is the token of this name, and no text."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise InputError("this tokenizer needs the package tokenizers; pip install tokenizers") from None
-    parts = json.loads(definition)
-    if parts["model"].get("dropout"):  # of merges (arXiv:1910.13267): other ids of the same text every time
-        definition = json.dumps(parts | {"model": parts["model"] | {"dropout": None}})
-    library = tokenizers.Tokenizer.from_str(definition)
-    library.encode_special_tokens = not special
-    return library
-
-
-def _encoded(library: Any, text: str, offsets: bool = False) -> Any:
-    """What the library makes of a text; with the offsets of its tokens it takes longer."""
-    encode = library.encode_batch if offsets else library.encode_batch_fast
-    try:
-        (found,) = encode([text], add_special_tokens=False)
-    except TypeError:
-        raise InputError("the text holds half of a surrogate pair, which is no character; remove it") from None
-    except Exception as error:  # as for an unknown word where no token stands for those
-        raise InputError(f"the tokenizer cannot encode the text ({error}); give another one") from None
-    return found
-
-
-@functools.lru_cache(maxsize=16)
-def _whole(definition: str, text: str) -> tuple[Ids, NDArray[np.int64]]:
-    """Ids of a text in which special tokens stand by their names, and the place of the last character of each."""
-    found = _encoded(_library(definition, True), text, True)
-    ids, never, named = np.array(found.ids, np.uint32), _never(definition), _special_tokens(definition)
-    names = "|".join(map(re.escape, sorted(named, key=len, reverse=True)))
-    parts = re.split(f"({names})", text) if named else [text]
-    written = [name for name in parts[1::2] if never[named[name]]]
-    special = [_library(definition).id_to_token(int(i)) for i in ids[never[ids]]]
-    if special != written:
-        _refuse_special(next(a or b for a, b in itertools.zip_longest(special, written, fillvalue="") if a != b))
-    for part in parts[::2]:
-        _check_lost(definition, part)
-    places = np.array([max(start, end - 1) for start, end in found.offsets], np.int64)
-    return ids, np.minimum(np.maximum.accumulate(places), len(text) - 1)
-
-
-def _refuse_special(token: str) -> NoReturn:
-    raise InputError(
-        f"the text holds {token!r}, which the tokenizer takes for its special token; remove it, or give another "
-        "tokenizer"
-    )
-
-
-def _check_lost(definition: str, text: str) -> None:
-    if lost := _lost(definition, text):
-        raise InputError(
-            f"the tokenizer has no token for {', '.join(map(repr, sorted(lost)[:NAMED]))}, nor one for unknown "
-            "characters, and would leave them out; remove them, or give another tokenizer"
-        )
-
-
-@functools.lru_cache(maxsize=4)
-def _special_tokens(definition: str) -> dict[str, int]:
-    library = _library(definition)
-    return {library.id_to_token(i): i for i in sorted(_special(library))}
-
-
-@functools.lru_cache(maxsize=4)
-def _never(definition: str) -> NDArray[np.bool_]:
-    """[largest id + 1]: whether it is that of a special token, other than the one for what is unknown. A model that has
-    the token among its words would find it in text."""
-    library, model = _library(definition), json.loads(definition)["model"]
-    unknown = model.get("unk_token")
-    if model.get("unk_id") is not None:
-        unknown = model["vocab"][model["unk_id"]][0]
-    found = np.zeros(max(library.get_vocab().values(), default=0) + 1, bool)
-    found[[i for i in _special(library) if library.id_to_token(i) != unknown]] = True
-    return found
-
-
-@functools.lru_cache(maxsize=4)
-def _alphabet(definition: str) -> frozenset[str] | None:
-    """The characters that have a token, of a model that passes over all others; None of any other model."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    parts = json.loads(definition)
-    model = parts["model"]
-    if model.get("type") != "BPE" or model.get("unk_token") is not None:
-        return None
-    if model.get("byte_fallback") and all(f"<0x{i:02X}>" in model["vocab"] for i in range(256)):
-        return None
-    before, after = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-    tokens = (token.removeprefix(before).removesuffix(after) for token in model["vocab"])
-    known = frozenset(token for token in tokens if len(token) == 1)
-    of_bytes = '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("normalizer")])
-    return None if of_bytes and known.issuperset(ByteLevel.alphabet()) else known
-
-
-def _lost(definition: str, text: str) -> set[str]:
-    """The characters that would have no id, as the model sees them."""
-    known = _alphabet(definition)
-    if known is None:
-        return set()
-    library, found = _library(definition), set[str]()
-    added = [re.escape(token.content) for token in library.get_added_tokens_decoder().values() if not token.special]
-    for part in re.split("|".join(added), text) if added else [text]:
-        if library.normalizer is not None:
-            part = library.normalizer.normalize_str(part)
-        if library.pre_tokenizer is not None:
-            part = "".join(word for word, _ in library.pre_tokenizer.pre_tokenize_str(part))
-        found.update(part)
-    return found - known

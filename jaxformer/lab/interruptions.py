@@ -17,9 +17,9 @@ from typing import Any
 from jaxformer.config import Config
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.manifest import has_manifest
-from jaxformer.run.metrics import read_rows
 from jaxformer.run.pauses import evaluations
 from jaxformer.run.signals import Received, meant
+from jaxformer.run.starts import read_starts
 from jaxformer.spec import InputError
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class Seen:
 
     @property
     def starts(self) -> int:
-        return len(starts(self._directories[0]))
+        return len(read_starts(self._directories[0]))
 
     @property
     def row(self) -> dict[str, Any] | None:
@@ -199,7 +199,7 @@ class Seen:
     @property
     def trains(self) -> bool:
         """Whether the process has written a row."""
-        begun, row = starts(self._directories[0])[self._before :], self.row
+        begun, row = read_starts(self._directories[0])[self._before :], self.row
         return bool(begun) and row is not None and row["step"] > begun[-1]["step"]
 
     @property
@@ -223,8 +223,3 @@ def _awaits(config: Config, row: Mapping[str, Any]) -> bool:
     """Whether a row of metrics is the last one before an evaluation."""
     due = evaluations(config, row["step"])
     return bool(due) and row["split"] != due[-1]
-
-
-def starts(directory: Path) -> list[dict[str, Any]]:
-    """The starts that a run has recorded."""
-    return read_rows(directory / "starts.jsonl")[0]

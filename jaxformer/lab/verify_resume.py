@@ -22,7 +22,7 @@ from jaxformer.config import Config
 from jaxformer.data.files import located
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.declarations import path_name
-from jaxformer.lab.interruptions import Different, Interruption, Trial, starts
+from jaxformer.lab.interruptions import Different, Interruption, Trial
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
 from jaxformer.run.loop import check_together
@@ -32,6 +32,7 @@ from jaxformer.run.metrics import CLOCK, read_rows
 from jaxformer.run.opened import open_run
 from jaxformer.run.plan import prepare_data
 from jaxformer.run.signals import Stop, collected
+from jaxformer.run.starts import read_starts
 from jaxformer.spec import InputError, counted
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def verify_resume(
             for each in resumed.interrupted(random.Random(seed), kills, signals, until_row, call):
                 found.append(each)
                 log.info("%d of %d: %s", len(found), kills + signals, each)
-            _refuse(lost(found, starts(resumed.directories[0])))
+            _refuse(lost(found, read_starts(resumed.directories[0])))
             findings.append("checkpoints: none lost; every start began at the newest one that was saved before")
             findings += _stops(found, call)
             for sentence in _checks(first, straight.directories, resumed.directories):
