@@ -185,7 +185,7 @@ def test_a_strangers_module_trains_goes_on_and_is_sampled_from_elsewhere(home, w
         finish(command(home, "train", "mine.py", "--directory=run-mine", f"--train.steps={steps}"))
     (tmp_path / "my_parts.py").write_text(module)
     _, err = finish(command(tmp_path, "sample", home / "run-mine"), 2)
-    assert "class='my_parts:Decay' is no spec" in err and "--import=MODULE" in err
+    assert "class='my_parts:Decay' is no spec" in err and "--import=my_parts" in err
     out, _ = finish(command(tmp_path, "sample", home / "run-mine", "--import=my_parts", "--tokens=9"))
     assert len(out) == 10
     _, err = finish(command(tmp_path, "sample", home / "run-mine", "--import=nowhere"), 2)
