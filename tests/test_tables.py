@@ -222,6 +222,18 @@ def test_a_task_is_a_function_of_its_fields(task):
     assert task is tasks.Addition or (lengths > 800).all()
 
 
+def test_sums_come_again_only_after_all_others():
+    """So that those for validation are none of those for training."""
+    pairs = list(tasks.Addition(length=2, shortest=2, examples=90**2 + 700).pairs())
+    numbers = np.array([[int(number) for number in source.split("+")] for source, _ in pairs])
+    assert len({*pairs[: 90**2]}) == 90**2 and pairs[90**2 :] == pairs[:700]
+    for column in numbers[: 90**2].T:
+        assert (np.bincount(column, minlength=100)[10:] == 90).all()
+    assert len({*tasks.Addition(length=18, examples=10_000).pairs()}) == 10_000
+    first, second = numbers[:90].T
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.3 and (np.diff(first) > 0).any() and (np.diff(first) < 0).any()
+
+
 def test_symbols_are_drawn_evenly():
     text = "".join(source for source, _ in tasks.Copy(length=20, symbols=13, examples=2000).pairs())
     counts = np.array([text.count(symbol) for symbol in tasks.SYMBOLS[:13]])

@@ -58,13 +58,17 @@ class Copy(Corpus):
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """First and second text of each example."""
-        for first in range(0, self.examples, 4096):  # in blocks, to hash them together
-            number = np.arange(first, min(first + 4096, self.examples), dtype=np.uint64)
+        for number in self.blocks():
             draws = mix(mix(self.hashed + number)[:, None] + np.arange(self.length + 1, dtype=np.uint64))
             lengths = self.least + (draws[:, 0] % np.uint64(self.length + 1 - self.least)).astype(int)
             for row, length in zip(draws[:, 1:], lengths, strict=True):
                 text = self.drawn(row[:length])
                 yield text, self.answer(text)
+
+    def blocks(self) -> Iterator[Hashes]:
+        """The numbers of the examples, in blocks that are hashed together."""
+        for first in range(0, self.examples, 4096):
+            yield np.arange(first, min(first + 4096, self.examples), dtype=np.uint64)
 
     def drawn(self, numbers: np.ndarray) -> str:
         """The first text, from a random number uint64 for each of its symbols."""
@@ -164,7 +168,10 @@ def dictionary(kind: str) -> list[tuple[str, str]]:
 
 
 class Addition(Copy):
-    """Two numbers of `length` digits at most, as "12+345", and their sum."""
+    """Two numbers of `length` digits at most, as "12+345", and their sum.
+
+    No two examples have the same numbers, until there are no others left.
+    """
 
     length: int = 3  # digits of a number, at most
     shortest: int | None = None  # fewest digits of a number, all numbers as often; None: 1
@@ -178,10 +185,14 @@ class Addition(Copy):
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         least = 0 if self.shortest in (None, 1) else 10 ** (int(self.shortest or 1) - 1)
-        for i in range(self.examples):
-            drawn = mix(mix(self.hashed + np.uint64(i)) + np.arange(2, dtype=np.uint64))
-            a, b = (int(number) + least for number in drawn % np.uint64(10**self.length - least))
-            yield f"{a}+{b}", str(a + b)
+        n = 10**self.length - least
+        keys = mix(self.hashed + np.arange(2, dtype=np.uint64)[:, None])
+        for number in self.blocks():
+            turn, place = np.divmod(number, np.uint64(n))  # in each of n turns a place has another second number
+            places = place, (place + turn) % np.uint64(n)
+            drawn = (permuted(x, n, key).tolist() for x, key in zip(places, keys, strict=True))
+            for a, b in zip(*drawn, strict=True):
+                yield f"{a + least}+{b + least}", str(a + b + 2 * least)
 
 
 class Recall(Copy):

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Row:
 
     name: str
     config: Config
-    published: float | tuple[float, ...] | None = None  # several numbers: of as many runs; one of them is to be reached
+    published: float | tuple[float, ...] | None = None  # several numbers: of as many runs, each with a verdict
     seeds: int = 1
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Metrics], float] = final_loss
@@ -152,12 +152,10 @@ class Result:
         return sum(ends.values())  # what was trained together took that time once
 
     @property
-    def reached(self) -> bool | None:
-        """None if nothing was published, or nothing was run."""
-        row = self.row
-        if not row.numbers or not self.runs:
-            return None
-        return any(row.reached(self.values, number, row.higher) for number in row.numbers)
+    def reached(self) -> tuple[bool, ...]:
+        """Whether each of the published numbers is; empty if nothing was run."""
+        row, values = self.row, self.values
+        return tuple(row.reached(values, number, row.higher) for number in row.numbers) if self.runs else ()
 
     def curve(self, split: str = "train", name: str = "loss") -> tuple[list[int], list[list[float]]]:
         """Steps, and for each run its numbers there."""
@@ -166,16 +164,23 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         """As `reproduce --json` prints it."""
+        reached = self.reached
         return {
             "row": self.row.name,
             "published": self.row.published,
             "measured": self.mean,
             "deviation": self.deviation,
             "seeds": len(self.runs),
-            "reached": self.reached,
+            "reached": reached if isinstance(self.row.published, tuple) else next(iter(reached), None),
             "steps": self.row.config.train.steps,
             "seconds": self.seconds,
         }
+
+
+def best_of(results: Iterable[Result]) -> Result:
+    """The one with the best mean, as of several learning rates; one that diverged is the worst."""
+    sign = lambda result: -1 if result.row.higher else 1
+    return min(results, key=lambda result: (math.isnan(result.mean), sign(result) * result.mean))
 
 
 class Report:
@@ -352,7 +357,7 @@ def _cells(result: Result) -> dict[str, Any]:
         "published": ", ".join(f"{number:g}" for number in row.numbers),
         "measured": f"{result.mean:.4f}{spread}" if values else f"not run: no {str(row.platform).upper()} here",
         "seeds": len(values) or "",
-        "reached": {None: "", True: "yes", False: "**no**"}[result.reached],
+        "reached": ", ".join("yes" if each else "**no**" for each in result.reached),
         "steps": row.config.train.steps,
         "seconds": f"{result.seconds:.0f}" if values else "",
     }
