@@ -1,5 +1,7 @@
 """Batches: rows as functions of seed and number, epochs without replacement, packing, mixtures."""
 
+from dataclasses import replace
+
 import chex
 import numpy as np
 import pytest
@@ -346,6 +348,26 @@ def test_pairs_apart_and_joined():
     longest = max(texts(2).sizes.sum(1)) - texts(2).prefix
     room = [Examples(joined=True).count_cut(texts(2), RowSize(size, 0)) for size in (longest, longest - 1)]
     assert texts(2).prefix and room == [0, 1]
+
+
+def test_joined_pairs_are_as_wide_as_the_longest_of_them():
+    """A long first text beside a long second one of another pair takes no room."""
+    sizes = np.array([38, 3, 3, 38, 20, 22])
+    source = Source(np.arange(sizes.sum()), np.cumsum(sizes) - sizes, texts=2, examples=True, prefix=1)
+    (batch,) = Examples(joined=True).full_pass(source, RowSize(100), 3)
+    assert batch["tokens"].shape == (3, 48) and batch["segments"].sum(1).tolist() == [40, 40, 41]
+
+
+def test_marks_of_joined_pairs_are_those_of_their_tokens():
+    rng, pairs = np.random.default_rng(0), texts(2)
+    marked = replace(pairs, answers=rng.integers(0, 2, len(pairs.tokens), np.uint8))
+    mark_of = dict(zip(pairs.tokens.tolist(), marked.answers.tolist(), strict=True))
+    assert len(mark_of) == len(pairs.tokens)
+    for joined in (False, True):
+        batch = next(Examples(joined=joined).full_pass(marked, RowSize(60), 5))
+        for row, weights in zip(rows_of(batch), batch["weights"], strict=True):
+            assert weights[: len(row)].tolist() == [mark_of[token] for token in row.tolist()]
+            assert not weights[len(row) :].any()
 
 
 def test_a_split_would_part_the_pairs_of_a_name():

@@ -176,10 +176,9 @@ class Examples(Sampling):
             raise InputError("no example")
 
     def count_cut(self, source: Source, size: RowSize) -> int:
-        joined = source.sizes.sum(1, keepdims=True) - source.prefix * (source.texts - 1)  # as `_examples` does
-        whole = joined if self.joined else source.sizes
-        room = np.array([size.tokens] if whole.shape[1] == 1 else [size.window, size.tokens])
-        return int((whole > room).any(1).sum())
+        sizes = _sizes(source, self.joined)
+        room = np.array([size.tokens] if sizes.shape[1] == 1 else [size.window, size.tokens])
+        return int((sizes > room).any(1).sum())
 
     def rows(self, source: Source, size: RowSize, key: Hashes, numbers: Hashes) -> Batch:
         count = np.uint64(source.n_examples)
@@ -202,27 +201,29 @@ class Examples(Sampling):
         if self.joined:
             batch["parts"] = np.zeros_like(batch["tokens"])
         inside = numbers < source.n_examples
+        join = lambda two: [np.concatenate([two[0], two[1][source.prefix :]])]
         for row, number in zip(np.flatnonzero(inside), numbers[inside], strict=True):
             texts = source.example(int(number))
+            marks = [] if source.answers is None else source.example(int(number), source.answers)
             if self.joined and len(texts) == 2:
                 batch["parts"][row, len(texts[0]) :] = 1
-                texts = [np.concatenate([texts[0], texts[1][source.prefix :]])]
+                texts, marks = join(texts), marks and join(marks)
             for name, text in zip(("tokens", "source"), reversed(texts), strict=False):
                 text = text[: batch[name].shape[1]]
                 batch[name][row, : len(text)] = text
                 batch["segments" if name == "tokens" else f"{name}_segments"][row, : len(text)] = 1
-            if source.answers is not None:
-                first, width = source.starts[number], min(len(texts[-1]), batch["weights"].shape[1])
-                batch["weights"][row, :width] = source.answers[first : first + width]
+            for mark in marks[-1:]:
+                mark = mark[: batch["weights"].shape[1]]
+                batch["weights"][row, : len(mark)] = mark
         for name, labels in source.labels.items():
             batch[f"labels_{name}"] = np.zeros((len(numbers), *labels.shape[1:]), np.int32)
             batch[f"labels_{name}"][inside] = labels[numbers[inside]]
         return batch
 
     def _widths(self, source: Source, size: RowSize) -> dict[str, int]:
-        longest = source.longest
-        if len(longest) == 1 or self.joined:
-            return {"tokens": _rounded(sum(longest), size.tokens)}
+        longest = _longest(source, self.joined)
+        if len(longest) == 1:
+            return {"tokens": _rounded(longest[0], size.tokens)}
         return {"source": _rounded(longest[0], size.window), "tokens": _rounded(longest[1], size.tokens)}
 
 
@@ -238,6 +239,17 @@ def _spread(count: int, batch_size: int, share: float) -> Iterator[NDArray[np.in
 
 def _rounded(size: int, most: int) -> int:
     return min(max(2, -(-size // 8) * 8), most)
+
+
+def _sizes(source: Source, joined: bool) -> NDArray[np.int64]:
+    """[examples, texts in a row]: how many tokens each would have uncut."""
+    return source.sizes.sum(1, keepdims=True) - source.prefix * (source.texts - 1) if joined else source.sizes
+
+
+@functools.lru_cache(maxsize=64)
+def _longest(source: Source, joined: bool) -> tuple[int, ...]:
+    """The most of each."""
+    return tuple(_sizes(source, joined).max(0, initial=0).tolist())
 
 
 @functools.lru_cache(maxsize=8)

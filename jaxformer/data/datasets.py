@@ -174,8 +174,7 @@ def _ready(corpus: Corpus, tokenizer: Tokenizer) -> NDArray[Any] | None:
 
 def _in_memory(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Ids, NDArray[np.int64], NDArray[np.uint8] | None]:
     ids, marks, starts, count = [np.empty(0, np.uint32)], [np.empty(0, np.uint8)], list[int](), 0
-    encoded = _known(_encoded(corpus.pieces_for(tokenizer), tokenizer), corpus, tokenizer)
-    for found, answer, begins, _ in _framed(encoded, corpus, tokenizer, False):
+    for found, answer, begins, _ in _framed(corpus.pieces_for(tokenizer), corpus, tokenizer, False):
         if begins:
             starts.append(count)
         ids.append(found)
@@ -346,14 +345,14 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
             file.truncate(size)
         unsaved = 0
 
-        def counted() -> Iterator[Piece]:
+        def told() -> Iterator[Piece]:
             nonlocal unsaved
             for piece in itertools.islice(corpus.pieces_for(tokenizer), done["pieces"], None):
+                bar.update(len(piece.text))
                 unsaved += len(piece.text)
                 yield piece
 
-        encoded = _known(_encoded(counted(), tokenizer), corpus, tokenizer)
-        for ids, answer, begins, inside in _framed(encoded, corpus, tokenizer, done["inside"]):
+        for ids, answer, begins, inside in _framed(told(), corpus, tokenizer, done["inside"]):
             check_ids(ids, tokenizer.vocab_size)
             if begins:
                 documents.write(np.int64(done["tokens"]).tobytes())
@@ -367,7 +366,6 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, part: Path) -> np.dtype:
                 "inside": inside,
             }
             if unsaved >= SAVE_EVERY:
-                bar.update(unsaved)
                 unsaved = 0
                 for file in files:
                     file.flush()
@@ -412,10 +410,10 @@ def _known(encoded: Iterable[tuple[Piece, Ids]], corpus: Corpus, tokenizer: Toke
 
 
 def _framed(
-    encoded: Iterable[tuple[Piece, Ids]], corpus: Corpus, tokenizer: Tokenizer, inside: bool
+    pieces: Iterable[Piece], corpus: Corpus, tokenizer: Tokenizer, inside: bool
 ) -> Iterator[tuple[Ids, bool, bool, bool]]:
-    """Ids between those that stand before and after a document; whether they are to be predicted; whether one begins
-    with them; whether it continues.
+    """The ids of pieces, between those that stand before and after a document; whether they are to be predicted;
+    whether a document begins with them; whether it continues.
 
     A document without an id is none, unless the corpus is aligned. Raises InputError where an id that two documents
     share would have the mark of one.
@@ -426,7 +424,7 @@ def _framed(
             "framed = False in the class, so that its pieces hold that id"
         )
     before, after = (np.array(ids if corpus.framed else (), np.uint32) for ids in (tokenizer.prefix, tokenizer.suffix))
-    for piece, ids in encoded:
+    for piece, ids in _known(_encoded(pieces, tokenizer), corpus, tokenizer):
         begins = not inside and (corpus.aligned or len(ids) > 0)
         inside = inside or begins
         ends = inside and piece.ends

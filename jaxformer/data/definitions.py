@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -65,8 +66,7 @@ def whole(definition: str, text: str) -> tuple[Ids, NDArray[np.int64]]:
     """Ids of a text in which special tokens stand by their names, and the place of the last character of each."""
     found = encoded(library_of(definition, True), text, True)
     ids, never, named = np.array(found.ids, np.uint32), is_special(definition), special_tokens(definition)
-    names = "|".join(map(re.escape, sorted(named, key=len, reverse=True)))
-    parts = re.split(f"({names})", text) if named else [text]
+    parts = re.split(f"({any_of(named).pattern})", text)
     written = [name for name in parts[1::2] if never[named[name]]]
     special = [library_of(definition).id_to_token(int(i)) for i in ids[never[ids]]]
     if special != written:
@@ -75,6 +75,11 @@ def whole(definition: str, text: str) -> tuple[Ids, NDArray[np.int64]]:
         check_lost(definition, part)
     places = np.array([max(start, end - 1) for start, end in found.offsets], np.int64)
     return ids, np.minimum(np.maximum.accumulate(places), len(text) - 1)
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """The longest of them; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def refuse_special(token: str) -> NoReturn:
@@ -135,8 +140,8 @@ def _lost(definition: str, text: str) -> set[str]:
     if known is None:
         return set()
     library, found = library_of(definition), set[str]()
-    added = [re.escape(token.content) for token in library.get_added_tokens_decoder().values() if not token.special]
-    for part in re.split("|".join(added), text) if added else [text]:
+    added = [token.content for token in library.get_added_tokens_decoder().values() if not token.special]
+    for part in any_of(added).split(text):
         if library.normalizer is not None:
             part = library.normalizer.normalize_str(part)
         if library.pre_tokenizer is not None:

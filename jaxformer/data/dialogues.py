@@ -45,7 +45,7 @@ class Conversations(Corpus):
         return itertools.chain.from_iterable(self._written(UNKNOWN))
 
     def pieces_for(self, tokenizer: Tokenizer) -> Iterator[Piece]:
-        return itertools.chain.from_iterable(self._written(Template.of(tokenizer, self.template)))
+        return itertools.chain.from_iterable(self._written(Template.of(tokenizer)))
 
     def _written(self, template: Template) -> Iterator[list[Piece]]:
         if self.template is not None:

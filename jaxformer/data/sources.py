@@ -42,11 +42,6 @@ class Source:
         """[examples, texts]: how many tokens each has."""
         return (self.ends - self.starts).reshape(-1, self.texts)
 
-    @functools.cached_property
-    def longest(self) -> tuple[int, ...]:
-        """The size of the longest of each of an example's texts."""
-        return tuple(self.sizes.max(0, initial=0).tolist())
-
     @property
     def n_examples(self) -> int:
         return len(self.starts) // self.texts
@@ -55,11 +50,11 @@ class Source:
     def n_tokens(self) -> int:
         return len(self.tokens) if self.picked is None else int(self.sizes.sum())
 
-    def example(self, number: int) -> list[Tokens]:
-        """The texts of an example."""
-        first = number * self.texts
+    def example(self, number: int, of: NDArray[Any] | None = None) -> list[NDArray[Any]]:
+        """The texts of an example; or what they have of another array of all tokens, as `answers`."""
+        values, first = self.tokens if of is None else of, number * self.texts
         starts, sizes = self.starts[first : first + self.texts], self.sizes[number]
-        return [self.tokens[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        return [values[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
     def pick(self, numbers: NDArray[np.int64]) -> "Source":
         """The examples of these numbers alone."""

@@ -9,11 +9,12 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxformer.data.corpora import Piece
+from jaxformer.data.definitions import any_of
 from jaxformer.data.tokenizers import Tokenizer
 from jaxformer.spec import InputError, counted
 
@@ -106,19 +107,19 @@ class Template:
         text = self._rendered([*asked, {"role": ANSWERS, "content": PROBE}]).removeprefix(prompt)
         behind = text.rpartition(PROBE)[2]
         known = dict(self.tokens + self.added)
-        if found := _any_of(known).search(behind):
+        if found := any_of(known).search(behind):
             return Ends((known[found[0]],), ())
         return Ends((), (behind,) if behind else ())
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        return _any_of(dict(self.tokens))
+        return any_of(dict(self.tokens))
 
     @functools.cached_property
     def _reserved(self) -> re.Pattern[str]:
         """What no message may hold."""
         ends = [name for name, i in self.added if i in self.ends.ids]
-        return _any_of([*dict(self.tokens), *ends])
+        return any_of([*dict(self.tokens), *ends])
 
     def _pieces(self, text: str, first: int, last: int, answer: bool) -> list[Piece]:
         """Of a stretch of the text: special tokens and what stands between them."""
@@ -136,11 +137,6 @@ class Template:
         more = {"add_generation_prompt": add_generation_prompt, "bos_token": self.start, "eos_token": self.end}
         more |= {"tools": None, "documents": None}  # which some templates ask for
         return _RENDERER.render({"template": self.source, "messages": told, **more})
-
-
-def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """The longest of them; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -25,10 +25,11 @@ def predict(
     if seconds is not None:
         parts = (np.arange(ids.shape[1])[None] >= np.asarray(seconds)[:, None]).astype(np.int32)
     said = jax.device_get(_predict(model, params, ids, segments, parts))
-    heads = [head for head in model.heads if head.name in said]
-    of = lambda head, i: said[head.name][i, : len(texts[i])] if head.of_tokens else said[head.name][i]
-    answers = ([head.answer(of(head, i)) for head in heads] for i in range(len(texts)))
-    return [dict(item for answer in each for item in answer.items()) for each in answers]
+    found: list[dict[str, Any]] = [{} for _ in texts]
+    for head in model.heads:
+        for answers, text, out in zip(found, texts, said.get(head.name, ()), strict=False):
+            answers |= head.answer(out[: len(text)] if head.of_tokens else out)
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

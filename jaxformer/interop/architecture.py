@@ -209,8 +209,10 @@ def explicit(model: Decoder) -> Decoder:
     )
 
 
-def activation_name(activation: Activation) -> str:
-    return next((name for name, known in ACTIVATIONS.items() if known == activation), "gelu_new")
+def activation_name(feed_forward: Any, default: str) -> str:
+    """That of its activation; without one, or with one that has no name, the architecture's own."""
+    own = getattr(feed_forward, "activation", None)
+    return next((name for name, known in ACTIVATIONS.items() if known == own), default)
 
 
 def _short(value: Any) -> str:

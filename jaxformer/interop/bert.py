@@ -107,7 +107,6 @@ class Bert(Architecture):
         )
 
     def options(self, model: Decoder, like: str | None = None) -> dict[str, Any]:
-        activation = getattr(model.feed_forward, "activation", None)
         found = {
             "model_type": "bert",
             "vocab_size": model.dims["V"],
@@ -117,7 +116,7 @@ class Bert(Architecture):
             "intermediate_size": model.dims["F"],
             "max_position_embeddings": model.context_length,
             "type_vocab_size": model.embedding.token_types or 2,
-            "hidden_act": activation_name(activation) if activation else "gelu",
+            "hidden_act": activation_name(model.feed_forward, "gelu"),
             "layer_norm_eps": getattr(model.norm, "eps", 1e-12),
             "hidden_dropout_prob": model.dropout,
             "attention_probs_dropout_prob": model.dropout,

@@ -14,7 +14,7 @@ from jaxformer.config import differences
 from jaxformer.data.dialogues import conversations_of
 from jaxformer.data.files import located, write
 from jaxformer.data.templates import Template
-from jaxformer.data.tokenizers import Bytes, Characters, NoTokenizer, Subwords, Tokenizer
+from jaxformer.data.tokenizers import END_OF_TEXT, MASK, Bytes, Characters, NoTokenizer, Subwords, Tokenizer
 from jaxformer.declarations import by_path
 from jaxformer.interop.architecture import Architecture, Options, Place, explicit
 from jaxformer.interop.families import ARCHITECTURES
@@ -83,7 +83,7 @@ def architecture_of(run: Run) -> tuple[Architecture, Decoder]:
             continue
         wrong = _missing(architecture, run.model, again)
         if not wrong:
-            return architecture, _named(again, run.model)
+            return architecture, again
         found.append(
             (type(again) is not type(run.model), len(wrong), f"{architecture.kinds[0]} has not {'; '.join(wrong)}")
         )
@@ -91,16 +91,8 @@ def architecture_of(run: Run) -> tuple[Architecture, Decoder]:
     raise InputError(f"{run.config.directory}: no architecture has all parts of its model; {nearest}")
 
 
-def _named(again: Decoder, model: Decoder) -> Decoder:
-    """With the column of its classes as the run calls it: no file names it."""
-    if not (isinstance(again.head, ClassificationHead) and isinstance(model.head, ClassificationHead)):
-        return again
-    return dataclasses.replace(again, head=dataclasses.replace(again.head, column=model.head.column))
-
-
 def _missing(architecture: Architecture, model: Decoder, again: Decoder) -> list[str]:
     """What of the model is not there in what is read back."""
-    again = _named(again, model)
     if type(again) is not type(model):
         return [f"model={type(model).__name__}"]
     wrong = list[str]()
@@ -129,6 +121,9 @@ def _read_back(architecture: Architecture, model: Decoder, like: str | None) -> 
     again = architecture.model(options, names)
     if options.problems:
         raise ValueError("; ".join(options.problems))
+    if isinstance(again.head, ClassificationHead) and isinstance(model.head, ClassificationHead):
+        head = dataclasses.replace(again.head, column=model.head.column)  # which no file names
+        again = dataclasses.replace(again, head=head)
     return again
 
 
@@ -255,7 +250,7 @@ def _definition(tokenizer: Tokenizer) -> tuple[str, dict[str, str | None]]:
     import tokenizers as lib
 
     special = tokenizer.special
-    names = dict.fromkeys(special["end"], "<|endoftext|>") | dict.fromkeys(special["mask"], "<mask>")
+    names = dict.fromkeys(special["end"], END_OF_TEXT) | dict.fromkeys(special["mask"], MASK)
     names |= {i: f"<extra_id_{number}>" for number, i in enumerate(special["sentinels"])}
     parts: Any = lib  # whose stubs know less than it has
     if isinstance(tokenizer, Bytes):
@@ -274,8 +269,8 @@ def _definition(tokenizer: Tokenizer) -> tuple[str, dict[str, str | None]]:
         raise InputError(f"the tokenizer {type(tokenizer).__name__} has no form that transformers reads")
     found.add_special_tokens([names[i] for i in sorted(names)])
     assert all(found.token_to_id(token) == i for i, token in names.items())
-    end = "<|endoftext|>" if special["end"] else None
-    tokens = {"bos_token": end, "eos_token": end, "mask_token": "<mask>" if special["mask"] else None}
+    end = END_OF_TEXT if special["end"] else None
+    tokens = {"bos_token": end, "eos_token": end, "mask_token": MASK if special["mask"] else None}
     return found.to_str(), tokens | {"unk_token": "<unk>" if special.get("others") else None}
 
 

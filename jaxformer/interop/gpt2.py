@@ -72,7 +72,6 @@ class GPT2(Architecture):
         )
 
     def options(self, model: Decoder, like: str | None = None) -> dict[str, Any]:
-        activation = getattr(model.feed_forward, "activation", None)
         return {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
@@ -82,7 +81,7 @@ class GPT2(Architecture):
             "n_layer": model.n_layers,
             "n_head": model.n_heads,
             "n_inner": model.dims["F"],
-            "activation_function": activation_name(activation) if activation else "gelu_new",
+            "activation_function": activation_name(model.feed_forward, "gelu_new"),
             "layer_norm_epsilon": getattr(model.norm, "eps", 1e-5),
             "scale_attn_weights": getattr(model.kernel, "scale", None) != 1.0,
             "tie_word_embeddings": getattr(model.head, "tied", True),

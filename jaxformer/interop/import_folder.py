@@ -220,21 +220,15 @@ def _put(place: Place, array: np.ndarray, first: int, rows: np.ndarray) -> None:
     """Copies what rows of a tensor, from `first` on, hold of a parameter."""
     (i, _), into = place.row.part, place.box.letters.into
     own = array if place.layer is None else array[place.layer]
-    if not into:
-        start, size = i * place.shape[0], place.shape[0]
-        flat = own.reshape(size, -1)
-        low, high = max(first, start), min(first + len(rows), start + size)
-        flat[low - start : max(high, low) - start] = rows[low - first : max(high, low) - first]
-    elif place.row.transposed:
-        outs, ins = place.shape
-        start = i * outs
-        low, high = max(first, start), min(first + len(rows), start + outs)
-        flat = own.reshape(ins, outs)
-        if high > low:
-            flat[:, low - start : high - start] = rows[low - first : high - first].T
-    else:
+    if into and not place.row.transposed:
         ins, outs = place.shape
         own.reshape(ins, outs)[first : first + len(rows)] = rows[:, i * outs : (i + 1) * outs]
+        return
+    size = place.shape[0]
+    flat = own.reshape(-1, size).T if into else own.reshape(size, -1)  # a view, its rows as the file has them
+    start = i * size
+    low, high = max(first, start), min(first + len(rows), start + size)
+    flat[low - start : max(high, low) - start] = rows[low - first : max(high, low) - first]
 
 
 # --- the tokenizer

@@ -90,7 +90,6 @@ class Llama(Architecture):
             plain = not bias and not getattr(gated, "bias", False)
             kind = "mistral" if window or (plain and (uneven or like == "mistral")) else "llama"
             kind = "qwen3" if normed else kind
-        activation = getattr(gated, "activation", None)
         found: dict[str, Any] = {
             "model_type": kind,
             "architectures": [CLASSES[kind]],
@@ -102,7 +101,7 @@ class Llama(Architecture):
             "num_key_value_heads": model.dims["G"],
             "head_dim": model.dims["K"],
             "max_position_embeddings": model.context_length,
-            "hidden_act": activation_name(activation) if activation else "silu",
+            "hidden_act": activation_name(model.feed_forward, "silu"),
             "rms_norm_eps": getattr(model.norm, "eps", 1e-6),
             "tie_word_embeddings": getattr(model.head, "tied", False),
             "rope_parameters": (rope := _rope(model.position)),

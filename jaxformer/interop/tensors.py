@@ -19,7 +19,10 @@ from jaxformer.spec import InputError
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # as a command or a config.json calls them
-OTHERS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES = {  # bytes of a number, in whatever stands beside parameters, too
+    **{name: kind.itemsize for name, kind in DTYPES.items()},
+    **{"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+}
 HEADER = 1 << 24  # bytes of a header at most; one tensor takes about a hundred
 PIECE = 1 << 22  # numbers that are read at once
 
@@ -83,12 +86,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, value: Any, data: int) -> Tensor:
     about = value if isinstance(value, dict) else {}
     dtype, shape, offsets = about.get("dtype"), about.get("shape"), about.get("data_offsets")
-    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in OTHERS):
-        raise ValueError(f"{name!r} has the dtype {str(dtype)[:20]!r}, known here are {', '.join((*DTYPES, *OTHERS))}")
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise ValueError(f"{name!r} has the dtype {str(dtype)[:20]!r}, known here are {', '.join(SIZES)}")
     if not (_counts(shape) and _counts(offsets) and len(offsets) == 2 and len(shape) <= 8):
         raise ValueError(f"{name!r} has no shape and offsets")
-    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else OTHERS[dtype]
-    if offsets[1] - offsets[0] != math.prod(shape) * itemsize:
+    if offsets[1] - offsets[0] != math.prod(shape) * SIZES[dtype]:
         raise ValueError(f"{name!r} has other bytes than {dtype}{shape} takes")
     return Tensor(path, dtype, tuple(shape), data + offsets[0])
 
@@ -102,8 +104,7 @@ def _check_places(tensors: Mapping[str, Tensor], start: int, size: int) -> None:
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, math.prod(item[1].shape))):
         if tensor.start != start:
             raise ValueError(f"{name!r} does not begin where the tensor before it ends")
-        itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else OTHERS[tensor.dtype]
-        start += math.prod(tensor.shape) * itemsize
+        start += math.prod(tensor.shape) * SIZES[tensor.dtype]
     if start != size:
         raise ValueError(f"its tensors end at byte {start:,} of {size:,}")
 
