@@ -19,7 +19,7 @@ from jaxformer.learning.schedules import WarmupLinear
 CONFIGS = Path(__file__).parent.parent / "configs"
 TUNED: Any = load(CONFIGS / "birth_places.py")
 NAMES = load(CONFIGS / "birth_places_pretrain.py")
-SEEDS, PUBLISHED = 3, {"from scratch": 0.02, "full": 0.1}
+SEEDS, PUBLISHED = 3, {"from scratch": 0.02}
 HEAD = Named("head_*")
 FAST = AdamW(WarmupLinear(peak=5e-3, final=0.0, warmup_steps=20), weight_decay=0.0)
 
@@ -70,9 +70,11 @@ experiment = Experiment(
 Short biographies of 2,936 people; 2,000 questions such as "Where was Ada Byron born?" to learn from and 500 to answer,
 of other people among them. Pretraining asks for each proper name of a biography, given the title and the two or six
 words before it (`configs/birth_places_pretrain.py`; in its row "measured" is its loss). "measured" of the others is the
-share of exact answers, the best of ten evaluations of these questions; the published text has 2 % from scratch and well
-over 10 % after span corruption, which gave us 4 to 6 % (LOG.md). LoRA adapts the matrices of all layers; its optimizer,
-and that of the head over frozen layers, has five times the rate of full fine-tuning.
+share of exact answers, the best of ten evaluations of these questions. The published text has 2 % from scratch and well
+over 10 % after span corruption, which gave us 4 to 6 %: this pretraining was chosen in its place by these questions
+(LOG.md), so that the row "full" has no number to reach. All seeds begin with one pretraining, and spread by what
+fine-tuning adds. LoRA adapts the matrices of all layers; its optimizer, and that of the head over frozen layers, has
+five times the rate of full fine-tuning.
 """,
     (PRETRAINED, *TUNINGS),
     tell,

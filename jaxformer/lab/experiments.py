@@ -382,10 +382,10 @@ def trained_on(results: Sequence[Result]) -> str:
 
 TITLE = """# Results
 
-Each section was written by the command that it begins with; nothing in it is typed by hand. Losses are nats per token
-on the whole validation split, "measured" is the mean of the seeds ± their standard deviation (their range), and
-"reached" says whether the published number lies within the range of the seeds or is beaten, unless the section says
-otherwise.
+Each section was written by the command that it begins with; no number of its own is typed by hand. Losses are nats per
+token on the whole validation split, "measured" is the mean of the seeds ± their standard deviation (their range), and
+"reached" says of each published number whether it lies within the range of the seeds or is beaten, unless the section
+says otherwise.
 """
 
 
