@@ -8,7 +8,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -115,21 +115,12 @@ FREE = {"directory", "sampler", "writers"} | {
     f"train.{n}" for n in ("log_every", "eval_every", "save_every", "keep", "sample_tokens")
 }
 MOVED = {"data.corpus.path", "data.valid.path", "data.tokenizer.path"}  # what they hold must be the same
-GUARD = {f"train.guard{more}" for more in ("", ".spike", ".window", ".most")}
-NOTICE = (
-    MOVED
-    | GUARD
-    | {
-        "data.valid_tokens",
-        "train.steps",
-        "train.steps_per_call",
-        "train.grad_norms",
-        *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "forced")),
-        "model.unroll",
-        "model.remat",
-        *(f"model.{k}.implementation{more}" for k in ("kernel", "cross_kernel") for more in ("", ".size")),
-    }
-)
+NOTICE = MOVED | {
+    "data.valid_tokens",
+    *(f"train.{n}" for n in ("steps", "steps_per_call", "grad_norms", "guard")),
+    "mesh",
+    *("model.unroll", "model.remat", "model.kernel.implementation", "model.cross_kernel.implementation"),
+}
 
 
 def presets() -> dict[str, Path]:
@@ -327,9 +318,13 @@ def _differences(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
 
 def may_change(path: str) -> bool | None:
     """Whether a run may resume with another value of the field; None: with a notice."""
-    single = re.sub(r"(\.corpora)?\.\d+", "", path)  # as of one of several: a mixture's files may move, too
-    names = {path, path.partition(".")[0], single}
-    return None if names & NOTICE else bool(names & FREE)
+    return None if within(path, NOTICE) else within(path, FREE)
+
+
+def within(path: str, known: Collection[str]) -> bool:
+    """Whether the field is one of those known, or inside one of them."""
+    single = re.sub(r"(\.corpora)?\.\d+", "", path)  # of one of several as of one: a mixture's files may move, too
+    return any(f"{single}.".startswith(f"{each}.") for each in known)
 
 
 def told(path: str, old: Any, new: Any) -> str:

@@ -28,6 +28,8 @@ from jaxformer.lab.intervals import estimate, paired_difference, welch_differenc
 from jaxformer.lab.tables import aligned_table
 from jaxformer.learning.objectives import Contrastive, NextToken
 from jaxformer.model.heads import EmbeddingHead
+from jaxformer.model.implementations import Blocked, Plain
+from jaxformer.model.kernels import Softmax
 from jaxformer.model.positions import ALiBi, NoPosition, Rotary
 from jaxformer.run.starts import sources
 from jaxformer.spec import dumps
@@ -258,6 +260,17 @@ def test_what_may_change_when_a_run_resumes_but_changes_what_is_learned_makes_a_
     put_seeds(tmp_path / "a", NEAR)
     put_seeds(tmp_path / "b", FAR, changes)
     assert [row["seeds"] for row in jaxformer.compare(tmp_path).rows] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_how_attention_is_computed_makes_no_group(tmp_path, several):
+    """That of one kernel, or of one of several."""
+    for name, seeds, implementation in (("a", (0, 1), Plain()), ("b", (2, 3), Blocked(7))):
+        kernel = Softmax(implementation=implementation)
+        for seed in seeds:
+            changes = {"model.kernel": (kernel, Softmax()) if several else kernel}
+            put(tmp_path / name / str(seed), seed, [1.0, 1.0, 1.0], changes)
+    assert [row["seeds"] for row in jaxformer.compare(tmp_path).rows] == [[0, 1, 2, 3]]
 
 
 def test_the_first_that_is_named_comes_first_and_each_counts_once(tmp_path):

@@ -16,7 +16,7 @@ from jaxformer.declarations import Declared, is_declared, map_declared
 from jaxformer.learning.guards import Guard
 from jaxformer.learning.optimizers import SGD, AdamW, Optimizer, decayed
 from jaxformer.learning.schedules import Constant, WarmupCosine
-from jaxformer.model.implementations import Plain
+from jaxformer.model.implementations import Blocked, Plain
 from jaxformer.model.kernels import SoftCapped, Softmax
 from jaxformer.model.masks import Bidirectional, Causal, Window
 from jaxformer.model.models import Decoder
@@ -486,13 +486,32 @@ def test_subclasses_are_frozen_dataclasses():
         ("data.corpus.weights", (0.5, 0.5), False),
         ("model.mask.1.size", 5, False),
         ("model.kernel.1.implementation", Plain(), None),
+        ("model.kernel.1.implementation.size", 32, None),
+        ("mesh.data", 2, None),
     ],
 )
 def test_what_may_change_when_a_run_resumes(path, value, may):
     """Freely, with a notice (None), or not at all; of what holds several parts, that of the part."""
     corpus = Mixture((TextLines("a"), TextLines("b")), (0.3, 0.7))
-    several = {"mask": (Causal(), Window(4)), "kernel": (Softmax(), Softmax())}
+    several = {"mask": (Causal(), Window(4)), "kernel": (Softmax(), Softmax(implementation=Blocked()))}
     model = Decoder(n_layers=2, n_heads=2, d_model=14, context_length=8, **several)
     old = Config("run", model, Data(corpus), train=Train(guard=Guard()))
     (found,) = differences(old, override(old, path, value))
     assert (found, may_change(found)) == (path, may)
+
+
+@pytest.mark.parametrize(
+    ("path", "may"),
+    [
+        ("train.guard.patience", None),
+        ("model.kernel.implementation.depth", None),
+        ("model.cross_kernel.1.implementation.inner.depth", None),
+        ("mesh.pipeline", None),
+        ("sampler.width", True),
+        ("train.guards", False),
+        ("train.seed", False),
+    ],
+)
+def test_what_may_change_may_with_what_is_inside(path, may):
+    """Also the fields of a class of one's own."""
+    assert may_change(path) is may

@@ -34,7 +34,7 @@ from jaxformer.spec import InputError, fields
 log = logging.getLogger(__name__)
 
 # What a run may resume with, but would then not be what the config comes to by itself, or not have the same rows.
-SAME = {"train.steps", "train.log_every", "train.eval_every", "data.valid_tokens"} | config_lib.GUARD
+SAME = {"train.steps", "train.log_every", "train.eval_every", "train.guard", "data.valid_tokens"}
 
 Metrics = Sequence[Mapping[str, Any]]  # the rows of a run's metrics.jsonl
 
@@ -272,7 +272,8 @@ def _check_kept(config: Config, home: Path, lent: bool) -> None:
         return
     (config,) = as_begun([dataclasses.replace(config, directory=str(home))])
     old = config_lib.read(home / "config.json")
-    changed = {path: change for path, change in config_lib.differences(old, config).items() if path in SAME}
+    found = config_lib.differences(old, config)
+    changed = {path: change for path, change in found.items() if config_lib.within(path, SAME)}
     before, after = old.train.steps, config.train.steps
     if before < after and not _depends_on_steps(config, before, after):
         del changed["train.steps"]

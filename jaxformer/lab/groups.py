@@ -1,6 +1,5 @@
 """Runs as their files tell of them, and which differ by their seed alone. No model is built, nothing executed."""
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -17,9 +16,9 @@ from jaxformer.run.metrics import DIVERGED, read_rows
 from jaxformer.run.starts import all_sources
 from jaxformer.spec import InputError, Spec, class_name, dumps, known_specs, to_json
 
-# What does not make another group; what texts hold is told by their fingerprints, not by where they stand. Of what may
-# differ when a run resumes, some changes what is learned.
-IGNORED = (config_lib.FREE | config_lib.NOTICE | {"train.seed"}) - {"train.steps"} - config_lib.GUARD
+# What does not make another group, with what is inside; of what may differ when a run resumes, some changes what is
+# learned. What texts hold is told by their fingerprints, not by where they stand.
+IGNORED = (config_lib.FREE | config_lib.NOTICE | {"train.seed"}) - config_lib.MOVED - {"train.steps", "train.guard"}
 NUMBERS_OF_NONE = {"step", "tokens", "seconds"}  # numbers in a row that say nothing of how good a run is
 
 
@@ -275,23 +274,20 @@ def _key(config: Mapping[str, Any]) -> str:
 
 def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
     """What makes a run's group. A text that was moved keeps the path at which it was met first."""
-    config = copy.deepcopy(record.config)
     prints = {name: record.texts.get(f"{name}_sha256") for name in ("corpus", "valid", "tokenizer")}
-    for field in IGNORED:
-        *way, name = field.split(".")
-        part: Any = config
-        for step in way:
-            part = part.get(step) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or name not in part:
-            continue
-        if field not in config_lib.MOVED:
-            del part[name]
-        elif (sha256 := prints[way[-1]]) is not None:
-            part[name] = paths.setdefault((field, sha256), part[name])
-    for which in ("corpus", "valid"):
-        for i, part in enumerate((config["data"].get(which) or {}).get("corpora") or []):  # of a mixture
-            if "path" in part and prints[which] is not None:
-                part["path"] = paths.setdefault((which, i, prints[which]), part["path"])
+
+    def kept(value: Any, at: str) -> Any:
+        if config_lib.within(at, config_lib.MOVED):
+            sha256 = prints[at.split(".")[1]]
+            return value if sha256 is None else paths.setdefault((at, sha256), value)
+        if isinstance(value, list):
+            return [kept(inner, f"{at}.{i}") for i, inner in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        inside = {name: f"{at}.{name}" if at else name for name in value}
+        return {n: kept(value[n], path) for n, path in inside.items() if not config_lib.within(path, IGNORED)}
+
+    config = kept(record.config, "")
     config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}
     return config | {"sources": {name: ", then ".join(s[:12] for s in each) for name, each in record.sources.items()}}
 
