@@ -212,7 +212,23 @@ def evaluate(
     name. `between` is called between batches; what it raises ends the evaluation.
     """
     evaluated = functools.partial(evaluate_batch if members is None else evaluate_members, recipe, params)
-    sums = _sums(evaluated, recipe, judged, config, tokenizer, tokens, between)
+    lengths = tokenizer.byte_lengths()
+    known = np.zeros(recipe.model.vocab_size or 0, np.float32) if lengths is None else lengths.astype(np.float32)
+    sampling, number, sums = config.data.sampling, itertools.count(), list[dict[str, Any]]()
+    for source, share in zip(judged.sources, judged.weights, strict=True):
+        part = 1.0 if tokens is None else min(1.0, tokens * share / max(source.n_tokens, 1))
+        total: dict[str, Any] = {}  # in double precision
+        in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
+        batches = sampling.full_pass(source, config.row, config.slice_rows, part)
+        for batch in filled(batches) if recipe.objective.among_rows else batches:
+            check_batch(recipe, batch)
+            in_flight.append(evaluated(placed(batch), np.int32(next(number)), known))
+            if len(in_flight) == 2:
+                _add(total, in_flight.popleft())
+                between()
+        for found in in_flight:
+            _add(total, found)
+        sums.append(total)
     if members is None:
         return [summary(recipe, judged, sums)]
     own = lambda i: [{name: values[i] for name, values in each.items()} for each in sums]
@@ -241,36 +257,6 @@ def _whole(each: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dic
     scaled = [(own, share / shares * total / own["weight"]) for own, share in some]
     whole = {name: sum(factor * own[name] for own, factor in scaled) for name in some[0][0]}
     return whole | {"weight": total}
-
-
-def _sums(
-    evaluated: Callable[..., dict[str, jax.Array]],
-    recipe: Recipe,
-    judged: Judged,
-    config: Config,
-    tokenizer: Tokenizer,
-    tokens: int | None,
-    between: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """What the batches of each source add up to, in double precision."""
-    lengths = tokenizer.byte_lengths()
-    known = np.zeros(recipe.model.vocab_size or 0, np.float32) if lengths is None else lengths.astype(np.float32)
-    sampling, number, found = config.data.sampling, itertools.count(), list[dict[str, Any]]()
-    for source, share in zip(judged.sources, judged.weights, strict=True):
-        part = 1.0 if tokens is None else min(1.0, tokens * share / max(source.n_tokens, 1))
-        total: dict[str, Any] = {}
-        in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-        batches = sampling.full_pass(source, config.row, config.slice_rows, part)
-        for batch in filled(batches) if recipe.objective.among_rows else batches:
-            check_batch(recipe, batch)
-            in_flight.append(evaluated(placed(batch), np.int32(next(number)), known))
-            if len(in_flight) == 2:
-                _add(total, in_flight.popleft())
-                between()
-        for sums in in_flight:
-            _add(total, sums)
-        found.append(total)
-    return found
 
 
 def filled(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
