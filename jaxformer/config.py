@@ -28,7 +28,7 @@ from jaxformer.mesh import Mesh
 from jaxformer.model import baselines
 from jaxformer.model.masks import Causal
 from jaxformer.model.models import Decoder, Model
-from jaxformer.spec import InputError, Spec, checked, class_name, from_json, known_specs, override, to_json
+from jaxformer.spec import InputError, Spec, checked, from_json, override, specs_by_name, to_json
 from jaxformer.writers import Writer
 
 S = TypeVar("S", bound=Spec)
@@ -240,7 +240,7 @@ def save(config: Config, path: Path, since: int = FORMAT) -> None:
 def read(path: Path) -> Config:
     """The config stored in a run. Executes nothing."""
     value, since = _stored(path)
-    known = {class_name(c): c for c in known_specs()}
+    known = specs_by_name()
     if isinstance(value, dict) and isinstance(value.get("writers"), list):  # they do not make the run: unknown ones go
         value["writers"] = [w for w in value["writers"] if not isinstance(w, dict) or str(w.get("class")) in known]
         of_class = {str(w["class"]) if isinstance(w, dict) else str(w): w for w in value["writers"]}

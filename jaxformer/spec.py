@@ -353,24 +353,21 @@ def _literals(options: Iterable[Any]) -> list[str]:
 # --- stored form: class names and fields, resolved among classes that exist already; nothing is imported or run
 
 
-def to_json(spec: Spec) -> Any:
-    """The spec as JSON values. Refuses classes that another process could not find by their name."""
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [encode(v) for v in value]
-        if not isinstance(value, Spec):
-            return value
-        cls = type(value)
-        if cls.__module__ == "__main__" or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
-            place = "the config's own file" if cls.__module__ == "<run_path>" else repr(cls.__module__)
-            raise InputError(
-                f"{cls.__qualname__} cannot be stored: another process would not find it in {place}; "
-                "define it at the top level of a module of its own and import that"
-            )
-        return {"class": class_name(cls)} | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-
-    return encode(spec)
+def to_json(value: Any) -> Any:
+    """A spec, or a value of one of its fields, as JSON values. Refuses classes that another process could not find by
+    their name."""
+    if isinstance(value, tuple):
+        return [to_json(inner) for inner in value]
+    if not isinstance(value, Spec):
+        return value
+    cls = type(value)
+    if cls.__module__ == "__main__" or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        place = "the config's own file" if cls.__module__ == "<run_path>" else repr(cls.__module__)
+        raise InputError(
+            f"{cls.__qualname__} cannot be stored: another process would not find it in {place}; "
+            "define it at the top level of a module of its own and import that"
+        )
+    return {"class": class_name(cls)} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
 
 
 def from_json(
@@ -378,7 +375,7 @@ def from_json(
 ) -> S:
     """The inverse of `to_json`, checked; `source` names the file in errors. `renewed` brings the stored form of a spec
     up to date."""
-    known = {class_name(c): c for c in known_specs()}
+    known = specs_by_name()
 
     def decode(value: Any, depth: int) -> Any:
         if depth > 50:
@@ -425,3 +422,8 @@ def class_name(cls: type) -> str:
 def known_specs(cls: type[Spec] = Spec) -> list[type[Spec]]:
     """Every spec class that exists in this process."""
     return [c for sub in cls.__subclasses__() for c in (sub, *known_specs(sub))]
+
+
+def specs_by_name() -> dict[str, type[Spec]]:
+    """All of these by the name that they are stored under."""
+    return {class_name(c): c for c in known_specs()}

@@ -14,7 +14,7 @@ from jaxformer.data.files import located, read_json
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.metrics import DIVERGED, read_rows
 from jaxformer.run.starts import all_sources
-from jaxformer.spec import InputError, Spec, class_name, dumps, known_specs, to_json
+from jaxformer.spec import InputError, Spec, dumps, specs_by_name, to_json
 
 # What does not make another group, with what is inside; of what may differ when a run resumes, some changes what is
 # learned. What texts hold is told by their fingerprints, not by where they stand.
@@ -69,7 +69,7 @@ class Record:
     @property
     def text(self) -> tuple[Any, ...]:
         """Which text its evaluations are of."""
-        data, kinds = self.config["data"], _kinds()
+        data, kinds = self.config["data"], specs_by_name()
         if data.get("valid") is not None:
             return ("valid", self.texts.get("valid_sha256"))
         sampling = str((data.get("sampling") or {}).get("class"))
@@ -94,7 +94,7 @@ class Record:
         """What its loss is of; smoothing and z-loss are left out of what is reported."""
         fields, data = self.config.get("objective") or {}, self.config["data"]
         found = {name: value for name, value in fields.items() if name not in ("label_smoothing", "z_loss")}
-        if getattr(_kinds().get(str(fields.get("class"))), "among_rows", False):
+        if getattr(specs_by_name().get(str(fields.get("class"))), "among_rows", False):
             rows = data["batch_size"] // self.config["train"].get("accumulation", 1)
             found |= {"rows": rows, "sampling": data.get("sampling")}
         return found
@@ -104,14 +104,10 @@ class Record:
         """Where its evaluations cut long examples: the tokens of a window, and how many are left in all; None if they
         leave out nothing."""
         data, model = self.config["data"], self.config["model"]
-        kind = _kinds().get(str((data.get("sampling") or {}).get("class")))
+        kind = specs_by_name().get(str((data.get("sampling") or {}).get("class")))
         if not getattr(kind, "examples", False) or "tokens" not in self.end:
             return None
         return data.get("window") or model.get("context_length"), self.end["tokens"]
-
-
-def _kinds() -> dict[str, type[Spec]]:
-    return {class_name(c): c for c in known_specs()}
 
 
 def _finite(value: Any) -> bool:
@@ -338,7 +334,7 @@ def told(value: Any) -> str:
         return ", ".join(map(told, value)) or "()"
     if not isinstance(value, dict):
         return str(value)
-    kinds = _kinds()
+    kinds = specs_by_name()
     name = str(value.get("class"))
     defaults = _defaults(kinds[name]) if name in kinds else {}
     fields = [f"{n}={told(v)}" for n, v in value.items() if n != "class" and not (n in defaults and defaults[n] == v)]
@@ -347,10 +343,4 @@ def told(value: Any) -> str:
 
 def _defaults(kind: type[Spec]) -> dict[str, Any]:
     fields = [field for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING]
-    return {field.name: _stored(field.default) for field in fields}
-
-
-def _stored(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_stored(inner) for inner in value]
-    return to_json(value) if isinstance(value, Spec) else value
+    return {field.name: to_json(field.default) for field in fields}
