@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,10 +47,7 @@ def attention(
     joined pair begins; an encoder–decoder reads the text with its encoder."""
     tokens, segments = padded([ids], context)
     parts = None if second is None else (np.arange(tokens.shape[1])[None] >= second).astype(np.int32)
-    if model.encodes:
-        found = _encoded(model, params, tokens, segments)
-    else:
-        found = _activations(model, params, tokens, segments, parts, None)
+    found = _recorded(model, params, tokens, segments, parts, None)
     return _weights(model, found, "attention", len(ids), len(ids))
 
 
@@ -59,23 +56,18 @@ def cross_attention(
 ) -> tuple[Float[np.ndarray, "L H T S"], list[int]]:
     """Weights of the attention that an encoder–decoder's second text pays to the first."""
     first, second = padded([source], context), padded([ids], context)
-    found = _activations(model, params, *second, None, first)
+    found = _recorded(model, params, *second, None, first)
     return _weights(model, found, "cross_attention", len(ids), len(source))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _activations(model: Model, params: Any, ids: Any, segments: Any, parts: Any, source: Any) -> dict[str, jax.Array]:
-    read = None if source is None else (source[0], places(source[1]))
-    return _recorded(model.activations(params, ids, places(segments, parts), read))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encoded(model: Model, params: Any, ids: Any, segments: Any) -> dict[str, jax.Array]:
-    return _recorded(model.encode(params, ids, places(segments), recorded=True).activations)
-
-
-def _recorded(found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The weights alone, so that nothing else is kept."""
+def _recorded(model: Model, params: Any, ids: Any, segments: Any, parts: Any, source: Any) -> dict[str, jax.Array]:
+    """The weights alone, so that nothing else is kept: an encoder's, if its decoder is given no `source` to read."""
+    at, read = places(segments, parts), source and (source[0], places(source[1]))
+    if model.encodes and read is None:
+        found = model.encode(params, ids, at, recorded=True).activations
+    else:
+        found = model.activations(params, ids, at, read)
     return {name: array for name, array in found.items() if name.endswith("/weights")}
 
 
