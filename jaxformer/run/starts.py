@@ -41,19 +41,12 @@ def record_start(
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
-        "seeds": list(seeds),
         "command": sys.argv,
         "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in PACKAGES},
-        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        **_now(config, devices, seeds),
         "peak_flops": peak_flops,
         "idle_devices": jax.device_count() - len(devices),
-        "processor": processor(),
-        "processor_features": features(),
-        "attention": implemented(config, config.model)[1],
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "git": _git(),
-        "code": CODE,
         "sources": sources(config),
     }
     path = starts_of(config.directory)
@@ -148,6 +141,20 @@ def code(root: Path = Path(__file__).parents[1]) -> str:
 CODE = code()  # of what is loaded: in a notebook the files may be newer
 
 
+def _now(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """What a start records and `moved` compares, in the order in which that tells of it."""
+    return {
+        "processor": processor(),
+        "processor_features": features(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "attention": implemented(config, config.model)[1],
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "code": CODE,
+        "seeds": [*seeds],
+    }
+
+
 def _flags(told: str) -> str:
     return " ".join(sorted(flag for flag in told.split() if not flag.startswith(NO_MATTER)))
 
@@ -158,22 +165,17 @@ def moved(config: Config, devices: Sequence[Any], seeds: Sequence[int]) -> str |
     before = last_start(config.directory)
     if not before:
         return None
-    now = {
-        "processor": processor(),
-        "processor_features": features(),
-        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
-        "versions": {name: _version(name) for name in ("jax", "jaxlib")},
-        "attention": implemented(config, config.model)[1],
-        "XLA_FLAGS": _flags(os.environ.get("XLA_FLAGS", "")),
-        "code": CODE,
-        "seeds": [*seeds],
-    }
-    versions, flags = before.get("versions"), before.get("XLA_FLAGS")
-    old = before | {
-        "versions": {name: versions.get(name) for name in now["versions"]} if versions else None,
-        "XLA_FLAGS": None if flags is None else _flags(flags),
-        "code": before.get("code", ""),  # it was not always recorded: other code
-    }
+
+    def compared(row: Mapping[str, Any]) -> dict[str, Any]:
+        versions, flags = row.get("versions"), row.get("XLA_FLAGS")
+        return {
+            **row,
+            "versions": {name: versions.get(name) for name in ("jax", "jaxlib")} if versions else None,
+            "XLA_FLAGS": None if flags is None else _flags(flags),
+            "code": row.get("code", ""),  # it was not always recorded: other code
+        }
+
+    old, now = compared(before), compared(_now(config, devices, seeds))
     changed = [name for name, value in now.items() if old.get(name) not in (None, value)]
     names = {
         "processor_features": "the processor's features",
