@@ -28,6 +28,15 @@ class InputError(ValueError):
     """The user's mistake, in one sentence that names field or file, value, rule and remedy."""
 
 
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Says in errors what they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
+
+
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(frozen=True)
 class Spec(abc.ABC):
@@ -401,13 +410,11 @@ def from_json(
         except TypeError as error:  # a field without a default is missing
             raise InputError(f"{error}; add the missing field") from None
 
-    try:
+    with naming(source):
         spec = decode(value, 0)
         if not isinstance(spec, cls):
             raise InputError(f"holds {type(spec).__name__}, not a {cls.__name__}; was it written by jaxformer?")
         return checked(spec)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
 
 
 def dumps(spec: Spec) -> str:

@@ -26,7 +26,7 @@ from jaxformer.run.plan import (
     tell_cut,
 )
 from jaxformer.run.step import Recipe, evaluate_batch
-from jaxformer.spec import InputError
+from jaxformer.spec import InputError, naming
 
 log = logging.getLogger(__name__)
 
@@ -142,10 +142,8 @@ def _check_batch(recipe: Recipe, field: str, batch: Batch) -> None:
             f"objective={type(recipe.objective).__name__} reads one text, but examples of {field} have two; set "
             "data.sampling.joined=true, or leave the target of the corpus out"
         )
-    try:
+    with naming(field):
         check_batch(recipe, batch)
-    except InputError as error:
-        raise InputError(f"{field}: {error}") from None
 
 
 def _check_best_by(

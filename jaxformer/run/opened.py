@@ -1,6 +1,5 @@
 """A run opened for use: sample from it, evaluate it, look inside. Opening executes nothing that the run holds."""
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -37,7 +36,7 @@ from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of, tell_cut
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, changed, checked, counted, override
+from jaxformer.spec import InputError, changed, checked, counted, naming, override
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -179,10 +178,8 @@ class Run:
             raise InputError(f"tokens={tokens} must be at least 0")
         stop = checked_ends(seed, stop)
         processors = (*map(checked, processors), *usual_processors(**how))
-        try:
+        with naming("prompt"):
             ids = self.tokenizer.encode(prompt or "").tolist()
-        except InputError as error:
-            raise InputError(f"prompt: {error}") from None
         if not self.writes:
             raise InputError(
                 f"{self.config.directory}: its model writes no text; use predict, which says what it makes of one"
@@ -272,7 +269,7 @@ class Run:
         Raises InputError for a model of another kind, and for text that the tokenizer does not know.
         """
         if isinstance(texts, Corpus):
-            with _naming(f"data.corpus={texts}"):
+            with naming(f"data.corpus={texts}"):
                 return self._predicted([texts], not located(getattr(texts, "path", "")).is_file())
         texts = [texts] if isinstance(texts, str) else texts
         seconds = [seconds] if isinstance(seconds, str) else seconds
@@ -282,13 +279,11 @@ class Run:
         for text in [*texts, *(seconds or ())]:
             if not text.strip():
                 raise InputError("text: must not be empty; give one")
-        try:
+        with naming("text"):
             if self.model.encodes:
                 self._tell_cut([self.tokenizer.document(text) for text in texts])
                 return [{"text": text} for text in self.answers(texts)]
             pairs = [self._pair(*pair) for pair in zip(texts, seconds or [None] * len(texts), strict=True)]
-        except InputError as error:
-            raise InputError(f"text: {error}") from None
         self._tell_cut([ids for ids, _ in pairs])
         found: list[dict[str, Any]] = []
         for some in _batched(pairs, self.config.slice_rows):
@@ -307,7 +302,7 @@ class Run:
         has files of this name, else as `Table` is by default; labels are not needed. Anything else has a text in each
         line that is not blank. Raises InputError for what cannot be read or answered.
         """
-        with _naming(f"file={str(path)!r}"):
+        with naming(f"file={str(path)!r}"):
             return self._predicted(asked_in(str(path), self.config.data.corpus), located(str(path)).is_dir())
 
     def _predicted(self, corpora: Sequence[Corpus], several: bool) -> list[dict[str, Any]]:
@@ -351,10 +346,10 @@ class Run:
         if isinstance(what, Source):
             return self._evaluated(Judged((what,), (1.0,), ("",)), "valid")
         if isinstance(what, Corpus):
-            with _naming(f"data.corpus={what}"):
+            with naming(f"data.corpus={what}"):
                 judged = self._judged(what)
             return self._evaluated(judged, getattr(what, "path", type(what).__name__))
-        with _naming(f"file={str(what)!r}"):
+        with naming(f"file={str(what)!r}"):
             judged = self._judged(self.config.data.corpus.at(str(what)))
         return self._evaluated(judged, str(what))
 
@@ -418,7 +413,7 @@ class Run:
         if not self.model.encodes:
             self._check_second(second is not None)
         tokenizer, window, rows = self.tokenizer, self.config.window, None
-        with _naming("text"):
+        with naming("text"):
             if self.model.encodes:
                 ids, start = tokenizer.document(text), None
                 rows = None if second is None else tokenizer.document(second)
@@ -428,7 +423,7 @@ class Run:
                 raise InputError("must not be empty; give one")
         self._tell_cut([ids] if rows is None else [ids, rows])
         ids, how = ids[:window], (self.model, self.eval_params)
-        with _naming(self.config.directory):
+        with naming(self.config.directory):
             if rows is None:
                 alone = len(ids) if self.config.objective.second else None  # a prefix, as where texts begin
                 weights, layers = attention(*how, ids, alone if second is None else start, window)
@@ -452,15 +447,6 @@ class Run:
         """What is in the run, as JSON values."""
         hashes = {"params_sha256": sha256(self.state.params), "state_sha256": sha256(self.state)}
         return {"step": int(self.state.step), **inspection.describe(self.config, self.recipe), **hashes}
-
-
-@contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Says in errors what they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from None
 
 
 def _place(piece: Piece, several: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jaxformer.run.directory import has_checkpoint
 from jaxformer.run.manifest import sha256
 from jaxformer.run.opened import Run, finite, open_run
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, changed
+from jaxformer.spec import InputError, changed, naming
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,8 @@ def open_source(init_from: str) -> Run:
     """The run at its newest checkpoint or, given RUN/checkpoints/STEP, at that one; of its state the parameters."""
     path = Path(init_from)
     at_step = path.parent.name == "checkpoints" and path.name.isdecimal() and len(path.name) < 20
-    try:
+    with naming(f"init_from={init_from!r}"):
         run = open_run(path.parent.parent, int(path.name)) if at_step else open_run(path)
-    except InputError as error:
-        raise InputError(f"init_from={init_from!r}: {error}") from None
     if not finite(run.state):
         raise InputError(f"init_from={init_from!r} has no parameters of finite numbers; take another run or checkpoint")
     return dataclasses.replace(run, state=TrainState(run.state.step, run.eval_params, opt_state=()))
