@@ -24,7 +24,7 @@ from jaxformer.model.heads import (
 )
 from jaxformer.model.layers import MLP
 from jaxformer.model.positions import Learned
-from jaxformer.run.inspection import _jaxprs
+from jaxformer.run.inspection import jaxprs
 from jaxformer.run.step import Hyper, Recipe, evaluate_batch, init_state, train_members, train_step, train_steps
 
 pytestmark = pytest.mark.exact
@@ -89,7 +89,7 @@ def casts(jaxpr, shape):
     """How many times float32 of a shape is made bfloat16."""
     found = 0
     for equation in jaxpr.eqns:
-        inner = sum(casts(each, shape) for each in _jaxprs(equation.params.values()))
+        inner = sum(casts(each, shape) for each in jaxprs(equation.params.values()))
         found += inner * equation.params.get("length", 1)
         if equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == jnp.bfloat16:
             found += (equation.invars[0].aval.shape, equation.invars[0].aval.dtype) == (shape, jnp.float32)

@@ -37,6 +37,7 @@ from jaxformer.model.masks import Places, View, one_document, places
 from jaxformer.model.mixers import MultiHead
 from jaxformer.model.models import Decoder, Model
 from jaxformer.run.checkpoint import CheckpointWriter
+from jaxformer.run.inspection import jaxprs
 from jaxformer.run.plan import abstract_state, hyper_of
 from jaxformer.run.step import Recipe, evaluate_batch, init_state, norms, train_step, train_steps
 from jaxformer.spec import counted, fields
@@ -428,12 +429,8 @@ def _products(jaxpr: Any) -> Any:
         if equation.primitive.name == "dot_general":
             avals = [v.aval for v in equation.invars]
             yield [a.dtype for a in avals], " · ".join(a.str_short() for a in avals)
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _products(inner)
+        for inner in jaxprs(equation.params.values()):
+            yield from _products(inner)
 
 
 def sampler_is_the_loop(probe: Probe) -> str:

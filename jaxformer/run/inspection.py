@@ -185,7 +185,7 @@ def _products(jaxpr: Jaxpr, scope: Names) -> Counter[Names]:
             out = equation.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
             found[here] += 2 * math.prod(out) * math.prod(left[axis] for axis in summed)
             continue
-        inner = [_products(jaxpr, here) for jaxpr in _jaxprs(params.values())]
+        inner = [_products(jaxpr, here) for jaxpr in jaxprs(params.values())]
         if kind == "cond" and (platforms := params.get("branches_platforms")):  # of jax.lax.platform_dependent
             backend = jax.default_backend()
             inner = [next(c for p, c in zip(platforms, inner, strict=True) if p is None or backend in p)]
@@ -200,13 +200,13 @@ def _products(jaxpr: Jaxpr, scope: Names) -> Counter[Names]:
     return found
 
 
-def _jaxprs(values: Any) -> Iterator[Jaxpr]:
+def jaxprs(values: Any) -> Iterator[Jaxpr]:
     """Those among an equation's parameters: bodies, branches."""
     for value in values:
         if isinstance(value, ClosedJaxpr | Jaxpr):
             yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
         elif isinstance(value, tuple | list):
-            yield from _jaxprs(value)
+            yield from jaxprs(value)
 
 
 # --- modules
