@@ -39,24 +39,19 @@ SAME = {"train.steps", "train.log_every", "train.eval_every", "train.guard", "da
 Metrics = Sequence[Mapping[str, Any]]  # the rows of a run's metrics.jsonl
 
 
-def final_loss(rows: Metrics) -> float:
-    """That of the whole validation split at the end, in nats."""
-    return [row["loss"] for row in rows if row["split"].startswith("valid")][-1]
+def final(name: str) -> Callable[[Metrics], float]:
+    """That number of the whole validation split at the end."""
+    return lambda rows: [row[name] for row in rows if row["split"].startswith("valid")][-1]
+
+
+final_loss = final("loss")  # in nats
+final_accuracy = final("accuracy")  # the share of validation examples whose class was right
+final_exact = final("exact")  # the share of validation examples whose answer was exact
 
 
 def best_accuracy(rows: Metrics) -> float:
     """The highest of all evaluations."""
     return max(row["accuracy"] for row in rows if row["split"] == "valid")
-
-
-def final_accuracy(rows: Metrics) -> float:
-    """The share of validation examples whose class was right at the end."""
-    return [row["accuracy"] for row in rows if row["split"].startswith("valid")][-1]
-
-
-def final_exact(rows: Metrics) -> float:
-    """The share of validation examples whose answer was exact at the end."""
-    return [row["exact"] for row in rows if row["split"].startswith("valid")][-1]
 
 
 def late_training_loss(rows: Metrics) -> float:
