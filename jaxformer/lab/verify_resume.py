@@ -21,7 +21,7 @@ from jaxformer import config as config_lib
 from jaxformer.config import Config
 from jaxformer.data.files import located
 from jaxformer.data.tokenizers import read_tokenizer
-from jaxformer.declarations import path_name
+from jaxformer.declarations import by_path
 from jaxformer.lab.interruptions import Different, Interruption, Trial
 from jaxformer.run.checkpoint import Checkpoints
 from jaxformer.run.directory import read_classes, verify_data
@@ -284,7 +284,7 @@ def differing_checkpoints(one: Mapping[int, float], other: Mapping[int, float]) 
 
 def differing_arrays(one: Any, other: Any) -> str | None:
     """The first array of two states, in the order of their paths, that is not the same bits."""
-    named = [{path_name(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(t)} for t in (one, other)]
+    named = [{name: np.asarray(array) for name, array in by_path(state).items()} for state in (one, other)]
     for name in sorted({*named[0], *named[1]}):
         left, right = (arrays.get(name) for arrays in named)
         layouts = ["none" if a is None else f"{a.dtype}{list(a.shape)}" for a in (left, right)]

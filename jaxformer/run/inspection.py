@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxformer import config as config_lib
 from jaxformer.config import Config
-from jaxformer.declarations import Declared, is_declared
+from jaxformer.declarations import Declared, by_path
 from jaxformer.learning.objectives import Batch, Example, Objective
 from jaxformer.mesh import partition
 from jaxformer.model.implementations import BLOCKS
@@ -214,8 +214,7 @@ def jaxprs(values: Any) -> Iterator[Jaxpr]:
 
 def _declared(model: Model) -> dict[Names, Declared]:
     """Every parameter by its path."""
-    boxes = jax.tree_util.tree_flatten_with_path(model.declared(), is_leaf=is_declared)[0]
-    return {tuple(key.key for key in path): box for path, box in boxes}
+    return {tuple(name.split("/")): box for name, box in by_path(model.declared()).items()}
 
 
 def _activations(model: Model, example: Example, compute_dtype: str) -> dict[Names, Any]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxformer.data.files import parsed, write
-from jaxformer.declarations import path_name
+from jaxformer.declarations import by_path
 from jaxformer.platform import host
 
 BASE = "base"  # a folder of the run, stored as a checkpoint is: the parameters that an adapter leaves as they are
@@ -152,7 +152,7 @@ def _digest(body: Any) -> str:
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return sorted((path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+    return sorted(by_path(tree).items())
 
 
 def _sha256(array: Any) -> str:
