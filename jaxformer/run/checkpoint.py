@@ -28,11 +28,7 @@ _alone = threading.Lock()  # of saves by Orbax: those of several runs at a time 
 
 
 class Mismatch(InputError):
-    """A sound checkpoint of another model."""
-
-
-class Baseless(Mismatch):
-    """A checkpoint of a run whose base cannot be restored: no other one can, either."""
+    """A sound checkpoint of another model, or without its base: older ones are no better."""
 
 
 class Gone(Exception):
@@ -57,7 +53,7 @@ class Checkpoints:
         """The least is best; infinite if the step was not evaluated, or what was found is not finite."""
         try:
             manifest = read_manifest(self.directory / str(step))
-        except (ValueError, KeyError):
+        except ValueError:
             return math.inf
         return math.inf if manifest is None or manifest.rank is None else manifest.rank
 
@@ -86,7 +82,7 @@ class Checkpoints:
             return self._restored(abstract, path)
         except (Gone, ValueError) as error:
             why = "it is not there" if isinstance(error, Gone) else error
-            raise Baseless(
+            raise Mismatch(  # no other checkpoint has another one
                 f"{path}, the parameters that the run leaves as they are, cannot be restored: {why}; copy it from "
                 "where it is whole, or train anew in another directory"
             ) from None
@@ -98,7 +94,7 @@ class Checkpoints:
                 manifest = read_manifest(path)
             except FileNotFoundError:
                 raise Gone(path) from None
-            except (ValueError, KeyError) as error:
+            except ValueError as error:
                 raise InputError(f"{path / 'manifest.json'} is damaged ({error}); take another checkpoint") from None
             if manifest is None:
                 raise Gone(path)
