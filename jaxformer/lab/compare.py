@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxformer import pictures
-from jaxformer.lab.groups import Group, differences, find_runs, grouped, less_is_better, numbers_of, told
+from jaxformer.lab.groups import Group, differences, find_runs, grouped, numbers_of, told
 from jaxformer.lab.intervals import ERROR, Estimate, estimate, paired_difference, welch_difference
 from jaxformer.lab.tables import aligned_table, csv_table, markdown_table
+from jaxformer.run.metrics import less_is_better
 from jaxformer.spec import InputError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jaxformer import config as config_lib
 from jaxformer.data.files import located, read_json
 from jaxformer.data.tokenizers import read_tokenizer
-from jaxformer.run.metrics import DIVERGED, read_rows
+from jaxformer.run.metrics import DIVERGED, less_is_better, read_rows
 from jaxformer.run.starts import all_sources
 from jaxformer.spec import InputError, Spec, dumps, specs_by_name, to_json
 
@@ -205,11 +205,6 @@ class Group:
         """Seed → the best of all evaluations, which was chosen by the split that it is of."""
         best = min if less_is_better(by) else max
         return {record.seed: best(record.curve(by).values(), default=float(record.end[by])) for record in self.records}
-
-
-def less_is_better(by: str) -> bool:
-    """As `train.best_by` has it."""
-    return by.startswith(("loss", "bits_per_byte"))
 
 
 def grouped(records: Sequence[Record], by: str) -> list[Group]:

@@ -15,6 +15,7 @@ from jaxformer.data.batches import Batch
 from jaxformer.data.datasets import Prepared
 from jaxformer.data.dialogues import Conversations
 from jaxformer.data.sources import Source
+from jaxformer.run.metrics import less_is_better
 from jaxformer.run.plan import (
     Judged,
     check_batch,
@@ -167,4 +168,4 @@ def rank_of(config: Config, found: Mapping[str, Any]) -> float:
     if not isinstance(value, float):
         names = ", ".join(name for name, value in found.items() if isinstance(value, float))
         raise InputError(f"train.best_by={config.train.best_by!r} must be a number of the evaluation: {names}")
-    return value if config.train.best_by.startswith(("loss", "bits_per_byte")) else -value
+    return value if less_is_better(config.train.best_by) else -value

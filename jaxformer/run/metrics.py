@@ -77,6 +77,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def less_is_better(by: str) -> bool:
+    """Of the numbers of an evaluation, as `train.best_by` has it."""
+    return by.startswith(("loss", "bits_per_byte"))
+
+
 def rows_of(config: Config) -> Path:
     return Path(config.directory) / "metrics.jsonl"
 
