@@ -114,15 +114,15 @@ class Comparison:
         by, seeds = self.by, group.seeds
         row = {"group": number, "name": group.name, "seeds": seeds, "steps": group.config["train"]["steps"]}
         for name, values in (("final", group.final(by)), ("best", group.best(by))):
-            found = estimate(list(values.values())) if values else Estimate(float("nan"), None, None, None)
-            row[f"{name}_{by}"] = found.mean if values else None
-            row |= {f"{name}_half_width": found.half_width, f"{name}_deviation": found.deviation}
+            found = estimate(list(values.values())) if values else None
+            row[f"{name}_{by}"] = found and found.mean
+            row |= {f"{name}_half_width": found and found.half_width, f"{name}_deviation": found and found.deviation}
         verdict = self.verdicts[number - 2] if number > 1 else Verdict(None, False, "")
-        found = verdict.difference or Estimate(float("nan"), None, None, None)
-        row |= {"difference": found.mean if verdict.difference else None, "difference_half_width": found.half_width}
+        found = verdict.difference
+        row |= {"difference": found and found.mean, "difference_half_width": found and found.half_width}
         other = row["steps"] != self.groups[0].config["train"]["steps"]
         said = f"{verdict.said} (other number of steps)" if other and verdict.said else verdict.said
-        return row | {"p_value": found.p_value, "paired": verdict.paired, "verdict": said}
+        return row | {"p_value": found and found.p_value, "paired": verdict.paired, "verdict": said}
 
     @property
     def notes(self) -> list[str]:
