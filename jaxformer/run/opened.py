@@ -398,9 +398,9 @@ class Run:
             names = {path.split(".")[2] for path in rest if path.startswith("data.corpus.")}
             if names <= {field.name for field in dataclasses.fields(there)}:  # else they are of the run's own corpus
                 config = override(config, "data.corpus", there)
-        for path, value in sorted(rest.items(), key=lambda item: item[0].count(".")):  # parts before their fields
-            config = override(config, path, value)
-            if not f"{path}.".startswith("data.corpus."):
+        config = config_lib.overridden(config, rest)
+        for path, value in rest.items():
+            if not config_lib.within(path, {"data.corpus"}):
                 raise InputError(f"{path}={value} is as it was in training; only data.corpus may differ: leave it out")
         return checked(config.data.corpus, "data.corpus.")
 
