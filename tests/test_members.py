@@ -242,19 +242,24 @@ def test_seeds_that_go_on_with_fewer_are_told(home, tmp_path, caplog, now):
 
 def test_no_row_counts_compilation_as_training(home, tmp_path, monkeypatch):
     """Of rows of another width, too, that come when others have trained."""
-    call, pause, counts, paused = Members.call, Reports.pause, {}, []
+    pause, events, paused = Reports.pause, {}, []
 
-    def noting(self, state, buffer, count):
-        counts.setdefault(buffer["tokens"].shape, (count, paused[-1]))
-        return call(self, state, buffer, count)
+    def noting(name, method):
+        def noted(self, state, buffer, *count):
+            events.setdefault(buffer["tokens"].shape, []).append((name, paused[-1]))
+            return method(self, state, buffer, *count)
 
-    monkeypatch.setattr(Members, "call", noting)
+        monkeypatch.setattr(Members, name, noted)
+
+    noting("compile", Members.compile)
+    noting("call", Members.call)
     monkeypatch.setattr(Reports, "pause", lambda self, doing: paused.append(doing) or pause(self, doing))
     rows = "".join(f"{10 ** (i % 3 // 2 * 13)},{i % 2}\n" for i in range(61))  # of 1 and, a third, of 14 characters
     (tmp_path / "table.csv").write_text("text,odd\n" + rows)
     buckets = {"data.sampling.n_buckets": 2, "data.sampling.bucket_steps": 1, "model.context_length": 17}
     jaxformer.train(classes(tmp_path), buckets | {"train.steps": 8}, tmp_path / "run")
-    assert list(counts.values()) == [(0, "compiling")] * 2
+    assert [own[0] for own in events.values()] == [("compile", "compiling")] * 2
+    assert {name for own in events.values() for name, _ in own[1:]} == {"call"}
 
 
 @pytest.mark.parametrize("of", [text, classes, pairs])

@@ -33,6 +33,7 @@ class Members:
         hypers = [hyper_of(config) for config in configs]
         seeds = np.array([hyper.seed for hyper in hypers])
         self._several = len(configs) > 1
+        self._lead = 2 if self._several else 1  # axes of a buffer before those of a batch
         self._hyper = hypers[0]._replace(seed=seeds) if self._several else hypers[0]
         self._batches = [batches_of(config, prepared) for config in configs]
         self._compiled: dict[Any, Any] = {}
@@ -83,23 +84,23 @@ class Members:
         return count * self._flops[_shapes(buffer)]
 
     def compiled(self, buffer: Batch) -> bool:
-        """Whether `call` has a program for the buffer's shapes."""
+        """Whether there is a program for the buffer's shapes."""
         return _shapes(buffer) in self._compiled
 
+    def compile(self, state: TrainState, buffer: Batch) -> None:
+        """Makes the program for the buffer's shapes, ahead of time."""
+        shapes, buffer = _shapes(buffer), placed(buffer, self._lead)
+        started = time.perf_counter()
+        steps = train_members if self._several else train_steps
+        lowered = steps.lower(self.recipe, state, buffer, np.int32(1), self._hyper)
+        self._compiled[shapes] = lowered.compile()
+        log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
+        batch = {name: jax.ShapeDtypeStruct(a.shape[self._lead :], a.dtype) for name, a in buffer.items()}
+        self._flops[shapes] = len(self.configs) * model_flops(self.recipe, batch)
+
     def call(self, state: TrainState, buffer: Batch, count: int) -> tuple[TrainState, Any]:
-        """`count` steps, compiled ahead of time for each set of shapes; with a count of 0 they are compiled and no
-        more."""
-        shapes, buffer = _shapes(buffer), placed(buffer, 2 if self._several else 1)
-        if shapes not in self._compiled:
-            started = time.perf_counter()
-            steps = train_members if self._several else train_steps
-            lowered = steps.lower(self.recipe, state, buffer, np.int32(1), self._hyper)
-            self._compiled[shapes] = lowered.compile()
-            log.info("%-10s %.1f s", "compiled in", time.perf_counter() - started)
-            lead = 2 if self._several else 1
-            batch = {name: jax.ShapeDtypeStruct(a.shape[lead:], a.dtype) for name, a in buffer.items()}
-            self._flops[shapes] = len(self.configs) * model_flops(self.recipe, batch)
-        return self._compiled[shapes](state, buffer, np.int32(count), self._hyper) if count else (state, None)
+        """`count` steps, by the program that was made for the buffer's shapes."""
+        return self._compiled[_shapes(buffer)](state, placed(buffer, self._lead), np.int32(count), self._hyper)
 
     def skipped(self, state: TrainState) -> float:
         """How many updates there were that the guard has skipped."""

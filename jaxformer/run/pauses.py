@@ -67,7 +67,7 @@ class Pauses:
         """Compiles the program for the buffer's shapes, if it is not, so that no row counts that as training."""
         if not self._members.compiled(buffer):
             self._reports.pause("compiling")
-            self._members.call(state, buffer, 0)
+            self._members.compile(state, buffer)
             self._resume()
 
     def _resume(self) -> None:
