@@ -19,7 +19,7 @@ import jaxformer
 from jaxformer import Config, Data, Decoder, Encoder, Train
 from jaxformer import config as config_lib
 from jaxformer.data.batches import Examples, PackedDocuments
-from jaxformer.data.corpora import TextFiles, TextLines
+from jaxformer.data.corpora import Mixture, TextFiles, TextLines
 from jaxformer.data.dialogues import Dialogues
 from jaxformer.data.tables import Table
 from jaxformer.data.tokenizers import Bytes, Characters
@@ -34,7 +34,7 @@ from jaxformer.model.kernels import Softmax, Uniform
 from jaxformer.model.positions import Rotary
 from jaxformer.run import notices, warm_start
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
-from jaxformer.run.checks import _tell_of_templates
+from jaxformer.run.checks import _tell_of_templates, checked_data
 from jaxformer.run.dry_run import dry_run
 from jaxformer.run.manifest import sha256
 from jaxformer.run.plan import prepare_data
@@ -222,6 +222,18 @@ def test_documents_that_run_together_are_told_once(tmp_path, caplog, fields, tol
     found = [message for message in warnings_of(caplog) if "data.tokenizer" in message]
     assert len(found) == (told is not None)
     assert told is None or re.search(told, found[0]), found
+
+
+@pytest.mark.parametrize(("other", "told"), [("talks.jsonl", False), ("lines.txt", True)])
+def test_dialogues_end_as_their_template_has_it_also_in_a_mixture(tmp_path, caplog, other, told):
+    """Of other texts that need an end in the same mixture it is told."""
+    talk = {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two!"}]}
+    (tmp_path / "talks.jsonl").write_text(f"{json.dumps(talk)}\n" * 20)
+    parts = [
+        (Dialogues if name == "talks.jsonl" else TextLines)(str(tmp_path / name)) for name in ("talks.jsonl", other)
+    ]
+    checked_data(text(tmp_path, Mixture((*parts,), (0.5, 0.5))))
+    assert any("run together" in message for message in warnings_of(caplog)) == told
 
 
 @pytest.mark.parametrize("objective", [PrefixLM(), pytest.param(NextToken(), marks=pytest.mark.slow)])

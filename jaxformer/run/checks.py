@@ -78,8 +78,8 @@ def checked_data(config: Config) -> Prepared:
 def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
     """Several documents, and no id that ends one: says so once, or raises InputError where rows cannot be read."""
     sampling, documents = config.data.sampling, max(len(source.starts) for source in prepared.train + prepared.valid)
-    if prepared.tokenizer.end is not None or not config.data.corpus.framed:  # documents with ends of their own
-        return
+    if prepared.tokenizer.end is not None or not any(part.framed for part, _ in config.data.corpus.parts()):
+        return  # an end is put behind each document, or they have their own
     remedy = "set data.tokenizer.end_token=true, or take data.tokenizer=BPE"
     tokenizer = f"data.tokenizer={type(config.data.tokenizer).__name__} has no id that ends a text"
     if sampling.joined:
