@@ -42,7 +42,7 @@ from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import MLP, LayerNorm, Loss
 from jaxformer.model.masks import Causal, Places, Prefix, Window, places
 from jaxformer.model.mixers import MultiHead
-from jaxformer.model.positions import Rotary, Sinusoidal
+from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
 from jaxformer.run.manifest import sha256
 from jaxformer.run.step import Hyper, Recipe, init_state, train_step
 from jaxformer.spec import checked
@@ -269,6 +269,17 @@ def test_mixers_of_an_encoder_decoder():
     ]
     checked(Encoder(**SIZES, feed_forward=ExpertChoice()), "model.")
     checked(Decoder(**(SIZES | {"d_model": 25}), mixer=GatedLinear(), position=Sinusoidal(), head_width=8), "model.")
+
+
+def test_no_position_is_not_set_in_vain():
+    """Where no mixer reads positions; a part of one's own is, even if it is made of none."""
+
+    class Own(NoPosition):
+        pass
+
+    checked(Decoder(**SIZES, mixer=GatedLinear(), position=NoPosition()), "model.")
+    with pytest.raises(ValueError, match="position=Own is not read by"):
+        checked(Decoder(**SIZES, mixer=GatedLinear(), position=Own()), "model.")
 
 
 # --- by hand

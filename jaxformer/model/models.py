@@ -665,7 +665,8 @@ def _check_read(model: Decoder, at: str) -> None:
         value = getattr(model, field.name)
         unread = field.name in FIELDS and field.name not in read and model.kernel is not None
         if field.name == "position":
-            unread = unread and any(type(p).embed is Position.embed for p in _as_tuple(value))
+            given = [type(p) for p in _as_tuple(value) if type(p) is not NoPosition]
+            unread = unread and any(kind.embed is Position.embed for kind in given)
         if unread and value != field.default:
             text = type(value).__name__ if isinstance(value, Spec) else value
             raise ValueError(f"{at}{field.name}={text} is not read by {at}mixer={names}; leave it at its default")
