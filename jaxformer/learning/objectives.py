@@ -63,6 +63,10 @@ class Nats(NamedTuple):
     total: Any = None  # float32[B, ...], what is minimised, as with smoothing or a z-loss; None: plain nats
     sums: Mapping[str, Number] = {}  # of an evaluation, besides those of the fields above
 
+    @property
+    def minimised(self) -> Float[Array, "B ..."]:
+        return self.plain if self.total is None else self.total
+
 
 class Sums(NamedTuple):
     """Over a batch, or a slice of one."""
@@ -150,33 +154,22 @@ class Objective(Spec):
 
     def _summed(self, model: Model, params: Any, example: Example, key: Key) -> tuple[Sums, Nats]:
         out = self.hidden(model, params, example, key)
-        size = self.chunk_size(model, out.h, example)
-        if size is None:
-            minimised, nats = None, self.nats(model, params, out.h, example, key)
-        else:
-            minimised, nats = self._in_chunks(size, model, params, out.h, example, key)
+
+        def loss(h: Any, beside: Example, key: Key) -> tuple[Number, Nats, dict[str, Number]]:
+            nats = self.nats(model, params, h, beside._replace(source=example.source), key)
+            return (nats.minimised * beside.weights).sum(), nats._replace(sums={}), dict(nats.sums)
+
+        size, given = self.chunk_size(model, out.h, example), (out.h, example._replace(source=None), key)
+        minimised, nats, sums = loss(*given) if size is None else in_chunks(loss, size, *given)
         weights = jnp.broadcast_to(example.weights, nats.plain.shape)
         counted = weights if example.counted is None else jnp.broadcast_to(example.counted, nats.plain.shape)
         rows = counted.reshape(len(counted), -1).sum(1)  # the losses of parts weigh as what is asked of a row does
         losses = {name: (jnp.where(rows > 0, loss.value, 0) * rows).sum() for name, loss in out.losses.items()}
         added = [out.losses[name].weight * value for name, value in losses.items() if out.losses[name].weight]
-        plain = (nats.plain * weights).sum() if minimised is None or nats.total is not None else minimised
-        total = plain if nats.total is None else (nats.total * weights).sum() if minimised is None else minimised
-        more = nats.total is not None or added
-        return Sums(plain, rows.sum(), sum(added, total) if more else None, losses, out.sums), nats
-
-    def _in_chunks(
-        self, size: int, model: Model, params: Any, h: Any, example: Example, key: Key
-    ) -> tuple[Number, Nats]:
-        """The weighted sum of what is minimised, and nats, through which no gradient goes."""
-
-        def loss(h: Any, beside: Example, key: Key) -> tuple[Number, Nats, dict[str, Number]]:
-            nats = self.nats(model, params, h, beside._replace(source=example.source), key)
-            each = nats.plain if nats.total is None else nats.total
-            return (each * beside.weights).sum(), nats._replace(sums={}), dict(nats.sums)
-
-        minimised, nats, sums = in_chunks(loss, size, h, example._replace(source=None), key)
-        return minimised, nats._replace(sums=sums)
+        plain = minimised if nats.total is None else (nats.plain * weights).sum()
+        more = added or nats.total is not None
+        total = sum(added, minimised) if more else None
+        return Sums(plain, rows.sum(), total, losses, out.sums), nats._replace(sums=sums)
 
     def more_sums(
         self, nats: Nats, weights: Float[Array, "B ..."], example: Example, byte_lengths: ByteLengths
