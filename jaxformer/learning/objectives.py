@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.keys import fold
 from jaxformer.learning import chunks
 from jaxformer.learning.chunks import in_chunks
-from jaxformer.learning.rows import any_of_document, compact, composition, same_texts, second_parts
+from jaxformer.learning.rows import any_of_document, compact, composition, ends, same_texts, second_parts
 from jaxformer.mesh import row_parts, vocabulary_part
 from jaxformer.model.heads import (
     ClassificationHead,
@@ -458,15 +458,15 @@ class SpanCorruption(TokenObjective):
         T, sentinels = tokens.shape[1], jnp.asarray(self.sentinels)
         special = jnp.asarray((self.start, self.end, *self.sentinels))
         free = (segments > 0) & (tokens[..., None] != special[None, None]).all(-1)
-        at = places(segments)
-        alike = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))  # with the token before
-        begins, ends = (segments > 0) & ~alike, (segments > 0) & ~jnp.pad(alike[:, 1:], ((0, 0), (0, 1)))
-        documents = (begins & any_of_document(free, at, segments)).sum(1)  # of which something can be missing
+        at, place = places(segments), jnp.arange(T)[None]
+        begin, end = ends(at)
+        begins, stops = (segments > 0) & (place == begin), (segments > 0) & (place == end)
+        documents = (begins & any_of_document(free, at)).sum(1)  # of which something can be missing
         missing = jax.vmap(self.spans)(jax.random.split(key, len(tokens)), free, documents > 1)
-        some = any_of_document(missing, at, segments)
-        first = missing & ~(jnp.pad(missing[:, :-1], ((0, 0), (1, 0))) & alike)  # of a span
+        some = any_of_document(missing, at)
+        first = missing & ~(jnp.pad(missing[:, :-1], ((0, 0), (1, 0))) & ~begins)  # of a span
         count = jnp.cumsum(first, 1)
-        before = jnp.take_along_axis(count - first, jnp.arange(T)[None] - at.position, 1)  # spans of documents before
+        before = jnp.take_along_axis(count - first, begin, 1)  # spans of documents before
         number = jnp.minimum(count - before, len(self.sentinels)) - 1
         marks = sentinels[jnp.maximum(number, 0)]
         source, source_segments = compact(
@@ -474,7 +474,7 @@ class SpanCorruption(TokenObjective):
         )
         # what each token adds to the target: a start, a sentinel, itself, an end
         parts = [(jnp.full_like(tokens, self.start), begins & some), (marks, first), (tokens, missing)]
-        parts.append((jnp.full_like(tokens, self.end), ends & some))
+        parts.append((jnp.full_like(tokens, self.end), stops & some))
         ids, kept = (jnp.stack(arrays, -1).reshape(len(tokens), 4 * T) for arrays in zip(*parts, strict=True))
         target, target_segments = compact(ids, jnp.repeat(segments, 4, axis=1), kept, self.target_width(T))
         text = next_tokens({"tokens": target, "segments": target_segments})
