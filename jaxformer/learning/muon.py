@@ -131,16 +131,13 @@ class Muon(Optimizer):
         alike: dict[Any, list[int]] = defaultdict(list)
         for i, x in enumerate(wide):
             alike[x.shape[1:]].append(i)
+        how = self.coefficients(self.steps), self.coefficients.safety, self.dtype
         for places in alike.values():
-            together = orthogonalized(jnp.concatenate([wide[i] for i in places]), *self._how)
+            together = orthogonalized(jnp.concatenate([wide[i] for i in places]), *how)
             for i in places:
                 wide[i], together = together[: len(wide[i])], together[len(wide[i]) :]
         scaled = [side.array(x) * side.factor(self.adjust_lr) for side, x in zip(sides, wide, strict=True)]
         return jax.tree.unflatten(treedef, scaled)
-
-    @property
-    def _how(self) -> tuple[tuple[tuple[Any, Any, Any], ...], float, str]:
-        return self.coefficients(self.steps), self.coefficients.safety, self.dtype
 
 
 class Sides(NamedTuple):

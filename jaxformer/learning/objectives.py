@@ -328,7 +328,7 @@ class Masked(TokenObjective):
         segments = batch.get("segments", jnp.ones_like(tokens))
         assert self.mask is not None and self.special is not None and self.vocab_size is not None
         of_choice, of_token = jax.random.split(key)
-        ordinary = (tokens[..., None] != jnp.asarray(self.special)[None, None]).all(-1)
+        ordinary = ~jnp.isin(tokens, jnp.asarray(self.special))
         u = jax.random.uniform(of_choice, tokens.shape)
         chosen = (u < self.share) & (segments > 0) & ordinary
         other = jax.random.randint(of_token, tokens.shape, 0, self.vocab_size - len(self.special))
@@ -457,7 +457,7 @@ class SpanCorruption(TokenObjective):
         assert self.sentinels and self.start is not None and self.end is not None and self.several is not None
         T, sentinels = tokens.shape[1], jnp.asarray(self.sentinels)
         special = jnp.asarray((self.start, self.end, *self.sentinels))
-        free = (segments > 0) & (tokens[..., None] != special[None, None]).all(-1)
+        free = (segments > 0) & ~jnp.isin(tokens, special)
         at, place = places(segments), jnp.arange(T)[None]
         begin, end = ends(at)
         begins, stops = (segments > 0) & (place == begin), (segments > 0) & (place == end)

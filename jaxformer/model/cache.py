@@ -36,12 +36,9 @@ def update(cache: Arrays | None, new: Arrays, slots: Mapping[str, Slot]) -> tupl
     written = _write(cache, new, slots)
     if new["position"].shape[1] == 1:
         return written, written
-    seen = {n: _join(cache[n], new[n], s.letters.index("S")) if "S" in s.letters else new[n] for n, s in slots.items()}
+    both = lambda name, axis: jnp.concatenate([cache[name], new[name].astype(cache[name].dtype)], axis)
+    seen = {n: both(n, s.letters.index("S")) if "S" in s.letters else new[n] for n, s in slots.items()}
     return seen, written
-
-
-def _join(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-    return jnp.concatenate([old, new.astype(old.dtype)], axis)
 
 
 def _write(cache: Arrays, new: Arrays, slots: Mapping[str, Slot]) -> dict[str, jax.Array]:
