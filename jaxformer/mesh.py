@@ -129,7 +129,7 @@ def shardings(tree: Any, declared: Any) -> Any:
         return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
     mesh = jax.sharding.get_mesh()
     specs = partitions(tree, declared, sizes)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def laid_out(tree: Any, declared: Any) -> Any:
@@ -150,7 +150,7 @@ def split(tree: Any, declared: Any) -> Any:
 def constrained(x: jax.Array, letters: str) -> jax.Array:
     """Inside a compiled function: x with its axis B split as the rows of a batch are, and the others whole; x as it is
     without a mesh, or where its rows are fewer."""
-    if ((parts := row_parts()) == 1 and not axis_sizes()) or x.shape[letters.index("B")] % parts:
+    if not axis_sizes() or x.shape[letters.index("B")] % row_parts():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ROWS if letter == "B" else None for letter in letters)))
 
@@ -170,7 +170,3 @@ def placed(batch: Mapping[str, Any], before: int = 0) -> Any:
         return jax.device_put(array, sharding)
 
     return {name: put(array) for name, array in batch.items()}
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
