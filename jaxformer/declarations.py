@@ -159,14 +159,14 @@ def trained(tree: Any, declared: Any) -> Any:
     return {n: tree[n] if is_declared(box) else trained(tree[n], box) for n, box in kept.items()}
 
 
-def selected(tree: Any, declared: Any, keep: Callable[[str], bool], path: str = "") -> dict[str, Any]:
-    """The tree with those arrays alone whose path, as `path_name` gives it, is to be kept."""
+def selected(tree: Any, declared: Any, keep: Callable[[str, Declared], bool], path: str = "") -> dict[str, Any]:
+    """The tree with those arrays alone that are to be kept, by their path, as `path_name` gives it, and their box."""
     found: dict[str, Any] = {}
     for name, box in declared.items():
         if not is_declared(box):
             if inner := selected(tree[name], box, keep, f"{path}{name}/"):
                 found[name] = inner
-        elif keep(path + name):
+        elif keep(path + name, box):
             found[name] = tree[name]
     return found
 

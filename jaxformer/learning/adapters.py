@@ -46,9 +46,8 @@ class Adapter(Spec):
 
     def reached(self, of_model: Any, params: Any) -> dict[str, Any]:
         """Of a model's parameters those that a step takes gradients by: they are trained, or made of what is."""
-        boxes = by_path(of_model)
         reaches = lambda path, box: box.trained and (self._itself(path, box) or bool(self.beside(path, box)))
-        return selected(params, of_model, lambda path: reaches(path, boxes[path]))
+        return selected(params, of_model, reaches)
 
     def base(self, of_model: Any, params: Any) -> dict[str, Any]:
         """Of a model's parameters those that stay as they are."""
@@ -83,8 +82,7 @@ class Adapter(Spec):
 
     def _apart(self, of_model: Any, tree: Any, itself: bool) -> dict[str, Any]:
         """Of a tree of the model's arrays those that are in the base, or those that are `itself` trained."""
-        boxes = by_path(of_model)
-        return selected(tree, of_model, lambda path: self._itself(path, boxes[path]) == itself)
+        return selected(tree, of_model, lambda path, box: self._itself(path, box) == itself)
 
     def _itself(self, path: str, box: Declared) -> bool:
         """Whether a run with this adapter has the array among what it trains, or what advances by itself."""

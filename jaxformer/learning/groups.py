@@ -155,4 +155,4 @@ class Groups(Optimizer):
     def _parts(self, tree: Any, declared: Any) -> list[dict[str, Any]]:
         """Of each group the tree of its own arrays."""
         numbers = self._of(declared)
-        return [selected(tree, declared, lambda path, i=i: numbers[path] == i) for i in range(len(self.groups))]
+        return [selected(tree, declared, lambda path, _, i=i: numbers[path] == i) for i in range(len(self.groups))]

@@ -93,7 +93,7 @@ def _needs(config: Config, recipe: Recipe, sizes: Mapping[str, int], works: "_Wo
         "ema_bytes": split(state.ema),
         "batches_bytes": sum(_size(a) for a in batches.values()) // math.prod(sizes[axis] for axis in ROWS),
         "gradients_bytes": split(moved) * min(knobs.accumulation, 2) + split(made),
-        "cast_bytes": split(selected(cast, recipe.model.declared(), lambda path: halves[path] or path in is_made)),
+        "cast_bytes": split(selected(cast, recipe.model.declared(), lambda path, _: halves[path] or path in is_made)),
         "gathered_bytes": _gathered(recipe, sizes),
     }
     kinds["activations_bytes"], kinds["logits_bytes"] = works.of(works.rows, getattr(recipe.model, "remat", None))
