@@ -173,6 +173,7 @@ def test_bigram_logits_are_rows_of_the_table():
     assert list(params) == ["embedding"]
     h, _ = hidden(model, params, text, one_document(T))
     np.testing.assert_array_equal(model.logits(params, h), np.asarray(params["embedding"]["table"])[text])
+    assert not model.for_decoding(params)["head_language"]  # which is no table: it would never be read
     capped = dataclasses.replace(model, head=Rows(cap=0.5))
     close(capped.logits(params, h), 0.5 * np.tanh(np.asarray(h) / 0.5))
 

@@ -110,7 +110,7 @@ class LanguageHead(Head):
 
     def for_decoding(self, params: Arrays, whole: Mapping[str, Any]) -> Arrays:
         """With a transposed table on CPU: XLA transposes one at a tenth of the speed."""
-        own = self.tied and jax.default_backend() == "cpu"
+        own = self.tied and not self.reads_logits and jax.default_backend() == "cpu"
         return {**params, "transposed": whole["embedding"]["table"].T} if own else params
 
     def __call__(self, params: Arrays, h: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
