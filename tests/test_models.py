@@ -298,6 +298,9 @@ def test_a_rolling_cache_keeps_the_newest_whatever_the_order_of_the_row():
     assert written["position"].tolist() == [[6, 4, 5]] and written["v"].ravel().tolist() == [6, 4, 5]
 
 
+NO_MATRIX = {"initializer": ZeroOutputs(), "output_projection": False}  # attention does not end with one
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -309,6 +312,7 @@ def test_a_rolling_cache_keeps_the_newest_whatever_the_order_of_the_row():
                 (PreNorm(attention=False), {"initializer": ZeroOutputs()}, "attention", "ZeroOutputs"),
                 (UNet(feed_forward=False), {"initializer": ZeroOutputs()}, "feed_forward", "ZeroOutputs"),
                 (ReZero(attention=False), {}, "attention", "ReZero"),
+                (PreNorm(attention=False, feed_forward=False), NO_MATRIX, "feed_forward", "ZeroOutputs"),
             )
         ),
         ({"kernel": ValueResidual(), "remat": "nothing_saveable"}, "all of them are one"),

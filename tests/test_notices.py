@@ -31,7 +31,7 @@ from jaxformer.model.baselines import Bigram
 from jaxformer.model.heads import ClassificationHead, MultiLabelHead
 from jaxformer.model.implementations import Blocked
 from jaxformer.model.kernels import Softmax, Uniform
-from jaxformer.model.positions import Rotary
+from jaxformer.model.positions import Learned, Rotary
 from jaxformer.run import notices, warm_start
 from jaxformer.run.checkpoint import Checkpoints, CheckpointWriter
 from jaxformer.run.checks import _tell_of_templates, checked_data
@@ -87,6 +87,8 @@ def test_a_model_that_computes_otherwise_than_what_it_begins_with_says_so():
     blocked = Softmax(implementation=Blocked())
     two = [Decoder(**SIZES, context_length=7, kernel=(Softmax(), kernel)) for kernel in (Softmax(), blocked)]
     assert _otherwise(*two) == []
+    several = [Decoder(**SIZES, context_length=7, position=(Learned(decay=decay), Rotary())) for decay in (True, False)]
+    assert _otherwise(*several) == []
     assert _otherwise(old, Decoder(**SIZES | same)) == []
     assert _otherwise(old, Decoder(**SIZES | same | other)) == [
         "model.position was Learned and is Rotary",

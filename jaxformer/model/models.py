@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
@@ -242,8 +243,9 @@ FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "p
 
 
 def without_effect(path: str) -> bool:
-    """Whether a field, or one within it, changes no number of a trained model."""
-    return any(f"{path}.".startswith(f"{each}.") for each in FREE)
+    """Whether a field, or one within it, of one of several parts too, changes no number of a trained model."""
+    single = re.sub(r"\.\d+", "", path)
+    return any(f"{single}.".startswith(f"{each}.") for each in FREE)
 
 
 @functools.lru_cache(maxsize=64)  # a run asks for it a dozen times, and each is a trace of the model
@@ -597,10 +599,10 @@ def _check_zeros(model: Decoder, at: str) -> None:
     off = sorted(name for name in branches if not getattr(model.residual, name, True))
     written = off if model.output_projection else {*off} & {"feed_forward"}  # by a matrix
     if (rezero and off) or (zeros and written):
-        what = f"{at}residual=ReZero" if rezero else f"{at}initializer=ZeroOutputs"
+        which, what = min(off if rezero else written), "residual=ReZero" if rezero else "initializer=ZeroOutputs"
         raise ValueError(
-            f"{at}residual.{off[0]}=False leaves nothing of the stream but what {what} begins at zero, through which "
-            "no gradient reaches what is below; True adds the stream to it"
+            f"{at}residual.{which}=False leaves nothing of the stream but what {at}{what} begins at zero, through "
+            "which no gradient reaches what is below; True adds the stream to it"
         )
     if zeros and rezero:
         raise ValueError(
