@@ -33,7 +33,7 @@ FLOORS = [
         )
     ),
     *(f"model.{n}" for n in ("cache", "masks", "layers", "residuals", "positions", "implementations", "kernels")),
-    *(f"model.{n}" for n in ("mixers", "blocks", "heads")),
+    *(f"model.{n}" for n in ("mixers", "blocks", "heads", "agreement")),
     *(f"model.{n}" for n in ("models", "baselines")),
     *(
         f"learning.{n}"

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.declarations import Arrays, Declarations, Param, declare, draw, map_declared, path_name, whole
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
+from jaxformer.model.agreement import as_tuple, check_transformer
 from jaxformer.model.blocks import BlockSpec, Stack
 from jaxformer.model.heads import Head, LanguageHead
 from jaxformer.model.implementations import Asked, Implementation
@@ -30,24 +31,18 @@ from jaxformer.model.layers import (
     LayerNorm,
     NoNorm,
     Norm,
-    OneLayer,
     Out,
-    ReLU,
-    Square,
-    SquaredReLU,
-    ZeroOutputs,
     add,
     lookup,
 )
 from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_document
-from jaxformer.model.mixers import FIELDS, HEADS, Context, Mixer, MultiHead, Parts
+from jaxformer.model.mixers import Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Learned, NoPosition, Position
-from jaxformer.model.residuals import PreNorm, Residual, ReZero
+from jaxformer.model.residuals import PreNorm, Residual
 from jaxformer.spec import Spec
 
 Params = Mapping[str, Any]
 H = TypeVar("H", bound=Head)
-T = TypeVar("T")
 Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"]
 ENCODER, HEAD = 1 << 30, (1 << 30) + 1  # folded into the key of dropout: these have others than the layers
 
@@ -93,7 +88,7 @@ class Model(Spec):
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        return _as_tuple(self.head)
+        return as_tuple(self.head)
 
     @property
     def classes(self) -> dict[str, tuple[str, ...]]:
@@ -255,10 +250,6 @@ def _declared(model: Model) -> Any:
     return jax.eval_shape(init)
 
 
-def _as_tuple(parts: T | tuple[T, ...]) -> tuple[T, ...]:
-    return parts if isinstance(parts, tuple) else (parts,)
-
-
 class Embedding(Spec):
     """Ids to vectors, by a table [V, D]."""
 
@@ -367,10 +358,10 @@ class Decoder(Model):
 
     def implemented(self, tokens: int, dtype: str = "float32", whole: bool = False) -> tuple[Self, str]:
         own = self.position, self.mask, self.mixer, *(getattr(self, f"encoder_{n}", ()) for n in ("mask", "mixer"))
-        parts = [part for each in own for part in _as_tuple(each) if part is not None]
+        parts = [part for each in own for part in as_tuple(each) if part is not None]
         ours = all(type(part).__module__.startswith("jaxformer.") for part in parts)
-        biased = [type(p).__name__ for p in _as_tuple(self.position) if type(p).bias is not Position.bias]
-        masks, width = _as_tuple(self.mask), self.widths["K"]
+        biased = [type(p).__name__ for p in as_tuple(self.position) if type(p).bias is not Position.bias]
+        masks, width = as_tuple(self.mask), self.widths["K"]
         asked = Asked(tokens, self.dropout, dtype, width, masks, biased[0] if biased else None, whole, ours)
         found, why = self._implemented(asked)
         if (repeated := found._fused_alike()) > 1:
@@ -393,7 +384,7 @@ class Decoder(Model):
             if kernels is None:
                 continue
             try:
-                each = [kernel.implemented(asked) for kernel in _as_tuple(kernels)]
+                each = [kernel.implemented(asked) for kernel in as_tuple(kernels)]
             except ValueError as error:
                 raise ValueError(f"model.{name}.{error}") from None
             found[name] = tuple(kernel for kernel, _ in each) if isinstance(kernels, tuple) else each[0][0]
@@ -401,7 +392,7 @@ class Decoder(Model):
         return dataclasses.replace(self, **found), ", ".join(dict.fromkeys(whys))
 
     def refuses_split_heads(self) -> str | None:
-        kernels = [kernel for name in ("kernel", "cross_kernel") for kernel in _as_tuple(getattr(self, name, None))]
+        kernels = [kernel for name in ("kernel", "cross_kernel") for kernel in as_tuple(getattr(self, name, None))]
         each = [getattr(kernel, "implementation", None) for kernel in kernels]
         names = {type(one).__name__ for one in each if isinstance(one, Implementation) and not one.splits_heads}
         return f"implementation={min(names)} computes all heads on one device; take another" if names else None
@@ -427,8 +418,8 @@ class Decoder(Model):
         cross_kernel: Kernel | None,
     ) -> tuple[BlockSpec, ...]:
         each: Any = self.position, self.kernel, masks, mixers, self.feed_forward
-        count = math.lcm(*(len(_as_tuple(parts)) for parts in each))
-        if any(kernel and kernel.whole_stack for kernel in _as_tuple(self.kernel)):
+        count = math.lcm(*(len(as_tuple(parts)) for parts in each))
+        if any(kernel and kernel.whole_stack for kernel in as_tuple(self.kernel)):
             count = math.lcm(count, self.layers(stack))
         qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         rest = self.qk_norm, qkv_bias, self.bias, self.output_projection, self.dropout
@@ -436,9 +427,7 @@ class Decoder(Model):
         cross = cross_kernel and Parts(dims, NoPosition(), cross_kernel, Bidirectional(), *rest)
 
         def kind(i: int) -> BlockSpec:
-            position, kernel, mask, mixer, feed_forward = (
-                _as_tuple(parts)[i % len(_as_tuple(parts))] for parts in each
-            )
+            position, kernel, mask, mixer, feed_forward = (as_tuple(parts)[i % len(as_tuple(parts))] for parts in each)
             parts = Parts(dims, position, kernel or Softmax(), mask, *rest)
             mixer = mixer if kernel else None
             return BlockSpec(parts, mixer, cross, feed_forward, self.norm, self.residual, self.dropout)
@@ -564,132 +553,3 @@ class Network(nn.Module):
     def _run(self, name: str, ids: jax.Array, at: Places, *rest: Any) -> Out:
         out = getattr(self, name)(self.spec.embedding(self.table, ids, at), ids, at, *rest)
         return out._replace(sums={name: out.sums} if out.sums else {})
-
-
-# --- what goes together in a transformer
-
-
-def check_transformer(model: Decoder, at: str) -> None:
-    """Raises ValueError for parts and sizes of which no model can be made."""
-    model.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
-    if not 0 <= model.dropout < 1:
-        raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
-    if model.feed_forward is None and model.kernel is None:
-        raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
-    _check_zeros(model, at)
-    for position in _as_tuple(model.position):
-        if position.per_layer and type(position).embed is not Position.embed:
-            name = type(position).__name__
-            raise ValueError(f"{at}position={name} embeds above the layers; it cannot have per_layer = True")
-    for stack in model.stacks:
-        _check_stack(model, at, stack)
-    if model.remat and not model.repeats and model.n_layers > 1:
-        raise ValueError(
-            f"{at}remat={model.remat!r} computes a group of layers anew, and all of them are one, as none repeats or "
-            "they hand on what they see: it would save nothing; leave it out"
-        )
-    _check_read(model, at)
-
-
-def _check_zeros(model: Decoder, at: str) -> None:
-    """Where outputs begin at zero, something behind, before or beside them must not: else no gradient reaches any."""
-    rezero = isinstance(model.residual, ReZero) and model.residual.start == 0
-    zeros = isinstance(model.initializer, ZeroOutputs)
-    branches = {name for stack in model.stacks for kind in model.kinds(stack) for name in kind.branches}
-    off = sorted(name for name in branches if not getattr(model.residual, name, True))
-    written = off if model.output_projection else {*off} & {"feed_forward"}  # by a matrix
-    if (rezero and off) or (zeros and written):
-        which, what = min(off if rezero else written), "residual=ReZero" if rezero else "initializer=ZeroOutputs"
-        raise ValueError(
-            f"{at}residual.{which}=False leaves nothing of the stream but what {at}{what} begins at zero, through "
-            "which no gradient reaches what is below; True adds the stream to it"
-        )
-    if zeros and rezero:
-        raise ValueError(
-            f"{at}residual=ReZero and {at}initializer=ZeroOutputs both begin at zero, and no layer would ever learn; "
-            f"take one of them, or {at}residual.start=1"
-        )
-    flat = ReLU, SquaredReLU, Square  # at zero
-    if zeros and any(isinstance(p, OneLayer) and isinstance(p.activation, flat) for p in _as_tuple(model.feed_forward)):
-        raise ValueError(
-            f"{at}feed_forward=OneLayer has an activation behind the matrix that {at}initializer=ZeroOutputs begins at "
-            "zero, and would never learn; take another of them"
-        )
-
-
-def _check_stack(model: Decoder, at: str, stack: str) -> None:
-    kinds, n_layers = model.kinds(stack), model.layers(stack)
-    if not kinds or n_layers % len(kinds):
-        raise ValueError(
-            f"{at}position, {at}mixer, {at}kernel, {at}mask and {at}feed_forward make {len(kinds)} kinds of layers, "
-            f"which must divide the {n_layers} layers of the {stack}"
-        )
-    if model.remat and model.unroll and model.unroll >= n_layers // len(kinds) > 1:
-        raise ValueError(f"{at}remat={model.remat!r} needs a scan: {at}unroll={model.unroll} must be less; 1 does")
-    spans = {kind.parts.mask.span(model.context_length) for kind in kinds}
-    for mask in (kind.parts.mask for kind in kinds):
-        longest, half = mask.span(model.context_length), model.context_length // 2
-        if half and mask.span(half) not in (half, longest):
-            raise ValueError(
-                f"{at}mask: {type(mask).__name__}.span must be the length up to some length, and the same for all "
-                f"longer ones; it is {mask.span(half)} of {half}, and {longest} of {model.context_length}"
-            )
-    if len(spans) > 1 and any(kind.parts.kernel.shares for kind in kinds):
-        raise ValueError(f"{at}mask: layers that hand on what they see must see as far back as one another")
-    for kind in kinds:
-        mask, mixer = kind.parts.mask, kind.mixer
-        if mixer and mixer.causal and not mask.causal:
-            raise ValueError(
-                f"{at}mixer={type(mixer).__name__} sees the past alone, but the {stack}'s mask is "
-                f"{type(mask).__name__}; take MultiHead there, or a mixer that heeds the mask"
-            )
-        for name, part in (("mixer", mixer), ("feed_forward", kind.feed_forward)):
-            if part and part.sees_ahead and not mask.sees_answers:
-                raise ValueError(
-                    f"{at}{name}={type(part).__name__} looks ahead, and the {stack}'s mask {type(mask).__name__} does "
-                    "not: it would see the answer; take an Encoder, or another part"
-                )
-
-
-def _check_read(model: Decoder, at: str) -> None:
-    """What no mixer reads is not to be set in vain; and what one reads must suit it."""
-    each = [pair for stack in model.stacks for kind in model.kinds(stack) for pair in kind.mixers.values()]
-    read = {name for mixer, _ in each for name in mixer.reads}
-    if model.encodes:  # cross-attention has a kernel of its own, no position and no mask
-        own = {name for s in model.stacks for k in model.kinds(s) if k.mixer for name in k.mixer.reads}
-        read = own | {*FIELDS} - {"position", "kernel", "mask"}
-    names = ", ".join(sorted({type(mixer).__name__ for mixer, _ in each}))
-    if model.kernel is None and model.mixer != MultiHead():
-        raise ValueError(
-            f"{at}kernel=None leaves no attention, and {at}mixer={names or model.mixer}: leave one of them out"
-        )
-    for field in dataclasses.fields(model):
-        value = getattr(model, field.name)
-        unread = field.name in FIELDS and field.name not in read and model.kernel is not None
-        if field.name == "position":
-            given = [type(p) for p in _as_tuple(value) if type(p) is not NoPosition]
-            unread = unread and any(kind.embed is Position.embed for kind in given)
-        if unread and value != field.default:
-            text = type(value).__name__ if isinstance(value, Spec) else value
-            raise ValueError(f"{at}{field.name}={text} is not read by {at}mixer={names}; leave it at its default")
-    if {*HEADS} & read:
-        _check_heads(model, at)
-    for mixer, parts in each:
-        mixer.check_parts(parts, at)
-
-
-def _check_heads(model: Decoder, at: str) -> None:
-    if model.head_width is None and model.d_model % model.n_heads:
-        fits = max(n for n in range(1, min(model.n_heads, model.d_model) + 1) if model.d_model % n == 0)
-        raise ValueError(f"{at}n_heads={model.n_heads} must divide {at}d_model={model.d_model}; {fits} does")
-    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
-        raise ValueError(
-            f"{at}n_kv_heads={model.n_kv_heads} must divide {at}n_heads={model.n_heads}; "
-            f"1 always does, and {model.n_heads} gives every query head its own"
-        )
-    heads = model.n_heads * (model.head_width or model.d_model // model.n_heads)
-    if not model.output_projection and heads > model.d_model:
-        raise ValueError(
-            f"{at}output_projection=False leaves the heads side by side, {heads} numbers, more than "
-            f"{at}d_model={model.d_model}; True projects them, and a smaller {at}head_width fits"
-        )
