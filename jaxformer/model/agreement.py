@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
-from jaxformer.model.layers import OneLayer, ReLU, Square, SquaredReLU, ZeroOutputs
+from jaxformer.model.layers import OneLayer, ReLU, Square, SquaredReLU, ZeroOutputs, check_dropout
 from jaxformer.model.mixers import FIELDS, HEADS, MultiHead
 from jaxformer.model.positions import NoPosition, Position
 from jaxformer.model.residuals import ReZero
@@ -20,8 +20,7 @@ def as_tuple(parts: T | tuple[T, ...]) -> tuple[T, ...]:
 def check_transformer(model: Any, at: str) -> None:
     """Raises ValueError for parts and sizes of which no model can be made."""
     model.check_sizes(at, "n_layers", "n_heads", "n_kv_heads", "head_width", "d_ff", "unroll")
-    if not 0 <= model.dropout < 1:
-        raise ValueError(f"{at}dropout={model.dropout} must be at least 0 and less than 1; 0 turns it off")
+    check_dropout(model.dropout, at)
     if model.feed_forward is None and model.kernel is None:
         raise ValueError(f"{at}kernel=None and {at}feed_forward=None leave nothing of a block; set one of them")
     _check_zeros(model, at)

@@ -14,7 +14,7 @@ from jaxformer.declarations import Arrays, Param, declare
 from jaxformer.keys import fold
 from jaxformer.model.blocks import record
 from jaxformer.model.heads import Head, LanguageHead
-from jaxformer.model.layers import GPT2Normal, Initializer, Out, TorchUniform, dropout, lookup
+from jaxformer.model.layers import GPT2Normal, Initializer, Out, TorchUniform, check_dropout, dropout, lookup
 from jaxformer.model.masks import Places
 from jaxformer.model.models import Model
 
@@ -92,8 +92,7 @@ class RNN(TokenEmbedding):
     def check(self, at: str = "") -> None:
         super().check(at)
         self.check_sizes(at, "n_layers")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
+        check_dropout(self.dropout, at)
 
     @property
     def stacked(self) -> dict[tuple[str, ...], int]:

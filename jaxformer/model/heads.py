@@ -22,6 +22,7 @@ from jaxformer.model.layers import (
     Norm,
     Tanh,
     biased,
+    check_dropout,
     dropout,
     linear,
     product,
@@ -296,8 +297,7 @@ class ClassificationHead(Head):
             raise ValueError(f"{at}classes={self.classes} must differ, and not be empty; None takes the table's")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"{at}hidden={self.hidden} must be at least 1; None leaves that layer out")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{at}dropout={self.dropout} must be at least 0 and less than 1; 0 turns it off")
+        check_dropout(self.dropout, at)
 
     def params(self) -> dict[str, Param]:
         sizes = {"N": self.n_logits} | ({} if self.hidden is None else {"M": self.hidden})

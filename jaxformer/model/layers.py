@@ -507,6 +507,12 @@ def dropout(key: jax.Array | None, x: Float[Array, "*B"], rate: float) -> Float[
     return jnp.where(unfused(_kept, key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
+def check_dropout(rate: float, at: str) -> None:
+    """Raises ValueError for a rate that `dropout` cannot have; `at` is the path of the spec whose field it is."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{at}dropout={rate} must be at least 0 and less than 1; 0 turns it off")
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _kept(key: jax.Array, share: float, shape: tuple[int, ...]) -> Bool[Array, "*B"]:
     """jax.random.bernoulli(key, share, shape), which compares a number of 23 bits with the share as a float32."""
