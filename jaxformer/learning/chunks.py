@@ -25,7 +25,7 @@ def most() -> int:
     return MOST if jax.default_backend() == "cpu" else 8 * MOST
 
 
-def whole() -> int:
+def unchunked() -> int:
     """Bytes of float32 logits up to which all places are computed at once: on CPU two chunks save less than they cost
     (LOG.md); on accelerators it was not measured."""
     return 2 * MOST if jax.default_backend() == "cpu" else most()
@@ -54,12 +54,12 @@ def in_chunks(loss: Loss, size: int, h: jax.Array, beside: Any, key: jax.Array |
     They are those of what is minimised: no gradient goes through the other results, nor to `beside`. Those of
     parameters are added up in float32. Where no gradient is asked for, none is computed.
     """
-    whole = h.shape[1] - h.shape[1] % size
+    even = h.shape[1] - h.shape[1] % size
     beside = jax.lax.stop_gradient(beside)
-    before = lambda tree: jax.tree.map(lambda a: a[:, :whole], tree)
-    behind = lambda tree: jax.tree.map(lambda a: a[:, whole:], tree)
+    before = lambda tree: jax.tree.map(lambda a: a[:, :even], tree)
+    behind = lambda tree: jax.tree.map(lambda a: a[:, even:], tree)
     found = _scanned(loss, size, before(h), before(beside), key)
-    if whole < h.shape[1]:  # the last chunk is shorter
+    if even < h.shape[1]:  # the last chunk is shorter
         rest = loss(behind(h), behind(beside), fold(key, h.shape[1]))
         rows = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, 1), found[1], rest[1])
         found = found[0] + rest[0], rows, jax.tree.map(jnp.add, found[2], rest[2])
@@ -74,11 +74,11 @@ def _scanned(loss: Loss, size: int, h: jax.Array, beside: Any, key: jax.Array | 
     def cut(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [n, B, size, ...]
         return a.reshape(len(a), -1, size, *a.shape[2:]).swapaxes(0, 1)
 
-    def whole(a: jax.Array) -> jax.Array:
+    def joined(a: jax.Array) -> jax.Array:
         return a.swapaxes(0, 1).reshape(a.shape[1], -1, *a.shape[3:])
 
     def summed(total: jax.Array, rows: Any, numbers: Any) -> tuple[jax.Array, Any, Any]:
-        return total.sum(), jax.tree.map(whole, rows), jax.tree.map(lambda a: a.sum(0), numbers)
+        return total.sum(), jax.tree.map(joined, rows), jax.tree.map(lambda a: a.sum(0), numbers)
 
     def pieces(h: jax.Array, beside: Any) -> Any:
         return jnp.arange(h.shape[1] // size), *jax.tree.map(cut, (h, beside))
@@ -106,7 +106,7 @@ def _scanned(loss: Loss, size: int, h: jax.Array, beside: Any, key: jax.Array | 
 
         zeros = [jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)) for a in read]
         grads, (by_h, found) = jax.lax.scan(body, zeros, pieces(h, beside))
-        return summed(*found), (grads, whole(by_h) / scale, [jnp.zeros((), a.dtype) for a in read])
+        return summed(*found), (grads, joined(by_h) / scale, [jnp.zeros((), a.dtype) for a in read])
 
     def backward(kept: Any, cotangents: Any) -> Any:
         grads, by_h, like = kept

@@ -202,12 +202,12 @@ class TokenObjective(Objective):
             raise ValueError(f"{at}z_loss={self.z_loss} must be at least 0; 1e-4 is usual, 0 turns it off")
 
     def chunk_size(self, model: Model, h: Any, example: Example) -> int | None:
-        """Chunks where the float32 logits of all places take more than `chunks.whole` bytes."""
+        """Chunks where the float32 logits of all places take more than `chunks.unchunked` bytes."""
         arrays, ready = jax.tree.leaves(example._replace(source=None)), any(head.reads_logits for head in model.heads)
         if ready or not isinstance(h, jax.Array) or any(a.shape[1:2] != h.shape[1:2] for a in arrays):
             return None
         n_bytes = 4 * h.shape[0] * h.shape[1] * vocabulary_part(model.vocab_size or 0) // row_parts()  # of a device
-        return None if n_bytes <= chunks.whole() else chunks.chunk_size(h.shape[1], n_bytes)
+        return None if n_bytes <= chunks.unchunked() else chunks.chunk_size(h.shape[1], n_bytes)
 
     def logits(self, model: Model, params: Any, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return model.logits(params, h)

@@ -15,7 +15,8 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
-from jaxformer.declarations import Arrays, Declarations, Param, declare, draw, map_declared, path_name, whole
+from jaxformer.declarations import Arrays, Declarations, Param, declare, draw, map_declared, path_name
+from jaxformer.declarations import whole as with_empty
 from jaxformer.keys import fold
 from jaxformer.model import cache as cache_lib
 from jaxformer.model.agreement import as_tuple, check_transformer
@@ -517,7 +518,7 @@ class EncoderDecoder(Decoder):
         layers, attention = params["decoder"]["layers"], MultiHead()
 
         def one(parts: Any, name: str) -> Arrays:
-            own = lambda p: whole(attention.params(parts), p)
+            own = lambda p: with_empty(attention.params(parts), p)
             remember = lambda p: attention.remember(own(p), parts, out.h, Context(ids, at))
             with jax.named_scope(f"decoder/layers/{name}/cross_attention"):
                 return jax.vmap(remember)(layers[name]["cross_attention"])  # pyright: ignore[reportReturnType]
