@@ -119,18 +119,18 @@ class LanguageHead(Head):
         if self.scaled:
             h = h * h.shape[-1] ** -0.5
         kernel = params.get("transposed") if self.tied else params["kernel"]
-        given = (table, 0, "ND,VD->NV") if kernel is None else (kernel, 1, "ND,DV->NV")
-        logits = biased(_logits(h, *given), params, "bias")
+        matrix = (table, "VD") if kernel is None else (kernel, "DV")
+        logits = biased(_logits(h, *matrix), params, "bias")
         return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
 
 
-def _logits(h: Float[Array, "*B D"], matrix: jax.Array, axis: int, subscripts: str) -> Float[Array, "*B V"]:
-    """float32: h times a matrix whose `axis` is the vocabulary's or that of classes, as one product of two matrices: of
-    more axes XLA on CPU copies the gradient of all logits. Many rows on a GPU: with zeros up to a multiple of
-    `ALIGNED`, since products whose rows begin anywhere take several times as long there."""
-    h, rows = h.reshape(-1, h.shape[-1]), h.shape[:-1]
+def _logits(h: Float[Array, "*B D"], matrix: jax.Array, letters: str) -> Float[Array, "*B V"]:
+    """float32: h times a matrix whose `letters` are "VD" or "DV", V of the vocabulary or of classes, as one product of
+    two matrices: of more axes XLA on CPU copies the gradient of all logits. Many rows on a GPU: with zeros up to a
+    multiple of `ALIGNED`, since products whose rows begin anywhere take several times as long there."""
+    h, rows, axis = h.reshape(-1, h.shape[-1]), h.shape[:-1], letters.index("V")
     V, halves = matrix.shape[axis], axis and matrix.dtype.itemsize < h.dtype.itemsize  # `train.product_dtype`
-    multiply = linear if halves else functools.partial(product, subscripts)
+    multiply = linear if halves else functools.partial(product, f"ND,{letters}->NV")
     if jax.default_backend() == "cpu" or V % ALIGNED == 0 or len(h) < ALIGNED:
         return multiply(h, matrix).reshape(*rows, V)
     more = [(0, -V % ALIGNED if i == axis else 0) for i in range(2)]
@@ -300,13 +300,10 @@ class ClassificationHead(Head):
         check_dropout(self.dropout, at)
 
     def params(self) -> dict[str, Param]:
-        sizes = {"N": self.n_logits} | ({} if self.hidden is None else {"M": self.hidden})
-        last = "D" if self.hidden is None else "M"
-        between = {} if self.hidden is None else {"between": "D->M", "between_bias": "M"}
-        fan_in = {"between_bias": "D", "bias": last}
-        letters = between | {"kernel": f"{last}->N", "bias": "N"}
-        own = {name: Param(value, sizes=sizes, fan_in=fan_in.get(name, "")) for name, value in letters.items()}
-        return _beside(self.pooling, own)
+        sizes, last = {"N": self.n_logits, "M": self.hidden or 0}, "D" if self.hidden is None else "M"
+        between = {"between": Param("D->M", sizes=sizes), "between_bias": Param("M", sizes=sizes, fan_in="D")}
+        own = {"kernel": Param(f"{last}->N", sizes=sizes), "bias": Param("N", sizes=sizes, fan_in=last)}
+        return _beside(self.pooling, own if self.hidden is None else between | own)
 
     def __call__(
         self, params: Arrays, h: Float[Array, "B T D"], real: Bool[Array, "B T"], key: jax.Array | None = None
@@ -318,7 +315,7 @@ class ClassificationHead(Head):
         """The layers behind the pooling."""
         if self.hidden is not None:
             x = self.activation(biased(linear(x, params["between"]), params, "between_bias"))
-        return biased(_logits(dropout(key, x, self.dropout), params["kernel"], 1, "ND,DV->NV"), params, "bias")
+        return biased(_logits(dropout(key, x, self.dropout), params["kernel"], "DV"), params, "bias")
 
     def nats(self, logits: Float[Array, "*B N"], labels: Int[Array, "..."], smoothing: float) -> Float[Array, "*B"]:
         """−log of the probability of the label, its target spread by label smoothing (arXiv:1512.00567)."""
