@@ -44,26 +44,21 @@ class ByDepth(Optimizer):
 
     def check_declared(self, declared: Any) -> None:
         self.optimizer.check_declared(declared)
-        depths, own = self._depths(declared), self.frozen(declared)
-        deepest = max(depths.values(), default=0)
+        places, own = _places(declared), self.frozen(declared)
+        deepest = max((n_layers for _, n_layers in places.values()), default=0)
         if self.still > deepest:
             raise ValueError(f"optimizer.still={self.still} must be at most {deepest}, the layers of the model")
-        moved = trained(own, own)
-        seen = self._depths(moved)
-        for path, box in by_path(moved).items() if self.decay < 1 else ():
-            stack = _stack(path)
-            if _below(path, box) and not 0 < seen[stack] == depths[stack]:
+        for path, (layers, n_layers) in _places(trained(own, own)).items() if self.decay < 1 else ():
+            if (layers < 0).any() and not 0 < n_layers == places[path][1]:
                 raise ValueError(
                     f"optimizer=ByDepth moves {path}, whose rate follows from how many layers are above it, and none "
                     "of these: they are frozen or another group's; put ByDepth around Groups, or give a group a factor"
                 )
 
     def frozen(self, declared: Any) -> Any:
-        def one(path: Any, box: Declared) -> Declared:
-            name = path_name(path)
-            return box.replace(trained=box.trained and not self._still(name, box, depths[_stack(name)]).all())
-
-        declared, depths = self.optimizer.frozen(declared), self._depths(declared)
+        declared = self.optimizer.frozen(declared)
+        places = _places(declared)
+        one = lambda path, box: box.replace(trained=box.trained and not self._still(*places[path_name(path)]).all())
         return jax.tree_util.tree_map_with_path(one, declared, is_leaf=is_declared)
 
     def rate(self, step: jax.Array, steps: jax.Array) -> jax.Array:
@@ -74,56 +69,51 @@ class ByDepth(Optimizer):
         import optax
 
         inner = self.optimizer.scaled(self.learning_rate).transform(declared, step, steps)
-        boxes, depths = by_path(declared), self._depths(declared)
+        places = _places(declared)
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             changes, state = inner.update(updates, state, params)
 
             def scaled(path: Any, change: jax.Array) -> jax.Array:
-                name = path_name(path)
-                factor = self._factors(name, boxes[name], depths[_stack(name)])
+                factor = self._factors(*places[path_name(path)])
                 return change * factor.reshape(*factor.shape, *[1] * (change.ndim - factor.ndim))
 
             return jax.tree_util.tree_map_with_path(scaled, changes), state
 
         return optax.GradientTransformation(inner.init, update)
 
-    def _factors(self, path: str, box: Declared, n_layers: int) -> jax.Array:
-        """Of an array's updates: [L] where layers lie stacked, else []."""
-        above = np.maximum(n_layers - 1 - self._layers(path, box, n_layers), 0).astype(np.float32)
-        return jnp.where(self._still(path, box, n_layers), 0.0, self.decay**above)
+    def _factors(self, layers: Any, n_layers: int) -> jax.Array:
+        """Of an array's updates, by its place: [L] where layers lie stacked, else []."""
+        above = np.maximum(n_layers - 1 - layers, 0).astype(np.float32)
+        return jnp.where(self._still(layers, n_layers), 0.0, self.decay**above)
 
-    def _still(self, path: str, box: Declared, n_layers: int) -> Any:
+    def _still(self, layers: Any, n_layers: int) -> Any:
         """Whether it stays as it is, or each layer that lies stacked; never what is above the last."""
-        layers = self._layers(path, box, n_layers)
         return (layers < min(self.still, n_layers)) & (self.still > 0)  # of layers that are all frozen n_layers is 0
 
-    def _layers(self, path: str, box: Declared, n_layers: int) -> Any:
-        """The number of its layer, or of each that lies stacked; -1 of what is below the first, n_layers of what is
-        above the last."""
-        if box.letters.batch.startswith("L"):
-            first, between = box.layers
-            return first + between * np.arange(box.value.shape[0])
-        return np.int32(-1 if _below(path, box) else n_layers)
 
-    def _depths(self, declared: Any) -> dict[str, int]:
-        """Stack → how many layers it has."""
-        found: dict[str, int] = {}
-        for path, box in by_path(declared).items():
-            n_layers = box.layers[1] * box.value.shape[0] if box.letters.batch.startswith("L") else 0
-            found[_stack(path)] = max(found.get(_stack(path), 0), n_layers)
-        return {stack: n or max(found.values()) for stack, n in found.items()}
+def _places(declared: Any) -> dict[str, tuple[Any, int]]:
+    """Path → the number of an array's layer, or of each that lies stacked, and how many layers its stack has: that of
+    "encoder", "decoder" or what else the path begins with.
+
+    The number is −1 of what is below the first layer, as "embedding/table" and "decoder/position/table" are, and of
+    what is above the last as many as there are layers.
+    """
+    boxes, depths = by_path(declared), dict[str, int]()
+    for path, box in boxes.items():
+        if box.letters.batch.startswith("L"):
+            stack = _names(path)[0]
+            depths[stack] = max(depths.get(stack, 0), box.layers[1] * box.value.shape[0])
+
+    def place(path: str, box: Declared) -> tuple[Any, int]:
+        names, (first, between) = _names(path), box.layers
+        n_layers = depths.get(names[0], max(depths.values(), default=0))
+        if box.letters.batch.startswith("L"):
+            return first + between * np.arange(box.value.shape[0]), n_layers
+        return np.int32(-1 if any(name.startswith(BELOW) for name in names[:2]) else n_layers), n_layers
+
+    return {path: place(path, box) for path, box in boxes.items()}
 
 
 def _names(path: str) -> list[str]:
     return path.removeprefix("adapters/").split("/")
-
-
-def _below(path: str, box: Declared) -> bool:
-    """Whether it is below the first layer, as "embedding/table" and "decoder/position/table" are."""
-    return not box.letters.batch.startswith("L") and any(name.startswith(BELOW) for name in _names(path)[:2])
-
-
-def _stack(path: str) -> str:
-    """Which layers an array belongs to: "encoder", "decoder", or what else its path begins with."""
-    return _names(path)[0]
