@@ -28,7 +28,8 @@ from jaxformer.mesh import Mesh
 from jaxformer.model import baselines
 from jaxformer.model.masks import Causal
 from jaxformer.model.models import Decoder, Model
-from jaxformer.spec import InputError, Spec, checked, from_json, override, specs_by_name, to_json
+from jaxformer.overrides import override
+from jaxformer.spec import InputError, Spec, checked, from_json, specs_by_name, to_json
 from jaxformer.writers import Writer
 
 S = TypeVar("S", bound=Spec)

@@ -16,7 +16,8 @@ from jaxformer.model.baselines import GRU, LSTM, RNN, Bigram, Rows, TokenEmbeddi
 from jaxformer.model.heads import LanguageHead
 from jaxformer.model.layers import TorchUniform, dropout
 from jaxformer.model.masks import Places, one_document, places
-from jaxformer.spec import checked, dumps, from_json, override, to_json
+from jaxformer.overrides import override
+from jaxformer.spec import checked, dumps, from_json, to_json
 
 B, T, V, D, L = 3, 13, 29, 7, 5
 SIZES = {"d_model": D, "context_length": 23, "vocab_size": V}

@@ -12,7 +12,7 @@ import jaxformer
 
 PACKAGE = Path(jaxformer.__file__).parent
 FLOORS = [
-    *("spec", "user_code", "declarations", "platform", "keys", "mesh"),
+    *("spec", "overrides", "user_code", "declarations", "platform", "keys", "mesh"),
     *(
         f"data.{n}"
         for n in (

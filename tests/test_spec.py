@@ -21,17 +21,15 @@ from jaxformer.model.kernels import SoftCapped, Softmax
 from jaxformer.model.masks import Bidirectional, Causal, Window
 from jaxformer.model.models import Decoder
 from jaxformer.model.positions import Learned, Position, Rotary
+from jaxformer.overrides import field_comments, listing, override
 from jaxformer.run.dry_run import dry_run
 from jaxformer.spec import (
     InputError,
     Spec,
     checked,
     dumps,
-    field_comments,
     from_json,
     known_specs,
-    listing,
-    override,
     to_json,
 )
 from jaxformer.writers import TensorBoard, WandB

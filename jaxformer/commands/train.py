@@ -67,7 +67,7 @@ def _help() -> str:
 
 def _fields(name: str, config: "Config") -> str:
     """Every field, its value and its meaning, in groups of the config's own fields."""
-    from jaxformer.spec import listing
+    from jaxformer.overrides import listing
 
     groups: dict[str, list[tuple[str, str]]] = {}
     for path, value, meaning in listing(config):

@@ -27,6 +27,7 @@ from jaxformer.generation.texts import Generated, Writing, write
 from jaxformer.model.heads import Classes
 from jaxformer.model.implementations import Asked, Auto, Implementation
 from jaxformer.model.models import Model
+from jaxformer.overrides import override
 from jaxformer.pictures import loss_curve
 from jaxformer.run import inspection
 from jaxformer.run.attention import Attention, attention, cross_attention
@@ -36,7 +37,7 @@ from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of, tell_cut
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, changed, checked, counted, naming, override
+from jaxformer.spec import InputError, changed, checked, counted, naming
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
