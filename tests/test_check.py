@@ -16,7 +16,7 @@ from jaxformer import config as config_lib
 from jaxformer.commands import main
 from jaxformer.data.batches import Examples
 from jaxformer.lab import check as check_lib
-from jaxformer.lab.check import check
+from jaxformer.lab.check import Checked, Finding, check
 from jaxformer.lab.devices import batches
 from jaxformer.lab.probe import ROWS, Inapplicable, Probe, Wrong, small, with_part
 from jaxformer.lab.properties import CHECKS
@@ -24,6 +24,7 @@ from jaxformer.learning.by_depth import ByDepth
 from jaxformer.learning.groups import Everything, Group, Groups, Lettered
 from jaxformer.learning.optimizers import SGD, AdamW
 from jaxformer.model.implementations import Blocked, CuDNN
+from jaxformer.model.kernels import Softmax
 from jaxformer.model.layers import MLP
 from jaxformer.model.masks import Both, Local, Prefix
 from jaxformer.model.models import Decoder
@@ -204,6 +205,38 @@ def test_what_is_sound_raises_no_alarm(what):
     found = check(what)
     assert found.sound, str(found)
     assert sum(each.status == "passed" for each in found.findings) >= 12
+
+
+def test_what_several_checks_stumble_over_is_told_once():
+    statuses = ("passed", "failed", "failed", "not applicable", "failed")
+    details = ("it holds", "no head", "no head", "no head", "a leak")
+    findings = (
+        Finding(name, *told, f"part {name}", 0.5) for name, *told in zip("abcde", statuses, details, strict=True)
+    )
+    assert str(Checked("what", "small", tuple(findings))).splitlines() == [
+        "what: small",
+        "ok      a: it holds",
+        "FAILED  b; c: no head",
+        "-       d: no head",
+        "FAILED  e: a leak",
+        "        look at part e",
+        "1 passed, 3 failed in 2 s",
+    ]
+
+
+class Normed(Softmax):
+    """What follows the sum of values, in the formula."""
+
+    def formula(self, params, look, key, rate):
+        out = super().formula(params, look, key, rate)
+        return out._replace(h=out.h / (1e-3 + abs(out.h).mean(-1, keepdims=True)))
+
+
+def test_a_formula_of_ones_own_is_not_compared_with_another():
+    probe = Probe(small(config_lib.resolve("quickstart", {"model.kernel": Normed()})))
+    (function,) = (function for name, _, function in CHECKS if name == "attention = its plain form")
+    with pytest.raises(Inapplicable, match="its `formula` is its own"):
+        function(probe)
 
 
 @pytest.mark.parametrize(

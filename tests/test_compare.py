@@ -485,6 +485,24 @@ def test_a_tokenizer_that_has_gained_a_field_is_the_same(tmp_path):
     assert before != now and jaxformer.compare(tmp_path).rows[0]["seeds"] == [0, 1]
 
 
+class Focused(NextToken):
+    gamma: float = 2.0
+    measures = NextToken
+
+
+def test_an_objective_may_say_that_it_measures_what_another_does(tmp_path):
+    """A class that is not imported cannot say it: then it is told which module to import."""
+    put_seeds(tmp_path / "a", NEAR)
+    put_seeds(tmp_path / "b", FAR, {"objective": Focused()})
+    found = jaxformer.compare(tmp_path)
+    assert found.verdicts[0].said == "lower" and list(found.differences) == ["objective"]
+    for path in tmp_path.glob("b/*/config.json"):
+        path.write_text(path.read_text().replace(f"{Focused.__module__}:Focused", "their_loss:Focused"))
+    assert jaxformer.compare(tmp_path).verdicts[0].said == (
+        "no verdict: the objectives differ, and so does what is measured; --import=their_loss may tell more"
+    )
+
+
 def test_an_objective_of_another_kind_measures_something_else(tmp_path):
     put_seeds(tmp_path / "a", NEAR)
     put_seeds(tmp_path / "b", FAR, ROTARY)

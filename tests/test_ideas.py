@@ -45,7 +45,7 @@ from jaxformer.model.mixers import MultiHead
 from jaxformer.model.positions import NoPosition, Rotary, Sinusoidal
 from jaxformer.run.manifest import sha256
 from jaxformer.run.step import Hyper, Recipe, init_state, train_step
-from jaxformer.spec import checked
+from jaxformer.spec import InputError, checked
 
 SIZES = {"d_model": 24, "n_layers": 4, "n_heads": 3, "d_ff": 11, "context_length": 23}
 V, T = 29, 17
@@ -293,6 +293,79 @@ def test_initializers_know_the_layer(mask):
         block, turn = (f"block{i % 2}", i // 2) if isinstance(mask, tuple) else ("block0", i)
         start = layers[block]["attention"]["kernel_params"]["start"][turn]
         np.testing.assert_allclose(start, 0.8 - 0.6 * np.exp(-0.3 * i), rtol=1e-6)
+
+
+class FirstValues(Softmax):
+    """Values have half of the first layer's (after arXiv:2410.17897)."""
+
+    def share(self, params, seen, below):
+        first = below.get("v1", seen["v"])
+        return {**seen, "v": (seen["v"] + first) / 2}, {"v1": first}
+
+
+class FirstValuesOfAll(FirstValues):
+    whole_stack = True
+
+
+class Gathers(MultiHead):
+    """Adds what the layers below have handed on, their inputs."""
+
+    def __call__(self, params, parts, x, context):
+        out, below = super().__call__(params, parts, x, context), context.below.get("inputs", jnp.zeros_like(x))
+        return out._replace(h=out.h + below, handed={**out.handed, "inputs": x + below})
+
+
+class GathersOfAll(Gathers):
+    whole_stack = True
+
+
+@pytest.mark.parametrize(
+    ("field", "alone", "together"),
+    [("kernel", FirstValues(), FirstValuesOfAll()), ("mixer", Gathers(), GathersOfAll())],
+)
+def test_what_is_handed_on_to_nobody_is_refused(field, alone, together):
+    """Where a group is one layer of several; a group of all of them gets it, and it changes what they say."""
+    make = lambda n, part: Decoder(**(SIZES | {"n_layers": n}), vocab_size=V, **{field: part})
+    with pytest.raises(InputError, match=r"layers hand on (v1|inputs), and nobody is above them .* whole_stack = True"):
+        make(4, alone).init(jax.random.key(0))
+    ids, at = jnp.arange(7)[None] % V, places(jnp.ones((1, 7), jnp.int32))
+    said = {}
+    for n in (1, 4):
+        for part in (alone, together) if n == 1 else (together, (alone, alone, alone, alone)):
+            model = checked(make(n, part))
+            params = model.init(jax.random.key(0))
+            said[n, part] = np.asarray(model.hidden(params, ids, at).h)
+        one, two = [h for (m, _), h in said.items() if m == n]
+        chex.assert_trees_all_close(one, two, rtol=1e-5, atol=1e-5)
+    plain = checked(make(4, Softmax() if field == "kernel" else MultiHead()))
+    assert np.abs(plain.hidden(plain.init(jax.random.key(0)), ids, at).h - said[4, together]).max() > 1e-3
+
+
+class Unmet(NextToken):
+    """Asks for an array that a tied head has not."""
+
+    def nats(self, model, params, h, example, key):
+        return super().nats(model, params, h + params["head_language"]["kernel"], example, key)
+
+
+def test_a_mistake_of_ones_own_shows_before_anything_is_written(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefg\n" * 90)
+    data = Data(TextFiles(str(tmp_path / "text.txt")), tokenizer=Bytes(), batch_size=2)
+    config = Config(str(tmp_path / "run"), Decoder(**SIZES), data, Unmet(), train=Train(steps=2))
+    with pytest.raises(KeyError, match="head_language"):
+        jaxformer.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+class Even(Softmax):
+    def check_sizes(self, dims, at):
+        if dims["H"] % 2:
+            raise ValueError(f"{at}n_heads={dims['H']} must be even")
+
+
+def test_a_kernel_refuses_sizes():
+    with pytest.raises(InputError, match=r"model.n_heads=3 must be even"):
+        checked(Decoder(**SIZES, kernel=Even()), "model.")
 
 
 def test_hyper_connections_begin_as_pre_norm():

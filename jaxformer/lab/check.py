@@ -41,6 +41,11 @@ class Checked(NamedTuple):
         marks = {"passed": "ok", "failed": "FAILED", "not applicable": "-"}
         lines = [f"{self.subject}: {self.small}"]
         for each in self.findings:
+            alike = [e for e in self.findings if each.status == "failed" == e.status and e.detail == each.detail]
+            if alike[1:] and each is alike[0]:  # what several stumble over is told once
+                lines.append(f"{marks['failed']:7} {'; '.join(e.check for e in alike)}: {each.detail}")
+            if alike[1:]:
+                continue
             lines.append(f"{marks[each.status]:7} {each.check}: {each.detail}")
             lines += [f"        look at {each.look_at}"] if each.status == "failed" else []
         failed = sum(finding.status == "failed" for finding in self.findings)

@@ -14,7 +14,7 @@ from jaxformer.data.files import located, read_json
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.metrics import DIVERGED, less_is_better, read_rows
 from jaxformer.run.starts import all_sources
-from jaxformer.spec import InputError, Spec, dumps, specs_by_name, to_json
+from jaxformer.spec import InputError, Spec, class_name, dumps, specs_by_name, to_json
 
 # What does not make another group, with what is inside; of what may differ when a run resumes, some changes what is
 # learned. What texts hold is told by their fingerprints, not by where they stand.
@@ -79,6 +79,15 @@ class Record:
         return ("corpus", self.texts.get("corpus_sha256"), data.get("valid_fraction"), documents, examples, seed)
 
     @property
+    def unknown(self) -> set[str]:
+        """The modules, not imported, of what decides about its evaluations."""
+        names = {
+            str((part or {}).get("class"))
+            for part in (self.config.get("objective"), self.config["data"].get("sampling"))
+        }
+        return {name.partition(":")[0] for name in names - specs_by_name().keys() if ":" in name}
+
+    @property
     def shares(self) -> list[float]:
         """What each text of a mixture counts in a number of all of them."""
         data = self.config["data"]
@@ -93,8 +102,12 @@ class Record:
     def objective(self) -> Any:
         """What its loss is of; smoothing and z-loss are left out of what is reported."""
         fields, data = self.config.get("objective") or {}, self.config["data"]
+        kind = specs_by_name().get(str(fields.get("class")))
+        if measured := getattr(kind, "measures", None):
+            own = {field.name for field in dataclasses.fields(measured)}
+            fields = {name: value for name, value in fields.items() if name in own} | {"class": class_name(measured)}
         found = {name: value for name, value in fields.items() if name not in ("label_smoothing", "z_loss")}
-        if getattr(specs_by_name().get(str(fields.get("class"))), "among_rows", False):
+        if getattr(kind, "among_rows", False):
             rows = data["batch_size"] // self.config["train"].get("accumulation", 1)
             found |= {"rows": rows, "sampling": data.get("sampling")}
         return found

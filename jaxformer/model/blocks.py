@@ -19,7 +19,7 @@ from jaxformer.model.masks import Places
 from jaxformer.model.mixers import Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Position
 from jaxformer.model.residuals import PreNorm, Residual, Site
-from jaxformer.spec import Spec
+from jaxformer.spec import InputError, Spec
 
 EMBED, WEIGHTS, ATTENTION, FEED, CROSS_WEIGHTS, CROSS, INSIDE, RULE = range(8)  # of dropout, and of other draws
 LAID_OUT = {"cpu": 12, "gpu": 8}  # groups of layers at most that are not scanned
@@ -138,6 +138,12 @@ class Group(nn.Module):
             position = shared[names[kind.parts.position]]
             context = Context(ids, at, first + i, position, fold(key, first + i), *own, found.handed)
             out = Block(kind, self.n_layers, i, name=name)(found.h, context)
+            alone = len(self.kinds) == 1 < self.n_layers
+            if alone and (lost := {*out.handed} - {"seen"}):  # which every kernel hands on
+                raise InputError(
+                    f"layers hand on {', '.join(sorted(lost))}, and nobody is above them in their group, which is one "
+                    "layer; set whole_stack = True in the class of the kernel or the mixer"
+                )
             written[name], sums = out.cache, sums | ({name: out.sums} if out.sums else {})
             found = found.beside(out.h, out)
         return found.h, (written, found.losses, sums)

@@ -22,7 +22,10 @@ class Kernel(Spec):
     keeps_fields = True
     projections = ("q", "k", "v")  # those that it looks at, of queries, keys and values
     shares = False  # True: it uses what layers below in the group have handed on
-    whole_stack = False  # True: the group is all layers of the stack
+    whole_stack = False  # True: the group, in which layers hand on, is all layers of the stack
+
+    def check_sizes(self, dims: Mapping[str, int], at: str) -> None:
+        """Raises ValueError for sizes of letters that it cannot use, as H heads of width K; `at` is "model."."""
 
     def params(self) -> Declarations:
         return {}

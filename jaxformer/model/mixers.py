@@ -53,6 +53,7 @@ class Mixer(Spec):
 
     causal = False  # True: a token sees nothing later, whatever the mask
     sees_ahead = False  # True: a token sees later ones, whatever the mask
+    whole_stack = False  # True: the group, in which layers hand on, is all layers of the stack
     reads: ClassVar[tuple[str, ...]] = ()  # of FIELDS, those that it reads
 
     def check_parts(self, parts: Parts, at: str) -> None:
@@ -88,6 +89,7 @@ class MultiHead(Mixer):
 
     def check_parts(self, parts: Parts, at: str) -> None:
         parts.position.check_width(parts.dims["K"], at)
+        parts.kernel.check_sizes(parts.dims, at)
 
     def summary(self, parts: Parts) -> str:
         return type(parts.kernel).__name__

@@ -420,7 +420,7 @@ class Decoder(Model):
     ) -> tuple[BlockSpec, ...]:
         each: Any = self.position, self.kernel, masks, mixers, self.feed_forward
         count = math.lcm(*(len(as_tuple(parts)) for parts in each))
-        if any(kernel and kernel.whole_stack for kernel in as_tuple(self.kernel)):
+        if any(part and part.whole_stack for part in (*as_tuple(self.kernel), *as_tuple(mixers))):
             count = math.lcm(count, self.layers(stack))
         qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         rest = self.qk_norm, qkv_bias, self.bias, self.output_projection, self.dropout

@@ -26,6 +26,7 @@ from jaxformer.run.plan import (
     summary,
     tell_cut,
 )
+from jaxformer.run.starts import sources
 from jaxformer.run.step import Recipe, evaluate_batch
 from jaxformer.spec import InputError, naming
 
@@ -60,6 +61,8 @@ def checked_data(config: Config) -> Prepared:
     _check_batch(recipe, field, found)
     if config.train.best_by != "loss":
         _check_best_by(config, recipe, prepared, firsts, found)
+    elif sources(config):  # whose mistakes show before anything is written
+        _sums(recipe, found)
     for name, first in zip(prepared.valid_names, firsts, strict=True):
         if first is None:
             log.warning("%s: the part %r has nothing to validate on", field, name)
@@ -151,15 +154,19 @@ def _check_best_by(
     config: Config, recipe: Recipe, prepared: Prepared, firsts: Sequence[Batch | None], batch: Batch
 ) -> None:
     """Raises InputError if no evaluation tells what the best checkpoint is; `firsts` are batches of each source."""
-    params = jax.eval_shape(recipe.model.init, jax.random.key(0))
-    lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
-    sums = jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
-    known = dict.fromkeys(sums, 1.0)
+    known = dict.fromkeys(_sums(recipe, batch), 1.0)
     if "bytes" in known and prepared.tokenizer.byte_lengths() is None:
         known["bytes"] = 0.0
     sums = [{} if first is None else known for first in firsts]
     if not math.isfinite(rank_of(config, summary(recipe, Judged.of(prepared), sums))):
         raise InputError(f"train.best_by={config.train.best_by!r} is of a part that has nothing to validate on")
+
+
+def _sums(recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    """The shapes of what an evaluation sums over a batch."""
+    params = jax.eval_shape(recipe.model.init, jax.random.key(0))
+    lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
+    return jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
 
 
 def rank_of(config: Config, found: Mapping[str, Any]) -> float:
