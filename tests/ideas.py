@@ -15,7 +15,7 @@ from jaxformer.model.heads import cross_entropy
 from jaxformer.model.kernels import Look, Softmax
 from jaxformer.model.layers import Activation, FeedForward, Loss, Out, RMSNorm, SiLU, linear, ones, zeros
 from jaxformer.model.masks import places
-from jaxformer.model.mixers import Mixer, place, place_slots, view_of
+from jaxformer.model.mixers import Mixer, MultiHead, place, place_slots, view_of
 from jaxformer.model.models import Decoder
 from jaxformer.model.residuals import Residual
 
@@ -104,6 +104,17 @@ class Latent(Mixer):
         look = Look(q, seen, {"k": k, "v": v}, view_of(parts, at, seen))
         h = parts.kernel({}, look, context.key, parts.dropout).h
         return Out(linear(h.swapaxes(1, 2).reshape(*x.shape[:2], -1), w["o"].reshape(-1, x.shape[-1])), written)
+
+
+class GatedHeads(MultiHead):
+    """What each head gives is gated by the token itself (arXiv:2505.06708)."""
+
+    def params(self, parts):
+        return {**super().params(parts), "gate": Param("D->HK")}
+
+    def gather(self, params, parts, x, h):
+        gate = linear(x, params["gate"].reshape(x.shape[-1], -1)).reshape(*x.shape[:2], *h.shape[1::2])
+        return super().gather(params, parts, x, h * jax.nn.sigmoid(gate).swapaxes(1, 2))
 
 
 class GatedLinear(Mixer):

@@ -133,6 +133,16 @@ class MultiHead(Mixer):
         v = self.values(params, parts, x, context)
         return {**place(parts, at), **more, **parts.kernel.remember(params["kernel_params"], k, v, at, cache)}
 
+    def gather(
+        self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], h: Float[Array, "B H T K"]
+    ) -> Float[Array, "B T D"]:
+        """What heads give to the tokens x, side by side, and projected."""
+        B, H, T, K = h.shape
+        h = h.swapaxes(1, 2).reshape(B, T, H * K)
+        if parts.output_projection:
+            return biased(linear(h, params["project"]["o"].reshape(H * K, -1)), params["project"], "o_bias")
+        return jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
+
     def __call__(self, params: Mapping[str, Any], parts: Parts, x: Float[Array, "B T D"], context: Context) -> Out:
         position, at, cache, handed = _of_position(params, parts, context), context.at, context.cache, {}
         q = parts.position.rotate(position, _normed(params, parts, x, "q"), at)
@@ -146,12 +156,7 @@ class MultiHead(Mixer):
         view = view_of(parts, at, seen, rows)
         look = Look(q, new, seen, view, self.slots(parts), parts.position.bias, position)
         out = parts.kernel(params["kernel_params"], look, context.key, parts.dropout)
-        B, H, T, K = out.h.shape
-        h = out.h.swapaxes(1, 2).reshape(B, T, H * K)
-        if parts.output_projection:
-            h = biased(linear(h, params["project"]["o"].reshape(H * K, -1)), params["project"], "o_bias")
-        else:
-            h = jnp.pad(h, ((0, 0), (0, 0), (0, parts.dims["D"] - H * K)))
+        h = self.gather(params, parts, x, out.h)
         kept = {"q": q, "k": seen.get("k"), "v": seen.get("v"), "values": out.h, **out.activations}
         sums = {"kernel_params": out.sums} if out.sums else {}
         return Out(h, cache, out.losses, sums, handed, kept)
