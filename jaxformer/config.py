@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import re
 import runpy
 import sys
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,7 +28,7 @@ from jaxformer.model import baselines
 from jaxformer.model.masks import Causal
 from jaxformer.model.models import Decoder, Model
 from jaxformer.overrides import override
-from jaxformer.spec import InputError, Spec, checked, from_json, specs_by_name, to_json
+from jaxformer.spec import InputError, Spec, checked, from_json, specs_by_name, to_json, within
 from jaxformer.writers import Writer
 
 S = TypeVar("S", bound=Spec)
@@ -320,12 +319,6 @@ def _differences(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
 def may_change(path: str) -> bool | None:
     """Whether a run may resume with another value of the field; None: with a notice."""
     return None if within(path, NOTICE) else within(path, FREE)
-
-
-def within(path: str, known: Collection[str]) -> bool:
-    """Whether the field is one of those known, or inside one of them."""
-    single = re.sub(r"(\.corpora)?\.\d+", "", path)  # of one of several as of one: a mixture's files may move, too
-    return any(f"{single}.".startswith(f"{each}.") for each in known)
 
 
 def told(path: str, old: Any, new: Any) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import re
 import sys
 import types
 import typing
@@ -169,6 +170,13 @@ def options_of(annotation: Any) -> tuple[Any, ...]:
 def literals(options: Iterable[Any]) -> list[str]:
     """The texts that a field may have whose type is Literal."""
     return [text for o in options if typing.get_origin(o) is Literal for text in typing.get_args(o)]
+
+
+def within(path: str, known: Iterable[str]) -> bool:
+    """Whether the field at a path is one of those known, or inside one of them. Of one of several parts, or of a
+    mixture's corpora, as if it stood alone."""
+    single = re.sub(r"(\.corpora)?\.\d+", "", path)
+    return any(f"{single}.".startswith(f"{each}.") for each in known)
 
 
 # --- stored form: class names and fields, resolved among classes that exist already; nothing is imported or run

@@ -490,12 +490,19 @@ class Focused(NextToken):
     measures = NextToken
 
 
+class Halved(Focused):
+    """It may ask for other tokens, and does not say that it measures the same."""
+
+
 def test_an_objective_may_say_that_it_measures_what_another_does(tmp_path):
     """A class that is not imported cannot say it: then it is told which module to import."""
     put_seeds(tmp_path / "a", NEAR)
     put_seeds(tmp_path / "b", FAR, {"objective": Focused()})
     found = jaxformer.compare(tmp_path)
     assert found.verdicts[0].said == "lower" and list(found.differences) == ["objective"]
+    put_seeds(tmp_path / "c", FAR, {"objective": Halved()})
+    assert jaxformer.compare(tmp_path).verdicts[1].said.endswith("the objectives differ, and so does what is measured")
+    shutil.rmtree(tmp_path / "c")
     for path in tmp_path.glob("b/*/config.json"):
         path.write_text(path.read_text().replace(f"{Focused.__module__}:Focused", "their_loss:Focused"))
     assert jaxformer.compare(tmp_path).verdicts[0].said == (

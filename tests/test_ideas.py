@@ -321,6 +321,16 @@ class GathersOfAll(Gathers):
     whole_stack = True
 
 
+class Blends(Softmax):
+    """What is seen below stays under the name that every kernel hands on."""
+
+    shares = True
+
+    def share(self, params, seen, below):
+        mixed = {**seen, "v": (seen["v"] + below.get("seen", seen)["v"]) / 2}
+        return mixed, {"seen": mixed}
+
+
 @pytest.mark.parametrize(
     ("field", "alone", "together"),
     [("kernel", FirstValues(), FirstValuesOfAll()), ("mixer", Gathers(), GathersOfAll())],
@@ -328,8 +338,15 @@ class GathersOfAll(Gathers):
 def test_what_is_handed_on_to_nobody_is_refused(field, alone, together):
     """Where a group is one layer of several; a group of all of them gets it, and it changes what they say."""
     make = lambda n, part: Decoder(**(SIZES | {"n_layers": n}), vocab_size=V, **{field: part})
-    with pytest.raises(InputError, match=r"layers hand on (v1|inputs), and nobody is above them .* whole_stack = True"):
-        make(4, alone).init(jax.random.key(0))
+    plain = Softmax() if field == "kernel" else MultiHead()
+    for part in (alone, (plain, alone)):
+        told = r"layers hand on (v1|inputs), and nobody is above them .* of [12] of 4 layers; set whole_stack = True"
+        with pytest.raises(InputError, match=told):
+            make(4, part).init(jax.random.key(0))
+    if field == "kernel":
+        with pytest.raises(InputError, match="layers hand on what they see, and nobody is above them"):
+            make(4, Blends()).init(jax.random.key(0))
+        make(4, (Blends(), Blends())).init(jax.random.key(0))
     ids, at = jnp.arange(7)[None] % V, places(jnp.ones((1, 7), jnp.int32))
     said = {}
     for n in (1, 4):
@@ -339,8 +356,8 @@ def test_what_is_handed_on_to_nobody_is_refused(field, alone, together):
             said[n, part] = np.asarray(model.hidden(params, ids, at).h)
         one, two = [h for (m, _), h in said.items() if m == n]
         chex.assert_trees_all_close(one, two, rtol=1e-5, atol=1e-5)
-    plain = checked(make(4, Softmax() if field == "kernel" else MultiHead()))
-    assert np.abs(plain.hidden(plain.init(jax.random.key(0)), ids, at).h - said[4, together]).max() > 1e-3
+    usual = checked(make(4, plain))
+    assert np.abs(usual.hidden(usual.init(jax.random.key(0)), ids, at).h - said[4, together]).max() > 1e-3
 
 
 class Unmet(NextToken):

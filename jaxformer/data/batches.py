@@ -176,7 +176,7 @@ class Examples(Sampling):
             raise InputError("no example")
 
     def count_cut(self, source: Source, size: RowSize) -> int:
-        sizes = _sizes(source, self.joined)
+        sizes = source.joined_sizes if self.joined else source.sizes
         room = np.array([size.tokens] if sizes.shape[1] == 1 else [size.window, size.tokens])
         return int((sizes > room).any(1).sum())
 
@@ -221,7 +221,7 @@ class Examples(Sampling):
         return batch
 
     def _widths(self, source: Source, size: RowSize) -> dict[str, int]:
-        longest = _longest(source, self.joined)
+        longest = source.longest[self.joined]
         if len(longest) == 1:
             return {"tokens": _rounded(longest[0], size.tokens)}
         return {"source": _rounded(longest[0], size.window), "tokens": _rounded(longest[1], size.tokens)}
@@ -239,17 +239,6 @@ def _spread(count: int, batch_size: int, share: float) -> Iterator[NDArray[np.in
 
 def _rounded(size: int, most: int) -> int:
     return min(max(2, -(-size // 8) * 8), most)
-
-
-def _sizes(source: Source, joined: bool) -> NDArray[np.int64]:
-    """[examples, texts in a row]: how many tokens each would have uncut."""
-    return source.sizes.sum(1, keepdims=True) - source.prefix * (source.texts - 1) if joined else source.sizes
-
-
-@functools.lru_cache(maxsize=64)
-def _longest(source: Source, joined: bool) -> tuple[int, ...]:
-    """The most of each."""
-    return tuple(_sizes(source, joined).max(0, initial=0).tolist())
 
 
 @functools.lru_cache(maxsize=8)

@@ -42,6 +42,17 @@ class Source:
         """[examples, texts]: how many tokens each has."""
         return (self.ends - self.starts).reshape(-1, self.texts)
 
+    @functools.cached_property
+    def joined_sizes(self) -> NDArray[np.int64]:
+        """[examples, 1]: those of all texts in one row, without what stands before the later ones."""
+        return self.sizes.sum(1, keepdims=True) - self.prefix * (self.texts - 1)
+
+    @functools.cached_property
+    def longest(self) -> dict[bool, list[int]]:
+        """The size of the longest of each of an example's texts (False), or of all in one row (True)."""
+        most = lambda sizes: sizes.max(0, initial=0).tolist()
+        return {False: most(self.sizes), True: most(self.joined_sizes)}
+
     @property
     def n_examples(self) -> int:
         return len(self.starts) // self.texts

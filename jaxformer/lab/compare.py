@@ -71,12 +71,16 @@ def _why_not(first: Group, other: Group, by: str) -> str:
         return "no run with a final number"
     if first.diverged or other.diverged:
         return "a run diverged, and the mean of the others would hide it"
-    unknown = {module for pair in pairs for record in pair for module in record.unknown}
-    hint = f"; --import={min(unknown)} may tell more" if unknown else ""
+
+    def hint(part: str) -> str:
+        unknown = {module for pair in pairs for record in pair if (module := record.unknown(part))}
+        return f"; --import={min(unknown)} may tell more" if unknown else ""
+
     if any(a.text != b.text for a, b in pairs):
-        return f"the validation texts differ{hint}"
+        cut = all(record.text[0] == "corpus" for pair in pairs for record in pair)  # from it, as the sampling says
+        return f"the validation texts differ{hint('sampling') if cut else ''}"
     if any(a.objective != b.objective for a, b in pairs):
-        return f"the objectives differ, and so does what is measured{hint}"
+        return f"the objectives differ, and so does what is measured{hint('objective')}"
     windows = lambda a, b: a.cut and b.cut and a.cut[0] != b.cut[0] and a.cut[1] != b.cut[1]
     of_tokens = any("tokens" in r.end for pair in pairs for r in pair) and not by.startswith("bits_per_byte")
     if of_tokens and any(a.texts["tokenizer_sha256"] != b.texts["tokenizer_sha256"] for a, b in pairs):

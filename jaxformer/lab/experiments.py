@@ -29,7 +29,7 @@ from jaxformer.run.loop import check_together, train, train_seeds
 from jaxformer.run.metrics import finite, rows_of
 from jaxformer.run.opened import Run
 from jaxformer.run.starts import changed_sources, last_seeds, last_start, starts_of
-from jaxformer.spec import InputError, fields
+from jaxformer.spec import InputError, fields, within
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def _check_kept(config: Config, home: Path, lent: bool) -> None:
     (config,) = as_begun([dataclasses.replace(config, directory=str(home))])
     old = config_lib.read(home / "config.json")
     found = config_lib.differences(old, config)
-    changed = {path: change for path, change in found.items() if config_lib.within(path, SAME)}
+    changed = {path: change for path, change in found.items() if within(path, SAME)}
     before, after = old.train.steps, config.train.steps
     if before < after and not _depends_on_steps(config, before, after):
         del changed["train.steps"]

@@ -14,7 +14,7 @@ from jaxformer.data.files import located, read_json
 from jaxformer.data.tokenizers import read_tokenizer
 from jaxformer.run.metrics import DIVERGED, less_is_better, read_rows
 from jaxformer.run.starts import all_sources
-from jaxformer.spec import InputError, Spec, class_name, dumps, specs_by_name, to_json
+from jaxformer.spec import InputError, Spec, class_name, dumps, specs_by_name, to_json, within
 
 # What does not make another group, with what is inside; of what may differ when a run resumes, some changes what is
 # learned. What texts hold is told by their fingerprints, not by where they stand.
@@ -78,14 +78,10 @@ class Record:
         examples = getattr(kinds.get(sampling), "examples", sampling)  # which are cut by their number, not by tokens
         return ("corpus", self.texts.get("corpus_sha256"), data.get("valid_fraction"), documents, examples, seed)
 
-    @property
-    def unknown(self) -> set[str]:
-        """The modules, not imported, of what decides about its evaluations."""
-        names = {
-            str((part or {}).get("class"))
-            for part in (self.config.get("objective"), self.config["data"].get("sampling"))
-        }
-        return {name.partition(":")[0] for name in names - specs_by_name().keys() if ":" in name}
+    def unknown(self, part: str) -> str:
+        """The module of its "objective" or "sampling", if that is not imported, so that what it says is not known."""
+        name = str(((self.config | self.config["data"]).get(part) or {}).get("class"))
+        return "" if name in specs_by_name() else name.partition(":")[0]
 
     @property
     def shares(self) -> list[float]:
@@ -103,7 +99,7 @@ class Record:
         """What its loss is of; smoothing and z-loss are left out of what is reported."""
         fields, data = self.config.get("objective") or {}, self.config["data"]
         kind = specs_by_name().get(str(fields.get("class")))
-        if measured := getattr(kind, "measures", None):
+        if kind and (measured := vars(kind).get("measures")):  # each class says it for itself
             own = {field.name for field in dataclasses.fields(measured)}
             fields = {name: value for name, value in fields.items() if name in own} | {"class": class_name(measured)}
         found = {name: value for name, value in fields.items() if name not in ("label_smoothing", "z_loss")}
@@ -281,7 +277,7 @@ def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
     prints = {name: record.texts.get(f"{name}_sha256") for name in ("corpus", "valid", "tokenizer")}
 
     def kept(value: Any, at: str) -> Any:
-        if config_lib.within(at, config_lib.MOVED):
+        if within(at, config_lib.MOVED):
             sha256 = prints[at.split(".")[1]]
             return value if sha256 is None else paths.setdefault((at, sha256), value)
         if isinstance(value, list):
@@ -289,7 +285,7 @@ def _config(record: Record, paths: dict[Any, str]) -> dict[str, Any]:
         if not isinstance(value, dict):
             return value
         inside = {name: f"{at}.{name}" if at else name for name in value}
-        return {n: kept(value[n], path) for n, path in inside.items() if not config_lib.within(path, IGNORED)}
+        return {n: kept(value[n], path) for n, path in inside.items() if not within(path, IGNORED)}
 
     config = kept(record.config, "")
     config["data"] |= {f"{name}_sha256": sha256 and sha256[:12] for name, sha256 in prints.items()}

@@ -96,7 +96,7 @@ class Objective(Spec):
     among_rows = False  # what it measures of a row depends on the others of the batch
     one_document = False  # the model sees each row of a batch without `segments` as one document, without padding
     second = False  # whether what it teaches to write is the second text of a row, told by its token type
-    measures: ClassVar[type[Spec] | None] = None  # the objective whose evaluations its own are, for `compare`
+    measures: ClassVar[type[Spec] | None] = None  # whose evaluations its own are, for `compare`; not inherited
 
     def check_model(self, model: Model) -> None:
         """Raises ValueError if the model cannot learn this."""

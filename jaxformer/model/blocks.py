@@ -138,11 +138,12 @@ class Group(nn.Module):
             position = shared[names[kind.parts.position]]
             context = Context(ids, at, first + i, position, fold(key, first + i), *own, found.handed)
             out = Block(kind, self.n_layers, i, name=name)(found.h, context)
-            alone = len(self.kinds) == 1 < self.n_layers
-            if alone and (lost := {*out.handed} - {"seen"}):  # which every kernel hands on
+            lost = {*out.handed} - {*found.handed} - {"seen"}  # which every kernel hands on
+            if i + 1 == len(self.kinds) < self.n_layers and (lost or (i == 0 and kind.parts.kernel.shares)):
                 raise InputError(
-                    f"layers hand on {', '.join(sorted(lost))}, and nobody is above them in their group, which is one "
-                    "layer; set whole_stack = True in the class of the kernel or the mixer"
+                    f"layers hand on {', '.join(sorted(lost)) or 'what they see'}, and nobody is above them in their "
+                    f"group, of {len(self.kinds)} of {self.n_layers} layers; set whole_stack = True in the class of "
+                    "the kernel or the mixer"
                 )
             written[name], sums = out.cache, sums | ({name: out.sums} if out.sums else {})
             found = found.beside(out.h, out)

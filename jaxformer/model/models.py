@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
@@ -40,7 +39,7 @@ from jaxformer.model.masks import Bidirectional, Causal, Mask, Places, one_docum
 from jaxformer.model.mixers import Context, Mixer, MultiHead, Parts
 from jaxformer.model.positions import Learned, NoPosition, Position
 from jaxformer.model.residuals import PreNorm, Residual
-from jaxformer.spec import Spec
+from jaxformer.spec import Spec, within
 
 Params = Mapping[str, Any]
 H = TypeVar("H", bound=Head)
@@ -240,8 +239,7 @@ FREE = ("dropout", "initializer", "unroll", "remat", "kernel.implementation", "p
 
 def without_effect(path: str) -> bool:
     """Whether a field, or one within it, of one of several parts too, changes no number of a trained model."""
-    single = re.sub(r"\.\d+", "", path)
-    return any(f"{single}.".startswith(f"{each}.") for each in FREE)
+    return within(path, FREE)
 
 
 @functools.lru_cache(maxsize=64)  # a run asks for it a dozen times, and each is a trace of the model

@@ -62,7 +62,7 @@ def checked_data(config: Config) -> Prepared:
     if config.train.best_by != "loss":
         _check_best_by(config, recipe, prepared, firsts, found)
     elif sources(config):  # whose mistakes show before anything is written
-        _sums(recipe, found)
+        _sums(config, recipe, found)
     for name, first in zip(prepared.valid_names, firsts, strict=True):
         if first is None:
             log.warning("%s: the part %r has nothing to validate on", field, name)
@@ -80,9 +80,12 @@ def checked_data(config: Config) -> Prepared:
 
 def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
     """Several documents, and no id that ends one: says so once, or raises InputError where rows cannot be read."""
-    sampling, documents = config.data.sampling, max(len(source.starts) for source in prepared.train + prepared.valid)
-    if prepared.tokenizer.end is not None or not any(part.framed for part, _ in config.data.corpus.parts()):
-        return  # an end is put behind each document, or they have their own
+    sampling, corpora = config.data.sampling, (config.data.corpus, config.data.valid or config.data.corpus)
+    sources = zip(corpora, (prepared.train, prepared.valid), strict=True)
+    framed = [one for corpus, own in sources for (part, _), one in zip(corpus.parts(), own, strict=True) if part.framed]
+    if prepared.tokenizer.end is not None or not framed:  # an end is put behind each document, or they have their own
+        return
+    documents = max(len(source.starts) for source in framed)
     remedy = "set data.tokenizer.end_token=true, or take data.tokenizer=BPE"
     tokenizer = f"data.tokenizer={type(config.data.tokenizer).__name__} has no id that ends a text"
     if sampling.joined:
@@ -154,7 +157,7 @@ def _check_best_by(
     config: Config, recipe: Recipe, prepared: Prepared, firsts: Sequence[Batch | None], batch: Batch
 ) -> None:
     """Raises InputError if no evaluation tells what the best checkpoint is; `firsts` are batches of each source."""
-    known = dict.fromkeys(_sums(recipe, batch), 1.0)
+    known = dict.fromkeys(_sums(config, recipe, batch), 1.0)
     if "bytes" in known and prepared.tokenizer.byte_lengths() is None:
         known["bytes"] = 0.0
     sums = [{} if first is None else known for first in firsts]
@@ -162,11 +165,13 @@ def _check_best_by(
         raise InputError(f"train.best_by={config.train.best_by!r} is of a part that has nothing to validate on")
 
 
-def _sums(recipe: Recipe, batch: Batch) -> dict[str, Any]:
-    """The shapes of what an evaluation sums over a batch."""
+def _sums(config: Config, recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    """The shapes of what an evaluation sums over a batch with rows as this one's."""
+    rows = batch | ({"counted": np.ones(1, np.float32)} if recipe.objective.among_rows else {})
+    shapes = {name: jax.ShapeDtypeStruct((config.slice_rows, *a.shape[1:]), a.dtype) for name, a in rows.items()}
     params = jax.eval_shape(recipe.model.init, jax.random.key(0))
     lengths = jax.ShapeDtypeStruct((recipe.model.vocab_size,), np.float32)
-    return jax.eval_shape(functools.partial(evaluate_batch, recipe), params, batch, np.int32(0), lengths)
+    return jax.eval_shape(functools.partial(evaluate_batch, recipe), params, shapes, np.int32(0), lengths)
 
 
 def rank_of(config: Config, found: Mapping[str, Any]) -> float:

@@ -37,7 +37,7 @@ from jaxformer.run.manifest import sha256
 from jaxformer.run.metrics import read_rows, rows_of
 from jaxformer.run.plan import Judged, abstract_state, evaluate, prepare_data, recipe_of, tell_cut
 from jaxformer.run.step import Recipe, TrainState
-from jaxformer.spec import InputError, changed, checked, counted, naming
+from jaxformer.spec import InputError, changed, checked, counted, naming, within
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -401,7 +401,7 @@ class Run:
                 config = override(config, "data.corpus", there)
         config = config_lib.overridden(config, rest)
         for path, value in rest.items():
-            if not config_lib.within(path, {"data.corpus"}):
+            if not within(path, {"data.corpus"}):
                 raise InputError(f"{path}={value} is as it was in training; only data.corpus may differ: leave it out")
         return checked(config.data.corpus, "data.corpus.")
 
