@@ -129,7 +129,7 @@ SMALLER = {  # the scaled rung, for two cores: heads as wide as there, 2 layers,
     "train.sample_tokens": 0,
 }
 TURNED = "scores times √K"  # the scale turned over by mistake
-SMALL = Row("scaled down", SCALED, None, 2, SMALLER, remark="2 layers, 128 wide, heads of 64, context 64")
+SMALL = Row("scaled down", SCALED, None, 5, SMALLER, remark="2 layers, 128 wide, heads of 64, context 64")
 INVERTED = (
     replace(SMALL, name=f"scaled down, {TURNED}", overrides=SMALLER | {"model.kernel.scale": 64**0.5}, remark=""),
     replace(
@@ -158,6 +158,12 @@ def tell(report: Report) -> None:
         f"Three blocks without sums ({three.mean:.4f}) are {verdict} ({feed.mean:.4f}); one of attention alone has "
         f"{one.mean:.4f}. The last rung took its author 3 min 38 s for one seed; here {len(last.runs)} seeds "
         f"take {last.seconds:.0f} s."
+    )
+    before, normed = (results[BETTER + name] for name in list(RUNGS)[-2:])
+    found = paired_difference(before.values, normed.values)
+    report.text(
+        f"By the better recipe LayerNorm {'raises' if found.mean > 0 else 'lowers'} the loss of the last rung, by "
+        f"{abs(found.mean):.4f} ± {found.half_width or 0:.4f} (95 %)."
     )
     settle(report)
     figure, axes = panels(1, 2, 12, 5)
@@ -234,8 +240,8 @@ def settled(result: Result, control: Control, noise: float) -> dict[str, str]:
     losses = [run["whole"] for run in control]
     theirs, difference = estimate(losses), welch_difference(losses, result.values, ERROR / len(RUNGS))
     half, spread = difference.half_width or 0.0, math.hypot(theirs.deviation or 0.0, noise)
-    published = max(result.row.numbers, default=0.0)  # the one that is easier to reach
-    if result.reached or not published:
+    published = min(result.row.numbers, default=0.0)  # the one that is harder to reach
+    if all(result.reached):
         cause = ""
     elif abs(difference.mean) <= half:
         cause = f"its luck: no difference from the control is seen, of which {below(losses, published)}"
@@ -285,11 +291,13 @@ def elsewhere(report: Report) -> None:
     text = LOG.read_text()
     device, version = re.findall(r"^device +\d+ × gpu \((.*)\)$", text, re.M)[0], "jax 0.11.2"
     found = re.findall(r"^step ([\d,]+): validation loss ([\d.]+)", text, re.M)
-    best = min(float(loss) for _, loss in found)
+    best, end = min(float(loss) for _, loss in found), float(found[-1][1])
+    verdict = lambda loss, published: "reached" if loss <= published else f"{loss - published:.4f} above the published"
     report.text(
-        f"In full on an {device} ({version}), as `jaxformer train ladder_scaled` printed it "
-        f"(`experiments/gpu/{LOG.name}`): {best:.4f} at best, {float(found[-1][1]):.4f} at the end, after two minutes "
-        "beside other programs on the same GPU; its author's took 16 min 45 s on another. Validation losses:"
+        f"In full on an {device} ({version}), one seed, as `jaxformer train ladder_scaled` printed it "
+        f"(`experiments/gpu/{LOG.name}`): {best:.4f} at best, {verdict(best, 1.477)}, {end:.4f} at the end, "
+        f"{verdict(end, 1.494)}. It took two minutes beside other programs on the same GPU (noted by hand), its "
+        "author's 16 min 45 s on another. Validation losses:"
     )
     report.table([{"step": "loss"} | dict(found)])
     report.text("What it writes at the end:")
@@ -405,8 +413,9 @@ experiment = Experiment(
     """
 Windows of 8 characters, d_model 32, batches of 32. Each rung adds one thing to the one before. By the published recipe
 (PyTorch's initial values, AdamW with decay 0.01, no schedule), "reached" means that the published number lies within
-the range of the seeds or is beaten; below, the same architectures and steps with a warm-up, a cosine to zero, clipping
-and other initial values, where it means that the mean is at or below it.
+the range of the seeds or is beaten by all; of two published numbers, which two runs of its author gave, each has its
+verdict. Below, the same architectures and steps with a warm-up, a cosine to zero, clipping, other initial values and
+ten times the rate (three times of the first two rungs), where it means that the mean is at or below the number.
 """,
     ROWS,
     tell,

@@ -302,10 +302,11 @@ experiment = Experiment(
     "Sequence to sequence",
     """
 Encoder–decoders, taught with the true answers. 1 0 1 0 …: two symbols, width 256, 4 heads, 2 + 2 layers, Adam 1e-3, 10
-symbols, with masks and positions as they should be; its published loss is "about 0", which is 0.01 here. The others are
-harder tasks beside it, judged by the share of unseen texts whose answer is exact: nobody has published them, 0.99 is
-what we ask for. The last rows are models without a causal mask in the decoder, without positions, and without either,
-as the published program: their loss is that of teaching, and below stands what they write alone.
+symbols, with masks and positions as they should be; its published loss is "about 0", which is 0.01 here, on the only
+two texts that there are, with which it is taught. The others are harder tasks beside it, judged by the share of unseen
+texts whose answer is exact: nobody has published them, 0.99 is what we ask for. The last rows are models without a
+causal mask in the decoder, without positions, and without either, as the published program: their loss is that of
+teaching, and below stands what they write alone.
 """,
     ROWS,
     tell,
