@@ -40,14 +40,13 @@ class Checked(NamedTuple):
     def __str__(self) -> str:
         marks = {"passed": "ok", "failed": "FAILED", "not applicable": "-"}
         lines = [f"{self.subject}: {self.small}"]
+        told: dict[str, list[Finding]] = {}  # what several checks stumble over once
         for each in self.findings:
-            alike = [e for e in self.findings if each.status == "failed" == e.status and e.detail == each.detail]
-            if alike[1:] and each is alike[0]:  # what several stumble over is told once
-                lines.append(f"{marks['failed']:7} {'; '.join(e.check for e in alike)}: {each.detail}")
-            if alike[1:]:
-                continue
-            lines.append(f"{marks[each.status]:7} {each.check}: {each.detail}")
-            lines += [f"        look at {each.look_at}"] if each.status == "failed" else []
+            told.setdefault(each.detail if each.status == "failed" else each.check, []).append(each)
+        for first, *others in told.values():
+            names = "; ".join(each.check for each in (first, *others))
+            lines.append(f"{marks[first.status]:7} {names}: {first.detail}")
+            lines += [f"        look at {first.look_at}"] if first.status == "failed" and not others else []
         failed = sum(finding.status == "failed" for finding in self.findings)
         passed = sum(finding.status == "passed" for finding in self.findings)
         seconds = sum(finding.seconds for finding in self.findings)

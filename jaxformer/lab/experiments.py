@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +170,6 @@ class Result:
             "steps": self.row.config.train.steps,
             "seconds": self.seconds,
         }
-
-
-def best_of(results: Iterable[Result]) -> Result:
-    """The one with the best mean, as of several learning rates; one that diverged is the worst."""
-    sign = lambda result: -1 if result.row.higher else 1
-    return min(results, key=lambda result: (math.isnan(result.mean), sign(result) * result.mean))
 
 
 class Report:

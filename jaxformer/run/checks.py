@@ -81,8 +81,8 @@ def checked_data(config: Config) -> Prepared:
 def _tell_of_ends(config: Config, recipe: Recipe, prepared: Prepared) -> None:
     """Several documents, and no id that ends one: says so once, or raises InputError where rows cannot be read."""
     sampling, corpora = config.data.sampling, (config.data.corpus, config.data.valid or config.data.corpus)
-    sources = zip(corpora, (prepared.train, prepared.valid), strict=True)
-    framed = [one for corpus, own in sources for (part, _), one in zip(corpus.parts(), own, strict=True) if part.framed]
+    splits = zip(corpora, (prepared.train, prepared.valid), strict=True)
+    framed = [one for corpus, own in splits for (part, _), one in zip(corpus.parts(), own, strict=True) if part.framed]
     if prepared.tokenizer.end is not None or not framed:  # an end is put behind each document, or they have their own
         return
     documents = max(len(source.starts) for source in framed)
